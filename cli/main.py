@@ -1,0 +1,233 @@
+"""The `htsr` command: what it understands, and how it ends.
+
+Data goes to stdout, words and progress to stderr. Exit codes: 0 done, 1 could not, 2 wrong usage, 3 a `--fail-on`
+condition is met, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from htsr._version import __version__
+
+app = typer.Typer(
+    name="htsr",
+    help="Read the quality of a neural network out of its weight spectra.\n\nFor example:  [bold]htsr analyze "
+    "HuggingFaceTB/SmolLM2-135M --html report.html[/bold]",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Hub id, folder, .safetensors/.bin/.pt/.gguf file, or adapter folder."),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Include = Annotated[
+    list[str] | None, typer.Option(help="Only matrices whose name matches, as in '*.q_proj'. Repeatable.")
+]
+Exclude = Annotated[list[str] | None, typer.Option(help="No matrices whose name matches. Repeatable.")]
+Role = Annotated[list[str] | None, typer.Option(help="Only these roles, as in attn.q or 'mlp.*'. Repeatable.")]
+Block = Annotated[str | None, typer.Option(help="Only these blocks, as in 0-3,7.")]
+MinSize = Annotated[int, typer.Option(min=1, help="Least size of the smaller side.")]
+MaxSize = Annotated[int | None, typer.Option(min=1, help="Largest size of the smaller side.")]
+Fit = Annotated[str, typer.Option(help="How the tail is chosen: ks, hill, hill_paper, fix_fingers, clip_xmax.")]
+Xmin = Annotated[float | None, typer.Option(help="Begin of the tail by hand, an eigenvalue.")]
+Xmax = Annotated[float | None, typer.Option(help="Leave out eigenvalues above this.")]
+Route = Annotated[str, typer.Option(help="How eigenvalues are computed: auto, gram, svd, lanczos.")]
+Dtype = Annotated[str, typer.Option(help="Precision: auto, float32, float64.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+WindowsOption = Annotated[
+    str | None, typer.Option("--windows", metavar="ROWSxCOUNT", help="Pool FARMS windows, as in 2000x10.")
+]
+Full = Annotated[bool, typer.Option("--full", help="Also bulk, permuted weights and alternatives to the power law.")]
+Bulk = Annotated[bool, typer.Option("--bulk", help="Marchenko-Pastur bulk and spikes.")]
+Permuted = Annotated[bool, typer.Option("--permuted", help="Permuted weights: traps, distance to random.")]
+Alternatives = Annotated[bool, typer.Option("--alternatives", help="Other laws for the tail, compared.")]
+Quality = Annotated[bool, typer.Option("--quality", help="SETOL's quality estimates (experimental).")]
+Bootstrap = Annotated[int, typer.Option(min=0, metavar="N", help="Bootstrap interval of α from N resamples.")]
+Null = Annotated[bool, typer.Option("--null/--no-null", help="α of pure noise of the same shape.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Format = Annotated[str | None, typer.Option("--format", help="table, json, csv, parquet or markdown.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Write there; the suffix tells the format.", show_default=False),
+]
+Html = Annotated[Path | None, typer.Option(help="Write the report, one self-contained HTML file.")]
+Save = Annotated[Path | None, typer.Option(help="Save rows and spectra (.npz) for `htsr compare` and for Python.")]
+FailOn = Annotated[
+    list[str] | None,
+    typer.Option(metavar="CONDITION", help="Exit with 3 if any matrix meets it, as in 'alpha>6'."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run of the same analysis stopped.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no words.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"htsr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def analyze(
+    model: Model,
+    revision: Revision = None,
+    against: Annotated[str | None, typer.Option(metavar="BASE", help="Analyze MODEL - BASE.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="For an adapter: analyze this model + ΔW (auto: the one that the adapter names)."),
+    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    role: Role = None,
+    block: Block = None,
+    min_size: MinSize = 1,
+    max_size: MaxSize = None,
+    fit: Fit = "ks",
+    xmin: Xmin = None,
+    xmax: Xmax = None,
+    full: Full = False,
+    bulk: Bulk = False,
+    permuted: Permuted = False,
+    alternatives: Alternatives = False,
+    quality: Quality = False,
+    bootstrap: Bootstrap = 0,
+    null: Null = True,
+    windows: WindowsOption = None,
+    route: Route = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    format: Format = None,
+    output: Output = None,
+    html: Html = None,
+    save: Save = None,
+    fail_on: FailOn = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Power-law α, ERG and the other spectral metrics of every weight matrix.
+
+    For example:  [bold]htsr analyze ./model --html report.html --fail-on 'alpha>8'[/bold]
+    """
+    from htsr_cli import run
+
+    chosen = run.Choice(include, exclude, role, block, min_size, max_size)
+    options = {
+        "fit": fit,
+        "xmin": xmin,
+        "xmax": xmax,
+        "route": route,
+        "dtype": dtype,
+        "device": device,
+        "windows": run.parse_windows(windows),
+        "null": null,
+        "bulk": bulk or full,
+        "permuted": permuted or full,
+        "alternatives": alternatives or full,
+        "quality": quality,
+        "bootstrap": bootstrap,
+        "seed": seed,
+    }
+    words = run.Words(quiet, verbose)
+    conditions = run.parse_conditions(fail_on)
+    target = run.Target(format, output)
+    code = run.analyze(
+        model, chosen, options, words, target, conditions,
+        revision=revision, against=against, base=base, html=html, save=save, resume=resume,
+    )  # fmt: skip
+    raise typer.Exit(code)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="A model as in `analyze`, or a saved analysis (.npz).")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Likewise.")],
+    include: Include = None,
+    exclude: Exclude = None,
+    role: Role = None,
+    block: Block = None,
+    min_size: MinSize = 1,
+    max_size: MaxSize = None,
+    fit: Fit = "ks",
+    full: Full = False,
+    route: Route = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    format: Format = None,
+    output: Output = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Two models matrix by matrix: metrics of both, and how far their weights are apart.
+
+    For example:  [bold]htsr compare ./base ./fine-tuned --role 'attn.*'[/bold]
+    """
+    from htsr_cli import run
+
+    chosen = run.Choice(include, exclude, role, block, min_size, max_size)
+    options = {"fit": fit, "full": full, "route": route, "dtype": dtype, "device": device, "seed": seed}
+    run.compare(a, b, chosen, options, run.Words(quiet, verbose), run.Target(format, output))
+
+
+@app.command()
+def describe(
+    model: Model,
+    revision: Revision = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    role: Role = None,
+    block: Block = None,
+    min_size: MinSize = 1,
+    max_size: MaxSize = None,
+    format: Format = None,
+    output: Output = None,
+) -> None:
+    """The weight matrices of a model, without reading them: names, roles, shapes.
+
+    For example:  [bold]htsr describe ./model --role 'mlp.*'[/bold]
+    """
+    from htsr_cli import run
+
+    chosen = run.Choice(include, exclude, role, block, min_size, max_size)
+    run.describe(model, chosen, run.Target(format, output), revision=revision)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    from htsr.errors import HtsrError, UsageError
+
+    try:
+        app(args=args, prog_name="htsr")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1 if end.code else 0
+    except HtsrError as error:
+        typer.echo(f"htsr: {error}", err=True)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        typer.echo("htsr: interrupted", err=True)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""Analyze a model: every weight matrix a row of numbers.
+
+    analysis = htsr.analyze("path/or/hub-id")
+    analysis.summary()["alpha"]
+    analysis.to_pandas()
+
+Run as a module, also under `accelerate launch`, it is the `htsr analyze` command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from htsr._version import __version__
+from htsr.errors import SourceError, UsageError
+from htsr.execution import Ranks, measure_all, pick_device, share
+from htsr.files import written
+from htsr.journal import Journal
+from htsr.matrices.sources import Filter, Model, Source, open_model
+from htsr.spectra.esd import Windows
+from htsr.spectra.measure import Measured
+from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
+
+if TYPE_CHECKING:
+    import pandas
+
+Vector = npt.NDArray[np.float64]
+
+FULL = {"bulk": True, "permuted": True, "alternatives": True}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an analysis is, after each matrix.
+
+    Attributes:
+        done: matrices finished (by this rank, plus those taken up from a journal).
+        total: matrices this rank has to do, those included.
+        fraction: share of the work done, by floating-point operations.
+        row: the row just finished.
+    """
+
+    done: int
+    total: int
+    fraction: float
+    row: LayerMetrics
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The rows of a model, in its order, with the spectra they were computed from.
+
+    Attributes:
+        label: path, hub id or class name of the model.
+        rows: one `LayerMetrics` per matrix.
+        options: what was computed, and how.
+        eigenvalues: (K,) float64, ascending, by matrix name.
+        permuted: the same of the permuted matrices, where asked for.
+        meta: version, seconds, ranks.
+    """
+
+    label: str
+    rows: tuple[LayerMetrics, ...]
+    options: Options
+    eigenvalues: Mapping[str, Vector] = field(repr=False)
+    permuted: Mapping[str, Vector] = field(repr=False)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[LayerMetrics]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: str | int) -> LayerMetrics:
+        """A row by name or position."""
+        if isinstance(key, int):
+            return self.rows[key]
+        for row in self.rows:
+            if row.name == key:
+                return row
+        raise KeyError(f"{self.label} has no matrix {key}")
+
+    def summary(self) -> dict[str, float]:
+        """Mean of every metric over the matrices that have it, and their number as ``matrices`` and ``fitted``."""
+        return _means(self.rows)
+
+    def summary_by(self, key: str) -> dict[Any, dict[str, float]]:
+        """`summary` of the matrices of each ``role`` or ``block`` (or any other field), in the model's order."""
+        if key not in {f.name for f in fields(LayerMetrics)}:
+            raise UsageError(f"rows have no {key!r} to group by; role and block are usual")
+        groups: dict[Any, list[LayerMetrics]] = {}
+        for row in self.rows:
+            groups.setdefault(getattr(row, key), []).append(row)
+        return {group: _means(rows) for group, rows in groups.items()}
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """All rows as a table, one column per field; columns that are empty in every row are left out."""
+        import pandas as pd
+
+        frame = pd.DataFrame([asdict(row) for row in self.rows])
+        keep = [c for c in frame.columns if c in ("block", "warning") or frame[c].notna().any()]
+        return frame[keep]
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the report: one self-contained HTML file. Needs the ``report`` extra."""
+        from htsr.reporting.html import write_report
+
+        write_report(self, Path(path))
+
+    def plot(self, name: str | None = None, *, metric: str = "alpha", ax: Any = None) -> Any:
+        """Plot the ESD of the matrix `name` with its fit, or, without a name, a heat map of `metric` by block and role.
+
+        Returns:
+            The matplotlib axes. Needs the ``report`` extra.
+        """
+        from htsr.reporting.plots import plot_esd, plot_heat_map
+
+        return plot_heat_map(self, metric, ax) if name is None else plot_esd(self, name, ax)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write rows and spectra to one .npz file, by way of a temporary file."""
+        header = {
+            "htsr": __version__,
+            "label": self.label,
+            "rows": [asdict(row) for row in self.rows],
+            "options": asdict(self.options),
+            "meta": dict(self.meta),
+        }
+        arrays: dict[str, npt.NDArray[Any]] = {"header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)}
+        for i, row in enumerate(self.rows):
+            for kind, spectra in (("eigenvalues", self.eigenvalues), ("permuted", self.permuted)):
+                if row.name in spectra:
+                    arrays[f"{kind}/{i}"] = spectra[row.name]
+        with written(Path(path)) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Analysis:
+        """Read what `save` wrote.
+
+        Raises:
+            SourceError: not such a file.
+        """
+        try:
+            with np.load(Path(path), allow_pickle=False) as arrays:
+                header = json.loads(bytes(arrays["header"]))
+                rows = tuple(LayerMetrics(**row) for row in header["rows"])
+                spectra: dict[str, dict[str, Vector]] = {"eigenvalues": {}, "permuted": {}}
+                for key in arrays.files:
+                    kind, _, index = key.partition("/")
+                    if index:
+                        spectra[kind][rows[int(index)].name] = arrays[key]
+                stored = header["options"]
+                windows = Windows(**stored["windows"]) if stored["windows"] else None
+                options = Options(**(stored | {"windows": windows}))
+                return cls(header["label"], rows, options, **spectra, meta=header["meta"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SourceError(f"{path} is not an analysis that htsr saved: {error}") from error
+
+
+def analyze(
+    source: Source,
+    *,
+    revision: str | None = None,
+    against: Source | None = None,
+    base: Source | None = None,
+    where: Filter | None = None,
+    full: bool = False,
+    journal: str | os.PathLike[str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    **options: Any,
+) -> Analysis:
+    """Analyze the weight matrices of a model.
+
+    Args:
+        source: an ``nn.Module`` (on any device, wrapped or not), a state dict, a folder, a checkpoint file, a PEFT
+            adapter folder (its ΔW), or a hub id.
+        revision: branch, tag or commit of a hub id.
+        against: analyze the difference to this model instead.
+        base: for an adapter, analyze this base + ΔW; ``auto`` for the base that the adapter names.
+        where: which matrices; all by default.
+        full: also bulk, permuted weights and alternatives to the power law (several times slower).
+        journal: keep finished rows in this file while running, and take up those that an interrupted run of the same
+            analysis has left there. Removed at the end.
+        progress: called after each matrix.
+        **options: the fields of `htsr.Options`: fit, route, dtype, device (``auto`` is an accelerator where there is
+            one), windows, bulk, permuted, alternatives, quality, bootstrap, seed …
+
+    Under `accelerate launch` or `torchrun` the ranks share the matrices, and each of them returns all rows.
+
+    Returns:
+        An `Analysis`. Matrices that cannot be analyzed have a row that says why.
+
+    Raises:
+        SourceError: the source cannot be read at all.
+        UsageError: an option without meaning.
+    """
+    settings = make_options(full=full, **options)
+    model = open_model(source, revision=revision, against=against, base=base).filtered(where or Filter())
+    return analyze_model(model, settings, Journal(model, settings, Path(journal)) if journal else None, progress)
+
+
+def make_options(*, full: bool = False, **options: Any) -> Options:
+    """`Options` from keywords, the device picked.
+
+    Raises:
+        UsageError: an unknown option.
+    """
+    options = {"device": "auto"} | (FULL if full else {}) | options
+    options["device"] = pick_device(options["device"])
+    try:
+        return Options(**options)
+    except TypeError as error:
+        raise UsageError(f"no such option; there are {', '.join(f.name for f in fields(Options))}") from error
+
+
+def analyze_model(
+    model: Model,
+    options: Options,
+    journal: Journal | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Analysis:
+    """`analyze` for a model that is already open."""
+    started = time.perf_counter()
+    ranks = Ranks()
+    done = journal.load() if journal else {}
+    todo = [matrix for matrix in model if matrix.name not in done]
+    todo = [todo[i] for i in share([matrix.cost for matrix in todo], ranks.size)[ranks.rank]]
+    total, spent = sum(matrix.cost for matrix in todo) or 1.0, 0.0
+    finished = len(done)
+    ranks.gather([])  # every rank has read the journals before any writes
+    if journal:
+        journal.open(ranks.rank)
+
+    def measured(index: int, result: Measured) -> None:
+        nonlocal spent, finished
+        if journal:
+            journal.add(result)
+        spent += todo[index].cost
+        finished += 1
+        if progress:
+            progress(Progress(finished, len(done) + len(todo), spent / total, result.row))
+
+    try:
+        mine = measure_all(todo, options, measured)
+    finally:
+        if journal:
+            journal.close()
+    by_name = done | {result.row.name: result for result in ranks.gather(mine)}
+    if journal and ranks.rank == 0:
+        journal.discard()
+    results = [by_name[matrix.name] for matrix in model]
+    return Analysis(
+        label=model.label,
+        rows=tuple(result.row for result in results),
+        options=options,
+        eigenvalues={r.row.name: r.eigenvalues for r in results if r.eigenvalues is not None},
+        permuted={r.row.name: r.permuted for r in results if r.permuted is not None},
+        meta={"htsr": __version__, "seconds": time.perf_counter() - started, "ranks": ranks.size},
+    )
+
+
+def describe(
+    source: Source,
+    *,
+    revision: str | None = None,
+    against: Source | None = None,
+    base: Source | None = None,
+    where: Filter | None = None,
+) -> Model:
+    """The weight matrices of a model, without reading any: names, shapes, roles, blocks. Arguments as in `analyze`."""
+    return open_model(source, revision=revision, against=against, base=base).filtered(where or Filter())
+
+
+_NOT_AVERAGED = {"rows", "columns", "M", "N", "pieces", "num_eigenvalues", "erg_crossing", "seconds"}
+
+
+def _means(rows: tuple[LayerMetrics, ...] | list[LayerMetrics]) -> dict[str, float]:
+    means: dict[str, float] = {"matrices": len(rows), "fitted": sum(row.alpha is not None for row in rows)}
+    for name in NUMERIC:
+        values = [value for row in rows if (value := getattr(row, name)) is not None]
+        if values and name not in _NOT_AVERAGED:
+            means[name] = float(np.mean(values))
+    return means
+
+
+if __name__ == "__main__":
+    import sys
+
+    from htsr_cli.main import main
+
+    sys.exit(main(["analyze", *sys.argv[1:]]))

@@ -1,0 +1,251 @@
+"""Compare two models matrix by matrix: every metric of both, and how far the weights are apart.
+
+comparison = htsr.compare("base", "fine-tuned")
+comparison.to_pandas()
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from htsr.analysis import Analysis, analyze_model, make_options
+from htsr.errors import MatrixError, SourceError
+from htsr.matrices.sources import Filter, Model, Source, WeightMatrix, open_model
+from htsr.spectra.bulk import Vector, jensen_shannon_distance
+from htsr.spectra.esd import Array, as_numpy
+from htsr.spectra.metrics import NUMERIC, LayerMetrics
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far two matrices A and B of the same shape are apart.
+
+    Attributes:
+        frobenius: ‖A - B‖_F.
+        relative: ‖A - B‖_F / ‖A‖_F.
+        cosine: ⟨A, B⟩ / (‖A‖_F ‖B‖_F).
+        cka: linear centred kernel alignment of the rows' Gram matrices (Kornblith et al. 2019), on the smaller side; 1
+            where B is A times a rotation.
+    """
+
+    frobenius: float
+    relative: float
+    cosine: float
+    cka: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One matrix in both models.
+
+    Attributes:
+        name: in the first model.
+        a: its row in the first model.
+        b: its row in the second.
+        distance: between the weights; None for saved analyses and for matrices of different shape.
+        esd_distance: Jensen-Shannon distance between the ESDs; None where their sizes differ.
+    """
+
+    name: str
+    a: LayerMetrics
+    b: LayerMetrics
+    distance: Distance | None
+    esd_distance: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models, matrix by matrix.
+
+    Attributes:
+        a: analysis of the first.
+        b: analysis of the second.
+        pairs: the matrices that are in both, in the first's order.
+        only_a: names of those that are in the first only.
+        only_b: names of those that are in the second only.
+    """
+
+    a: Analysis
+    b: Analysis
+    pairs: tuple[Pair, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def summary(self) -> dict[str, tuple[float, float, float]]:
+        """Metric by metric: mean in a, mean in b, mean difference b - a, over the matrices that have it in both."""
+        table = {}
+        for name in NUMERIC:
+            both = [
+                (x, y)
+                for pair in self.pairs
+                if (x := getattr(pair.a, name)) is not None and (y := getattr(pair.b, name)) is not None
+            ]
+            if both:
+                x, y = np.array(both, dtype=np.float64).T
+                table[name] = (float(x.mean()), float(y.mean()), float((y - x).mean()))
+        return table
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One line per pair: name, role, block, distances, and each metric as ``m_a``, ``m_b`` and ``m_delta``."""
+        import pandas as pd
+
+        return pd.DataFrame([_flat(pair) for pair in self.pairs])
+
+
+def compare(
+    a: Source | Analysis,
+    b: Source | Analysis,
+    *,
+    where: Filter | None = None,
+    full: bool = False,
+    **options: Any,
+) -> Comparison:
+    """Compare two models, or two saved analyses of them.
+
+    Matrices are matched by name; models that name nothing alike (a GGUF file and its original) by role and block.
+
+    Args:
+        a: a source as `htsr.analyze` takes it, or an `Analysis`.
+        b: likewise.
+        where: which matrices.
+        full: as in `htsr.analyze`.
+        **options: as in `htsr.analyze`; they do not apply to what is analyzed already.
+
+    Raises:
+        SourceError: one cannot be read, or no matrix of one has a counterpart in the other.
+    """
+    settings = make_options(full=full, **options)
+    models = [None if isinstance(x, Analysis) else open_model(x).filtered(where or Filter()) for x in (a, b)]
+    analyses = [x if model is None else analyze_model(model, settings) for x, model in zip((a, b), models, strict=True)]
+    first, second = analyses
+    assert isinstance(first, Analysis)
+    assert isinstance(second, Analysis)
+    return compare_analyses(first, second, models[0], models[1])
+
+
+def compare_analyses(
+    a: Analysis, b: Analysis, model_a: Model | None = None, model_b: Model | None = None
+) -> Comparison:
+    """`compare` for analyses that exist; the models, where given, are read once more for the distances."""
+    matches = match(a.rows, b.rows)
+    if not matches:
+        raise SourceError(f"{a.label} and {b.label} have no matrix in common")
+    weights = [{m.name: m for m in model} if model else {} for model in (model_a, model_b)]
+    pairs = []
+    for x, y in matches:
+        esd_distance = _esd_distance(a.eigenvalues.get(x.name), b.eigenvalues.get(y.name))
+        pairs.append(Pair(x.name, x, y, _distance_of(weights[0].get(x.name), weights[1].get(y.name)), esd_distance))
+    seen_a, seen_b = {x.name for x, _ in matches}, {y.name for _, y in matches}
+    return Comparison(
+        a,
+        b,
+        tuple(pairs),
+        tuple(row.name for row in a if row.name not in seen_a),
+        tuple(row.name for row in b if row.name not in seen_b),
+    )
+
+
+def match(a: Sequence[LayerMetrics], b: Sequence[LayerMetrics]) -> list[tuple[LayerMetrics, LayerMetrics]]:
+    """Pairs of rows of the same matrix: by name, else by the name's end, else by role, block and part."""
+    keys: tuple[Callable[[LayerMetrics], Any], ...] = (_by_name, _by_end, _by_place)
+    for key in keys:
+        there = _unique(b, key)
+        pairs = [(row, there[k]) for k, row in _unique(a, key).items() if k in there]
+        if pairs:
+            order = {row.name: i for i, row in enumerate(a)}
+            return sorted(pairs, key=lambda pair: order[pair[0].name])
+    return []
+
+
+def _by_name(row: LayerMetrics) -> Any:
+    return row.name
+
+
+def _by_end(row: LayerMetrics) -> Any:
+    """The name from the first numbered component on, or its last component."""
+    found = re.search(r"\w+\.\d+\..*|[^.]+$", row.name)
+    return found[0] if found else row.name
+
+
+def _by_place(row: LayerMetrics) -> Any:
+    return row.role, row.block, "".join(re.findall(r"\[\d+\]", row.name))
+
+
+def _unique(rows: Sequence[LayerMetrics], key: Callable[[LayerMetrics], Any]) -> dict[Any, LayerMetrics]:
+    """Rows by key, without those whose key is not theirs alone."""
+    counts = Counter(key(row) for row in rows)
+    return {key(row): row for row in rows if counts[key(row)] == 1}
+
+
+def _esd_distance(a: Vector | None, b: Vector | None) -> float | None:
+    if a is None or b is None or a.size != b.size or min(a[-1], b[-1]) <= 0:
+        return None
+    return jensen_shannon_distance(a, b)
+
+
+def _distance_of(a: WeightMatrix | None, b: WeightMatrix | None) -> Distance | None:
+    if a is None or b is None or (a.shape, a.pieces) != (b.shape, b.pieces):
+        return None
+    try:
+        return distance(a.read(), b.read())
+    except MatrixError:
+        return None
+
+
+def distance(a: Array, b: Array) -> Distance | None:
+    """Distances between two matrices (m, n) or stacks (pieces, m, n) of the same shape; None if one is zero."""
+    A, B = (as_numpy(x).astype(np.float32) for x in (a, b))
+    A, B = (x.reshape(-1, *x.shape[-2:]) for x in (A, B))
+    inner, a2, b2 = (float(np.einsum("pij,pij->", x, y, dtype=np.float64)) for x, y in ((A, B), (A, A), (B, B)))
+    if a2 == 0 or b2 == 0 or not np.isfinite(a2 + b2):
+        return None
+    frobenius = float(np.sqrt(np.square(A - B, dtype=np.float64).sum()))
+    return Distance(frobenius, frobenius / a2**0.5, inner / (a2 * b2) ** 0.5, cka(A, B))
+
+
+def cka(A: Any, B: Any) -> float:
+    """Linear CKA, ‖AᵀB‖_F² / (‖AᵀA‖_F ‖BᵀB‖_F) for centred columns, summed over pieces; the long side is contracted."""
+    cross = own_a = own_b = 0.0
+    for x, y in zip(A, B, strict=True):
+        x, y = (z if z.shape[0] >= z.shape[1] else z.T for z in (x, y))
+        x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+        cross += float(np.square(x.T @ y, dtype=np.float64).sum())
+        own_a += float(np.square(x.T @ x, dtype=np.float64).sum())
+        own_b += float(np.square(y.T @ y, dtype=np.float64).sum())
+    scale = (own_a * own_b) ** 0.5
+    return cross / scale if scale > 0 else float("nan")
+
+
+def _flat(pair: Pair) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "name": pair.name,
+        "name_b": pair.b.name,
+        "role": pair.a.role,
+        "block": pair.a.block,
+        "status_a": pair.a.status,
+        "status_b": pair.b.status,
+        "esd_distance": pair.esd_distance,
+    }
+    if pair.distance is not None:
+        line |= asdict(pair.distance)
+    for name in NUMERIC:
+        x, y = getattr(pair.a, name), getattr(pair.b, name)
+        if x is not None or y is not None:
+            line |= {f"{name}_a": x, f"{name}_b": y}
+            line[f"{name}_delta"] = None if x is None or y is None else float(y) - float(x)
+    return line

@@ -1,0 +1,151 @@
+"""Running the measurements: threads on one machine, ranks on several."""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+from htsr.matrices.sources import WeightMatrix
+from htsr.spectra.measure import Measured, measure
+from htsr.spectra.metrics import LayerMetrics, Options
+
+logger = logging.getLogger(__name__)
+
+# Matrices whose float32 copy and Gram matrix take less are worked on side by side, one BLAS thread each; larger ones
+# one after the other with all threads. So memory is a few small matrices or one large one.
+SIDE_BY_SIDE = 160 << 20
+
+Progress = Callable[[int, Measured], None]
+
+
+def measure_all(
+    matrices: Sequence[WeightMatrix], options: Options, on_measured: Progress | None = None
+) -> list[Measured]:
+    """Measure `matrices`; results in their order, `on_measured(index, result)` in the order of completion."""
+    results: dict[int, Measured] = {}
+
+    def keep(index: int, result: Measured) -> None:
+        results[index] = result
+        if result.row.status != "ok":
+            logger.info("%s: %s", result.row.name, result.row.warning)
+        if on_measured is not None:
+            on_measured(index, result)
+
+    order = sorted(range(len(matrices)), key=lambda i: -matrices[i].cost)
+    small = [i for i in order if _footprint(matrices[i]) <= SIDE_BY_SIDE]
+    large = [i for i in order if _footprint(matrices[i]) > SIDE_BY_SIDE]
+    for index, result in _in_threads(matrices, small, options):
+        keep(index, result)
+    for index in large:
+        keep(index, _measure(matrices[index], options))
+    return [results[i] for i in range(len(matrices))]
+
+
+def identity(matrix: WeightMatrix) -> LayerMetrics:
+    """The row of a matrix before anything is computed."""
+    return LayerMetrics(
+        name=matrix.name,
+        role=matrix.role,
+        block=matrix.block,
+        kind=matrix.kind,
+        stored=matrix.dtype,
+        rows=matrix.shape[0],
+        columns=matrix.shape[1],
+        warning=matrix.warning,
+    )
+
+
+def _measure(matrix: WeightMatrix, options: Options) -> Measured:
+    return measure(matrix.read, identity(matrix), options)
+
+
+def _footprint(matrix: WeightMatrix) -> int:
+    return 4 * matrix.parameters + 16 * min(matrix.shape) ** 2
+
+
+def workers() -> int:
+    """Threads for this process: OMP_NUM_THREADS where set, else its share of the processors."""
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        return max(1, int(threads.split(",")[0]))
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _in_threads(
+    matrices: Sequence[WeightMatrix], indices: Sequence[int], options: Options
+) -> Iterator[tuple[int, Measured]]:
+    if not indices:
+        return
+    with _one_blas_thread(), ThreadPoolExecutor(workers()) as pool:
+        futures = {pool.submit(_measure, matrices[i], options): i for i in indices}
+        pending = set(futures)
+        try:
+            while pending:
+                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield futures.pop(future), future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=1):
+        yield
+
+
+def share(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Indices for each of `ranks` workers, their sums of `costs` nearly equal (longest first to the least loaded)."""
+    loads = [(0.0, rank) for rank in range(ranks)]
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(index)
+        heapq.heappush(loads, (load + costs[index], rank))
+    return [sorted(indices) for indices in shares]
+
+
+class Ranks:
+    """The processes that share this analysis: those of `accelerate launch` or `torchrun`, or this one alone."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, int(os.environ.get("WORLD_SIZE", "1"))
+        if self.size > 1:
+            import torch
+            from accelerate import PartialState
+
+            state = PartialState(cpu=not torch.cuda.is_available())
+            self.rank, self.size = state.process_index, state.num_processes
+
+    def gather(self, mine: list[Any]) -> list[Any]:
+        """The items of all ranks, on every rank."""
+        if self.size == 1:
+            return mine
+        from accelerate.utils import gather_object
+
+        return list(gather_object(mine))
+
+
+def pick_device(device: str) -> str:
+    """`device`, with ``auto`` as this process's accelerator where there is one.
+
+    torch is imported for nothing else on a machine without an accelerator, so it is asked only where a driver shows.
+    """
+    if device != "auto":
+        return device
+    drivers = ("/proc/driver/nvidia/version", "/dev/kfd", "/dev/nvidiactl", "/dev/dxg")
+    if not any(os.path.exists(driver) for driver in drivers):
+        return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"

@@ -1,0 +1,1 @@
+"""Where a model's weight matrices are: any source to a list of unread matrices."""

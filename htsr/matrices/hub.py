@@ -1,0 +1,76 @@
+"""Models by hub id: the needed files only, through huggingface_hub and its cache (offline too)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from htsr.errors import SourceError
+
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WHOLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form of a hub id: ``owner/model`` or ``model``."""
+    return bool(_HUB_ID.match(name)) and ".." not in name
+
+
+def fetch(repo: str, revision: str | None = None) -> Path:
+    """The local folder of a hub model, downloaded as far as it is not in the cache.
+
+    Raises:
+        SourceError: no such model or revision, no access, no weights in a known format, or not to be had offline.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    offline = False
+
+    def get(file: str) -> Path | None:
+        nonlocal offline
+        try:
+            return Path(hf_hub_download(repo, file, revision=revision))
+        except LocalEntryNotFoundError:
+            offline = True
+            return None
+        except EntryNotFoundError:
+            return None
+
+    at = f" at revision {revision}" if revision else ""
+    try:
+        get("config.json")
+        get("adapter_config.json")
+        for index in _INDEXES:
+            if (file := get(index)) is not None:
+                shards = set(json.loads(file.read_text())["weight_map"].values())
+                missing = [shard for shard in sorted(shards) if get(shard) is None]
+                if missing:
+                    raise SourceError(f"{repo}{at}: {missing[0]} is neither on the hub nor in the cache")
+                return file.parent
+        for name in _WHOLE:
+            if (file := get(name)) is not None:
+                return file.parent
+    except GatedRepoError as error:
+        raise SourceError(f"{repo} is gated: accept its licence on the hub and log in (hf auth login)") from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(f"{repo} is neither a file or folder here nor a model on the hub") from error
+    except RevisionNotFoundError as error:
+        raise SourceError(f"{repo} has no revision {revision}") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise SourceError(f"{repo} could not be had from the hub: {error}") from error
+    if offline:
+        raise SourceError(
+            f"{repo} is neither a file or folder here nor{at} in the local cache, and the hub cannot be reached"
+        )
+    raise SourceError(f"{repo}{at} has no {', '.join(_WHOLE[:2])} or index of shards on the hub")

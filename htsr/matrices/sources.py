@@ -1,0 +1,405 @@
+"""Any source to a list of weight matrices, none of them read yet."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+from htsr.errors import MatrixError, SourceError, UsageError
+from htsr.matrices import adapters, fused, hub, roles
+from htsr.matrices.entries import FLOATS, Entry, clean_name, unshared
+from htsr.matrices.files import PICKLES, file_entries, folder_entries, read_config, state_dict_entries
+from htsr.matrices.quantized import dequantized
+from htsr.spectra.esd import Array, as_numpy
+
+if TYPE_CHECKING:
+    import torch
+
+Source: TypeAlias = Union[str, "os.PathLike[str]", "torch.nn.Module", Mapping[str, Any]]
+
+# floats of two and more dimensions that are no weights
+_NOT_WEIGHTS = re.compile(
+    r"(^|[._])(bias|biases|mask|inv_freq|freqs_cis|cos_cached|sin_cached|position_ids|relative_position_index|"
+    r"relative_coords_table|rotary_emb|A_log|running_mean|running_var|lora_magnitude_vector)(\.|$)|_bias$"
+)
+_MAX_KERNEL = 64  # a longer last axis of a 3-D tensor is no kernel
+
+
+@dataclass(frozen=True)
+class WeightMatrix:
+    """One weight matrix (or stack of kernel slices) of a model, unread.
+
+    Attributes:
+        name: as the checkpoint names it without ``.weight``, with ``[q]`` or ``[3]`` for a part of a fused tensor.
+        shape: (rows, columns) of the matrix, or of one slice of a kernel.
+        pieces: slices of a convolution kernel; 1 for a plain matrix.
+        role: what it does (`htsr.matrices.roles`).
+        block: index of its block.
+        kind: ``linear``, ``embedding``, ``conv``, ``expert`` or ``adapter``.
+        dtype: it is stored in.
+        load: reads it: (rows, columns), or (pieces, rows, columns).
+        problem: (status, sentence) where it cannot be read.
+        warning: what a reader of its row should know.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pieces: int
+    role: str
+    block: int | None
+    kind: str
+    dtype: str
+    load: Callable[[], Array] = field(repr=False, compare=False)
+    problem: tuple[str, str] | None = None
+    warning: str = ""
+
+    @property
+    def parameters(self) -> int:
+        """Number of entries."""
+        return self.pieces * self.shape[0] * self.shape[1]
+
+    @property
+    def cost(self) -> float:
+        """Flops of the exact route, for sharing the work out: Gram matrix and eigenvalues."""
+        small, large = sorted(self.shape)
+        return float(self.pieces * (small * small * large + 4 / 3 * small**3))
+
+    def read(self) -> Array:
+        """`load`, with whatever goes wrong told as a `MatrixError` that names the tensor."""
+        if self.problem:
+            raise MatrixError(*self.problem)
+        try:
+            return self.load()
+        except MatrixError:
+            raise
+        except Exception as error:
+            raise MatrixError("unreadable", f"{self.name} could not be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which matrices are wanted. Patterns are shell-style and match whole names, as in ``*.q_proj`` or ``mlp.*``.
+
+    Attributes:
+        include: name patterns, any of which must match.
+        exclude: name patterns, none of which may match.
+        roles: role patterns.
+        blocks: block indices.
+        min_size: least M, the smaller side.
+        max_size: largest M.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    blocks: frozenset[int] | None = None
+    min_size: int = 1
+    max_size: int | None = None
+
+    def __call__(self, matrix: WeightMatrix) -> bool:
+        """Whether `matrix` is wanted."""
+        M = min(matrix.shape)
+        return (
+            (not self.include or any(fnmatchcase(matrix.name, pattern) for pattern in self.include))
+            and not any(fnmatchcase(matrix.name, pattern) for pattern in self.exclude)
+            and (not self.roles or any(fnmatchcase(matrix.role, pattern) for pattern in self.roles))
+            and (self.blocks is None or matrix.block in self.blocks)
+            and self.min_size <= M
+            and (self.max_size is None or self.max_size >= M)
+        )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as its matrices.
+
+    Attributes:
+        label: what to call it: path, hub id, or class name.
+        matrices: all weight matrices, in the model's order, tied ones once.
+        fingerprint: changes when the source does; None for sources in memory.
+    """
+
+    label: str
+    matrices: tuple[WeightMatrix, ...]
+    fingerprint: str | None = None
+
+    def __iter__(self) -> Iterator[WeightMatrix]:
+        return iter(self.matrices)
+
+    def filtered(self, wanted: Filter) -> Model:
+        """The same model with the wanted matrices only.
+
+        Raises:
+            UsageError: none is left.
+        """
+        kept = tuple(matrix for matrix in self.matrices if wanted(matrix))
+        if self.matrices and not kept:
+            known = ", ".join(sorted({m.role for m in self.matrices}))
+            raise UsageError(f"no matrix of {self.label} passes the filter; its roles are {known}")
+        return replace(self, matrices=kept)
+
+
+def open_model(
+    source: Source,
+    *,
+    revision: str | None = None,
+    against: Source | None = None,
+    base: Source | None = None,
+) -> Model:
+    """The matrices of `source`.
+
+    Args:
+        source: an ``nn.Module``, a state dict, a folder, a file, an adapter folder, or a hub id.
+        revision: branch, tag or commit of a hub id.
+        against: take the difference source - against of all tensors of the same name and shape.
+        base: for an adapter: analyze base + ΔW instead of ΔW. ``auto`` takes the base that the adapter names.
+
+    Raises:
+        SourceError: what cannot be read, with the reason.
+    """
+    label, entries, config, fingerprint = _open(source, revision)
+    if base is not None:
+        entries, config, fingerprint = _on_base(source, entries, base, fingerprint)
+    if against is not None:
+        other_label, other, _, other_fingerprint = _open(against, None)
+        entries = _difference(entries, other)
+        label = f"{label} - {other_label}"
+        fingerprint = fingerprint and other_fingerprint and f"{fingerprint}-{other_fingerprint}"
+    matrices = tuple(_matrices(unshared(dequantized(entries)), config))
+    if not matrices:
+        raise SourceError(f"{label} has no weight matrices")
+    return Model(label, matrices, fingerprint)
+
+
+Opened: TypeAlias = tuple[str, list[Entry], dict[str, Any], str | None]
+
+
+def _open(source: Source, revision: str | None) -> Opened:
+    if isinstance(source, (str, os.PathLike)):
+        return _open_path(os.fspath(source), revision)
+    if isinstance(source, Mapping):
+        return "state dict", state_dict_entries(dict(source)), {}, None
+    if hasattr(source, "named_parameters"):
+        from htsr.matrices.modules import module_config, module_entries
+
+        inner: Any = source
+        while hasattr(inner, "module") and not hasattr(inner, "config"):
+            inner = inner.module
+        return type(inner).__name__, module_entries(source), module_config(source), None
+    raise SourceError(f"a model is a module, a state dict, a path or a hub id, not a {type(source).__name__}")
+
+
+def _open_path(name: str, revision: str | None) -> Opened:
+    path = Path(name).expanduser()
+    if not path.exists():
+        looks_local = (
+            name.startswith((".", "/", "~"))
+            or name.count("/") > 1
+            or path.suffix in (*PICKLES, ".safetensors", ".gguf")
+        )
+        if looks_local or not hub.is_hub_id(name):
+            raise SourceError(f"{name} does not exist")
+        path = hub.fetch(name, revision)
+    elif revision is not None:
+        raise UsageError(f"a revision belongs to a hub id, and {name} is a local path")
+    if path.is_file():
+        return name, file_entries(path), read_config(path.parent), _fingerprint([path])
+    if adapters.is_adapter(path):
+        return name, adapters.adapter_entries(path), {}, _fingerprint(path.iterdir())
+    return name, folder_entries(path), read_config(path), _fingerprint(path.iterdir())
+
+
+def _fingerprint(files: Any) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        if file.is_file():
+            stat = file.stat()
+            digest.update(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _on_base(
+    source: Source, entries: list[Entry], base: Source, fingerprint: str | None
+) -> tuple[list[Entry], dict[str, Any], str | None]:
+    path = Path(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else None
+    if path is None or not adapters.is_adapter(path):
+        raise UsageError("a base belongs to an adapter folder")
+    if base == "auto":
+        base = adapters.base_of(path) or ""
+        if not base:
+            raise UsageError(f"{path} names no base model; say which one it is")
+    _, base_entries, config, base_fingerprint = _open(base, None)
+    merged = adapters.merged_with_base(entries, dequantized(base_entries))
+    return merged, config, fingerprint and base_fingerprint and f"{fingerprint}-{base_fingerprint}"
+
+
+def _difference(entries: list[Entry], other: list[Entry]) -> list[Entry]:
+    by_name = {entry.name: entry for entry in dequantized(other)}
+    result = []
+    for entry in dequantized(entries):
+        match = by_name.get(entry.name)
+        if match is None:
+            result.append(
+                replace(entry, problem=("unmatched", f"{entry.name} is not in the model it is compared against"))
+            )
+        elif match.shape != entry.shape:
+            sizes = f"{entry.shape} here and {match.shape} there"
+            result.append(replace(entry, problem=("unmatched", f"{entry.name} is {sizes}")))
+        else:
+            result.append(replace(entry, read=_Minus(entry, match), problem=entry.problem or match.problem))
+    if not any(entry.name in by_name for entry in entries):
+        raise SourceError("the two models have no tensor name in common")
+    return result
+
+
+@dataclass(frozen=True)
+class _Minus:
+    a: Entry
+    b: Entry
+
+    def __call__(self, index: int | None = None) -> Array:
+        which = () if index is None else (index,)
+        a, b = (as_numpy(e.read(*which)) for e in (self.a, self.b))
+        wide = "float64" if "float64" in (a.dtype, b.dtype) else "float32"
+        return a.astype(wide) - b.astype(wide)  # type: ignore[no-any-return]
+
+
+def _matrices(entries: list[Entry], config: dict[str, Any]) -> Iterator[WeightMatrix]:
+    tied_head = bool(config.get("tie_word_embeddings"))
+    has_input_embedding = any(roles.role_of(e.name, e.kind) == "embed" for e in entries)
+    weights = [entry for entry in entries if _is_weight(entry)]
+    prefixes = roles.stack_prefixes(entry.name for entry in weights)
+    for entry in weights:
+        role = roles.role_of(entry.name, entry.kind)
+        if (
+            role == "head"
+            and tied_head
+            and has_input_embedding
+            and entry.name.endswith(("lm_head.weight", "embed_out.weight"))
+        ):
+            continue  # stored twice, used once
+        yield from _as_matrices(entry, role, roles.stack_of(entry.name, prefixes), config)
+
+
+def _is_weight(entry: Entry) -> bool:
+    if len(entry.shape) < 2 or min(entry.shape) == 0 or _NOT_WEIGHTS.search(roles.leaf(entry.name)):
+        return len(entry.shape) >= 2 and entry.name.endswith("weight") and min(entry.shape) == 0
+    if sum(size > 1 for size in entry.shape) < 2 and entry.kind is None and len(entry.shape) > 2:
+        return False  # a vector with axes of one: class tokens, scales
+    numeric = entry.dtype in FLOATS or entry.problem is not None or bool(entry.warning)
+    return numeric or entry.name.endswith("weight")
+
+
+def _as_matrices(entry: Entry, role: str, stack: str, config: dict[str, Any]) -> Iterator[WeightMatrix]:
+    name, shape = roles.leaf(entry.name), entry.shape
+    problem = entry.problem
+    if problem is None and entry.dtype not in FLOATS and not entry.warning:
+        problem = ("quantized", f"{name} is stored as {entry.dtype} without a scale that htsr knows")
+    if len(shape) == 3 and shape[0] == 1:
+        yield _matrix(entry, name, shape[1:], role, stack, partial(entry.read, 0), problem=problem)
+        return
+    if entry.kind == "conv" or (len(shape) > 2 and not _is_stack(entry)):
+        role = role if role in ("conv", "embed.patch") else roles.role_of(entry.name, "conv")
+        yield _kernel(entry, name, role, stack, problem)
+        return
+    if len(shape) == 2:
+        yield from _parts(entry, name, shape, role, stack, config, entry.read, problem)
+        return
+    for i in range(shape[0]):
+        yield from _parts(
+            entry,
+            f"{name}[{i}]",
+            shape[1:],
+            role,
+            stack,
+            config,
+            partial(entry.read, i),
+            problem,
+            kind="expert",
+        )
+
+
+def _is_stack(entry: Entry) -> bool:
+    if len(entry.shape) != 3:
+        return False
+    return "expert" in entry.name or "_exps" in entry.name or entry.shape[2] > _MAX_KERNEL
+
+
+def _parts(
+    entry: Entry,
+    name: str,
+    shape: tuple[int, ...],
+    role: str,
+    stack: str,
+    config: dict[str, Any],
+    read: Callable[[], Array],
+    problem: tuple[str, str] | None,
+    kind: str | None = None,
+) -> Iterator[WeightMatrix]:
+    leaf = roles.leaf(entry.name).rsplit(".", 1)[-1].lower()
+    parts = fused.split(leaf, (shape[0], shape[1]), config)
+    if not parts:
+        yield _matrix(entry, name, shape, role, stack, read, kind=kind, problem=problem)
+    for part in parts:
+        family = role.rsplit(".", 1)[0] if "." in role else role
+        yield _matrix(
+            entry,
+            f"{name}[{part.suffix}]",
+            part.shape,
+            f"{family}.{part.suffix}",
+            stack,
+            partial(_part, read, part.index),
+            kind=kind,
+            problem=problem,
+        )
+
+
+def _part(read: Callable[[], Array], index: Any) -> Array:
+    return read()[index]
+
+
+def _kernel(entry: Entry, name: str, role: str, stack: str, problem: tuple[str, str] | None) -> WeightMatrix:
+    out, inner = entry.shape[:2]
+
+    def load() -> Array:
+        slices = entry.read().reshape(out, inner, -1)
+        return slices.swapaxes(1, 2).swapaxes(0, 1)
+
+    pieces = math.prod(entry.shape[2:])
+    return _matrix(entry, name, (out, inner), role, stack, load, kind="conv", pieces=pieces, problem=problem)
+
+
+def _matrix(
+    entry: Entry,
+    name: str,
+    shape: tuple[int, ...],
+    role: str,
+    stack: str,
+    load: Callable[[], Array],
+    *,
+    kind: str | None = None,
+    pieces: int = 1,
+    problem: tuple[str, str] | None,
+) -> WeightMatrix:
+    kind = kind or entry.kind or ("embedding" if role.startswith("embed") else "linear")
+    return WeightMatrix(
+        name=clean_name(name),
+        shape=(shape[0], shape[1]),
+        pieces=pieces,
+        role=stack + role,
+        block=roles.block_of(entry.name),
+        kind=kind,
+        dtype=entry.dtype,
+        load=load,
+        problem=problem,
+        warning=entry.warning,
+    )

@@ -1,0 +1,289 @@
+"""Analyses and comparisons as text: terminal tables, JSON, CSV, Markdown, Parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from htsr.analysis import Analysis
+from htsr.comparison import Comparison
+from htsr.errors import MissingDependencyError
+from htsr.files import written
+from htsr.matrices.sources import Model
+from htsr.spectra.metrics import LayerMetrics
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+Column = tuple[str, Callable[[LayerMetrics], str]]
+
+
+def _number(field: str, digits: int) -> Callable[[LayerMetrics], str]:
+    def show(row: LayerMetrics) -> str:
+        value = getattr(row, field)
+        return "" if value is None else f"{value:.{digits}f}"
+
+    return show
+
+
+def _shape(row: LayerMetrics) -> str:
+    kernel = f"·{row.pieces}" if row.kind == "conv" and row.pieces and row.pieces > 1 else ""
+    return f"{row.rows}×{row.columns}{kernel}"
+
+
+def _note(row: LayerMetrics) -> str:
+    return row.warning if row.status == "ok" else f"{row.status}: {row.warning}"
+
+
+# header, cell; those with a field are shown only where some row has it
+_ALWAYS: tuple[Column, ...] = (
+    ("matrix", lambda row: row.name),
+    ("role", lambda row: row.role),
+    ("shape", _shape),
+    ("α", _number("alpha", 2)),
+    ("± σ", _number("sigma", 2)),
+    ("D", _number("D", 3)),
+    ("tail", _number("num_pl_tail", 0)),
+    ("α null", _number("alpha_null", 1)),
+    ("⟨ln λ̃⟩", _number("trace_log", 2)),
+    ("stable rank", _number("stable_rank", 1)),
+    ("log ‖W‖²", _number("log_norm", 2)),
+)
+_WHERE_PRESENT: tuple[tuple[str, str, int], ...] = (
+    ("α low", "alpha_low", 2),
+    ("α high", "alpha_high", 2),
+    ("α error", "alpha_error", 2),
+    ("spikes", "num_spikes", 0),
+    ("traps", "num_traps", 0),
+    ("to random", "rand_distance", 3),
+)
+
+
+def columns(rows: Sequence[LayerMetrics]) -> list[Column]:
+    """Headers and cells of the short table of these rows."""
+    extra = [(h, _number(f, d)) for h, f, d in _WHERE_PRESENT if any(getattr(r, f) is not None for r in rows)]
+    laws = [("law", lambda r: r.best_law or "")] if any(r.best_law for r in rows) else []
+    return [*_ALWAYS, *extra, *laws, ("note", _note)]
+
+
+def style_of(row: LayerMetrics) -> str:
+    """Colour of a row: by status, then by α."""
+    if row.status != "ok":
+        return "red"
+    if "random-like" in row.warning:
+        return "bright_black"
+    if row.alpha is None:
+        return ""
+    return "magenta" if row.alpha < 2 else "green" if row.alpha <= 6 else "yellow"
+
+
+def terminal_table(rows: Sequence[LayerMetrics]) -> Table:
+    """The rows as a rich table, coloured by status."""
+    from rich.text import Text
+
+    shown = columns(rows)
+    table = _table([header for header, _ in shown])
+    for row in rows:
+        style = style_of(row)
+        cells: list[Text] = []
+        for header, cell in shown:
+            cells.append(Text(cell(row), style=style if header in ("α", "note") else ""))
+        table.add_row(*cells)
+    return table
+
+
+def summary_table(analysis: Analysis) -> Table:
+    """Means by role, and of the whole model in the last line."""
+    shown: tuple[tuple[str, str, int], ...] = (
+        ("α", "alpha", 2),
+        ("α null", "alpha_null", 1),
+        ("⟨ln λ̃⟩", "trace_log", 2),
+        ("stable rank", "stable_rank", 1),
+        ("entropy", "entropy", 3),
+        ("log ‖W‖²", "log_norm", 2),
+        ("log λ_max", "log_spectral_norm", 2),
+        ("α̂", "alpha_hat", 2),
+        ("spikes", "num_spikes", 1),
+        ("traps", "num_traps", 1),
+    )
+    whole = analysis.summary()
+    shown = tuple(column for column in shown if column[1] in whole)
+    table = _table(["role", "matrices", *(header for header, _, _ in shown)])
+    groups: dict[str, dict[str, float]] = {**analysis.summary_by("role"), "all": whole}
+    for role, means in groups.items():
+        cells = [f"{means[f]:.{digits}f}" if f in means else "" for _, f, digits in shown]
+        table.add_row(role, f"{means['matrices']:.0f}", *cells, style="bold" if role == "all" else "")
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """The pairs as a rich table."""
+    table = _table(
+        [
+            "matrix",
+            "role",
+            "α a",
+            "α b",
+            "Δα",
+            "⟨ln λ̃⟩ a",
+            "⟨ln λ̃⟩ b",
+            "‖A-B‖/‖A‖",
+            "cosine",
+            "CKA",
+            "ESD dist.",
+        ]
+    )
+    for pair in comparison:
+        d = pair.distance
+        delta = None if pair.a.alpha is None or pair.b.alpha is None else pair.b.alpha - pair.a.alpha
+        numbers = [
+            (pair.a.alpha, 2),
+            (pair.b.alpha, 2),
+            (delta, 2),
+            (pair.a.trace_log, 2),
+            (pair.b.trace_log, 2),
+            (d and d.relative, 4),
+            (d and d.cosine, 4),
+            (d and d.cka, 4),
+            (pair.esd_distance, 4),
+        ]
+        cells = ["" if value is None else f"{value:.{digits}f}" for value, digits in numbers]
+        table.add_row(pair.name, pair.a.role, *cells)
+    return table
+
+
+def description_table(model: Model) -> Table:
+    """Matrices of a model that has not been read."""
+    table = _table(["matrix", "role", "block", "kind", "shape", "Q", "parameters", "stored", "note"])
+    for m in model:
+        small, large = sorted(m.shape)
+        kernel = f"·{m.pieces}" if m.pieces > 1 else ""
+        table.add_row(
+            m.name,
+            m.role,
+            "" if m.block is None else str(m.block),
+            m.kind,
+            f"{m.shape[0]}×{m.shape[1]}{kernel}",
+            f"{large / small:.2f}",
+            f"{m.parameters:,}",
+            m.dtype,
+            m.problem[1] if m.problem else m.warning,
+        )
+    return table
+
+
+def _table(headers: Sequence[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    words = {"matrix", "role", "note", "kind", "stored", "law"}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for header in headers:
+        left = header in words
+        table.add_column(header, justify="left" if left else "right", no_wrap=header != "note", overflow="fold")
+    return table
+
+
+def records(subject: Analysis | Comparison | Model) -> list[dict[str, Any]]:
+    """One flat dictionary per line of the full table."""
+    if isinstance(subject, Analysis):
+        return [asdict(row) for row in subject.rows]
+    if isinstance(subject, Comparison):
+        return [{k: _plain(v) for k, v in line.items()} for line in subject.to_pandas().to_dict("records")]
+    return [
+        {
+            "name": m.name,
+            "role": m.role,
+            "block": m.block,
+            "kind": m.kind,
+            "rows": m.shape[0],
+            "columns": m.shape[1],
+            "pieces": m.pieces,
+            "parameters": m.parameters,
+            "stored": m.dtype,
+            "problem": m.problem[1] if m.problem else "",
+        }
+        for m in subject
+    ]
+
+
+def as_json(subject: Analysis | Comparison | Model) -> str:
+    """Strict JSON: NaN and infinities are null."""
+    content: dict[str, Any] = {}
+    if isinstance(subject, Analysis):
+        content = {
+            "model": subject.label,
+            "options": asdict(subject.options),
+            "meta": dict(subject.meta),
+            "summary": subject.summary(),
+            "roles": subject.summary_by("role"),
+        }
+    elif isinstance(subject, Comparison):
+        content = {
+            "a": subject.a.label,
+            "b": subject.b.label,
+            "summary": {k: dict(zip(("a", "b", "delta"), v, strict=True)) for k, v in subject.summary().items()},
+            "only_a": subject.only_a,
+            "only_b": subject.only_b,
+        }
+    else:
+        content = {"model": subject.label}
+    return json.dumps(_strict(content | {"rows": records(subject)}), indent=1, allow_nan=False) + "\n"
+
+
+def as_csv(subject: Analysis | Comparison | Model) -> str:
+    """Comma-separated, one line a matrix, all columns."""
+    lines = records(subject)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(lines[0]) if lines else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def as_markdown(subject: Analysis | Comparison | Model) -> str:
+    """The short table in Markdown."""
+    if isinstance(subject, Analysis):
+        shown = columns(subject.rows)
+        head = [header for header, _ in shown]
+        body = [[cell(row) for _, cell in shown] for row in subject.rows]
+    else:
+        lines = records(subject)
+        head = list(lines[0]) if lines else []
+        body = [
+            ["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in line.values()]
+            for line in lines
+        ]
+    rows = [head, ["---"] * len(head), *body]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+
+
+def write_parquet(subject: Analysis | Comparison | Model, path: Path) -> None:
+    """All columns as Parquet. Needs the ``report`` extra."""
+    import pandas as pd
+
+    frame = pd.DataFrame(records(subject))
+    try:
+        with written(path) as temporary:
+            frame.to_parquet(temporary, index=False)
+    except ImportError as error:
+        raise MissingDependencyError("parquet needs pyarrow: pip install 'htsr[report]'") from error
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _strict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""One matrix in, numbers out: spectra, fits and statistics of single weight matrices."""

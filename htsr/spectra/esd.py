@@ -1,0 +1,270 @@
+"""The empirical spectral density (ESD) of one weight matrix.
+
+The ESD of an m × n matrix W is the set of the M = min(m, n) eigenvalues of its smaller Gram matrix
+(WWᵀ or WᵀW), which are the squared singular values of W. Nothing is divided by N = max(m, n).
+
+Routes
+------
+``gram``
+    `eigvalsh` of the Gram matrix. In float64 it resolves eigenvalues down to about 4e-15·λ_max, in float32 to
+    about 2e-6·λ_max; what lies below is set to exactly 0 and takes no part in any fit.
+``svd``
+    singular values of W itself: 3 to 10 times slower, resolves singular values (not eigenvalues) to machine precision.
+``lanczos``
+    stochastic Lanczos quadrature (`htsr.spectra.lanczos`), for matrices too large for the others; an
+    approximation that states its error.
+``auto``
+    ``gram``; then ``svd`` where a matrix of M ≤ 1024 has eigenvalues that the Gram matrix cannot resolve; and
+    ``lanczos`` where M > 16384. The row of a matrix names the route that was taken.
+
+On a CPU the work is done by NumPy's LAPACK up to M = 2048 and by torch's beyond, whose reduction to tridiagonal form is
+faster there where torch has MKL; on an accelerator by torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from htsr.errors import MatrixError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Floats: TypeAlias = npt.NDArray[np.floating[Any]]
+Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
+Route: TypeAlias = Literal["auto", "gram", "svd", "lanczos"]
+Precision: TypeAlias = Literal["auto", "float32", "float64"]
+
+SVD_REFINES_UP_TO = 1024
+LANCZOS_FROM = 16384
+_TORCH_FROM = 2048
+_CHUNK = 1 << 20  # elements that are up-cast at a time while a Gram matrix is accumulated
+_SAFETY = 16  # eigenvalues below this many ulps of λ_max are rounding noise (measured: at most 2.4)
+
+
+@dataclass(frozen=True)
+class ESD:
+    """Eigenvalues of one matrix, or of equal-shape pieces pooled (slices of a kernel, windows).
+
+    Attributes:
+        eigenvalues: (K,) float64, ascending, K = M · pieces; exactly 0 where below the route's resolution.
+        M: smaller side of a piece.
+        N: larger side of a piece.
+        pieces: matrices pooled in `eigenvalues`.
+        route: what computed them, e.g. ``"gram/float64"``.
+        error: standard error of the distribution function, largest over λ; None where the route is exact.
+        replicates: (probes, K) leave-one-probe-out eigenvalues of the ``lanczos`` route, for jackknife errors.
+    """
+
+    eigenvalues: npt.NDArray[np.float64]
+    M: int
+    N: int
+    pieces: int
+    route: str
+    error: float | None = None
+    replicates: npt.NDArray[np.float64] | None = None
+
+    @property
+    def Q(self) -> float:
+        """Aspect ratio N/M ≥ 1."""
+        return self.N / self.M
+
+    @property
+    def positive(self) -> npt.NDArray[np.float64]:
+        """The eigenvalues above the route's resolution, ascending."""
+        return self.eigenvalues[np.searchsorted(self.eigenvalues, 0.0, side="right") :]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """FARMS windows: equal-shape submatrices that all share one aspect ratio, and so one shape null.
+
+    Up to `count` × `count` windows of `rows` × int(rows · aspect) entries, evenly spread, the last one touching the
+    edge. A window larger than the matrix shrinks to it and keeps its aspect.
+
+    Attributes:
+        rows: rows of a window. Published: 2000 for LLMs, 100 for CNNs.
+        count: windows along each axis. Published: 10-15 for LLMs, 9 for CNNs.
+        aspect: columns per row.
+
+    Source: FARMS (ICML 2025).
+    """
+
+    rows: int
+    count: int
+    aspect: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.count < 1 or not self.aspect > 0:
+            raise UsageError(f"windows need rows ≥ 1, count ≥ 1 and aspect > 0, not {self}")
+
+    def slices(self, shape: tuple[int, int]) -> list[tuple[slice, slice]]:
+        """Row and column slices of the windows of an m × n matrix."""
+        m, n = shape
+        rows = max(1, min(self.rows, m, int(n / self.aspect)))
+        columns = max(1, min(int(rows * self.aspect), n))
+        return [
+            (slice(i, i + rows), slice(j, j + columns))
+            for i in _starts(m, rows, self.count)
+            for j in _starts(n, columns, self.count)
+        ]
+
+
+def _starts(length: int, window: int, count: int) -> list[int]:
+    last = length - window
+    if count == 1 or last == 0:
+        return [0]
+    stride = max(1, last // (count - 1))
+    return sorted({min(i * stride, last) for i in range(count - 1)} | {last})
+
+
+def esd(
+    matrix: Array,
+    *,
+    route: Route = "auto",
+    dtype: Precision = "auto",
+    device: str = "cpu",
+    windows: Windows | None = None,
+    seed: int = 0,
+) -> ESD:
+    """Eigenvalues of the smaller Gram matrix of `matrix`.
+
+    Args:
+        matrix: (m, n) real, or (pieces, m, n) whose ESDs are pooled. Any float dtype; up-cast as `dtype` says.
+        route: see the module's text.
+        dtype: precision of the computation; ``auto`` is float64 on a CPU and float32 on an accelerator.
+        device: where it runs: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        windows: pool the ESDs of these windows instead (2-D matrices only).
+        seed: of the random probes of the ``lanczos`` route.
+
+    Raises:
+        MatrixError: the matrix is empty, or has NaN, infinite or overflowing entries (status ``empty``, ``nan``).
+        UsageError: unknown route, or a matrix that is neither 2-D nor 3-D.
+    """
+    if matrix.ndim not in (2, 3):
+        raise UsageError(f"a weight matrix has 2 dimensions (3 for a stack of pieces), not {matrix.ndim}")
+    if 0 in matrix.shape:
+        raise MatrixError("empty", f"the matrix has no entries (shape {tuple(matrix.shape)})")
+    if route not in ("auto", "gram", "svd", "lanczos"):
+        raise UsageError(f"unknown route {route!r}: auto, gram, svd or lanczos")
+    if dtype == "auto":
+        dtype = "float64" if device == "cpu" else "float32"
+
+    parts = _pieces(matrix, windows)
+    M, N = sorted(parts[0].shape[-2:])
+    if route == "auto":
+        route = "lanczos" if M > LANCZOS_FROM else "gram"
+        refine = M <= SVD_REFINES_UP_TO
+    else:
+        refine = False
+    if route == "lanczos":
+        from htsr.spectra.lanczos import lanczos_esd
+
+        if len(parts) != 1 or parts[0].ndim != 2:
+            raise UsageError("the lanczos route takes one whole matrix, without windows or pieces")
+        return lanczos_esd(parts[0], device=device, seed=seed)
+
+    values = _eigenvalues(parts, route, dtype, device)
+    if refine and values[0] == 0.0 and values[-1] > 0.0:
+        route = "svd"
+        values = _eigenvalues(parts, route, dtype, device)
+    return ESD(values, M=M, N=N, pieces=values.size // M, route=f"{route}/{dtype}")
+
+
+def _pieces(matrix: Array, windows: Windows | None) -> list[Array]:
+    if windows is None:
+        return [matrix]
+    if matrix.ndim != 2:
+        raise UsageError("windows are taken from 2-D matrices only")
+    return [matrix[rows, columns] for rows, columns in windows.slices((matrix.shape[0], matrix.shape[1]))]
+
+
+def _eigenvalues(parts: list[Array], route: str, dtype: str, device: str) -> npt.NDArray[np.float64]:
+    """All eigenvalues of all parts, ascending, those below the resolution of their own part set to 0."""
+    solve = _solve_cpu if device == "cpu" else _solve_torch
+    pooled = [_resolved(solve(part, route, dtype, device), route, dtype, part.shape) for part in parts]
+    return np.sort(np.concatenate([values.ravel() for values in pooled]))
+
+
+def _resolved(values: npt.NDArray[np.float64], route: str, dtype: str, shape: tuple[int, ...]) -> Floats:
+    if not np.isfinite(values).all():
+        raise MatrixError("nan", "the matrix has NaN, infinite or overflowing entries")
+    eps = float(np.finfo(dtype).eps)
+    smallest = (max(shape[-2:]) * eps) ** 2 if route == "svd" else _SAFETY * eps
+    return np.where(values > smallest * values.max(axis=-1, keepdims=True), values, 0.0)
+
+
+def gram(matrix: npt.NDArray[Any], dtype: Precision = "float64") -> Floats:
+    """The smaller Gram matrix, (M, M), accumulated in `dtype` over blocks so that W is never copied whole."""
+    m, n = matrix.shape
+    tall = matrix if m >= n else matrix.T
+    N, M = tall.shape
+    rows = max(_CHUNK // M, M)
+    if rows >= N:
+        block = tall.astype(dtype, copy=False)
+        return block.T @ block
+    total = np.zeros((M, M), dtype=dtype)
+    for start in range(0, N, rows):
+        block = tall[start : start + rows].astype(dtype, copy=False)
+        total += block.T @ block
+    return total
+
+
+def _solve_cpu(matrix: Array, route: str, dtype: str, _device: str) -> npt.NDArray[np.float64]:
+    values = as_numpy(matrix)
+    if route == "svd":
+        _require_finite(values.sum(dtype=np.float64))
+        singular = np.linalg.svd(values.astype(dtype), compute_uv=False)
+        return np.sort(singular.astype(np.float64) ** 2)
+    if values.ndim == 3:
+        tall = values if values.shape[1] >= values.shape[2] else values.swapaxes(1, 2)
+        tall = tall.astype(dtype, copy=False)
+        grams = tall.swapaxes(1, 2) @ tall
+    else:
+        grams = gram(values, dtype)  # type: ignore[arg-type]
+    _require_finite(grams.sum(dtype=np.float64))
+    if grams.shape[-1] >= _TORCH_FROM:
+        import torch
+
+        return np.asarray(torch.linalg.eigvalsh(torch.from_numpy(grams)).double().numpy())
+    return np.linalg.eigvalsh(grams).astype(np.float64)
+
+
+def _solve_torch(matrix: Array, route: str, dtype: str, device: str) -> npt.NDArray[np.float64]:
+    import torch
+
+    kind = getattr(torch, dtype)
+    W = torch.as_tensor(matrix).to(device)
+    if route == "svd":
+        singular = torch.linalg.svdvals(W.to(kind))
+        _require_finite(float(singular.sum()))
+        return np.sort(singular.double().cpu().numpy() ** 2)
+    tall = W if W.shape[-2] >= W.shape[-1] else W.mT
+    rows = max(_CHUNK // tall.shape[-1], tall.shape[-1])
+    grams = torch.zeros((*tall.shape[:-2], tall.shape[-1], tall.shape[-1]), dtype=kind, device=W.device)
+    for start in range(0, tall.shape[-2], rows):
+        block = tall[..., start : start + rows, :].to(kind)
+        grams += block.mT @ block
+    _require_finite(float(grams.sum()))
+    if W.device.type == "mps":  # no eigensolver there yet
+        grams = grams.cpu()
+    return torch.linalg.eigvalsh(grams).double().cpu().numpy()
+
+
+def _require_finite(total: float) -> None:
+    if not np.isfinite(total):
+        raise MatrixError("nan", "the matrix has NaN, infinite or overflowing entries")
+
+
+def as_numpy(array: Array) -> npt.NDArray[Any]:
+    """`array` as NumPy, on the CPU; dtypes that NumPy lacks (bfloat16, float8) become float32."""
+    if isinstance(array, np.ndarray):
+        return array
+    tensor = array.detach().cpu()
+    if str(tensor.dtype) not in ("torch.float64", "torch.float32", "torch.float16"):
+        tensor = tensor.float()
+    return np.asarray(tensor.numpy())

@@ -1,0 +1,286 @@
+"""From one matrix to its row of numbers."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from htsr.errors import MatrixError, UsageError
+from htsr.spectra.alternatives import best_law, compare_laws, fit_truncated
+from htsr.spectra.bulk import fit_bulk, jensen_shannon_distance, permute_entries, tw_threshold
+from htsr.spectra.erg import erg
+from htsr.spectra.esd import ESD, LANCZOS_FROM, Array, Route, as_numpy, esd
+from htsr.spectra.metrics import LayerMetrics, Options
+from htsr.spectra.null import DRAWS, ShapeNull, shape_null
+from htsr.spectra.quality import quality
+from htsr.spectra.tail import FitMethod, PowerLawFit, bootstrap_alpha, fit_power_law
+
+Vector = npt.NDArray[np.float64]
+
+MIN_EIGENVALUES = 8  # with fewer there is no tail to speak of
+FEW_TAIL_POINTS = 50
+OVER_TRAINED = 2.0
+UNDER_TRAINED = 6.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row and the spectra it was computed from: (K,) ascending, None where there is none."""
+
+    row: LayerMetrics
+    eigenvalues: Vector | None = None
+    permuted: Vector | None = None
+
+
+def measure(load: Callable[[], Array], identity: LayerMetrics, options: Options) -> Measured:
+    """Fill in the numbers of one matrix.
+
+    Args:
+        load: returns the matrix, (m, n), or (pieces, m, n) to be pooled.
+        identity: a row with name, role and so on, whose numbers are still empty.
+        options: what to compute.
+
+    Returns:
+        The row with numbers; a matrix without a spectrum gets a status and a warning instead of an exception.
+    """
+    started = time.perf_counter()
+    try:
+        matrix = load()
+        spectrum = esd(
+            matrix,
+            route=options.route,
+            dtype=options.dtype,
+            device=options.device,
+            windows=options.windows,
+            seed=options.seed,
+        )
+        numbers, warnings = _numbers(spectrum, options)
+        permuted = None
+        if options.permuted and numbers["status"] != "zero":
+            extra, permuted = _permuted_numbers(matrix, spectrum, identity.name, options)
+            numbers.update(extra)
+    except MatrixError as problem:
+        return Measured(replace(identity, status=problem.status, warning=str(problem)))
+    except MemoryError:
+        why = "not enough memory to decompose it; the lanczos route needs less"
+        return Measured(replace(identity, status="failed", warning=why))
+    except (np.linalg.LinAlgError, RuntimeError) as problem:
+        return Measured(replace(identity, status="failed", warning=str(problem)))
+    notes = [identity.warning, *warnings] if identity.warning else warnings
+    row = replace(identity, **numbers, warning="; ".join(notes), seconds=time.perf_counter() - started)
+    return Measured(row, spectrum.eigenvalues, permuted)
+
+
+def _numbers(spectrum: ESD, options: Options) -> tuple[dict[str, Any], list[str]]:
+    values, positive = spectrum.eigenvalues, spectrum.positive
+    numbers: dict[str, Any] = {
+        "status": "ok",
+        "M": spectrum.M,
+        "N": spectrum.N,
+        "Q": spectrum.Q,
+        "pieces": spectrum.pieces,
+        "num_eigenvalues": values.size,
+        "route": spectrum.route,
+        "esd_error": spectrum.error,
+    }
+    if positive.size == 0:
+        return numbers | {"status": "zero", "matrix_rank": 0, "rank_loss": values.size, "norm": 0.0}, [
+            "all entries are zero"
+        ]
+    numbers |= scalar_metrics(values)
+    warnings = []
+    if values.size < MIN_EIGENVALUES:
+        return numbers | {"status": "tiny"}, [f"{values.size} eigenvalues, too few for a fit"]
+    try:
+        fit = fit_power_law(positive, options.fit, xmin=options.xmin, xmax=options.xmax)
+    except (MatrixError, UsageError) as problem:
+        return numbers | {"status": "degenerate"}, [str(problem)]
+    numbers |= _fit_numbers(fit, positive)
+    numbers |= _erg_numbers(values, fit)
+    warnings += _reading(numbers, spectrum)
+
+    if options.null and options.xmin is None and options.xmax is None and spectrum.M <= LANCZOS_FROM:
+        null = _null(spectrum.M, spectrum.N, spectrum.pieces, options.fit)
+        numbers |= {
+            "alpha_null": null.alpha,
+            "alpha_null_sd": null.sd,
+            "alpha_minus_null": fit.alpha - null.alpha,
+        }
+    if spectrum.replicates is not None:
+        numbers["alpha_error"] = _jackknife(spectrum.replicates, options)
+    if options.bootstrap:
+        numbers["alpha_low"], numbers["alpha_high"] = bootstrap_alpha(
+            positive,
+            options.fit,
+            resamples=options.bootstrap,
+            seed=options.seed,
+            xmin=options.xmin,
+            xmax=options.xmax,
+        )
+    if options.bulk:
+        bulk = fit_bulk(values, spectrum.M, spectrum.N, spectrum.pieces)
+        numbers |= {
+            "sigma_mp": bulk.sigma,
+            "lambda_plus": bulk.lambda_plus,
+            "lambda_minus": bulk.lambda_minus,
+            "bulk_threshold": bulk.threshold,
+            "num_spikes": bulk.num_spikes,
+            "mp_softrank": bulk.mp_softrank,
+            "mp_distance": bulk.distance,
+        }
+    if options.alternatives:
+        numbers |= _alternative_numbers(positive, fit)
+    if options.quality and numbers["erg_num"]:
+        estimates = quality(values, numbers["erg_num"], fit.alpha)
+        numbers |= {
+            "quality_tail_norm": estimates.tail_norm,
+            "quality_log": estimates.log,
+            "quality_schatten": estimates.schatten,
+            "quality_cumulant": estimates.cumulant,
+        }
+    return numbers, warnings
+
+
+def scalar_metrics(eigenvalues: Vector) -> dict[str, float | int | None]:
+    """Norms, ranks and entropy of an ESD (K,) that is not all zero: SCIENCE's "other per-matrix metrics"."""
+    positive = eigenvalues[eigenvalues > 0]
+    total, largest, rank = float(positive.sum()), float(positive[-1]), int(positive.size)
+    p = positive / total
+    return {
+        "norm": total,
+        "log_norm": float(np.log10(total)),
+        "spectral_norm": largest,
+        "log_spectral_norm": float(np.log10(largest)),
+        "lambda_max": largest,
+        "stable_rank": total / largest,
+        "entropy": float(-(p * np.log(p)).sum() / np.log(rank)) if rank > 1 else None,
+        "matrix_rank": rank,
+        "rank_loss": int(eigenvalues.size - rank),
+    }
+
+
+def _fit_numbers(fit: PowerLawFit, positive: Vector) -> dict[str, Any]:
+    log = np.log10(positive)
+    return {
+        "alpha": fit.alpha,
+        "sigma": fit.sigma,
+        "D": fit.D,
+        "lambda_min": fit.lambda_min,
+        "num_pl_tail": fit.num_tail,
+        "fit": fit.method,
+        "num_fingers": fit.num_fingers if fit.method == "clip_xmax" else None,
+        "alpha_hat": fit.alpha * float(log[-1]),
+        "log_alpha_norm": fit.alpha * float(log[-1]) + float(np.log10((10.0 ** (fit.alpha * (log - log[-1]))).sum())),
+    }
+
+
+def _erg_numbers(values: Vector, fit: PowerLawFit) -> dict[str, Any]:
+    condition = erg(values, fit.lambda_min)
+    numbers = {
+        "trace_log": condition.trace_log,
+        "erg_num": condition.num,
+        "lambda_erg": condition.lambda_erg,
+        "lambda_erg_rescaled": condition.lambda_erg_rescaled,
+        "delta_lambda_min": condition.delta_lambda_min,
+        "log_lambda_ratio": condition.log_lambda_ratio,
+        "erg_gap": condition.gap,
+        "erg_gap_fraction": condition.gap_fraction,
+        "erg_logdet": condition.logdet,
+        "erg_crossing": condition.crossing,
+    }
+    return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in numbers.items()}
+
+
+def _reading(numbers: dict[str, Any], spectrum: ESD) -> list[str]:
+    """What a reader of this row should be careful about, in a word each.
+
+    ============== ==================================================================================
+    random-like    no eigenvalue above the Marchenko-Pastur edge of a matrix with the same variance
+    over-trained   α < 2
+    under-trained  α > 6
+    short tail     fewer than 50 eigenvalues in the tail
+    rank-deficient eigenvalues below the route's resolution
+    no ERG         the trace-log condition has no crossing
+    approximate    Lanczos route; see esd_error and alpha_error
+    ============== ==================================================================================
+    """
+    found = []
+    variance = numbers["norm"] / (spectrum.pieces * spectrum.M * spectrum.N)
+    if numbers["lambda_max"] <= tw_threshold(variance**0.5, spectrum.M, spectrum.N, spectrum.pieces):
+        found.append("random-like")
+    if numbers["alpha"] < OVER_TRAINED:
+        found.append("over-trained")
+    elif numbers["alpha"] > UNDER_TRAINED:
+        found.append("under-trained")
+    if numbers["num_pl_tail"] < FEW_TAIL_POINTS:
+        found.append("short tail")
+    if numbers["rank_loss"]:
+        found.append("rank-deficient")
+    if not numbers["erg_crossing"]:
+        found.append("no ERG")
+    if spectrum.error is not None:
+        found.append("approximate")
+    return found
+
+
+@lru_cache(maxsize=512)
+def _null(M: int, N: int, pieces: int, method: FitMethod) -> ShapeNull:
+    draws = 4 if method.startswith("hill") else int(np.clip(DRAWS * (2048 / (M * pieces)) ** 2, 4, DRAWS))
+    return shape_null(M, N, pieces, lambda values: fit_power_law(values, method).alpha, draws=draws)
+
+
+def _jackknife(replicates: Vector, options: Options) -> float:
+    alphas = np.array([fit_power_law(v, options.fit, xmin=options.xmin, xmax=options.xmax).alpha for v in replicates])
+    n = alphas.size
+    return float(((n - 1) / n * ((alphas - alphas.mean()) ** 2).sum()) ** 0.5)
+
+
+def _alternative_numbers(positive: Vector, fit: PowerLawFit) -> dict[str, Any]:
+    tail = positive[(positive >= fit.lambda_min) & (positive <= fit.lambda_max)]
+    laws = compare_laws(tail)
+    truncated = laws["truncated_power_law"]
+    peaked = fit_power_law(positive, "fix_fingers")
+    e_alpha, e_Lambda = fit_truncated(positive[positive >= peaked.lambda_min])
+    numbers: dict[str, Any] = {
+        "best_law": best_law(laws),
+        "tpl_alpha": truncated.parameters["alpha"],
+        "tpl_Lambda": truncated.parameters["Lambda"] / fit.lambda_min,
+        "e_tpl_alpha": e_alpha,
+        "e_tpl_Lambda": e_Lambda,
+    }
+    for law, comparison in laws.items():
+        short = "tpl" if law == "truncated_power_law" else law
+        numbers |= {f"{short}_R": comparison.R, f"{short}_p": comparison.p}
+    return numbers
+
+
+def _permuted_numbers(matrix: Array, spectrum: ESD, name: str, options: Options) -> tuple[dict[str, Any], Vector]:
+    """Traps, distance to random and mean shift; the permutation is seeded by the matrix's name.
+
+    The permuted spectrum has no tail to fit: float32 is enough for it.
+    """
+    values = as_numpy(matrix)
+    noise = permute_entries(values, (options.seed, zlib.crc32(name.encode())))
+    route: Route = "lanczos" if spectrum.error is not None else "gram"
+    other = esd(noise, route=route, dtype="float32", device=options.device, windows=options.windows)
+    bulk = fit_bulk(other.eigenvalues, other.M, other.N, other.pieces)
+    mean = float(values.mean(dtype=np.float64))
+    if options.windows is None:
+        sd = max(float(spectrum.eigenvalues.sum()) / values.size - mean**2, 0.0) ** 0.5
+    else:
+        sd = float(values.std(dtype=np.float64))
+    return {
+        "num_traps": bulk.num_spikes,
+        "max_rand_eval": float(other.eigenvalues[-1]),
+        "rand_threshold": bulk.threshold,
+        "rand_distance": jensen_shannon_distance(spectrum.eigenvalues, other.eigenvalues),
+        "mean_shift": abs(mean) / sd if sd > 0 else None,
+        "mean_shift_threshold": float(spectrum.N * spectrum.M) ** -0.25,
+    }, other.eigenvalues

@@ -1,0 +1,237 @@
+"""Every number of one weight matrix: what can be asked for (`Options`) and the row it gives (`LayerMetrics`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from htsr.errors import UsageError
+from htsr.spectra.esd import Precision, Route, Windows
+from htsr.spectra.tail import FitMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is computed for each matrix, and how.
+
+    Attributes:
+        fit: how λ_min is chosen (`htsr.spectra.tail`).
+        xmin: λ_min by hand, in units of the eigenvalues.
+        xmax: eigenvalues above it are left out of the fit.
+        route: how eigenvalues are computed (`htsr.spectra.esd`).
+        dtype: precision of that computation.
+        device: where it runs.
+        windows: FARMS windows.
+        null: compare α with its shape null (`htsr.spectra.null`).
+        bulk: fit the Marchenko-Pastur bulk and count spikes.
+        permuted: decompose the permuted matrix too: traps, distance to random.
+        alternatives: compare the power law with other laws.
+        quality: SETOL's (experimental) quality estimates.
+        bootstrap: resamples of the bootstrap interval of α; 0 for none.
+        seed: of everything random: permutation, bootstrap, probes, null.
+    """
+
+    fit: FitMethod = "ks"
+    xmin: float | None = None
+    xmax: float | None = None
+    route: Route = "auto"
+    dtype: Precision = "auto"
+    device: str = "cpu"
+    windows: Windows | None = None
+    null: bool = True
+    bulk: bool = False
+    permuted: bool = False
+    alternatives: bool = False
+    quality: bool = False
+    bootstrap: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bootstrap < 0:
+            raise UsageError(f"bootstrap is a number of resamples, not {self.bootstrap}")
+        for name in ("xmin", "xmax"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < np.inf:
+                raise UsageError(f"{name} is an eigenvalue, a positive number, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMetrics:
+    """The numbers of one weight matrix. None where a number was not asked for or has no meaning.
+
+    λ are eigenvalues of the smaller Gram matrix, K of them, M ≤ N the sides of the matrix; logarithms named `log` are
+    to base 10, as in the reference tools. `trace_log`, `log_lambda_ratio` and `erg_logdet` use natural ones.
+
+    Attributes:
+        name: the matrix, as the checkpoint names it, with ``[q]``, ``[3]`` … for a part of a fused tensor.
+        role: what it does: ``embed``, ``attn.q``, ``mlp.up``, ``conv`` … (`htsr.matrices.roles`).
+        block: index of its transformer block or stage.
+        kind: ``linear``, ``embedding``, ``conv``, ``expert``, ``adapter``.
+        stored: dtype it is stored in.
+        rows: first dimension of the matrix (out).
+        columns: second dimension (in).
+        M: smaller side of what was decomposed (of a window, if windowed).
+        N: larger side.
+        Q: aspect ratio N/M.
+        pieces: matrices whose eigenvalues are pooled (kernel offsets, windows).
+        num_eigenvalues: K = M · pieces.
+        status: ``ok``, or why there is no fit.
+        warning: what to be careful about.
+        alpha: power-law exponent α of the ESD's tail.
+        sigma: its standard error (α-1)/√n.
+        D: Kolmogorov-Smirnov distance of the fit.
+        lambda_min: where the tail begins.
+        num_pl_tail: eigenvalues in the tail.
+        fit: method that chose λ_min.
+        num_fingers: top eigenvalues that ``clip_xmax`` dropped.
+        alpha_low: lower bound of the 95 % bootstrap interval of α.
+        alpha_high: upper bound.
+        alpha_error: standard error of α from the probes of the Lanczos route.
+        alpha_null: α of pure noise of the same shape under the same fit, median.
+        alpha_null_sd: its standard deviation.
+        alpha_minus_null: α - alpha_null.
+        trace_log: mean of ln λ̃ over the power-law tail, the primary ERG number; 0 is ideal.
+        erg_num: eigenvalues in the effective correlation space.
+        lambda_erg: smallest of them.
+        lambda_erg_rescaled: the same with mean λ = 1.
+        delta_lambda_min: λ̃_min - λ̃_ERG.
+        log_lambda_ratio: ln(λ_min / λ_ERG).
+        erg_gap: erg_num - num_pl_tail.
+        erg_gap_fraction: erg_gap / K.
+        erg_logdet: Σ ln λ̃ over the power-law tail.
+        erg_crossing: whether the trace-log condition can be met at all.
+        norm: ‖W‖_F² = Σλ.
+        log_norm: log10 of it.
+        spectral_norm: λ_max, the squared largest singular value.
+        log_spectral_norm: log10 λ_max.
+        lambda_max: λ_max.
+        alpha_hat: α·log10 λ_max, with raw eigenvalues.
+        log_alpha_norm: log10 Σ λ^α.
+        stable_rank: Σλ / λ_max.
+        entropy: -Σ p ln p / ln(rank), p = λ/Σλ.
+        matrix_rank: eigenvalues above the route's resolution.
+        rank_loss: K - matrix_rank.
+        sigma_mp: standard deviation of the entries of the Marchenko-Pastur bulk.
+        lambda_plus: its upper edge.
+        lambda_minus: its lower edge.
+        bulk_threshold: what a spike must exceed: the Tracy-Widom 99 % quantile of a pure-noise matrix.
+        num_spikes: eigenvalues that do.
+        mp_softrank: lambda_plus / λ_max.
+        mp_distance: Kolmogorov-Smirnov distance between the bulk and the Marchenko-Pastur law.
+        num_traps: correlation traps: spikes of the permuted matrix.
+        max_rand_eval: its largest eigenvalue.
+        rand_threshold: what its spikes exceed.
+        rand_distance: Jensen-Shannon distance between the ESDs of W and of the permuted W.
+        mean_shift: |mean W| / standard deviation of W.
+        mean_shift_threshold: above it the mean alone makes a trap, (N·M)^(-1/4).
+        best_law: ``power_law`` or the law that is significantly better on the same tail.
+        tpl_alpha: α of the truncated power law on the same tail.
+        tpl_Lambda: its cut-off rate Λ, 1/λ units.
+        tpl_R: log-likelihood ratio, power law against truncated; negative favours the truncated one.
+        tpl_p: significance of it.
+        exponential_R: power law against exponential.
+        exponential_p: significance.
+        stretched_exponential_R: power law against stretched exponential.
+        stretched_exponential_p: significance.
+        lognormal_R: power law against lognormal.
+        lognormal_p: significance.
+        e_tpl_alpha: α of the extended truncated power law (tail of ``fix_fingers``).
+        e_tpl_Lambda: its cut-off rate.
+        quality_tail_norm: experimental, see `htsr.spectra.quality`, as the next three.
+        quality_log: inverse Marchenko-Pastur form.
+        quality_schatten: Lévy-Wigner form.
+        quality_cumulant: free-cumulant form.
+        route: how the eigenvalues were computed, and in which precision.
+        esd_error: standard error of the distribution function, where the route is approximate.
+        seconds: time spent on this matrix.
+    """
+
+    name: str
+    role: str = "other"
+    block: int | None = None
+    kind: str = "linear"
+    stored: str | None = None
+    rows: int | None = None
+    columns: int | None = None
+    M: int | None = None
+    N: int | None = None
+    Q: float | None = None
+    pieces: int | None = None
+    num_eigenvalues: int | None = None
+    status: str = "ok"
+    warning: str = ""
+    alpha: float | None = None
+    sigma: float | None = None
+    D: float | None = None
+    lambda_min: float | None = None
+    num_pl_tail: int | None = None
+    fit: str | None = None
+    num_fingers: int | None = None
+    alpha_low: float | None = None
+    alpha_high: float | None = None
+    alpha_error: float | None = None
+    alpha_null: float | None = None
+    alpha_null_sd: float | None = None
+    alpha_minus_null: float | None = None
+    trace_log: float | None = None
+    erg_num: int | None = None
+    lambda_erg: float | None = None
+    lambda_erg_rescaled: float | None = None
+    delta_lambda_min: float | None = None
+    log_lambda_ratio: float | None = None
+    erg_gap: int | None = None
+    erg_gap_fraction: float | None = None
+    erg_logdet: float | None = None
+    erg_crossing: bool | None = None
+    norm: float | None = None
+    log_norm: float | None = None
+    spectral_norm: float | None = None
+    log_spectral_norm: float | None = None
+    lambda_max: float | None = None
+    alpha_hat: float | None = None
+    log_alpha_norm: float | None = None
+    stable_rank: float | None = None
+    entropy: float | None = None
+    matrix_rank: int | None = None
+    rank_loss: int | None = None
+    sigma_mp: float | None = None
+    lambda_plus: float | None = None
+    lambda_minus: float | None = None
+    bulk_threshold: float | None = None
+    num_spikes: int | None = None
+    mp_softrank: float | None = None
+    mp_distance: float | None = None
+    num_traps: int | None = None
+    max_rand_eval: float | None = None
+    rand_threshold: float | None = None
+    rand_distance: float | None = None
+    mean_shift: float | None = None
+    mean_shift_threshold: float | None = None
+    best_law: str | None = None
+    tpl_alpha: float | None = None
+    tpl_Lambda: float | None = None
+    tpl_R: float | None = None
+    tpl_p: float | None = None
+    exponential_R: float | None = None
+    exponential_p: float | None = None
+    stretched_exponential_R: float | None = None
+    stretched_exponential_p: float | None = None
+    lognormal_R: float | None = None
+    lognormal_p: float | None = None
+    e_tpl_alpha: float | None = None
+    e_tpl_Lambda: float | None = None
+    quality_tail_norm: float | None = None
+    quality_log: float | None = None
+    quality_schatten: float | None = None
+    quality_cumulant: float | None = None
+    route: str | None = None
+    esd_error: float | None = None
+    seconds: float | None = None
+
+
+NUMERIC = tuple(
+    f.name
+    for f in fields(LayerMetrics)
+    if any(kind in str(f.type) for kind in ("int", "float", "bool")) and f.name not in ("block",)
+)

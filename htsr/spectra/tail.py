@@ -1,0 +1,259 @@
+"""Power-law fits of the tail of an ESD.
+
+The model is the continuous power law p(λ) ∝ λ^(-α) for λ ≥ λ_min. For a tail of n eigenvalues λ_i ≤ … ≤ λ_j ≤ … the
+maximum-likelihood exponent, its standard error and the Kolmogorov-Smirnov distance are
+
+    α(i) = 1 + n / Σ_{j≥i} ln(λ_j/λ_i)
+    σ(i) = (α(i) - 1) / √n
+    D(i) = max_{j≥i} | 1 - (λ_j/λ_i)^(1-α(i)) - (j-i)/n |
+
+with the one-sided empirical CDF (j-i)/n, as WeightWatcher has it (`powerlaw` takes the larger of both sides).
+The methods differ in the choice of λ_min.
+
+=============== ==================================================================================================
+``ks``          the λ_min of smallest D (Clauset, Shalizi & Newman 2009); the default of the analyzer
+``hill``        λ_min at index ⌊K/2⌋, the median; the default of LLR, as its code has it: n counts the zero term
+``hill_paper``  1 + k/Σ_{i≤k} ln(λ_{K-i+1}/λ_{K-k}), k = ⌊K/2⌋: the classical Hill estimator, as LLR's text has it
+``fix_fingers`` as ``ks``, λ_min restricted to [0.95, 1.5] times the peak of the histogram of log10 λ (100 bins)
+``clip_xmax``   as ``ks`` after dropping the fewest (at most 10) top eigenvalues that make α fall by more than 1
+=============== ==================================================================================================
+
+Sources: SETOL (arXiv 2507.17912); HT-SR (Martin & Mahoney, JMLR 2021); LLR (arXiv 2605.22297).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from htsr.errors import MatrixError, UsageError
+
+FitMethod: TypeAlias = Literal["ks", "hill", "hill_paper", "fix_fingers", "clip_xmax"]
+Vector: TypeAlias = npt.NDArray[np.float64]
+
+MAX_FINGERS = 10
+FINGER_DROP = 1.0
+PEAK_BINS = 100
+PEAK_WINDOW = (0.95, 1.5)
+_ROWS = 64  # tails whose D is computed together
+
+
+@dataclass(frozen=True)
+class PowerLawFit:
+    """A power law fitted to the tail of an ESD.
+
+    Attributes:
+        alpha: exponent α of p(λ) ∝ λ^(-α).
+        sigma: standard error of α, (α-1)/√n.
+        D: Kolmogorov-Smirnov distance between the tail and the fit.
+        lambda_min: where the tail begins, in units of the eigenvalues.
+        lambda_max: where it ends.
+        num_tail: eigenvalues in the tail, n.
+        num_fingers: top eigenvalues dropped by ``clip_xmax``.
+        method: how λ_min was chosen; ``fixed`` where it was given.
+    """
+
+    alpha: float
+    sigma: float
+    D: float
+    lambda_min: float
+    lambda_max: float
+    num_tail: int
+    method: str
+    num_fingers: int = 0
+
+
+@dataclass(frozen=True)
+class TailScan:
+    """α and D of the tail that begins at each of the K-1 first eigenvalues; D is 1 where no exponent exists."""
+
+    eigenvalues: Vector
+    alpha: Vector
+    D: Vector
+
+    def fit(self, start: int, method: str) -> PowerLawFit:
+        """The fit whose tail begins at ascending index `start`."""
+        n = self.eigenvalues.size - start
+        alpha = float(self.alpha[start])
+        return PowerLawFit(
+            alpha=alpha,
+            sigma=(alpha - 1) / n**0.5,
+            D=float(self.D[start]),
+            lambda_min=float(self.eigenvalues[start]),
+            lambda_max=float(self.eigenvalues[-1]),
+            num_tail=n,
+            method=method,
+        )
+
+
+def fit_power_law(
+    eigenvalues: npt.ArrayLike,
+    method: FitMethod = "ks",
+    *,
+    xmin: float | None = None,
+    xmax: float | None = None,
+) -> PowerLawFit:
+    """Fit a power law to the tail of `eigenvalues`.
+
+    Args:
+        eigenvalues: (K,) in any order; those that are not positive are left out.
+        method: how λ_min is chosen, see the module's text.
+        xmin: λ_min by hand: the tail is λ ≥ xmin, whatever the method.
+        xmax: eigenvalues above it are left out of the fit.
+
+    Raises:
+        MatrixError: fewer than two distinct positive eigenvalues (status ``degenerate``).
+        UsageError: unknown method, or an xmin that leaves fewer than two distinct eigenvalues.
+    """
+    if method not in get_args(FitMethod):
+        raise UsageError(f"unknown fit {method!r}: {', '.join(get_args(FitMethod))}")
+    values = np.sort(np.asarray(eigenvalues, dtype=np.float64).ravel())
+    values = values[values > 0]
+    if xmax is not None:
+        values = values[values <= xmax]
+    if values.size < 2 or not values[0] < values[-1]:
+        raise MatrixError("degenerate", "fewer than 2 distinct positive eigenvalues, nothing to fit")
+
+    if xmin is not None:
+        tail = values[values >= xmin]
+        if tail.size < 2 or not tail[0] < tail[-1]:
+            raise UsageError(f"fewer than 2 distinct eigenvalues lie above xmin = {xmin:g}")
+        return _fit_at(tail, 0, "fixed")
+    if method == "hill":
+        return _fit_at(values, _nearest_distinct(values, values.size // 2), method)
+    if method == "hill_paper":
+        return _hill_paper(values)
+    if method == "clip_xmax":
+        return _clip_xmax(values)
+    scan = scan_tails(values)
+    if method == "fix_fingers":
+        peak = histogram_peak(values)
+        inside = (values[:-1] >= PEAK_WINDOW[0] * peak) & (values[:-1] <= PEAK_WINDOW[1] * peak)
+        if inside.any():
+            return scan.fit(int(np.argmin(np.where(inside, scan.D, np.inf))), method)
+    return scan.fit(int(np.argmin(scan.D)), method)
+
+
+def scan_tails(eigenvalues: Vector) -> TailScan:
+    """α and D of every tail of at least two eigenvalues.
+
+    Args:
+        eigenvalues: (K,) positive, ascending, not all equal.
+    """
+    log = np.log(eigenvalues)
+    log -= log[-1]  # α depends on ratios only; small numbers keep the sums exact
+    K = log.size
+    n = K - np.arange(K - 1, dtype=np.float64)
+    spread = np.cumsum(log[::-1])[::-1][:-1] - n * log[:-1]
+    defined = spread > 1e-12 * n
+    alpha = np.full(K - 1, np.inf)
+    np.divide(n, spread, out=alpha, where=defined)
+    alpha += 1.0
+    decay = np.where(defined, 1.0 - alpha, 0.0)
+
+    D = np.empty(K - 1)
+    for first in range(0, K - 1, _ROWS):
+        last = min(first + _ROWS, K - 1)
+        gap = log[None, first:] - log[first:last, None]
+        gap *= decay[first:last, None]
+        np.exp(np.minimum(gap, 0.0, out=gap), out=gap)  # above 0 only left of the tail
+        rank = np.arange(K - first, dtype=np.float64)[None] - np.arange(last - first, dtype=np.float64)[:, None]
+        gap += rank / n[first:last, None] - 1.0
+        np.abs(gap, out=gap)
+        gap[rank < 0] = 0.0
+        D[first:last] = gap.max(axis=1)
+    D[~defined] = 1.0
+    return TailScan(eigenvalues, alpha, D)
+
+
+def _fit_at(values: Vector, start: int, method: str) -> PowerLawFit:
+    """Exponent and distance of one given tail, without the scan."""
+    tail = values[start:]
+    ratio = np.log(tail / tail[0])
+    n = tail.size
+    alpha = 1.0 + n / ratio.sum()
+    D = np.abs(1.0 - np.exp((1.0 - alpha) * ratio) - np.arange(n) / n).max()
+    return PowerLawFit(float(alpha), float((alpha - 1) / n**0.5), float(D), float(tail[0]), float(tail[-1]), n, method)
+
+
+def _hill_paper(values: Vector) -> PowerLawFit:
+    k = values.size // 2
+    start = _nearest_distinct(values, values.size - k - 1)
+    k = values.size - start - 1
+    fit = _fit_at(values, start, "hill_paper")
+    alpha = 1.0 + (fit.alpha - 1.0) * k / (k + 1)
+    ratio = np.log(values[start + 1 :] / values[start])
+    D = float(np.abs(1.0 - np.exp((1.0 - alpha) * ratio) - np.arange(k) / k).max())
+    return replace(fit, alpha=alpha, sigma=(alpha - 1) / k**0.5, D=D, num_tail=k)
+
+
+def _nearest_distinct(values: Vector, start: int) -> int:
+    """`start`, or the last index below it whose tail is not all equal."""
+    return min(start, int(np.searchsorted(values, values[-1])) - 1)
+
+
+def _clip_xmax(values: Vector) -> PowerLawFit:
+    def best(dropped: int) -> PowerLawFit | None:
+        kept = values[: values.size - dropped]
+        if kept.size < 2 or not kept[0] < kept[-1]:
+            return None
+        scan = scan_tails(kept)
+        return replace(scan.fit(int(np.argmin(scan.D)), "clip_xmax"), num_fingers=dropped)
+
+    whole = best(0)
+    assert whole is not None  # the caller has seen two distinct values
+    for dropped in range(1, MAX_FINGERS + 1):
+        clipped = best(dropped)
+        if clipped is None:
+            break
+        if clipped.alpha < whole.alpha - FINGER_DROP:
+            return clipped
+    return whole
+
+
+def histogram_peak(eigenvalues: Vector, bins: int = PEAK_BINS) -> float:
+    """Lower edge of the fullest of `bins` equal bins of log10 λ, as an eigenvalue."""
+    counts, edges = np.histogram(np.log10(eigenvalues), bins=bins)
+    return float(10 ** edges[np.argmax(counts)])
+
+
+def bootstrap_alpha(
+    eigenvalues: npt.ArrayLike,
+    method: FitMethod = "ks",
+    *,
+    resamples: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
+    **fit: Any,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of α: eigenvalues are resampled, λ_min is chosen anew each time.
+
+    Eigenvalues of one matrix repel each other and so are less variable than an independent sample: the interval
+    errs on the wide side, and shows how far α depends on the choice of λ_min.
+
+    Args:
+        eigenvalues: (K,).
+        method: see `fit_power_law`; its keywords pass through.
+        resamples: bootstrap samples.
+        level: probability inside the interval.
+        seed: of the resampling.
+
+    Returns:
+        Lower and upper bound of α.
+    """
+    values = np.asarray(eigenvalues, dtype=np.float64).ravel()
+    values = values[values > 0]
+    random = np.random.default_rng(seed)
+    alphas = []
+    for _ in range(resamples):
+        try:
+            alphas.append(fit_power_law(random.choice(values, values.size), method, **fit).alpha)
+        except (MatrixError, UsageError):  # a resample of equal values
+            continue
+    if not alphas:
+        raise MatrixError("degenerate", "no bootstrap sample has 2 distinct eigenvalues")
+    low, high = np.quantile(alphas, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
