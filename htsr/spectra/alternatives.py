@@ -135,7 +135,7 @@ def fit_truncated(tail: npt.ArrayLike) -> tuple[float, float]:
     bounds = [(-20.0, 60.0), (np.log(1e-12), np.log(50.0))]
     starts = [(power, np.log(1e-3 / mean)), (power / 2, np.log(1 / mean))]
     best = min((minimize(loss, start, method="L-BFGS-B", bounds=bounds) for start in starts), key=lambda r: r.fun)
-    if best.fun >= power * mean_log - np.log(power - 1):  # no better than the power law, which has Λ = 0
+    if best.fun >= power * mean_log - np.log(power - 1) - 1e-7:  # no better than the power law, which has Λ = 0
         return float(power), 0.0
     return float(best.x[0]), float(np.exp(best.x[1]) / unit)
 

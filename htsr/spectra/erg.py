@@ -57,7 +57,7 @@ def erg(eigenvalues: npt.NDArray[np.float64], lambda_min: float) -> ERG:
     """
     K = eigenvalues.size
     positive = eigenvalues[eigenvalues > 0]
-    scale = K / positive.sum()
+    scale = K / float(positive.sum())
     descending = positive[::-1] * scale
     running = np.cumsum(np.log(descending))
     tail = int(np.count_nonzero(positive >= lambda_min))

@@ -240,8 +240,8 @@ def _solve_torch(matrix: Array, route: str, dtype: str, device: str) -> npt.NDAr
     kind = getattr(torch, dtype)
     W = torch.as_tensor(matrix).to(device)
     if route == "svd":
+        _require_finite(float(W.to(kind).sum()))
         singular = torch.linalg.svdvals(W.to(kind))
-        _require_finite(float(singular.sum()))
         return np.sort(singular.double().cpu().numpy() ** 2)
     tall = W if W.shape[-2] >= W.shape[-1] else W.mT
     rows = max(_CHUNK // tall.shape[-1], tall.shape[-1])

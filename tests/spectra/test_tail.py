@@ -1,0 +1,162 @@
+import numpy as np
+import powerlaw
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from htsr.errors import MatrixError, UsageError
+from htsr.spectra.esd import esd
+from htsr.spectra.tail import bootstrap_alpha, fit_power_law, histogram_peak, scan_tails
+from tests.reference import statistics as plain
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def pareto(random, size, alpha, xmin=1.0):
+    return xmin * (1 - random.random(size)) ** (-1 / (alpha - 1))
+
+
+def body_and_tail(random, size=400, alpha=2.5):
+    """Half a power law above 1, half a uniform body below."""
+    return np.concatenate([random.random(size // 2), pareto(random, size // 2, alpha)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(2, 150), st.floats(1.2, 6.0))
+def test_ks_is_the_plain_scan(seed, size, alpha):
+    values = pareto(np.random.default_rng(seed), size, alpha)
+    fit = fit_power_law(values)
+    expected = plain.ks_fit(values)
+    assert (fit.alpha, fit.D, fit.lambda_min, fit.num_tail) == pytest.approx(expected, rel=1e-9)
+
+
+def test_scan_spans_several_blocks_of_tails(random):
+    values = np.sort(body_and_tail(random, 500))
+    scan = scan_tails(values)
+    for start in (0, 63, 64, 65, 300, 498):
+        alpha = plain.tail_exponent(values[start:])
+        assert scan.alpha[start] == pytest.approx(alpha, rel=1e-10)
+        assert scan.D[start] == pytest.approx(plain.one_sided_distance(values[start:], alpha), rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["hill", "hill_paper"])
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, size=st.integers(4, 200))
+def test_hill_is_its_formula(method, seed, size):
+    values = np.random.default_rng(seed).lognormal(size=size)
+    assert fit_power_law(values, method).alpha == pytest.approx(getattr(plain, method)(values), rel=1e-10)
+
+
+@pytest.mark.parametrize(("method", "expected"), [("hill", 2.119), ("hill_paper", 2.112)])
+def test_hill_of_a_gaussian_matrix_has_the_published_value(random, method, expected):
+    values = esd(random.standard_normal((768, 768))).positive
+    assert fit_power_law(values, method).alpha == pytest.approx(expected, abs=0.02)
+
+
+def test_given_xmin_agrees_with_the_powerlaw_package(random):
+    values = body_and_tail(random)
+    ours = fit_power_law(values, xmin=1.5)
+    theirs = powerlaw.Fit(values, xmin=1.5, verbose=False).power_law
+    assert ours.alpha == pytest.approx(theirs.alpha, rel=1e-9)
+    assert ours.sigma == pytest.approx(theirs.sigma, rel=1e-9)
+    # powerlaw takes the larger of both sides of the empirical CDF, which differ by 1/n
+    assert ours.D <= theirs.D + 1e-9 <= ours.D + 1 / ours.num_tail + 2e-9
+
+
+@pytest.mark.parametrize("alpha", [1.6, 2.0, 2.5, 4.0])
+def test_alpha_is_unbiased_and_sigma_covers(random, alpha):
+    runs = 500
+    fits = [fit_power_law(pareto(random, 400, alpha), xmin=1.0) for _ in range(runs)]
+    z = np.array([(fit.alpha - alpha) / fit.sigma for fit in fits])
+    assert abs(z.mean()) < 4 / runs**0.5
+    assert z.std() == pytest.approx(1.0, abs=0.15)
+    assert np.mean(np.abs(z) < 1.96) == pytest.approx(0.95, abs=0.04)
+
+
+def test_ks_finds_where_the_tail_begins(random):
+    fits = [fit_power_law(body_and_tail(random, 2000, alpha=2.5)) for _ in range(40)]
+    assert np.mean([fit.alpha for fit in fits]) == pytest.approx(2.5, abs=0.06)
+    assert np.median([fit.lambda_min for fit in fits]) == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.parametrize("method", ["ks", "hill", "hill_paper", "fix_fingers", "clip_xmax"])
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, exponent=st.integers(-12, 12))
+def test_scale_changes_nothing_but_the_unit(method, seed, exponent):
+    values = body_and_tail(np.random.default_rng(seed), 120)
+    # a power of ten moves the histogram of log10 λ by whole units
+    fit, scaled = (fit_power_law(v, method) for v in (values, values * 10.0**exponent))
+    assert (scaled.alpha, scaled.D, scaled.num_tail) == pytest.approx((fit.alpha, fit.D, fit.num_tail), rel=1e-6)
+    assert scaled.lambda_min == pytest.approx(fit.lambda_min * 10.0**exponent, rel=1e-9)
+
+
+def test_fix_fingers_stays_at_the_peak(random):
+    values = np.sort(random.lognormal(0.0, 1.0, 2000))
+    peak = histogram_peak(values)
+    fit = fit_power_law(values, "fix_fingers")
+    assert 0.95 * peak <= fit.lambda_min <= 1.5 * peak
+    scan = scan_tails(values)
+    inside = (values[:-1] >= 0.95 * peak) & (values[:-1] <= 1.5 * peak)
+    assert scan.D[inside].min() == fit.D
+
+
+def test_clip_xmax_drops_the_fewest_that_free_the_tail():
+    # a flat body under a finger of 9 eigenvalues that is a perfect, very steep power law of its own
+    values = np.concatenate([np.linspace(1, 2, 60), 6 * (1 - np.arange(9) / 9) ** (-1 / 60)])
+    alphas = [fit_power_law(values[: values.size - k]).alpha for k in range(11)]
+    fewest = next(k for k in range(1, 11) if alphas[k] < alphas[0] - 1)
+    fit = fit_power_law(values, "clip_xmax")
+    assert fewest == 3
+    assert alphas[0] > 20
+    assert (fit.num_fingers, fit.alpha) == (fewest, alphas[fewest])
+    assert fit.lambda_max == values[-1 - fewest]
+
+
+def test_clip_xmax_leaves_a_clean_tail_alone(random):
+    values = pareto(random, 300, 2.5)
+    assert fit_power_law(values, "clip_xmax").alpha == fit_power_law(values, "ks").alpha
+    assert fit_power_law(values, "clip_xmax").num_fingers == 0
+
+
+def test_xmin_and_xmax_by_hand(random):
+    values = body_and_tail(random)
+    fit = fit_power_law(values, xmin=2.0, xmax=50.0)
+    kept = np.sort(values[(values >= 2.0) & (values <= 50.0)])
+    assert fit.num_tail == kept.size
+    assert fit.lambda_max == kept[-1]
+    assert fit.lambda_min == 2.0
+    assert fit.alpha == pytest.approx(1 + kept.size / np.log(kept / 2.0).sum())
+    assert fit.method == "fixed"
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [2.0, 2.0, 2.0], [0.0, -1.0, 3.0], [0.0] * 5])
+def test_nothing_to_fit_is_said(values):
+    with pytest.raises(MatrixError, match="fewer than 2 distinct") as caught:
+        fit_power_law(values)
+    assert caught.value.status == "degenerate"
+
+
+@pytest.mark.parametrize("method", ["ks", "hill", "hill_paper", "fix_fingers", "clip_xmax"])
+def test_ties_do_not_divide_by_zero(method):
+    fit = fit_power_law([1.0, 2.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0], method)
+    assert np.isfinite(fit.alpha)
+    assert fit.lambda_min < fit.lambda_max
+
+
+def test_bad_arguments_are_usage_errors(random):
+    values = pareto(random, 50, 2.5)
+    with pytest.raises(UsageError, match="unknown fit 'median'"):
+        fit_power_law(values, "median")
+    with pytest.raises(UsageError, match="above xmin"):
+        fit_power_law(values, xmin=values.max() * 2)
+
+
+def test_bootstrap_interval_is_seeded_and_covers(random):
+    covered = 0
+    for _ in range(40):
+        low, high = bootstrap_alpha(pareto(random, 150, 2.5), "hill", resamples=80, seed=1, xmin=1.0)
+        covered += low <= 2.5 <= high
+    assert covered >= 32  # 95 % of 40 is 38
+    values = body_and_tail(random)
+    assert bootstrap_alpha(values, resamples=20, seed=3) == bootstrap_alpha(values, resamples=20, seed=3)
+    assert bootstrap_alpha(values, resamples=20, seed=3) != bootstrap_alpha(values, resamples=20, seed=4)
