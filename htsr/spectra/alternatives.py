@@ -104,9 +104,9 @@ def _compare(power: Vector, other: Vector, parameters: dict[str, float], *, nest
     import powerlaw
 
     delta_aic = 2 * (len(parameters) - 1) + 2 * float(power.sum() - other.sum())
+    if np.allclose(power, other, rtol=0, atol=1e-9):  # the same law; the ratio would be one of rounding errors
+        return Comparison(0.0, 1.0, delta_aic, parameters)
     R, p = powerlaw.loglikelihood_ratio(power.copy(), other.copy(), nested=nested, normalized_ratio=True)
-    if not np.isfinite(R):  # equal laws
-        R, p = 0.0, 1.0
     return Comparison(float(R), float(p), delta_aic, parameters)
 
 
