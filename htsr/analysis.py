@@ -282,7 +282,7 @@ def describe(
     return open_model(source, revision=revision, against=against, base=base).filtered(where or Filter())
 
 
-_NOT_AVERAGED = {"rows", "columns", "M", "N", "pieces", "num_eigenvalues", "erg_crossing", "seconds"}
+_NOT_AVERAGED = {"rows", "columns", "M", "N", "pieces", "num_eigenvalues", "erg_crossing"}
 
 
 def _means(rows: tuple[LayerMetrics, ...] | list[LayerMetrics]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import get_args
 
 import numpy as np
 
@@ -48,6 +49,9 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, kind in (("fit", FitMethod), ("route", Route), ("dtype", Precision)):
+            if getattr(self, name) not in get_args(kind):
+                raise UsageError(f"unknown {name} {getattr(self, name)!r}: {', '.join(get_args(kind))}")
         if self.bootstrap < 0:
             raise UsageError(f"bootstrap is a number of resamples, not {self.bootstrap}")
         for name in ("xmin", "xmax"):
@@ -233,5 +237,5 @@ class LayerMetrics:
 NUMERIC = tuple(
     f.name
     for f in fields(LayerMetrics)
-    if any(kind in str(f.type) for kind in ("int", "float", "bool")) and f.name not in ("block",)
+    if any(kind in str(f.type) for kind in ("int", "float", "bool")) and f.name not in ("block", "seconds")
 )

@@ -1,0 +1,234 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import htsr
+from htsr.execution import measure_all, pick_device, share
+from htsr.journal import Journal
+from tests.models import save_folder, state_dict
+
+
+@pytest.fixture(scope="module")
+def analysis():
+    return htsr.analyze(state_dict(), device="cpu", permuted=True, bulk=True)
+
+
+def comparable(analysis):
+    """Rows without the time they took."""
+    return [replace(row, seconds=None) for row in analysis]
+
+
+def test_rows_come_in_the_models_order_with_their_numbers(analysis):
+    names = [row.name for row in analysis]
+    assert names == [m.name for m in htsr.describe(state_dict())]
+    assert len(analysis) == 13
+    assert all(row.status == "ok" and row.alpha > 1 for row in analysis)
+    assert analysis["model.layers.1.mlp.up_proj"].role == "mlp.up"
+    assert analysis[0].name == "model.embed_tokens"
+    with pytest.raises(KeyError, match="no matrix lm_head"):
+        analysis["lm_head"]
+
+
+def test_threads_change_nothing(monkeypatch):
+    runs = []
+    for threads in ("1", "3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        runs.append(comparable(htsr.analyze(state_dict(), device="cpu", permuted=True)))
+    assert runs[0] == runs[1]
+
+
+def test_large_matrices_run_alone_with_the_same_result(analysis, monkeypatch):
+    monkeypatch.setattr("htsr.execution.SIDE_BY_SIDE", 0)
+    alone = htsr.analyze(state_dict(), device="cpu", permuted=True, bulk=True)
+    for a, b in zip(analysis, alone, strict=True):
+        assert a.alpha == pytest.approx(b.alpha, rel=1e-9)
+        assert a.num_traps == b.num_traps
+
+
+def test_summaries_are_means(analysis):
+    whole = analysis.summary()
+    assert whole["alpha"] == pytest.approx(np.mean([row.alpha for row in analysis]))
+    assert (whole["matrices"], whole["fitted"]) == (13, 13)
+    by_role = analysis.summary_by("role")
+    assert list(by_role) == ["embed", "attn.q", "attn.k", "mlp.up", "mlp.down"]
+    q = [row.stable_rank for row in analysis if row.role == "attn.q"]
+    assert by_role["attn.q"]["stable_rank"] == pytest.approx(np.mean(q))
+    assert set(analysis.summary_by("block")) == {None, 0, 1, 2}
+    with pytest.raises(htsr.UsageError, match="no 'layer'"):
+        analysis.summary_by("layer")
+
+
+def test_pandas_has_a_row_per_matrix(analysis):
+    frame = analysis.to_pandas()
+    assert list(frame["name"]) == [row.name for row in analysis]
+    assert frame["alpha"].tolist() == [row.alpha for row in analysis]
+    assert "tpl_alpha" not in frame  # not asked for
+
+
+def test_saved_and_loaded_is_the_same(analysis, tmp_path):
+    analysis.save(tmp_path / "a.npz")
+    again = htsr.Analysis.load(tmp_path / "a.npz")
+    assert again.rows == analysis.rows
+    assert again.options == analysis.options
+    assert (again.label, again.meta) == (analysis.label, analysis.meta)
+    for spectra, loaded in ((analysis.eigenvalues, again.eigenvalues), (analysis.permuted, again.permuted)):
+        assert spectra.keys() == loaded.keys()
+        assert all(np.array_equal(spectra[name], loaded[name]) for name in spectra)
+
+
+def test_windows_survive_saving(tmp_path):
+    windowed = htsr.analyze(state_dict(blocks=1), device="cpu", windows=htsr.Windows(16, 2))
+    windowed.save(tmp_path / "w.npz")
+    assert htsr.Analysis.load(tmp_path / "w.npz").options.windows == htsr.Windows(16, 2)
+    assert {row.Q for row in windowed} == {1.0}
+
+
+def test_what_is_no_analysis_is_refused(tmp_path):
+    (tmp_path / "x.npz").write_bytes(b"PK not a zip")
+    with pytest.raises(htsr.SourceError, match=r"x\.npz is not an analysis"):
+        htsr.Analysis.load(tmp_path / "x.npz")
+
+
+def test_a_failed_write_leaves_nothing(analysis, tmp_path, monkeypatch):
+    with pytest.raises(htsr.HtsrError, match="cannot be written"):
+        analysis.save(tmp_path / "nowhere" / "a.npz")
+
+    def full_disk(*_args, **_kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "savez", full_disk)
+    (tmp_path / "old.npz").write_text("before")
+    with pytest.raises(OSError, match="No space"):
+        analysis.save(tmp_path / "old.npz")
+    assert [f.name for f in tmp_path.iterdir() if f.name != "cache"] == ["old.npz"]
+    assert (tmp_path / "old.npz").read_text() == "before"
+
+
+def test_an_interrupted_analysis_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    state, journal = state_dict(), tmp_path / "journal.jsonl"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    seen = []
+
+    def stop_after_five(progress):
+        seen.append(progress.row.name)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        htsr.analyze(state, device="cpu", permuted=True, journal=journal, progress=stop_after_five)
+    with journal.open("a") as file:
+        file.write('{"row": {"name": "cut in the mid')  # killed while writing
+
+    later = []
+    resumed = htsr.analyze(
+        state, device="cpu", permuted=True, journal=journal, progress=lambda p: later.append((p.done, p.total))
+    )
+    assert later == [(k, 13) for k in range(6, 14)]
+    whole = htsr.analyze(state, device="cpu", permuted=True)
+    assert comparable(resumed) == comparable(whole)
+    assert all(np.array_equal(resumed.eigenvalues[n], whole.eigenvalues[n]) for n in whole.eigenvalues)
+    assert all(np.array_equal(resumed.permuted[n], whole.permuted[n]) for n in whole.permuted)
+    assert not journal.exists()
+
+
+def test_a_line_cut_by_a_kill_does_not_spoil_the_next(tmp_path):
+    model, options = htsr.describe(state_dict(blocks=1)), htsr.Options()
+    journal = Journal(model, options, tmp_path / "j.jsonl")
+    results = measure_all(model.matrices[:2], options)
+    journal.open()
+    journal.add(results[0])
+    journal.close()
+    with journal.path.open("a") as file:
+        file.write('{"row"')
+    journal.open()
+    journal.add(results[1])
+    journal.close()
+    assert list(journal.load()) == [r.row.name for r in results]
+
+
+@pytest.mark.parametrize("change", ["options", "model"])
+def test_rows_of_another_analysis_are_not_taken_up(tmp_path, change):
+    model, options = htsr.describe(state_dict(blocks=1)), htsr.Options()
+    first = Journal(model, options, tmp_path / "j.jsonl")
+    first.open()
+    first.add(measure_all(model.matrices[:1], options)[0])
+    first.close()
+    if change == "options":
+        options = htsr.Options(fit="hill")
+    else:
+        model = htsr.describe(state_dict(blocks=2))
+    assert Journal(model, options, tmp_path / "j.jsonl").load() == {}
+
+
+def test_progress_ends_at_one(tmp_path):
+    fractions = []
+    htsr.analyze(state_dict(), device="cpu", progress=lambda p: fractions.append(p.fraction))
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == pytest.approx(1.0)
+
+
+def test_one_bad_matrix_does_not_stop_the_others():
+    state = state_dict()
+    state["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    state["model.layers.0.self_attn.q_proj.weight"].zero_()
+    analysis = htsr.analyze(state, device="cpu")
+    statuses = {row.name: row.status for row in analysis if row.status != "ok"}
+    assert statuses == {"model.layers.1.mlp.up_proj": "nan", "model.layers.0.self_attn.q_proj": "zero"}
+    assert analysis.summary()["fitted"] == 11
+
+
+@pytest.mark.parametrize(("costs", "ranks"), [([5, 4, 3, 3, 3], 2), ([1.0] * 7, 3), ([9, 1, 1], 4), ([], 2)])
+def test_shares_are_a_balanced_partition(costs, ranks):
+    shares = share(costs, ranks)
+    assert len(shares) == ranks
+    assert sorted(i for part in shares for i in part) == list(range(len(costs)))
+    loads = [sum(costs[i] for i in part) for part in shares]
+    assert max(loads) <= max(max(costs, default=0), 4 / 3 * sum(costs) / ranks + max(costs, default=0) / 3)
+
+
+def test_unknown_options_are_named():
+    with pytest.raises(htsr.UsageError, match="there are fit, xmin"):
+        htsr.analyze(state_dict(), fitt="ks")
+    assert pick_device("cuda:1") == "cuda:1"
+
+
+LAUNCHERS = {
+    # accelerate starts several processes of one machine through the path it names after GPUs; gloo runs on the CPU
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no "
+    "--dynamo_backend=no --main_process_port=0",
+    "torchrun": "torch.distributed.run --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:0",
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_give_the_rows_of_one(tmp_path, launcher):
+    folder = save_folder(tmp_path / "model", state_dict(blocks=4))
+    out = tmp_path / "out.json"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [
+        sys.executable,
+        "-m",
+        *LAUNCHERS[launcher].split(),
+        "-m",
+        "htsr.analysis",
+        folder,
+        "--permuted",
+        "-o",
+        str(out),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    shared = json.loads(out.read_text())
+    assert shared["meta"]["ranks"] == 2
+    assert "Traceback" not in done.stderr
+    alone = htsr.analyze(folder, device="cpu", permuted=True)
+    assert [row["name"] for row in shared["rows"]] == [row.name for row in alone]
+    for row, other in zip(shared["rows"], alone, strict=True):
+        for field, value in row.items():
+            if field != "seconds":
+                assert value == getattr(other, field), field

@@ -1,0 +1,200 @@
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from htsr_cli.main import main
+
+import htsr
+from htsr.execution import measure_all
+from htsr.journal import Journal
+from tests.models import save_folder, state_dict
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_folder(tmp_path / "model", state_dict())
+
+
+def run(capsys, *args):
+    code = main([str(a) for a in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_table_goes_to_stdout_and_nothing_else(capsys, folder):
+    code, out, err = run(capsys, "analyze", folder)
+    assert code == 0
+    assert "model.layers.2.mlp.down_proj" in out
+    assert "stable rank" in out
+    assert err == ""
+
+
+def test_json_is_strict_and_complete(capsys, folder):
+    code, out, _ = run(capsys, "analyze", folder, "--format", "json", "--full")
+    content = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert code == 0
+    assert len(content["rows"]) == 13
+    assert content["rows"][1]["num_traps"] is not None
+    assert content["summary"]["alpha"] == pytest.approx(htsr.analyze(folder).summary()["alpha"])
+    assert content["options"]["bulk"] is True
+
+
+def test_csv_and_markdown(capsys, folder):
+    rows = list(csv.DictReader(io.StringIO(run(capsys, "analyze", folder, "--format", "csv")[1])))
+    assert len(rows) == 13
+    assert float(rows[0]["alpha"]) > 1
+    lines = run(capsys, "analyze", folder, "--format", "markdown")[1].splitlines()
+    assert len(lines) == 15
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_output_file_and_its_suffix(capsys, folder, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    for suffix in ("json", "csv", "md", "parquet", "txt"):
+        code, out, _ = run(capsys, "analyze", folder, "-o", tmp_path / f"out.{suffix}")
+        assert (code, out) == (0, "")
+        assert (tmp_path / f"out.{suffix}").stat().st_size > 100
+    assert len(pandas.read_parquet(tmp_path / "out.parquet")) == 13
+
+
+def test_filters(capsys, folder):
+    def names(*args):
+        return [
+            row["name"] for row in json.loads(run(capsys, "describe", folder, "--format", "json", *args)[1])["rows"]
+        ]
+
+    assert names("--role", "mlp.*", "--block", "0,2") == [
+        f"model.layers.{i}.mlp.{part}_proj" for i in (0, 2) for part in ("down", "up")
+    ]
+    assert names("--include", "*.q_proj", "--exclude", "*.1.*") == [
+        f"model.layers.{i}.self_attn.q_proj" for i in (0, 2)
+    ]
+    assert names("--max-size", "16") == [f"model.layers.{i}.self_attn.k_proj" for i in range(3)]
+    assert names("--block", "1-2", "--role", "attn.q")[-1] == "model.layers.2.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("condition", "code"),
+    [("alpha>1", 3), ("alpha>1e9", 0), ("status!=ok", 0), ("role==attn.q", 3), ("num_traps>0", 0)],
+)
+def test_fail_on(capsys, folder, condition, code):
+    found, out, err = run(capsys, "analyze", folder, "--fail-on", condition, "--format", "json")
+    assert found == code
+    assert json.loads(out)["rows"]  # the result is written all the same
+    assert ("holds for" in err) == (code == 3)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "sentence"),
+    [
+        (["analyze", "./nowhere"], 1, "./nowhere does not exist"),
+        (["analyze", "{folder}", "--fit", "median"], 2, "unknown fit 'median'"),
+        (["analyze", "{folder}", "--format", "xml"], 2, "the format is one of table, json"),
+        (["analyze", "{folder}", "-o", "x.xml"], 2, "does not tell which"),
+        (["analyze", "{folder}", "--format", "parquet"], 2, "parquet goes to a file"),
+        (["analyze", "{folder}", "-o", "no/such/folder/x.json"], 1, "no/such/folder is no folder"),
+        (["analyze", "{folder}", "--fail-on", "alpha"], 2, "conditions such as 'alpha>6'"),
+        (["analyze", "{folder}", "--fail-on", "alhpa>6"], 2, "rows have no 'alhpa'"),
+        (["analyze", "{folder}", "--fail-on", "alpha>six"], 2, "'six' is no number"),
+        (["analyze", "{folder}", "--windows", "big"], 2, "ROWSxCOUNT such as 2000x10"),
+        (["analyze", "{folder}", "--block", "a"], 2, "numbers and ranges such as 0-3,7"),
+        (["analyze", "{folder}", "--role", "conv"], 2, "no matrix of"),
+        (["analyze", "{folder}", "--revision", "main"], 2, "a revision belongs to a hub id"),
+        (["analyze", "{folder}", "--base", "auto"], 2, "a base belongs to an adapter folder"),
+        (["analyze", "{folder}", "--route", "qr"], 2, "unknown route 'qr'"),
+        (["analyze", "{folder}", "--xmin", "-1"], 2, "xmin is an eigenvalue"),
+        (["compare", "{folder}", "missing.npz"], 1, "missing.npz is not an analysis"),
+    ],
+)
+def test_bad_input_is_one_sentence(capsys, folder, args, code, sentence):
+    found, out, err = run(capsys, *[arg.format(folder=folder) for arg in args])
+    assert found == code
+    assert out == ""
+    assert sentence in err
+    assert len(err.strip().splitlines()) == 1
+    assert "Traceback" not in err
+
+
+def test_wrong_options_of_the_command_line_exit_with_two(capsys, folder):
+    assert run(capsys, "analyze", folder, "--bootstrap", "-3")[0] == 2
+    assert run(capsys, "analyze")[0] == 2
+    assert run(capsys, "analyse", folder)[0] == 2
+
+
+def test_compare_and_saved_analyses(capsys, folder, tmp_path):
+    other = save_folder(tmp_path / "other", state_dict(seed=1))
+    assert run(capsys, "analyze", folder, "--save", tmp_path / "a.npz", "-q")[0] == 0
+    code, out, _ = run(capsys, "compare", tmp_path / "a.npz", other, "--format", "json")
+    content = json.loads(out)
+    assert code == 0
+    assert len(content["rows"]) == 13
+    assert content["summary"]["alpha"]["delta"] == pytest.approx(
+        content["summary"]["alpha"]["b"] - content["summary"]["alpha"]["a"]
+    )
+    code, out, _ = run(capsys, "compare", folder, other)
+    assert "‖A-B‖/‖A‖" in out
+    code, _, err = run(capsys, "compare", folder, other, "--role", "attn.*")
+    assert (code, err) == (0, "")
+
+
+def test_resume_takes_up_what_was_done(capsys, folder, monkeypatch):
+    model = htsr.describe(folder)
+    options = htsr.analyze(folder).options
+    journal = Journal(model, options)
+    journal.open()
+    for result in measure_all(model.matrices[:4], options):
+        journal.add(result)
+    journal.close()
+    code, out, err = run(capsys, "analyze", folder, "--resume", "--format", "json")
+    assert code == 0
+    assert "4 of 13 matrices were done before" in err
+    assert len(json.loads(out)["rows"]) == 13
+    assert not journal.path.exists()
+
+
+def test_interruption_keeps_what_is_done_and_says_so(capsys, folder, monkeypatch):
+    import htsr_cli.run as commands
+
+    real = commands.analyze_model
+
+    def interrupted(model, options, journal, progress):
+        def stop(_progress):
+            raise KeyboardInterrupt
+
+        return real(model, options, journal, stop)
+
+    monkeypatch.setattr(commands, "analyze_model", interrupted)
+    code, _, err = run(capsys, "analyze", folder)
+    assert code == 130
+    assert "of 13 matrices are kept, --resume goes on from there" in err
+    monkeypatch.undo()
+
+
+def test_version_and_help(capsys):
+    assert run(capsys, "--version") == (0, f"htsr {htsr.__version__}\n", "")
+    code, out, _ = run(capsys, "analyze", "--help")
+    assert code == 0
+    assert "--fail-on" in out
+
+
+def test_help_loads_nothing_heavy():
+    script = (
+        "import sys; sys.argv = ['htsr', '--help']\nfrom htsr_cli.main import main\nmain()\nprint(sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = done.stdout.splitlines()[-1]
+    for module in ("'numpy'", "'torch'", "'pandas'", "'transformers'", "'scipy'"):
+        assert module not in loaded
+
+
+def test_safetensors_on_a_cpu_need_no_torch(folder):
+    script = (
+        f"import sys, htsr; htsr.analyze({folder!r}, device='cpu', bulk=True, permuted=True); "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

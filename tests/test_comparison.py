@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+import torch
+
+import htsr
+from htsr.comparison import cka, distance
+from tests.models import heavy_matrix, save_folder, state_dict
+
+
+def test_a_model_compared_with_itself():
+    comparison = htsr.compare(state_dict(), state_dict(), device="cpu")
+    assert len(comparison) == 13
+    assert (comparison.only_a, comparison.only_b) == ((), ())
+    for pair in comparison:
+        assert pair.distance.frobenius == 0.0
+        assert pair.distance.cosine == pytest.approx(1.0)
+        assert pair.distance.cka == pytest.approx(1.0)
+        assert pair.esd_distance == 0.0
+    assert all(delta == 0 for a, b, delta in comparison.summary().values())
+
+
+def test_distances_are_their_definitions(random):
+    A, B = (heavy_matrix(random, 20, 50).double() for _ in range(2))
+    found = distance(A, B)
+    assert found.frobenius == pytest.approx(torch.linalg.norm(A - B).item(), rel=1e-5)
+    assert found.relative == pytest.approx((torch.linalg.norm(A - B) / torch.linalg.norm(A)).item(), rel=1e-5)
+    assert found.cosine == pytest.approx(torch.cosine_similarity(A.ravel(), B.ravel(), dim=0).item(), abs=1e-6)
+    # CKA through the Gram matrices of the long side, HSIC(K, L) / √(HSIC(K, K) HSIC(L, L))
+    centre = torch.eye(50).double() - 1 / 50
+    K, L = (centre @ X.T @ X @ centre for X in (A, B))
+    expected = (K * L).sum() / ((K * K).sum() * (L * L).sum()).sqrt()
+    assert found.cka == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_cka_is_blind_to_rotation_and_scale(random):
+    A = random.standard_normal((60, 25))
+    rotation, _ = np.linalg.qr(random.standard_normal((25, 25)))
+    assert cka(A[None], 3.0 * (A @ rotation)[None]) == pytest.approx(1.0)
+    assert cka(A[None], random.standard_normal((1, 60, 25))) < 0.6
+
+
+def test_zero_and_stacked_matrices(random):
+    assert distance(np.zeros((4, 5)), np.ones((4, 5))) is None
+    A, B = random.standard_normal((2, 3, 8, 9))
+    assert distance(A, B).frobenius == pytest.approx(np.linalg.norm(A - B), rel=1e-5)
+
+
+def test_what_is_in_one_only_is_named():
+    a, b = state_dict(blocks=3), state_dict(blocks=2)
+    b["extra.weight"] = torch.randn(40, 40)
+    comparison = htsr.compare(a, b, device="cpu")
+    assert len(comparison) == 9
+    assert {name.split(".")[2] for name in comparison.only_a} == {"2"}
+    assert comparison.only_b == ("extra",)
+
+
+def test_differences_of_a_changed_matrix():
+    a, b = state_dict(), state_dict()
+    name = "model.layers.1.mlp.up_proj"
+    b[f"{name}.weight"] = 2 * b[f"{name}.weight"]
+    comparison = htsr.compare(a, b, device="cpu")
+    (changed,) = [pair for pair in comparison if pair.distance.frobenius > 0]
+    assert changed.name == name
+    assert changed.distance.relative == pytest.approx(1.0)
+    frame = comparison.to_pandas().set_index("name")
+    assert frame.loc[name, "log_norm_delta"] == pytest.approx(np.log10(4))
+    assert frame.loc[name, "alpha_delta"] == pytest.approx(0.0, abs=1e-6)
+    mean = comparison.summary()["log_norm"]
+    assert mean[2] == pytest.approx(np.log10(4) / 13)
+    assert mean[1] - mean[0] == pytest.approx(mean[2])
+
+
+def test_models_that_name_things_differently_are_matched():
+    state = state_dict(blocks=2)
+    prefixed = {f"wrapper.{name}": tensor for name, tensor in state.items()}
+    assert len(htsr.compare(state, prefixed, device="cpu")) == 9
+    short = {
+        "q_proj": "attn_q",
+        "k_proj": "attn_k",
+        "up_proj": "ffn_up",
+        "down_proj": "ffn_down",
+    }
+    gguf = {"token_embd.weight": state["model.embed_tokens.weight"]}
+    for i in range(2):
+        for theirs, ours in short.items():
+            part = "self_attn" if "attn" in ours else "mlp"
+            gguf[f"blk.{i}.{ours}.weight"] = state[f"model.layers.{i}.{part}.{theirs}.weight"]
+    comparison = htsr.compare(state, gguf, device="cpu")
+    assert len(comparison) == 9
+    assert all(pair.distance.frobenius == 0 for pair in comparison)
+
+
+def test_nothing_in_common_is_an_error():
+    with pytest.raises(htsr.SourceError, match="no matrix in common"):
+        htsr.compare(state_dict(), {"other.thing.weight": torch.randn(30, 40)}, device="cpu")
+
+
+def test_saved_analyses_compare_without_weights(tmp_path):
+    a, b = (htsr.analyze(state_dict(seed=seed), device="cpu") for seed in (0, 1))
+    comparison = htsr.compare(a, b)
+    assert all(pair.distance is None and pair.esd_distance > 0 for pair in comparison)
+
+
+def test_the_difference_of_two_checkpoints_is_a_model(tmp_path):
+    a, b = state_dict(seed=0), state_dict(seed=1)
+    delta = htsr.analyze(save_folder(tmp_path / "a", a), against=save_folder(tmp_path / "b", b), device="cpu")
+    expected = htsr.analyze({name: a[name] - b[name] for name in a}, device="cpu")
+    for row in expected:
+        assert delta[row.name].alpha == pytest.approx(row.alpha, rel=1e-6)
