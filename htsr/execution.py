@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import heapq
 import logging
 import os
@@ -11,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from htsr.matrices.sources import WeightMatrix
-from htsr.spectra.measure import Measured, measure
+from htsr.spectra.esd import BATCH_UP_TO
+from htsr.spectra.measure import Measured, measure_batch
 from htsr.spectra.metrics import LayerMetrics, Options
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ def measure_all(
     for index, result in _in_threads(matrices, small, options):
         keep(index, result)
     for index in large:
-        keep(index, _measure(matrices[index], options))
+        keep(index, _measure([matrices[index]], options)[0])
     return [results[i] for i in range(len(matrices))]
 
 
@@ -60,8 +62,8 @@ def identity(matrix: WeightMatrix) -> LayerMetrics:
     )
 
 
-def _measure(matrix: WeightMatrix, options: Options) -> Measured:
-    return measure(matrix.read, identity(matrix), options)
+def _measure(matrices: Sequence[WeightMatrix], options: Options) -> list[Measured]:
+    return measure_batch([(matrix.read, identity(matrix)) for matrix in matrices], options)
 
 
 def _footprint(matrix: WeightMatrix) -> int:
@@ -81,17 +83,36 @@ def _in_threads(
 ) -> Iterator[tuple[int, Measured]]:
     if not indices:
         return
+    batches = _batches(matrices, indices)
     with _one_blas_thread(), ThreadPoolExecutor(workers()) as pool:
-        futures = {pool.submit(_measure, matrices[i], options): i for i in indices}
+        futures = {pool.submit(_measure, [matrices[i] for i in batch], options): batch for batch in batches}
         pending = set(futures)
         try:
             while pending:
                 finished, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    yield futures.pop(future), future.result()
+                    yield from zip(futures.pop(future), future.result(), strict=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _batches(matrices: Sequence[WeightMatrix], indices: Sequence[int]) -> list[list[int]]:
+    """`indices` in batches of one shape, just as many as make LAPACK work without the interpreter's lock."""
+    batches: list[list[int]] = []
+    growing: dict[tuple[int, int], list[int]] = {}
+    for i in indices:
+        matrix = matrices[i]
+        size = BATCH_UP_TO // min(matrix.shape) + 1
+        if size == 1 or matrix.pieces > 1 or size * _footprint(matrix) > SIDE_BY_SIDE:
+            batches.append([i])
+            continue
+        batch = growing.get(matrix.shape)
+        if batch is None or len(batch) == size:
+            batch = growing[matrix.shape] = []
+            batches.append(batch)
+        batch.append(i)
+    return batches
 
 
 @contextmanager
@@ -122,6 +143,8 @@ class Ranks:
             import torch
             from accelerate import PartialState
 
+            if not torch.distributed.is_initialized():
+                atexit.register(_leave)
             state = PartialState(cpu=not torch.cuda.is_available())
             self.rank, self.size = state.process_index, state.num_processes
 
@@ -132,6 +155,14 @@ class Ranks:
         from accelerate.utils import gather_object
 
         return list(gather_object(mine))
+
+
+def _leave() -> None:
+    """End the process group that was begun here; a process that exits within it may abort."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def pick_device(device: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import htsr
-from htsr.execution import measure_all, pick_device, share
+from htsr.execution import _batches, measure_all, pick_device, share
 from htsr.journal import Journal
 from tests.models import save_folder, state_dict
 
@@ -232,3 +232,14 @@ def test_two_processes_give_the_rows_of_one(tmp_path, launcher):
         for field, value in row.items():
             if field != "seconds":
                 assert value == getattr(other, field), field
+
+
+def test_batches_hold_matrices_of_one_shape_only():
+    model = htsr.describe(state_dict(blocks=30, width=200))
+    batches = _batches(model.matrices, range(len(model.matrices)))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(model.matrices)))
+    for batch in batches:
+        shapes = {model.matrices[i].shape for i in batch}
+        assert len(shapes) == 1
+        assert (len(batch) - 1) * min(*shapes) <= 500
+    assert max(len(batch) for batch in batches) == 500 // 100 + 1

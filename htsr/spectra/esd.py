@@ -23,6 +23,7 @@ faster there where torch has MKL; on an accelerator by torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -41,6 +42,7 @@ Precision: TypeAlias = Literal["auto", "float32", "float64"]
 
 SVD_REFINES_UP_TO = 1024
 LANCZOS_FROM = 16384
+BATCH_UP_TO = 500
 _TORCH_FROM = 2048
 _CHUNK = 1 << 20  # elements that are up-cast at a time while a Gram matrix is accumulated
 _SAFETY = 16  # eigenvalues below this many ulps of λ_max are rounding noise (measured: at most 2.4)
@@ -173,6 +175,44 @@ def esd(
         route = "svd"
         values = _eigenvalues(parts, route, dtype, device)
     return ESD(values, M=M, N=N, pieces=values.size // M, route=f"{route}/{dtype}")
+
+
+def esd_batch(
+    matrices: Sequence[Array],
+    *,
+    route: Route = "auto",
+    dtype: Precision = "auto",
+    device: str = "cpu",
+    windows: Windows | None = None,
+    seed: int = 0,
+) -> list[ESD | MatrixError]:
+    """`esd` of several matrices of one shape; what cannot be decomposed gives its error, and the others their ESD.
+
+    On a CPU, Gram matrices up to `BATCH_UP_TO` are solved in one call: below that size LAPACK, called for a single
+    matrix, keeps the interpreter's lock, and threads would wait for each other.
+    """
+    if (
+        len(matrices) > 1
+        and device == "cpu"
+        and windows is None
+        and route in ("auto", "gram")
+        and matrices[0].ndim == 2
+    ):
+        kind: Precision = "float64" if dtype == "auto" else dtype
+        grams = np.stack([gram(as_numpy(matrix), kind) for matrix in matrices])
+        if np.isfinite(grams.sum(dtype=np.float64)):
+            M, N = sorted(matrices[0].shape)
+            values = _resolved(np.linalg.eigvalsh(grams).astype(np.float64), "gram", kind, (M, N))
+            if route == "gram" or (values[:, 0] > 0).all():
+                return [ESD(row, M=M, N=N, pieces=1, route=f"gram/{kind}") for row in values]
+
+    def attempt(matrix: Array) -> ESD | MatrixError:
+        try:
+            return esd(matrix, route=route, dtype=dtype, device=device, windows=windows, seed=seed)
+        except MatrixError as error:
+            return error
+
+    return [attempt(matrix) for matrix in matrices]
 
 
 def _pieces(matrix: Array, windows: Windows | None) -> list[Array]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from htsr.errors import MatrixError, UsageError
 from htsr.spectra.alternatives import best_law, compare_laws, fit_truncated
 from htsr.spectra.bulk import fit_bulk, jensen_shannon_distance, permute_entries, tw_threshold
 from htsr.spectra.erg import erg
-from htsr.spectra.esd import ESD, LANCZOS_FROM, Array, Route, as_numpy, esd
+from htsr.spectra.esd import ESD, LANCZOS_FROM, Array, Route, as_numpy, esd, esd_batch
 from htsr.spectra.metrics import LayerMetrics, Options
 from htsr.spectra.null import DRAWS, ShapeNull, shape_null
 from htsr.spectra.quality import quality
@@ -50,32 +50,73 @@ def measure(load: Callable[[], Array], identity: LayerMetrics, options: Options)
     Returns:
         The row with numbers; a matrix without a spectrum gets a status and a warning instead of an exception.
     """
+    return measure_batch([(load, identity)], options)[0]
+
+
+def measure_batch(jobs: Sequence[tuple[Callable[[], Array], LayerMetrics]], options: Options) -> list[Measured]:
+    """`measure` for several matrices of one shape, small ones decomposed together (`htsr.spectra.esd.esd_batch`)."""
     started = time.perf_counter()
-    try:
-        matrix = load()
-        spectrum = esd(
-            matrix,
-            route=options.route,
-            dtype=options.dtype,
-            device=options.device,
-            windows=options.windows,
-            seed=options.seed,
-        )
-        numbers, warnings = _numbers(spectrum, options)
-        permuted = None
-        if options.permuted and numbers["status"] != "zero":
-            extra, permuted = _permuted_numbers(matrix, spectrum, identity.name, options)
-            numbers.update(extra)
-    except MatrixError as problem:
-        return Measured(replace(identity, status=problem.status, warning=str(problem)))
-    except MemoryError:
-        why = "not enough memory to decompose it; the lanczos route needs less"
-        return Measured(replace(identity, status="failed", warning=why))
-    except (np.linalg.LinAlgError, RuntimeError) as problem:
-        return Measured(replace(identity, status="failed", warning=str(problem)))
-    notes = [identity.warning, *warnings] if identity.warning else warnings
-    row = replace(identity, **numbers, warning="; ".join(notes), seconds=time.perf_counter() - started)
-    return Measured(row, spectrum.eigenvalues, permuted)
+    results: dict[int, Measured] = {}
+
+    def attempt(index: int, step: Callable[[], Any]) -> Any:
+        """The step's value; None where it fails, and then a row that says so."""
+        identity = jobs[index][1]
+        try:
+            value = step()
+            if isinstance(value, MatrixError):
+                raise value
+            return value
+        except MatrixError as problem:
+            status, why = problem.status, str(problem)
+        except MemoryError:
+            status, why = "failed", "not enough memory to decompose it; the lanczos route needs less"
+        except (np.linalg.LinAlgError, RuntimeError) as problem:
+            status, why = "failed", str(problem)
+        results[index] = Measured(replace(identity, status=status, warning=why))
+        return None
+
+    matrices = {i: W for i, (load, _) in enumerate(jobs) if (W := attempt(i, load)) is not None}
+    spectra = _decompose(matrices, attempt, options)
+    others: dict[int, ESD] = {}
+    if options.permuted:
+        noise = {i: _noise(W, jobs[i][1].name, options) for i, W in matrices.items() if i in spectra}
+        route: Route = "lanczos" if any(s.error is not None for s in spectra.values()) else "gram"
+        others = _decompose(noise, attempt, replace(options, route=route, dtype="float32"))
+    for i, spectrum in spectra.items():
+        if (found := attempt(i, partial(_numbers, spectrum, options))) is None:
+            continue
+        numbers, warnings = found
+        other = others.get(i)
+        if other is not None and numbers["status"] != "zero":
+            numbers |= _permuted_numbers(matrices[i], spectrum, other, options)
+        identity = jobs[i][1]
+        notes = "; ".join([identity.warning, *warnings] if identity.warning else warnings)
+        row = replace(identity, **numbers, warning=notes)
+        results[i] = Measured(row, spectrum.eigenvalues, None if other is None else other.eigenvalues)
+    seconds = (time.perf_counter() - started) / len(jobs)
+    return [replace(results[i], row=replace(results[i].row, seconds=seconds)) for i in range(len(jobs))]
+
+
+def _decompose(
+    matrices: dict[int, Array], attempt: Callable[[int, Callable[[], Any]], Any], options: Options
+) -> dict[int, ESD]:
+    """ESDs by index; `attempt` takes down what fails."""
+    if not matrices:
+        return {}
+    how: dict[str, Any] = {
+        "route": options.route,
+        "dtype": options.dtype,
+        "device": options.device,
+        "windows": options.windows,
+        "seed": options.seed,
+    }
+    if len(matrices) == 1:
+        ((index, matrix),) = matrices.items()
+        found = {index: attempt(index, partial(esd, matrix, **how))}
+    else:
+        batch = esd_batch(list(matrices.values()), **how)
+        found = {index: attempt(index, partial(batch.__getitem__, k)) for k, index in enumerate(matrices)}
+    return {index: spectrum for index, spectrum in found.items() if spectrum is not None}
 
 
 def _numbers(spectrum: ESD, options: Options) -> tuple[dict[str, Any], list[str]]:
@@ -261,15 +302,17 @@ def _alternative_numbers(positive: Vector, fit: PowerLawFit) -> dict[str, Any]:
     return numbers
 
 
-def _permuted_numbers(matrix: Array, spectrum: ESD, name: str, options: Options) -> tuple[dict[str, Any], Vector]:
-    """Traps, distance to random and mean shift; the permutation is seeded by the matrix's name.
+def _noise(matrix: Array, name: str, options: Options) -> Array:
+    """The permuted matrix; the permutation depends on the seed and the name alone, not on the order of the work."""
+    return permute_entries(as_numpy(matrix), (options.seed, zlib.crc32(name.encode())))
 
-    The permuted spectrum has no tail to fit: float32 is enough for it.
+
+def _permuted_numbers(matrix: Array, spectrum: ESD, other: ESD, options: Options) -> dict[str, Any]:
+    """Traps, distance to random and mean shift, `other` being the ESD of the permuted matrix.
+
+    That one is computed in float32: it has no tail to fit.
     """
     values = as_numpy(matrix)
-    noise = permute_entries(values, (options.seed, zlib.crc32(name.encode())))
-    route: Route = "lanczos" if spectrum.error is not None else "gram"
-    other = esd(noise, route=route, dtype="float32", device=options.device, windows=options.windows)
     bulk = fit_bulk(other.eigenvalues, other.M, other.N, other.pieces)
     mean = float(values.mean(dtype=np.float64))
     if options.windows is None:
@@ -283,4 +326,4 @@ def _permuted_numbers(matrix: Array, spectrum: ESD, name: str, options: Options)
         "rand_distance": jensen_shannon_distance(spectrum.eigenvalues, other.eigenvalues),
         "mean_shift": abs(mean) / sd if sd > 0 else None,
         "mean_shift_threshold": float(spectrum.N * spectrum.M) ** -0.25,
-    }, other.eigenvalues
+    }

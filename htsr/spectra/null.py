@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 DRAWS = 16
+_TOGETHER = 1024  # eigenvalues that are drawn at a time: LAPACK then works without the interpreter's lock
 _DENSE = 640  # up to here the dense solver costs less than the import of SciPy's tridiagonal one
 
 
@@ -28,19 +29,24 @@ class ShapeNull:
     sd: float
 
 
-def gaussian_eigenvalues(M: int, N: int, random: np.random.Generator) -> npt.NDArray[np.float64]:
-    """Eigenvalues (M,), ascending, of WᵀW for one N × M matrix of standard normal entries."""
-    diagonal = np.sqrt(random.chisquare(N - np.arange(M)))
-    lower = np.sqrt(random.chisquare(M - 1 - np.arange(M - 1)))
+def gaussian_eigenvalues(M: int, N: int, random: np.random.Generator, draws: int = 1) -> npt.NDArray[np.float64]:
+    """Eigenvalues (draws, M), ascending, of WᵀW for N × M matrices W of standard normal entries."""
+    diagonal = np.sqrt(random.chisquare(N - np.arange(M), (draws, M)))
+    lower = np.sqrt(random.chisquare(M - 1 - np.arange(M - 1), (draws, M - 1)))
     main = diagonal**2
-    main[1:] += lower**2
-    beside = diagonal[:-1] * lower
+    main[:, 1:] += lower**2
+    beside = diagonal[:, :-1] * lower
     if M <= _DENSE:
-        values = np.linalg.eigvalsh(np.diag(main) + np.diag(beside, -1))
+        dense = np.zeros((draws, M, M))
+        step = np.arange(M)
+        dense[:, step, step] = main
+        dense[:, step[1:], step[:-1]] = beside  # the lower triangle is all that is read
+        values = np.linalg.eigvalsh(dense)
     else:
         from scipy.linalg import eigvalsh_tridiagonal
 
-        values = np.sort(eigvalsh_tridiagonal(main, beside, check_finite=False))
+        pairs = zip(main, beside, strict=True)
+        values = np.sort([eigvalsh_tridiagonal(d, e, check_finite=False) for d, e in pairs])
     return np.maximum(values, 0.0)
 
 
@@ -55,8 +61,9 @@ def shape_null(
 ) -> ShapeNull:
     """Median and spread of `alpha_of` over ESDs of `pieces` pooled N × M Gaussian matrices."""
     random = np.random.default_rng((seed, M, N, pieces))
-    alphas = [
-        alpha_of(np.sort(np.concatenate([gaussian_eigenvalues(M, N, random) for _ in range(pieces)])))
-        for _ in range(draws)
-    ]
-    return ShapeNull(float(np.median(alphas)), float(np.std(alphas)))
+    per_draw = max(pieces, _TOGETHER // M)  # enough to draw at a time
+    alphas: list[float] = []
+    while len(alphas) < draws:
+        pooled = gaussian_eigenvalues(M, N, random, per_draw // pieces * pieces).reshape(-1, pieces * M)
+        alphas += [alpha_of(values) for values in np.sort(pooled)]
+    return ShapeNull(float(np.median(alphas[:draws])), float(np.std(alphas[:draws])))

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from htsr.errors import MatrixError, UsageError
-from htsr.spectra.esd import Windows, esd, gram
+from htsr.spectra.esd import Windows, esd, esd_batch, gram
 
 shapes = st.tuples(st.integers(1, 60), st.integers(1, 60))
 
@@ -138,3 +138,23 @@ def test_wrong_use_is_said(random):
         esd(W[None], windows=Windows(5, 2))
     with pytest.raises(UsageError, match="rows ≥ 1"):
         Windows(0, 2)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("route", ["auto", "gram", "svd"])
+def test_a_batch_gives_what_each_matrix_gives(random, dtype, route):
+    matrices = [random.standard_normal((30, 44)) for _ in range(5)]
+    matrices[1] = matrices[1] @ np.diag(np.arange(44) < 9)  # rank 9
+    for one, many in zip(matrices, esd_batch(matrices, route=route, dtype=dtype), strict=True):
+        single = esd(one, route=route, dtype=dtype)
+        assert np.array_equal(single.eigenvalues, many.eigenvalues)
+        assert single.route == many.route
+
+
+def test_one_bad_matrix_does_not_spoil_its_batch(random):
+    matrices = [random.standard_normal((30, 44)) for _ in range(3)]
+    matrices[1][2, 2] = np.nan
+    good, bad, also_good = esd_batch(matrices)
+    assert bad.status == "nan"
+    assert np.array_equal(good.eigenvalues, esd(matrices[0]).eigenvalues)
+    assert np.array_equal(also_good.eigenvalues, esd(matrices[2]).eigenvalues)
