@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
+from htsr.errors import UsageError
 from htsr.matrices.sources import WeightMatrix
 from htsr.spectra.esd import BATCH_UP_TO
 from htsr.spectra.measure import Measured, measure_batch
@@ -169,8 +170,19 @@ def pick_device(device: str) -> str:
     """`device`, with ``auto`` as this process's accelerator where there is one.
 
     torch is imported for nothing else on a machine without an accelerator, so it is asked only where a driver shows.
+
+    Raises:
+        UsageError: a device that is not here.
     """
+    if device == "cpu":
+        return device
     if device != "auto":
+        import torch
+
+        try:
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise UsageError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
         return device
     drivers = ("/proc/driver/nvidia/version", "/dev/kfd", "/dev/nvidiactl", "/dev/dxg")
     if not any(os.path.exists(driver) for driver in drivers):

@@ -194,7 +194,13 @@ def test_shares_are_a_balanced_partition(costs, ranks):
 def test_unknown_options_are_named():
     with pytest.raises(htsr.UsageError, match="there are fit, xmin"):
         htsr.analyze(state_dict(), fitt="ks")
-    assert pick_device("cuda:1") == "cuda:1"
+
+
+@pytest.mark.parametrize("device", ["cuda:63", "gpu", "mps:7"])
+def test_a_device_that_is_not_here_is_said(device):
+    with pytest.raises(htsr.UsageError, match=f"device '{device}' cannot be used here"):
+        pick_device(device)
+    assert pick_device("cpu:0") == "cpu:0"
 
 
 LAUNCHERS = {

@@ -140,11 +140,12 @@ def esd(
         route: see the module's text.
         dtype: precision of the computation; ``auto`` is float64 on a CPU and float32 on an accelerator.
         device: where it runs: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
-        windows: pool the ESDs of these windows instead (2-D matrices only).
+        windows: pool the ESDs of these windows (of each piece) instead.
         seed: of the random probes of the ``lanczos`` route.
 
     Raises:
-        MatrixError: the matrix is empty, or has NaN, infinite or overflowing entries (status ``empty``, ``nan``).
+        MatrixError: the matrix is empty (status ``empty``), has NaN, infinite or overflowing entries (``nan``), or the
+            route does not apply to it (``unsupported``).
         UsageError: unknown route, or a matrix that is neither 2-D nor 3-D.
     """
     if matrix.ndim not in (2, 3):
@@ -167,7 +168,7 @@ def esd(
         from htsr.spectra.lanczos import lanczos_esd
 
         if len(parts) != 1 or parts[0].ndim != 2:
-            raise UsageError("the lanczos route takes one whole matrix, without windows or pieces")
+            raise MatrixError("unsupported", "the lanczos route takes one whole matrix, without windows or pieces")
         return lanczos_esd(parts[0], device=device, seed=seed)
 
     values = _eigenvalues(parts, route, dtype, device)
@@ -218,9 +219,7 @@ def esd_batch(
 def _pieces(matrix: Array, windows: Windows | None) -> list[Array]:
     if windows is None:
         return [matrix]
-    if matrix.ndim != 2:
-        raise UsageError("windows are taken from 2-D matrices only")
-    return [matrix[rows, columns] for rows, columns in windows.slices((matrix.shape[0], matrix.shape[1]))]
+    return [matrix[..., rows, columns] for rows, columns in windows.slices((matrix.shape[-2], matrix.shape[-1]))]
 
 
 def _eigenvalues(parts: list[Array], route: str, dtype: str, device: str) -> npt.NDArray[np.float64]:

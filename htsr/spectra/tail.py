@@ -38,6 +38,7 @@ MAX_FINGERS = 10
 FINGER_DROP = 1.0
 PEAK_BINS = 100
 PEAK_WINDOW = (0.95, 1.5)
+_DISTINCT = 1e-6  # closer eigenvalues are equal but for rounding
 _ROWS = 64  # tails whose D is computed together
 
 
@@ -114,7 +115,7 @@ def fit_power_law(
     values = values[values > 0]
     if xmax is not None:
         values = values[values <= xmax]
-    if values.size < 2 or not values[0] < values[-1]:
+    if values.size < 2 or values[-1] <= values[0] * (1 + _DISTINCT):
         raise MatrixError("degenerate", "fewer than 2 distinct positive eigenvalues, nothing to fit")
 
     if xmin is not None:

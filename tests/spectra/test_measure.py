@@ -81,6 +81,7 @@ def test_scalar_metrics_are_their_definitions(random):
 def test_flat_spectrum_has_entropy_one(random):
     orthogonal, _ = np.linalg.qr(random.standard_normal((40, 40)))
     row = row_of(orthogonal)
+    assert row.status == "degenerate"  # all eigenvalues are 1
     assert row.entropy == pytest.approx(1.0)
     assert row.stable_rank == pytest.approx(40.0)
 

@@ -1,0 +1,1 @@
+"""Where htsr and WeightWatcher agree, and where they differ on purpose."""
