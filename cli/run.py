@@ -126,18 +126,19 @@ class Words:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
+        from rich.table import Column
 
         layout = (
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=24),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[row]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("[dim]{task.fields[row]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         )
-        with Bar(*layout, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(label, total=1.0, count="", row="")
+        with Bar(*layout, console=Console(stderr=True), transient=True, expand=True) as bar:
+            task = bar.add_task(Path(label).name[:28], total=1.0, count="", row="")
 
             def advance(now: Progress) -> None:
                 bar.update(task, completed=now.fraction, count=f"{now.done}/{now.total}", row=now.row.name)
@@ -231,16 +232,16 @@ def console() -> Console:
 
 def _print_tables(subject: Analysis | Comparison | Model, to: Console) -> None:
     if isinstance(subject, Analysis):
-        to.print(tables.terminal_table(subject.rows))
+        to.print(tables.terminal_table(subject.rows, to.width))
         to.print(tables.summary_table(subject))
         to.print(_closing(subject), style="dim")
     elif isinstance(subject, Comparison):
-        to.print(tables.comparison_table(subject))
+        to.print(tables.comparison_table(subject, to.width))
         alpha = subject.summary().get("alpha")
         if alpha:
             to.print(f"mean α {alpha[0]:.3f} → {alpha[1]:.3f} over {len(subject)} matrices", style="dim")
     else:
-        to.print(tables.description_table(subject))
+        to.print(tables.description_table(subject, to.width))
         total = sum(m.parameters for m in subject)
         to.print(f"{len(subject.matrices)} matrices, {total:,} parameters in them", style="dim")
 

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from htsr.analysis import Analysis
-from htsr.comparison import Comparison
+from htsr.comparison import Comparison, Pair
 from htsr.errors import MissingDependencyError
 from htsr.files import written
-from htsr.matrices.sources import Model
+from htsr.matrices.sources import Model, WeightMatrix
 from htsr.spectra.metrics import LayerMetrics
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from rich.text import Text
 
 Column = tuple[str, Callable[[LayerMetrics], str]]
 
@@ -84,19 +83,46 @@ def style_of(row: LayerMetrics) -> str:
     return "magenta" if row.alpha < 2 else "green" if row.alpha <= 6 else "yellow"
 
 
-def terminal_table(rows: Sequence[LayerMetrics]) -> Table:
-    """The rows as a rich table, coloured by status."""
+def terminal_table(rows: Sequence[LayerMetrics], width: int) -> Table:
+    """The rows as a rich table of at most `width` characters, coloured by status."""
+    shown = [(header, [cell(row) for row in rows]) for header, cell in columns(rows)]
+    order = ("D", "log ‖W‖²", "tail", "role", "note", "shape", "α null", "stable rank", "± σ")
+    styles = {"α": (colours := [style_of(row) for row in rows]), "note": colours}
+    return _fitted_table(shown, width, order, styles)
+
+
+def _fitted_table(
+    shown: list[tuple[str, list[str]]],
+    width: int,
+    least_telling_first: Sequence[str],
+    styles: dict[str, list[str]] | None = None,
+) -> Table:
+    """A table that never cuts a number: without room whole columns go, and the names in the first lose their middle."""
     from rich.text import Text
 
-    shown = columns(rows)
-    table = _table([header for header, _ in shown])
-    for row in rows:
-        style = style_of(row)
-        cells: list[Text] = []
-        for header, cell in shown:
-            cells.append(Text(cell(row), style=style if header in ("α", "note") else ""))
-        table.add_row(*cells)
+    (first, names), *rest = shown
+    longest = max(map(len, names), default=0)
+    for header in (*least_telling_first, None):
+        room = width - _GAP - sum(max(len(h), *map(len, cells)) + _GAP for h, cells in rest)
+        if room >= min(longest, _LEAST_NAME) or header is None:
+            break
+        rest = [column for column in rest if column[0] != header]
+    table = _table([first, *(header for header, _ in rest)])
+    for i, name in enumerate(names):
+        cells = [Text(values[i], style=(styles or {}).get(header, [""] * (i + 1))[i]) for header, values in rest]
+        table.add_row(_shortened(name, max(room, 8)), *cells)
     return table
+
+
+_GAP = 3  # between columns
+_LEAST_NAME = 30
+
+
+def _shortened(name: str, room: int) -> str:
+    if len(name) <= room:
+        return name
+    head = (room - 1) // 3
+    return f"{name[:head]}…{name[len(name) - (room - 1 - head) :]}"
 
 
 def summary_table(analysis: Analysis) -> Table:
@@ -123,60 +149,48 @@ def summary_table(analysis: Analysis) -> Table:
     return table
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """The pairs as a rich table."""
-    table = _table(
-        [
-            "matrix",
-            "role",
-            "α a",
-            "α b",
-            "Δα",
-            "⟨ln λ̃⟩ a",
-            "⟨ln λ̃⟩ b",
-            "‖A-B‖/‖A‖",
-            "cosine",
-            "CKA",
-            "ESD dist.",
-        ]
-    )
-    for pair in comparison:
-        d = pair.distance
-        delta = None if pair.a.alpha is None or pair.b.alpha is None else pair.b.alpha - pair.a.alpha
-        numbers = [
-            (pair.a.alpha, 2),
-            (pair.b.alpha, 2),
-            (delta, 2),
-            (pair.a.trace_log, 2),
-            (pair.b.trace_log, 2),
-            (d and d.relative, 4),
-            (d and d.cosine, 4),
-            (d and d.cka, 4),
-            (pair.esd_distance, 4),
-        ]
-        cells = ["" if value is None else f"{value:.{digits}f}" for value, digits in numbers]
-        table.add_row(pair.name, pair.a.role, *cells)
-    return table
+def comparison_table(comparison: Comparison, width: int) -> Table:
+    """The pairs as a rich table of at most `width` characters."""
+
+    def number(value: float | None, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    def delta(pair: Pair) -> float | None:
+        return None if pair.a.alpha is None or pair.b.alpha is None else pair.b.alpha - pair.a.alpha
+
+    cells: dict[str, Callable[[Pair], str]] = {
+        "matrix": lambda p: p.name,
+        "role": lambda p: p.a.role,
+        "α a": lambda p: number(p.a.alpha, 2),
+        "α b": lambda p: number(p.b.alpha, 2),
+        "Δα": lambda p: number(delta(p), 2),
+        "⟨ln λ̃⟩ a": lambda p: number(p.a.trace_log, 2),
+        "⟨ln λ̃⟩ b": lambda p: number(p.b.trace_log, 2),
+        "‖A-B‖/‖A‖": lambda p: number(getattr(p.distance, "relative", None), 4),
+        "cosine": lambda p: number(getattr(p.distance, "cosine", None), 4),
+        "CKA": lambda p: number(getattr(p.distance, "cka", None), 4),
+        "ESD dist.": lambda p: number(p.esd_distance, 4),
+    }
+    shown = [(header, [cell(pair) for pair in comparison]) for header, cell in cells.items()]
+    return _fitted_table(shown, width, ("CKA", "role", "⟨ln λ̃⟩ a", "⟨ln λ̃⟩ b", "cosine", "ESD dist.", "α a"))
 
 
-def description_table(model: Model) -> Table:
-    """Matrices of a model that has not been read."""
-    table = _table(["matrix", "role", "block", "kind", "shape", "Q", "parameters", "stored", "note"])
-    for m in model:
-        small, large = sorted(m.shape)
-        kernel = f"·{m.pieces}" if m.pieces > 1 else ""
-        table.add_row(
-            m.name,
-            m.role,
-            "" if m.block is None else str(m.block),
-            m.kind,
-            f"{m.shape[0]}×{m.shape[1]}{kernel}",
-            f"{large / small:.2f}",
-            f"{m.parameters:,}",
-            m.dtype,
-            m.problem[1] if m.problem else m.warning,
-        )
-    return table
+def description_table(model: Model, width: int) -> Table:
+    """Matrices of a model that has not been read, in at most `width` characters."""
+    cells: dict[str, Callable[[WeightMatrix], str]] = {
+        "matrix": lambda m: m.name,
+        "role": lambda m: m.role,
+        "block": lambda m: "" if m.block is None else str(m.block),
+        "kind": lambda m: m.kind,
+        "shape": lambda m: f"{m.shape[0]}×{m.shape[1]}" + (f"·{m.pieces}" if m.pieces > 1 else ""),
+        "Q": lambda m: f"{max(m.shape) / min(m.shape):.2f}",
+        "parameters": lambda m: f"{m.parameters:,}",
+        "stored": lambda m: m.dtype,
+        "note": lambda m: m.problem[1] if m.problem else m.warning,
+    }
+    shown = [(header, [cell(matrix) for matrix in model]) for header, cell in cells.items()]
+    shown = [column for column in shown if column[0] != "note" or any(column[1])]
+    return _fitted_table(shown, width, ("note", "Q", "kind", "block", "stored", "role"))
 
 
 def _table(headers: Sequence[str]) -> Table:
@@ -187,7 +201,7 @@ def _table(headers: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for header in headers:
         left = header in words
-        table.add_column(header, justify="left" if left else "right", no_wrap=header != "note", overflow="fold")
+        table.add_column(header, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
     return table
 
 

@@ -41,7 +41,7 @@ def terminal(analysis: htsr.Analysis) -> None:
     console = Console(record=True, width=158, file=io.StringIO(), highlight=False)
     rows = [row for row in analysis if row.block is None or row.block >= 4]
     console.print("$ htsr analyze all-MiniLM-L6-v2", style="bold")
-    console.print(tables.terminal_table(rows))
+    console.print(tables.terminal_table(rows, console.width))
     console.print(tables.summary_table(analysis))
     console.save_svg(str(HERE / "terminal.svg"), title="htsr")
 

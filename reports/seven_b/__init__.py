@@ -1,1 +1,1 @@
-"""A 7B-shaped checkpoint in little memory: interrupted, resumed, and shared by two processes."""
+"""A 7B-shaped checkpoint in little memory: killed, resumed, and shared by two processes."""

@@ -1,4 +1,4 @@
-"""Analyze a 7B-shaped sharded checkpoint, watching memory; interrupt and resume it; let two processes share it.
+"""Analyze a 7B-shaped sharded checkpoint, watching memory; kill and resume it; let two processes share it.
 
     python -m reports.seven_b              LLaMA-2-7B's shapes in bfloat16 (13.5 GB on disk, about 45 minutes on two cores)
     python -m reports.seven_b --quick      the same steps at an eighth of the width, about a minute
@@ -59,7 +59,7 @@ def study(work: Path, **shapes: int) -> dict[str, Any]:
         "matrices": len(one_rows),
         "bytes_on_disk": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
         "imports_mib": imports.peak_mib,
-        "interrupted": first,
+        "killed": first,
         "resumed": second,
         "two_processes": two,
         "largest_relative_difference": worst,
@@ -85,22 +85,22 @@ def compare(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> float:
 def watch(command: list[str], environment: dict[str, str], stop_at: tuple[Path, int] | None = None) -> dict[str, Any]:
     """Run a command, taking its largest resident memory (the largest of its processes), until it ends or is stopped.
 
-    `stop_at`: interrupt (as Ctrl-C does) when the journal in this folder holds so many rows.
+    `stop_at`: kill it when the journal in this folder holds so many rows.
     """
     started = time.perf_counter()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peak: dict[str, float] = {"resident": 0.0, "anonymous": 0.0}
-    interrupted = False
+    killed = False
     while process.poll() is None:
         for pid in family(process.pid):
             for key, value in memory(pid).items():
                 peak[key] = max(peak[key], value)
-        if stop_at and not interrupted and journal_rows(stop_at[0]) >= stop_at[1]:
-            process.send_signal(signal.SIGINT)
-            interrupted = True
+        if stop_at and not killed and journal_rows(stop_at[0]) >= stop_at[1]:
+            process.kill()
+            killed = True
         time.sleep(0.2)
     words = process.stderr.read() if process.stderr else ""
-    expected = 130 if stop_at else 0
+    expected = -signal.SIGKILL if stop_at else 0
     if process.returncode != expected:
         raise RuntimeError(f"exit code {process.returncode}:\n{words[-2000:]}")
     said = [line for line in words.splitlines() if "kept" in line or "taken up" in line]
@@ -178,7 +178,7 @@ def make(folder: Path, *, blocks: int, width: int, inner: int, vocabulary: int) 
 def write_up(results: dict[str, Any]) -> None:
     """README.md from results.json."""
     steps = [
-        ["one process, interrupted", results["interrupted"]],
+        ["one process, killed", results["killed"]],
         ["one process, resumed", results["resumed"]],
         ["two processes", results["two_processes"]],
     ]
@@ -203,7 +203,7 @@ the largest process, mapped files included, sampled five times a second; {result
 At most **{beyond} MiB** came on top.
 
 {common.table(["run", "minutes", "peak MiB", "beyond imports", "it said"], rows)}
-The rows of the interrupted and resumed run and those of two processes are the same matrices in the same order; the
+The rows of the killed and resumed run and those of two processes are the same matrices in the same order; the
 largest relative difference of any number in them is {results["largest_relative_difference"]:.1g} (one process uses two BLAS
 threads, each of two processes one, and sums come in another order).
 """)

@@ -1,0 +1,66 @@
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+import htsr
+from htsr.reporting import tables
+from tests.models import state_dict
+
+
+@pytest.fixture(scope="module")
+def analysis():
+    return htsr.analyze(state_dict(), device="cpu", bulk=True, permuted=True)
+
+
+def lines(table, width):
+    out = io.StringIO()
+    Console(file=out, width=width).print(table)
+    return [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140, 220])
+def test_numbers_are_never_cut(analysis, width):
+    shown = lines(tables.terminal_table(analysis.rows, width), width)
+    assert len(shown) == len(analysis) + 2
+    assert all(len(line) <= width for line in shown)
+    for row, line in zip(analysis, shown[2:], strict=True):
+        assert f" {row.alpha:.2f} " in line + " "
+        assert f" {row.trace_log:.2f} " in line + " "
+        assert "…" not in line[width // 2 :]
+
+
+def test_long_names_lose_their_middle(analysis):
+    row = replace(analysis[0], name="model." + 20 * "very." + "long.name.of_a_projection")
+    (line,) = lines(tables.terminal_table([row], 100), 100)[2:]
+    assert line.split()[0].startswith("model.")
+    assert "of_a_projection" in line
+
+
+@pytest.mark.parametrize("width", [70, 90, 200])
+def test_other_tables_fit_too(analysis, width):
+    model = htsr.describe(state_dict())
+    comparison = htsr.compare(analysis, analysis)
+    for table in (tables.description_table(model, width), tables.comparison_table(comparison, width)):
+        shown = lines(table, width)
+        assert len(shown) == 13 + 2
+        assert all(len(line) <= width for line in shown)
+
+
+def test_colours_tell_the_status(analysis):
+    row = analysis[0]
+    cases = {
+        "red": replace(row, status="nan", alpha=None),
+        "bright_black": replace(row, warning="random-like; under-trained"),
+        "magenta": replace(row, alpha=1.5, warning=""),
+        "green": replace(row, alpha=3.0, warning=""),
+        "yellow": replace(row, alpha=9.0, warning=""),
+    }
+    assert {style: tables.style_of(case) for style, case in cases.items()} == {style: style for style in cases}
+
+
+def test_the_summary_ends_with_the_whole_model(analysis):
+    shown = lines(tables.summary_table(analysis), 200)
+    assert shown[-1].split()[:2] == ["all", "13"]
+    assert f"{analysis.summary()['alpha']:.2f}" in shown[-1]
