@@ -1,6 +1,6 @@
 """Speed and memory of `htsr analyze` beside WeightWatcher 0.7.7, and how the cost grows with the matrix.
 
-    python -m reports.analyze_speed            the whole study, about 40 minutes on two cores
+    python -m reports.analyze_speed            the whole study, about ten minutes on two cores
     python -m reports.analyze_speed --quick    the encoder only, once
 
 Every figure of a pair is taken in the same run, the two tools alternating, each in a process of its own that reads the

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -33,7 +34,7 @@ def main() -> None:
     terminal(encoder)
     with tempfile.TemporaryDirectory() as work:
         causal = htsr.analyze(common.smollm2(Path(work)), device="cpu", bulk=True, permuted=True)
-        report(causal, Path(work))
+        report(replace(causal, label="SmolLM2-135M-Instruct"), Path(work))
 
 
 def terminal(analysis: htsr.Analysis) -> None:
