@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -119,8 +120,12 @@ _LEAST_NAME = 30
 
 
 def _shortened(name: str, room: int) -> str:
+    """`name` without its middle, or, where that has the number of the block, without its beginning."""
     if len(name) <= room:
         return name
+    numbered = re.search(r"\d+\..*", name)
+    if numbered and len(numbered[0]) < room:
+        return f"…{name[len(name) - (room - 1) :]}"
     head = (room - 1) // 3
     return f"{name[:head]}…{name[len(name) - (room - 1 - head) :]}"
 
