@@ -67,6 +67,14 @@ def split(leaf: str, part: str, shape: tuple[int, int], config: dict[str, Any], 
     return []
 
 
+def experts_in_rows(config: dict[str, Any]) -> int:
+    """Number of experts whose matrices one tensor holds one below the other; 0 where models store them otherwise."""
+    experts = config.get("ffn_config")
+    if config.get("model_type") != "dbrx" or not isinstance(experts, dict):
+        return 0
+    return int(experts.get("moe_num_experts", 0))
+
+
 def _qkv(leaf: str, shape: tuple[int, int], config: dict[str, Any], model_type: str) -> list[Part]:
     heads, groups, head_dim = _head_counts(config)
     if leaf == "c_attn" and shape[1] == 3 * shape[0]:  # GPT-2's Conv1D stores in × out
