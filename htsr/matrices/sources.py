@@ -26,7 +26,7 @@ Source: TypeAlias = Union[str, "os.PathLike[str]", "torch.nn.Module", Mapping[st
 
 # floats of two and more dimensions that are no weights
 _NOT_WEIGHTS = re.compile(
-    r"(^|[._])(bias|biases|mask|inv_freq|freqs_cis|cos_cached|sin_cached|position_ids|relative_position_index|"
+    r"(^|[._])(bias|biases|(pos_)?bias_[uv]|mask|inv_freq|freqs_cis|cos_cached|sin_cached|position_ids|relative_position_index|"
     r"relative_coords_table|rotary_emb|A_log|running_mean|running_var|lora_magnitude_vector)(\.|$)|_bias$"
 )
 _MAX_KERNEL = 64  # a longer last axis of a 3-D tensor is no kernel

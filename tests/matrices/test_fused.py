@@ -235,6 +235,31 @@ def test_qwen3_nexts_query_carries_the_gate_of_its_output():
     assert not torch.allclose(without(masks["gate"]), without())
 
 
+def test_minimaxs_linear_attention():
+    changes = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "block_size": 2}
+    model = tiny("MiniMaxModel", **_EXPERTS | changes)
+    masks = parts_of(model, "layers.0.self_attn.qkv_proj.weight")
+    assert set(masks) == {"q", "k", "v"}
+    weight = model.layers[0].self_attn.qkv_proj.weight
+    context = context_of(model, "layers.0.self_attn.qkv_proj", "layers.0.self_attn.out_proj")
+    # one value in all heads reaches one column of the context; one key reaches a whole head
+    values = weight.detach().clone()
+    columns = {}
+    for part, mask in masks.items():
+        rows = mask.all(1).nonzero().flatten()[1:]
+        with torch.no_grad():
+            weight[rows] = 0
+            columns[part] = int((context().abs().amax(0) > 0).sum())
+            weight.copy_(values)
+    assert columns == {"q": HIDDEN // HEADS, "k": HIDDEN // HEADS, "v": 1}
+    assert (context()[:SEEN] != 0).all()
+    with torch.no_grad():
+        whole = context()
+        weight[masks["q"] & (torch.arange(HIDDEN) == SEEN)] = 0
+        moved = (context() - whole).abs().amax(1) > 1e-9
+    assert moved.nonzero().flatten().tolist() == [SEEN]
+
+
 _EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 2, "num_experts": 2, "head_dim": 4, "num_key_value_heads": 2}
 # (architecture, configuration, gated network, fused weight in it); `square`: 2 · intermediate size = hidden size
 GATED = {
