@@ -103,7 +103,8 @@ _EMBEDDINGS = {
     r"rel_attn_emb|rel_emb|distance_emb|attn\.rel_b",
     "embed.type": r"token_type|segment_|type_emb",
     "embed.patch": r"patch_?emb|patch_(proj|conv)|conv_proj$",
-    "embed.proj": r"embeddings?_(proj|hidden_mapping|transf)|embed_proj|(^|\.)feature_projection\.|(^|\.)project_(in|out)$",
+    "embed.proj": r"embeddings?_(proj|hidden_mapping|transf)|embed_proj|(^|\.)feature_projection\.|"
+    r"(^|\.)project_(in|out)$",
     "embed": r"(embed(ding)?s?|embed_\w+|(^|\.)(wte|shared|token_embd|embed_in))$",
 }
 _ROUTER = re.compile(

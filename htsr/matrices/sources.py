@@ -102,7 +102,7 @@ class Filter:
     exclude: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
     blocks: frozenset[int] | None = None
-    min_size: int = 1
+    min_size: int = 0
     max_size: int | None = None
 
     def __call__(self, matrix: WeightMatrix) -> bool:
@@ -360,7 +360,9 @@ class _Place:
     def _is_stack(self) -> bool:
         """Whether a tensor of three axes is one matrix per expert rather than a kernel."""
         shape = self.entry.shape
-        return len(shape) == 3 and (self.role.startswith("expert") or "expert" in self.entry.name or shape[2] > _MAX_KERNEL)
+        return len(shape) == 3 and (
+            self.role.startswith("expert") or "expert" in self.entry.name or shape[2] > _MAX_KERNEL
+        )
 
     def _kernel(self) -> Array:
         out, inner = self.entry.shape[:2]

@@ -88,7 +88,9 @@ def test_delta_is_pefts_own(tmp_path, case):
         if hasattr(layer, "get_delta_weight")
     }
     for name in [name for name in expected if name.endswith("c_attn")]:
-        expected |= {f"{name}[{part}]": third for part, third in zip("qkv", expected.pop(name).chunk(3, 1), strict=True)}
+        expected |= {
+            f"{name}[{part}]": third for part, third in zip("qkv", expected.pop(name).chunk(3, 1), strict=True)
+        }
     found = htsr.describe(folder)
     assert sorted(m.name for m in found) == sorted(expected)
     for matrix in found:

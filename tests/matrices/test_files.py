@@ -162,7 +162,7 @@ def test_truncated_files(tmp_path, suffix, part):
     save_file(state, file) if suffix == "safetensors" else torch.save(state, file)
     whole = file.read_bytes()
     file.write_bytes(whole[: max(1, int(part * len(whole)))])
-    with pytest.raises(htsr.SourceError, match="truncated perhaps|is refused"):
+    with pytest.raises(htsr.SourceError, match=r"truncated perhaps|is refused"):
         htsr.describe(str(file))
 
 
@@ -255,13 +255,14 @@ def test_a_file_cut_after_it_was_opened_spoils_its_rows_only(tmp_path):
     shard = folder / "model-00002-of-00003.safetensors"
     with shard.open("r+b") as file:
         file.truncate(100)
-    failed = []
+    failed, sentences = [], []
     for matrix in model:
         try:
             matrix.read()
         except htsr.HtsrError as error:
             failed.append(matrix.name)
-            assert str(error).startswith(f"{matrix.name} could not be read: ")
+            sentences.append(str(error))
+    assert all(s.startswith(f"{name} could not be read: ") for name, s in zip(failed, sentences, strict=True))
     assert 0 < len(failed) < len(model.matrices)
 
 

@@ -305,7 +305,8 @@ GATED = {
     ),
     "jetmoe": ("JetMoeModel", _EXPERTS | {"kv_channels": 4}, "layers.0.mlp", "input_linear.weight"),
     "granitemoeshared": (
-        "GraniteMoeSharedModel", _EXPERTS | {"shared_intermediate_size": 12}, "layers.0.shared_mlp", "input_linear.weight",
+        "GraniteMoeSharedModel", _EXPERTS | {"shared_intermediate_size": 12},
+        "layers.0.shared_mlp", "input_linear.weight",
     ),
 }  # fmt: skip
 

@@ -79,7 +79,11 @@ ARCHITECTURES = [
     ("convnext", "ConvNextForImageClassification", {"embed.patch", "conv", "mlp.up", "mlp.down", "head"}),
     ("resnet", "ResNetForImageClassification", {"conv", "head"}),
     ("clip", "", _PLAIN | _VISION | {"embed", "embed.position", "vision.embed.position", "projector"}),
-    ("llava", "LlavaForConditionalGeneration", _GATED | _VISION | {"vision.embed.position", "projector", "embed", "head"}),
+    (
+        "llava",
+        "LlavaForConditionalGeneration",
+        _GATED | _VISION | {"vision.embed.position", "projector", "embed", "head"},
+    ),
     ("qwen2_vl", "", _GATED | _VISION | {"vision.projector", "embed"}),
 ]  # fmt: skip
 
@@ -113,7 +117,14 @@ def test_roles_and_blocks_of_an_architecture(model_type, architecture, expected)
     described = htsr.describe(build(model_type, architecture))
     assert {matrix.role for matrix in described} == expected
     for matrix in described:
-        inside = matrix.role.rpartition(".")[0].rpartition(".")[2] in ("attn", "cross_attn", "mlp", "expert", "shared_expert", "ssm")
+        inside = matrix.role.rpartition(".")[0].rpartition(".")[2] in (
+            "attn",
+            "cross_attn",
+            "mlp",
+            "expert",
+            "shared_expert",
+            "ssm",
+        )
         if inside:
             assert matrix.block is not None, matrix.name
         elif matrix.role not in ("conv", "downsample", "router"):
