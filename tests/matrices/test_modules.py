@@ -236,3 +236,55 @@ def test_what_is_no_model():
         htsr.describe(3)
     with pytest.raises(htsr.SourceError, match="Sequential has no weight matrices"):
         htsr.describe(nn.Sequential(nn.LayerNorm(4)))
+
+
+def test_sharded_parameters_have_rows_that_say_so(process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_module
+
+    model = distribute_module(nn.Sequential(nn.Linear(8, 8)), init_device_mesh("cpu", (1,)))
+    (row,) = htsr.analyze(model, device="cpu")
+    assert (row.status, row.rows, row.columns) == ("sharded", 8, 8)
+    assert row.warning == "0.weight is sharded over processes; analyze the gathered model or its checkpoint"
+
+
+class Rounded(torch.Tensor):
+    """A stand-in for the tensor classes of quantisation libraries: integers in units of 1/4."""
+
+    @staticmethod
+    def __new__(cls, steps: torch.Tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, steps.shape, dtype=torch.float32)
+
+    def __init__(self, steps: torch.Tensor) -> None:
+        self.steps = steps
+
+    def dequantize(self) -> torch.Tensor:
+        return self.steps.float() / 4
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].steps)
+        raise NotImplementedError(function)
+
+
+def test_tensors_that_can_dequantize_themselves():
+    layer = nn.Linear(6, 4, bias=False)
+    steps = torch.arange(24).reshape(4, 6).to(torch.int8)
+    layer.weight = nn.Parameter(Rounded(steps), requires_grad=False)
+    (matrix,) = htsr.describe(nn.ModuleDict({"up_proj": layer})).matrices
+    assert (matrix.shape, matrix.dtype, matrix.warning) == ((4, 6), "Rounded", "de-quantised")
+    assert torch.equal(torch.as_tensor(matrix.read()), steps / 4)
+
+
+def test_a_lora_variant_that_is_not_known_is_not_guessed():
+    peft = pytest.importorskip("peft")
+    if "alora_invocation_tokens" not in peft.LoraConfig.__dataclass_fields__:
+        pytest.skip("this PEFT has no aLoRA")
+    adapted = peft.get_peft_model(llama(), peft.LoraConfig(**LORA, alora_invocation_tokens=[1], task_type="CAUSAL_LM"))
+    rows = {row.name: row for row in htsr.analyze(adapted, device="cpu", where=htsr.Filter(roles=("attn.*",)))}
+    assert rows["model.layers.0.self_attn.q_proj"].status == "unmerged"
+    assert (
+        "has a LoRA variant that htsr does not know; merge it first" in rows["model.layers.0.self_attn.q_proj"].warning
+    )
+    assert rows["model.layers.0.self_attn.k_proj"].status == "ok"

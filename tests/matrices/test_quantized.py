@@ -221,3 +221,19 @@ def test_gguf(tmp_path, kind):
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(htsr.SourceError, match="is not a readable GGUF file, truncated perhaps"):
         htsr.describe(str(file))
+
+
+def test_several_gguf_files_are_several_models(tmp_path):
+    for kind in ("Q4", "Q8"):
+        (tmp_path / f"model.{kind}.gguf").write_bytes(b"GGUF")
+    with pytest.raises(htsr.SourceError, match=r"holds several models \(model\.Q4\.gguf, model\.Q8\.gguf\); name one"):
+        htsr.describe(str(tmp_path))
+
+
+def test_gguf_without_its_package(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(htsr.MissingDependencyError, match=r"pip install 'htsr\[gguf\]'"):
+        htsr.describe(str(tmp_path / "model.gguf"))
