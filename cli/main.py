@@ -35,7 +35,7 @@ Include = Annotated[
 Exclude = Annotated[list[str] | None, typer.Option(help="No matrices whose name matches. Repeatable.")]
 Role = Annotated[list[str] | None, typer.Option(help="Only these roles, as in attn.q or 'mlp.*'. Repeatable.")]
 Block = Annotated[str | None, typer.Option(help="Only these blocks, as in 0-3,7.")]
-MinSize = Annotated[int, typer.Option(min=1, help="Least size of the smaller side.")]
+MinSize = Annotated[int, typer.Option(min=0, help="Least size of the smaller side.")]
 MaxSize = Annotated[int | None, typer.Option(min=1, help="Largest size of the smaller side.")]
 Fit = Annotated[str, typer.Option(help="How the tail is chosen: ks, hill, hill_paper, fix_fingers, clip_xmax.")]
 Xmin = Annotated[float | None, typer.Option(help="Begin of the tail by hand, an eigenvalue.")]
@@ -98,7 +98,7 @@ def analyze(
     exclude: Exclude = None,
     role: Role = None,
     block: Block = None,
-    min_size: MinSize = 1,
+    min_size: MinSize = 0,
     max_size: MaxSize = None,
     fit: Fit = "ks",
     xmin: Xmin = None,
@@ -165,7 +165,7 @@ def compare(
     exclude: Exclude = None,
     role: Role = None,
     block: Block = None,
-    min_size: MinSize = 1,
+    min_size: MinSize = 0,
     max_size: MaxSize = None,
     fit: Fit = "ks",
     full: Full = False,
@@ -197,7 +197,7 @@ def describe(
     exclude: Exclude = None,
     role: Role = None,
     block: Block = None,
-    min_size: MinSize = 1,
+    min_size: MinSize = 0,
     max_size: MaxSize = None,
     format: Format = None,
     output: Output = None,

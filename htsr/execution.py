@@ -113,7 +113,7 @@ def _batches(matrices: Sequence[WeightMatrix], indices: Sequence[int]) -> list[l
     growing: dict[tuple[int, int], list[int]] = {}
     for i in indices:
         matrix = matrices[i]
-        size = BATCH_UP_TO // min(matrix.shape) + 1
+        size = BATCH_UP_TO // max(1, min(matrix.shape)) + 1
         if size == 1 or matrix.pieces > 1 or size * _footprint(matrix) > SIDE_BY_SIDE:
             batches.append([i])
             continue

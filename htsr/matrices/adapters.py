@@ -57,8 +57,9 @@ def adapter_entries(folder: Path) -> list[Entry]:
             transposed = bool(match[2] or config.get("fan_in_fan_out"))
             vector = f"{module}.lora_magnitude_vector"
             magnitude = stored.get(vector) or stored.get(f"{vector}.weight")
-            entries.append(_entry(module, _Delta(entry, B, scaling, transposed, magnitude), config))
-        elif "lora_" not in name:
+            base = stored.get(f"{module}.base_layer.weight")  # PEFT saves adapted embeddings whole
+            entries.append(_entry(module, _Delta(entry, B, scaling, transposed, magnitude, base), config))
+        elif "lora_" not in name and not _under_adapter(name, stored):
             name = name.replace(".modules_to_save.weight", ".weight").replace(".base_layer.", ".")
             entries.append(replace(entry, name=name))
     return entries
@@ -77,6 +78,8 @@ def merged_with_base(adapter: list[Entry], base: list[Entry]) -> list[Entry]:
         if len(matches) != 1:
             raise SourceError(f"the adapter's {entry.name} matches {len(matches)} tensors of the base model, not one")
         target = by_name[matches[0]]
+        if isinstance(entry.read, _Delta) and entry.read.base is not None:
+            target = replace(entry.read.base, name=target.name, kind=target.kind)
         if not isinstance(entry.read, _Delta):
             by_name[target.name] = replace(entry, name=target.name)
             continue
@@ -109,6 +112,7 @@ class _Delta:
     scaling: float
     transposed: bool
     magnitude: Entry | None = None
+    base: Entry | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,6 +124,11 @@ class _Delta:
         product = self.scaling * (b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1))
         product = product.T if self.transposed else product.reshape(self.shape)
         return product if index is None else product[index]
+
+
+def _under_adapter(name: str, stored: dict[str, Entry]) -> bool:
+    module, found, _ = name.partition(".base_layer.")
+    return bool(found) and any(other.startswith(f"{module}.lora_") for other in stored)
 
 
 def _entry(module: str, delta: _Delta, config: dict[str, Any]) -> Entry:

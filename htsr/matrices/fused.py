@@ -67,6 +67,14 @@ def split(leaf: str, part: str, shape: tuple[int, int], config: dict[str, Any], 
     return []
 
 
+def experts_in_rows(config: dict[str, Any]) -> int:
+    """Number of experts whose matrices one tensor holds one below the other; 0 where models store them otherwise."""
+    experts = config.get("ffn_config")
+    if config.get("model_type") != "dbrx" or not isinstance(experts, dict):
+        return 0
+    return int(experts.get("moe_num_experts", 0))
+
+
 def _qkv(leaf: str, shape: tuple[int, int], config: dict[str, Any], model_type: str) -> list[Part]:
     heads, groups, head_dim = _head_counts(config)
     if leaf == "c_attn" and shape[1] == 3 * shape[0]:  # GPT-2's Conv1D stores in × out
@@ -97,8 +105,9 @@ def _head_counts(config: dict[str, Any]) -> tuple[int, int, int]:
     heads = first("num_attention_heads", "n_head", "n_heads", "num_heads")
     groups = first("num_key_value_heads", "num_kv_heads", "n_head_kv") or heads
     multi_query = config.get("multi_query_attention", config.get("multi_query"))
-    if config.get("model_type") == "falcon" and not config.get("new_decoder_architecture"):
-        groups = heads  # `num_kv_heads` holds for the new architecture only
+    model_type = config.get("model_type")
+    if model_type == "minimax" or (model_type == "falcon" and not config.get("new_decoder_architecture")):
+        groups = heads  # the number in the configuration is that of Falcon's new architecture, MiniMax's other layers
     if multi_query and not config.get("new_decoder_architecture"):
         groups = first("multi_query_group_num") or 1
     if isinstance(attention := config.get("attn_config"), dict):  # DBRX

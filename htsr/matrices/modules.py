@@ -141,7 +141,7 @@ def _adapted(entry: Entry, layer: Any) -> Entry:
             W = W + delta.to(W)
             if layer.use_dora.get(adapter):
                 magnitude = layer.lora_magnitude_vector[adapter].weight.detach()
-                transposed = entry.kind == "embedding" or bool(layer.fan_in_fan_out)
+                transposed = entry.kind == "embedding" or bool(getattr(layer, "fan_in_fan_out", False))
                 W = W * dora_factor(base + delta.to(base), magnitude, transposed)
         return W if index is None else W[index]
 

@@ -50,6 +50,8 @@ def _dequantized(entry: Entry, by_name: dict[str, Entry]) -> Entry:
     for kind in ("nf4", "fp4"):
         if state := by_name.get(f"{name}.quant_state.bitsandbytes__{kind}"):
             return _bitsandbytes(entry, state, by_name)
+    if entry.dtype == "int8" and f"{stem}.weight_scale_inv" in by_name:
+        return _unreadable(entry, "FP4 numbers, two to a byte, that htsr does not unpack")
     for suffix in (".weight_scale_inv", ".weight_scale", ".scale_weight"):
         if (scale := by_name.get(stem + suffix)) and entry.dtype in ("int8", "float8_e4m3fn", "float8_e5m2"):
             return _scaled(entry, scale, _by_blocks, "8-bit" if entry.dtype == "int8" else "FP8")
@@ -77,7 +79,7 @@ def _by_blocks(W: Any, scale: Any) -> Array:
     if scale.size == 1:
         return W * float(scale.reshape(-1)[0])  # type: ignore[no-any-return]
     if scale.ndim == 1:
-        scale = scale[:, None]
+        scale = scale.reshape(-1, *[1] * (W.ndim - 1))
     for axis in (-2, -1):
         size, blocks = W.shape[axis], scale.shape[axis]
         block = 128 if -(-size // 128) == blocks else -(-size // blocks)
@@ -130,6 +132,6 @@ def _mxfp4(blocks: Entry, scales: Entry) -> Entry:
 
 def _unreadable(entry: Entry, why: str) -> Entry:
     name = entry.name
-    for suffix in PACKED:
+    for suffix in (*PACKED, ".weight"):
         name = name.removesuffix(suffix)
     return replace(entry, name=name, problem=("quantized", f"{name} is stored in {why}"))

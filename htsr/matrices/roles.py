@@ -103,7 +103,8 @@ _EMBEDDINGS = {
     r"rel_attn_emb|rel_emb|distance_emb|attn\.rel_b",
     "embed.type": r"token_type|segment_|type_emb",
     "embed.patch": r"patch_?emb|patch_(proj|conv)|conv_proj$",
-    "embed.proj": r"embeddings?_(proj|hidden_mapping|transf)|embed_proj|(^|\.)project_(in|out)$",
+    "embed.proj": r"embeddings?_(proj|hidden_mapping|transf)|embed_proj|(^|\.)feature_projection\.|"
+    r"(^|\.)project_(in|out)$",
     "embed": r"(embed(ding)?s?|embed_\w+|(^|\.)(wte|shared|token_embd|embed_in))$",
 }
 _ROUTER = re.compile(
@@ -157,6 +158,7 @@ _REWRITTEN = (
     (r"\.block\.3$", ".fc1"),  # torchvision's ConvNeXt
     (r"\.block\.5$", ".fc2"),
     (r"(^|\.)\d+(?=\.|$)", ""),
+    (r"(^|\.)ffn_gate$", r"\1ffn.gate_proj"),  # GGUF's; its router is ffn_gate_inp
     (r"(^|\.)(cross_attn|attn|ffn|ssm)_(\w+)$", r"\1\2.\3"),  # GGUF's attn_q, ffn_up, ffn_up_exps …
     (r"ffn\.(\w+)_exps$", r"ffn.experts.\1"),
     (r"ffn\.(\w+)_shexp$", r"ffn.shared_expert.\1"),

@@ -26,7 +26,7 @@ Source: TypeAlias = Union[str, "os.PathLike[str]", "torch.nn.Module", Mapping[st
 
 # floats of two and more dimensions that are no weights
 _NOT_WEIGHTS = re.compile(
-    r"(^|[._])(bias|biases|mask|inv_freq|freqs_cis|cos_cached|sin_cached|position_ids|relative_position_index|"
+    r"(^|[._])(bias|biases|(pos_)?bias_[uv]|mask|inv_freq|freqs_cis|cos_cached|sin_cached|position_ids|relative_position_index|"
     r"relative_coords_table|rotary_emb|A_log|running_mean|running_var|lora_magnitude_vector)(\.|$)|_bias$"
 )
 _MAX_KERNEL = 64  # a longer last axis of a 3-D tensor is no kernel
@@ -102,7 +102,7 @@ class Filter:
     exclude: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
     blocks: frozenset[int] | None = None
-    min_size: int = 1
+    min_size: int = 0
     max_size: int | None = None
 
     def __call__(self, matrix: WeightMatrix) -> bool:
@@ -326,11 +326,16 @@ class _Place:
         """What counts as a matrix of its own in this tensor."""
         entry, shape = self.entry, self.entry.shape
         name = roles.stem(entry.name)
-        if len(shape) == 2:
+        if len(shape) == 2 and self.role.startswith("expert") and (count := fused.experts_in_rows(self.config)):
+            rows = shape[0] // count
+            for i in range(count):
+                load = partial(_part, entry.read, slice(i * rows, (i + 1) * rows))
+                yield self._matrix(f"{name}[{i}]", (rows, shape[1]), load, kind="expert")
+        elif len(shape) == 2:
             yield from self._parts(name, shape, entry.read)
         elif len(shape) == 3 and shape[0] == 1 and entry.kind != "conv":  # ViT's position embeddings
             yield self._matrix(name, shape[1:], partial(entry.read, 0))
-        elif entry.kind == "conv" or not _is_stack(entry):
+        elif entry.kind == "conv" or not self._is_stack():
             role = self.role if self.role in ("conv", "embed.patch") else roles.role_of(entry.name, "conv")
             pieces = math.prod(shape[2:])
             yield self._matrix(name, shape[:2], self._kernel, kind="conv", role=role, pieces=pieces)
@@ -351,6 +356,13 @@ class _Place:
             role = f"{family}.{piece.suffix}" if family else self.role
             load = partial(_part, read, piece.index)
             yield self._matrix(f"{name}[{piece.suffix}]", piece.shape, load, kind=kind, role=role)
+
+    def _is_stack(self) -> bool:
+        """Whether a tensor of three axes is one matrix per expert rather than a kernel."""
+        shape = self.entry.shape
+        return len(shape) == 3 and (
+            self.role.startswith("expert") or "expert" in self.entry.name or shape[2] > _MAX_KERNEL
+        )
 
     def _kernel(self) -> Array:
         out, inner = self.entry.shape[:2]
@@ -382,12 +394,6 @@ class _Place:
             problem=problem,
             warning=entry.warning,
         )
-
-
-def _is_stack(entry: Entry) -> bool:
-    if len(entry.shape) != 3:
-        return False
-    return "expert" in entry.name or "_exps" in entry.name or entry.shape[2] > _MAX_KERNEL
 
 
 def _part(read: Callable[[], Array], index: Any) -> Array:

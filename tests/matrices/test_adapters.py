@@ -1,0 +1,265 @@
+"""Adapter folders, as PEFT writes them, against PEFT's own arithmetic."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import htsr
+
+peft = pytest.importorskip("peft")
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).eval()
+
+
+class Convolutions(nn.Module):
+    config = transformers.PretrainedConfig()
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+CASES = {
+    "linear": (llama, {"target_modules": ["q_proj", "down_proj"]}),
+    "rank-stabilised": (llama, {"target_modules": ["q_proj"], "use_rslora": True}),
+    "patterns": (
+        llama,
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "rank_pattern": {"layers.1.self_attn.q_proj": 5, "v_proj": 2},
+            "alpha_pattern": {"v_proj": 16, "^model.layers.0.self_attn.q_proj": 1},
+        },
+    ),
+    "embedding": (llama, {"target_modules": ["embed_tokens"]}),
+    "embedding and linear": (llama, {"target_modules": ["embed_tokens", "k_proj"]}),
+    "conv1d of gpt2": (gpt2, {"target_modules": ["c_attn", "mlp.c_fc"], "fan_in_fan_out": True}),
+    "convolution": (Convolutions, {"target_modules": ["first", "second"]}),
+}
+
+
+def saved(folder, case: str, **changes):
+    """An adapter with random values: its folder as text, the PeftModel, and W before it."""
+    make, options = CASES[case]
+    model = make()
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(**{"r": 3, "lora_alpha": 7, "init_lora_weights": False} | options | changes)
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "magnitude" in name:
+                parameter *= torch.rand_like(parameter) + 0.5
+    adapted.save_pretrained(folder)
+    return str(folder), adapted
+
+
+def kept(matrices) -> dict[str, np.ndarray]:
+    return {m.name: np.array(m.read()) for m in matrices}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_delta_is_pefts_own(tmp_path, case):
+    folder, adapted = saved(tmp_path / "adapter", case)
+    expected = {
+        name.removeprefix("base_model.model."): layer.get_delta_weight("default").detach()
+        for name, layer in adapted.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+    for name in [name for name in expected if name.endswith("c_attn")]:
+        expected |= {
+            f"{name}[{part}]": third for part, third in zip("qkv", expected.pop(name).chunk(3, 1), strict=True)
+        }
+    found = htsr.describe(folder)
+    assert sorted(m.name for m in found) == sorted(expected)
+    for matrix in found:
+        delta = expected[matrix.name]
+        values = np.asarray(matrix.read())
+        if delta.ndim == 4:
+            delta = delta.flatten(2).permute(2, 0, 1)  # kernel positions first
+        np.testing.assert_allclose(values.reshape(delta.shape), delta.numpy(), rtol=0, atol=2e-6)
+        assert matrix.kind in ("adapter", "conv")
+    ranks = {m.name: int(np.linalg.matrix_rank(np.asarray(m.read()).reshape(m.pieces, *m.shape)[0])) for m in found}
+    for matrix in found:
+        if matrix.pieces == 1:
+            assert matrix.warning == f"ΔW of rank {ranks[matrix.name]}"
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("case", CASES)
+def test_on_its_base_it_is_the_merged_model(tmp_path, case, dora):
+    make, _ = CASES[case]
+    base = make()
+    if case == "convolution":
+        (tmp_path / "base").mkdir()
+        save_file(base.state_dict(), tmp_path / "base" / "model.safetensors")
+    else:
+        base.save_pretrained(tmp_path / "base")
+    folder, adapted = saved(tmp_path / "adapter", case, use_dora=dora)
+    found = htsr.describe(folder, base=str(tmp_path / "base"))
+    alone = htsr.describe(str(tmp_path / "base"))
+    assert [(m.name, m.shape, m.role, m.block) for m in found] == [(m.name, m.shape, m.role, m.block) for m in alone]
+    values = kept(found)
+    merged = adapted.merge_and_unload()
+    if hasattr(merged, "transformer") or hasattr(merged, "model"):
+        merged.save_pretrained(tmp_path / "merged")
+    else:
+        (tmp_path / "merged").mkdir()
+        save_file(merged.state_dict(), tmp_path / "merged" / "model.safetensors")
+    expected = kept(htsr.describe(str(tmp_path / "merged")))
+    assert values.keys() == expected.keys()
+    for name in values:
+        np.testing.assert_allclose(values[name], expected[name], rtol=0, atol=1e-5, err_msg=name)
+    assert max(np.abs(values[m.name] - np.asarray(m.read())).max() for m in alone) > 1e-2
+
+
+def test_an_embedding_that_was_resized_before_it_was_adapted(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    model = llama()
+    model.resize_token_embeddings(50)
+    lora = peft.LoraConfig(r=3, target_modules=["embed_tokens"], modules_to_save=["lm_head"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    found = kept(htsr.describe(str(tmp_path / "adapter"), base=str(tmp_path / "base")))
+    merged = adapted.merge_and_unload()
+    np.testing.assert_allclose(found["model.embed_tokens"], merged.model.embed_tokens.weight.detach(), atol=1e-5)
+    np.testing.assert_array_equal(found["lm_head"], merged.lm_head.weight.detach())
+
+
+def test_dora_without_its_base_has_rows_that_say_so(tmp_path):
+    folder, _ = saved(tmp_path, "linear", use_dora=True)
+    rows = htsr.analyze(folder, device="cpu").rows
+    assert {row.status for row in rows} == {"needs_base"}
+    assert "layers.0.self_attn.q_proj is a DoRA module" in " ".join(row.warning for row in rows)
+
+
+def test_modules_to_save_come_along(tmp_path):
+    folder, adapted = saved(tmp_path / "adapter", "linear", modules_to_save=["lm_head"])
+    alone = kept(htsr.describe(folder))
+    assert sum("lm_head" in name for name in alone) == 1
+    llama().save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        adapted.base_model.model.lm_head.modules_to_save["default"].weight.fill_(3.0)
+    adapted.save_pretrained(folder)
+    assert (kept(htsr.describe(folder, base=str(tmp_path / "base")))["lm_head"] == 3).all()
+
+
+def test_the_base_that_the_adapter_names(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    folder, _ = saved(tmp_path / "adapter", "linear")
+    with pytest.raises(htsr.UsageError, match="names no base model; say which one it is"):
+        htsr.describe(folder, base="auto")
+    change_config(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
+    named, given = htsr.describe(folder, base="auto"), htsr.describe(folder, base=str(tmp_path / "base"))
+    assert [m.name for m in named] == [m.name for m in given]
+    assert named.fingerprint == given.fingerprint != htsr.describe(folder).fingerprint
+    loaded = htsr.describe(folder, base=llama())
+    np.testing.assert_allclose(kept(named)["lm_head"], kept(loaded)["lm_head"])
+    q = "model.layers.0.self_attn.q_proj"
+    np.testing.assert_allclose(kept(named)[q], kept(loaded)[q])
+
+
+def test_a_base_without_its_head(tmp_path):
+    """A base that was saved without its task head has names without the leading ``model.``."""
+    llama().model.save_pretrained(tmp_path / "base")
+    folder, adapted = saved(tmp_path / "adapter", "linear")
+    found = kept(htsr.describe(folder, base=str(tmp_path / "base")))
+    merged = adapted.merge_and_unload().state_dict()
+    np.testing.assert_allclose(
+        found["layers.1.mlp.down_proj"], merged["model.layers.1.mlp.down_proj.weight"].numpy(), atol=1e-5
+    )
+
+
+def change_config(folder, **changes) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        ("method", "is a IA3 adapter; htsr reads LoRA"),
+        ("no weights", "has no adapter_model.safetensors"),
+        ("no B", "lora_A.weight has no B beside it"),
+        ("no JSON", "adapter_config.json is not readable JSON"),
+        ("truncated", "is not a readable safetensors file, truncated perhaps"),
+    ],
+)
+def test_adapters_that_cannot_be_read(tmp_path, spoil, sentence):
+    folder, _ = saved(tmp_path, "linear")
+    weights = tmp_path / "adapter_model.safetensors"
+    if spoil == "method":
+        change_config(tmp_path, peft_type="IA3")
+    elif spoil == "no weights":
+        weights.unlink()
+    elif spoil == "no B":
+        save_file({name: t for name, t in load_file(weights).items() if "lora_A" in name}, weights)
+    elif spoil == "no JSON":
+        (tmp_path / "adapter_config.json").write_text("{")
+    else:
+        weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(htsr.SourceError, match=sentence):
+        htsr.describe(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        ({"other.layers.0.mlp.gate_proj.weight": (4, 4)}, "matches 0 tensors of the base model, not one"),
+        ({"model.layers.0.mlp.down_proj.weight": (4, 24)}, r"\(4, 24\) in the base model and \(16, 24\)"),
+        (
+            {"a.model.layers.0.mlp.down_proj.weight": (16, 24), "b.model.layers.0.mlp.down_proj.weight": (16, 24)},
+            "matches 2 tensors of the base model, not one",
+        ),
+    ],
+)
+def test_a_base_that_does_not_fit(tmp_path, names, sentence):
+    folder, _ = saved(tmp_path, "linear")
+    with pytest.raises(htsr.SourceError, match=sentence):
+        htsr.describe(folder, base={name: torch.ones(shape) for name, shape in names.items()})
+
+
+def test_a_b_of_another_rank_spoils_one_row(tmp_path):
+    folder, _ = saved(tmp_path, "linear")
+    weights = tmp_path / "adapter_model.safetensors"
+    state = load_file(weights)
+    state["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"] = torch.ones(16, 2)
+    save_file(state, weights)
+    status = {row.name: row.status for row in htsr.analyze(folder, device="cpu")}
+    assert status.pop("model.layers.0.self_attn.q_proj") == "unreadable"
+    assert set(status.values()) == {"ok"}
+
+
+def test_adapted_parameters_are_told(tmp_path):
+    config = transformers.MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    peft.get_peft_model(transformers.MixtralModel(config), lora).save_pretrained(tmp_path)
+    rows = {row.name: row for row in htsr.analyze(str(tmp_path), device="cpu")}
+    (name,) = (name for name in rows if "experts" in name)
+    assert rows[name].status == "unsupported"
+    assert "can be read from the loaded PeftModel only" in rows[name].warning
+    assert rows["layers.0.self_attn.q_proj"].status == "zero"  # B starts at zero

@@ -1,0 +1,148 @@
+"""Models by hub id, out of a cache that is made here: nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+
+import htsr
+from htsr.matrices.hub import is_hub_id
+from tests.models import save_folder, state_dict
+
+OLD, NEW = "a" * 40, "b" * 40
+
+
+def cached(cache: Path, repo: str, revision: str, commit: str, seed: int) -> Path:
+    """A model in a cache laid out as huggingface_hub does: refs, and snapshots that link to blobs."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    snapshot = root / "snapshots" / commit
+    for folder in (root / "refs", root / "blobs", snapshot):
+        folder.mkdir(parents=True, exist_ok=True)
+    (root / "refs" / revision).write_text(commit)
+    made = Path(save_folder(cache.parent / f"made-{commit[0]}", state_dict(blocks=1, seed=seed)))
+    (made / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    for file in made.iterdir():
+        blob = root / "blobs" / f"{commit[:8]}-{file.name}"
+        shutil.move(file, blob)
+        (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+    return snapshot
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    import huggingface_hub.constants as constants
+
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    cached(folder, "owner/model", "main", NEW, seed=1)
+    cached(folder, "owner/model", "v1", OLD, seed=2)
+    return folder
+
+
+def embedding(model: htsr.Model):
+    return model.matrices[0].read().ravel()[0]
+
+
+def test_the_cache_is_read_offline(cache):
+    model = htsr.describe("owner/model")
+    assert model.label == "owner/model"
+    assert [m.name for m in model][:2] == ["model.embed_tokens", "model.layers.0.mlp.down_proj"]
+    assert embedding(model) == float(state_dict(blocks=1, seed=1)["model.embed_tokens.weight"][0, 0])
+    assert model.fingerprint
+
+
+@pytest.mark.parametrize(("revision", "seed"), [("main", 1), ("v1", 2), (OLD, 2), (NEW, 1)])
+def test_revisions(cache, revision, seed):
+    model = htsr.describe("owner/model", revision=revision)
+    assert embedding(model) == float(state_dict(blocks=1, seed=seed)["model.embed_tokens.weight"][0, 0])
+
+
+def test_the_environment_names_the_cache(tmp_path):
+    cached(tmp_path / "elsewhere", "owner/model", "main", NEW, seed=1)
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "elsewhere"), "HF_HUB_OFFLINE": "1"}
+    script = "import htsr; print(len(htsr.describe('owner/model').matrices))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout.strip(), done.returncode) == ("5", 0), done.stderr
+
+
+def test_shards_and_one_that_is_missing(cache):
+    snapshot = cache / "models--owner--model" / "snapshots" / NEW
+    (snapshot / "model.safetensors").rename(snapshot / "part-1.safetensors")
+    index = snapshot / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "part-1.safetensors"}}))
+    assert len(htsr.describe("owner/model").matrices) == 5
+    index.write_text(json.dumps({"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}))
+    with pytest.raises(htsr.SourceError, match=r"owner/model: part-2\.safetensors is neither on the hub nor in the"):
+        htsr.describe("owner/model")
+    index.write_text(json.dumps({"weight_map": {"a": "../../../secret"}}))
+    with pytest.raises(htsr.SourceError, match="names a file outside its folder"):
+        htsr.describe("owner/model")
+
+
+def test_adapters_come_with_their_config(cache, tmp_path):
+    snapshot = cache / "models--owner--model" / "snapshots" / NEW
+    (snapshot / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    with pytest.raises(htsr.SourceError, match="is a IA3 adapter"):
+        htsr.describe("owner/model")
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "sentence"),
+    [
+        ("owner/unknown", None, "owner/unknown is neither a file or folder here nor in the local cache, and the hub"),
+        ("unknown", None, "unknown is neither a file or folder here nor in the local cache"),
+        ("owner/model", "v9", "owner/model is neither a file or folder here nor at revision v9 in the local cache"),
+        ("./owner/model", None, "./owner/model does not exist"),
+        ("owner/model/more", None, "owner/model/more does not exist"),
+        ("weights.safetensors", None, "weights.safetensors does not exist"),
+        ("owner/..", None, "does not exist"),
+        ("what is this?", None, "what is this. does not exist"),
+    ],
+)
+def test_what_is_not_there(cache, repo, revision, sentence):
+    with pytest.raises(htsr.SourceError, match=sentence):
+        htsr.describe(repo, revision=revision)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        ("GatedRepoError", "owner/model is gated: accept its licence on the hub and log in"),
+        ("RepositoryNotFoundError", "owner/model is neither a file or folder here nor a model on the hub"),
+        ("RevisionNotFoundError", "owner/model has no revision v9"),
+        ("HfHubHTTPError", "owner/model could not be had from the hub: sorry"),
+        ("EntryNotFoundError", "owner/model at revision v9 has no model.safetensors, pytorch_model.bin or index"),
+    ],
+)
+def test_what_the_hub_answers(monkeypatch, tmp_path, error, sentence):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    monkeypatch.chdir(tmp_path)
+    kind = getattr(errors, error)
+
+    def answer(*_args, **_kwargs):
+        if issubclass(kind, errors.HfHubHTTPError):
+            raise kind("sorry", response=MagicMock(status_code=404, headers={}))
+        raise kind("sorry")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer)
+    with pytest.raises(htsr.SourceError, match=sentence):
+        htsr.describe("owner/model", revision="v9")
+
+
+def test_hub_ids():
+    assert all(map(is_hub_id, ("gpt2", "owner/model", "owner/model-7B_v0.1")))
+    assert not any(map(is_hub_id, ("", "a/b/c", "/a", "a/", "a b", "../a", "a/..", "~/a")))

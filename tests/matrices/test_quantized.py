@@ -1,0 +1,239 @@
+"""Quantised checkpoints: de-quantised as their makers do, or a row that says why not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import htsr
+from tests.models import heavy_matrix, state_dict
+
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # OCP's E2M1
+
+
+def only(source) -> tuple[htsr.Model, np.ndarray]:
+    """The one matrix of a source, and its values."""
+    (matrix,) = htsr.describe(source).matrices
+    return matrix, np.asarray(matrix.read())
+
+
+def test_llm_int8():
+    torch.manual_seed(0)
+    W = torch.randn(12, 20)
+    absmax = W.abs().amax(1)
+    quantized = (W / absmax[:, None] * 127).round().to(torch.int8)
+    state = {"up_proj.weight": quantized, "up_proj.SCB": absmax, "up_proj.weight_format": torch.tensor(0)}
+    matrix, values = only(state)
+    np.testing.assert_allclose(values, quantized.float() * absmax[:, None] / 127, rtol=1e-6)
+    assert np.abs(values - W.numpy()).max() <= float(absmax.max()) / 127
+    assert (matrix.role, matrix.warning) == ("mlp.up", "de-quantised from 8-bit")
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 300), columns=st.integers(1, 300), seed=st.integers(0, 99))
+def test_fp8_in_blocks_of_128(rows, columns, seed):
+    torch.manual_seed(seed)
+    W = torch.randn(rows, columns).to(torch.float8_e4m3fn)
+    scale = torch.rand(-(-rows // 128), -(-columns // 128)) + 0.1
+    _, values = only({"up_proj.weight": W, "up_proj.weight_scale_inv": scale})
+    expected = W.double()
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            expected[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)] *= scale[i, j].double()
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "shape"),
+    [
+        ("weight_scale", [2.0], ()),
+        ("weight_scale", [2.0], (1,)),
+        ("weight_scale", [1.0, 2.0, 4.0, 8.0], (4,)),
+        ("weight_scale", [1.0, 2.0, 4.0, 8.0], (4, 1)),
+        ("scale_weight", [0.5], (1,)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+def test_scales_per_tensor_and_per_row(name, scale, shape, dtype):
+    torch.manual_seed(0)
+    W = (torch.randn(4, 6) * 8).to(dtype)
+    factor = torch.tensor(scale).reshape(shape)
+    matrix, values = only({"up_proj.weight": W, f"up_proj.{name}": factor, "up_proj.input_scale": torch.ones(1)})
+    np.testing.assert_array_equal(values, W.float() * (factor[:, None] if shape == (4,) else factor))
+    assert matrix.warning == f"de-quantised from {'8-bit' if dtype == torch.int8 else 'FP8'}"
+
+
+@pytest.mark.parametrize("scales", ["one per expert", "blocks"])
+def test_stacked_fp8_experts(scales):
+    torch.manual_seed(0)
+    W = torch.randn(3, 130, 200).to(torch.float8_e4m3fn)
+    scale = torch.rand(3) + 0.5 if scales == "one per expert" else torch.rand(3, 2, 2) + 0.5
+    state = {"mlp.experts.down_proj": W, "mlp.experts.down_proj_scale_inv": scale}
+    found = htsr.describe(state).matrices
+    assert [m.name for m in found] == [f"mlp.experts.down_proj[{i}]" for i in range(3)]
+    for i, matrix in enumerate(found):
+        blocks = torch.kron(torch.atleast_2d(scale[i]), torch.ones((200, 200) if scale.ndim == 1 else (128, 128)))
+        np.testing.assert_allclose(matrix.read(), W[i].float() * blocks[:130, :200], rtol=1e-6)
+    zero = {"mlp.experts.down_proj": torch.zeros(W.shape)}
+    for matrix, difference in zip(found, htsr.describe(state, against=zero), strict=True):
+        np.testing.assert_array_equal(difference.read(), matrix.read())
+
+
+def test_a_model_without_a_scale_has_rows_that_say_so():
+    state = state_dict(blocks=1)
+    name = "model.layers.0.mlp.up_proj.weight"
+    state[name] = (state[name] * 100).to(torch.int8)
+    rows = {row.name: row for row in htsr.analyze(state, device="cpu")}
+    bad = rows.pop(name.removesuffix(".weight"))
+    assert bad.status == "quantized"
+    assert bad.warning == "model.layers.0.mlp.up_proj is stored as int8 without a scale that htsr knows"
+    assert {row.status for row in rows.values()} == {"ok"}
+
+
+def test_mxfp4_experts(tmp_path):
+    torch.manual_seed(0)
+    experts, rows, groups = 2, 12, 3
+    blocks = torch.randint(0, 256, (experts, rows, groups, 16), dtype=torch.uint8)
+    scales = torch.randint(120, 135, (experts, rows, groups), dtype=torch.uint8)
+    table = torch.tensor(FP4)
+    # a byte holds two numbers, the first in its low half; they follow one another along the input axis
+    numbers = torch.stack([table[(blocks & 15).long()], table[(blocks >> 4).long()]], -1).flatten(3)
+    expected = (numbers * 2.0 ** (scales[..., None].float() - 127)).flatten(2).transpose(1, 2)
+    name = "model.layers.0.mlp.experts.down_proj"
+    save_file({f"{name}_blocks": blocks, f"{name}_scales": scales}, tmp_path / "model.safetensors")
+    found = htsr.describe(str(tmp_path)).matrices
+    assert [(m.name, m.shape, m.role, m.dtype) for m in found] == [
+        (f"{name}[{i}]", (groups * 32, rows), "expert.down", "mxfp4") for i in range(experts)
+    ]
+    for i, matrix in enumerate(found):
+        np.testing.assert_array_equal(matrix.read(), expected[i])
+        assert matrix.warning == "de-quantised from MXFP4"
+
+
+PACKED = {
+    "gptq": {
+        "qweight": torch.ones(4, 32, dtype=torch.int32),
+        "qzeros": torch.ones(1, 4, dtype=torch.int32),
+        "scales": torch.ones(1, 32, dtype=torch.float16),
+        "g_idx": torch.zeros(32, dtype=torch.int32),
+    },
+    "awq": {
+        "qweight": torch.ones(32, 4, dtype=torch.int32),
+        "qzeros": torch.ones(1, 4, dtype=torch.int32),
+        "scales": torch.ones(1, 32, dtype=torch.float16),
+    },
+    "compressed-tensors": {
+        "weight_packed": torch.ones(32, 4, dtype=torch.int32),
+        "weight_scale": torch.ones(32, 1),
+        "weight_shape": torch.tensor([32, 32]),
+    },
+    "fp4 in bytes": {"weight": torch.ones(32, 16, dtype=torch.int8), "weight_scale_inv": torch.ones(32, 1)},
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_formats_have_one_row_and_the_rest_is_analyzed(kind, tmp_path):
+    state = state_dict(blocks=1)
+    name = "model.layers.0.mlp.up_proj"
+    del state[f"{name}.weight"]
+    state |= {f"{name}.{part}": tensor for part, tensor in PACKED[kind].items()}
+    save_file(state, tmp_path / "model.safetensors")
+    rows = {row.name: row for row in htsr.analyze(str(tmp_path), device="cpu")}
+    assert len(rows) == 5
+    bad = rows.pop(name)
+    assert (bad.status, bad.role) == ("quantized", "mlp.up")
+    assert bad.warning.startswith(f"{name} is stored in ")
+    assert "that htsr does not unpack" in bad.warning
+    assert {row.status for row in rows.values()} == {"ok"}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_4bit_files(tmp_path, kind, nested):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    W = heavy_matrix(np.random.default_rng(0), 64, 128)
+    try:
+        packed, state = functional.quantize_4bit(W, quant_type=kind, compress_statistics=nested)
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"bitsandbytes cannot quantize on this CPU: {error}")
+    parts = {f"up_proj.weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+    save_file({"up_proj.weight": packed} | parts, tmp_path / "model.safetensors")
+    matrix, values = only(str(tmp_path))
+    assert (matrix.shape, matrix.role) == ((64, 128), "mlp.up")
+    np.testing.assert_array_equal(values, functional.dequantize_4bit(packed, state).float())
+    assert 0 < np.abs(values - W.numpy()).max() < 0.2 * W.abs().max()
+
+
+def test_4bit_files_without_bitsandbytes(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    name = "up_proj.weight"
+    state = {
+        name: torch.ones(64, 1, dtype=torch.uint8),
+        f"{name}.quant_state.bitsandbytes__nf4": torch.ones(4, dtype=torch.uint8),
+        f"{name}.absmax": torch.ones(2),
+    }
+    save_file(state, tmp_path / "model.safetensors")
+    (row,) = htsr.analyze(str(tmp_path), device="cpu")
+    assert row.status == "quantized"
+    assert row.warning == "up_proj is stored in bitsandbytes 4-bit, which needs the bitsandbytes package"
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "F16", "F32", "BF16"])
+def test_gguf(tmp_path, kind):
+    gguf = pytest.importorskip("gguf")
+    random = np.random.default_rng(0)
+    qtype = gguf.GGMLQuantizationType[kind]
+    tensors = {
+        "token_embd.weight": random.standard_normal((40, 64)),
+        "blk.0.attn_q.weight": random.standard_normal((32, 64)),
+        "blk.0.ffn_gate.weight": random.standard_normal((96, 64)),
+        "blk.0.ffn_up_exps.weight": random.standard_normal((3, 96, 64)),
+    }
+    stored = {name: gguf.quantize(values.astype(np.float32), qtype) for name, values in tensors.items()}
+    file = tmp_path / f"model.{kind}.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    for name, values in stored.items():
+        writer.add_tensor(name, values, raw_dtype=qtype)
+    writer.add_tensor("blk.0.attn_norm.weight", np.ones(64, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for source in (file, tmp_path):
+        found = {m.name: m for m in htsr.describe(str(source))}
+        assert {m.role for m in found.values()} == {"embed", "attn.q", "mlp.gate", "expert.up"}
+        assert len(found) == 6
+        for name, values in stored.items():
+            expected = gguf.dequantize(values, qtype)
+            if expected.ndim == 2:
+                np.testing.assert_array_equal(found[name.removesuffix(".weight")].read(), expected)
+            else:
+                for i in range(3):
+                    np.testing.assert_array_equal(found[f"blk.0.ffn_up_exps[{i}]"].read(), expected[i])
+    plain = kind in ("F16", "F32", "BF16")
+    assert {m.warning for m in found.values()} == {"" if plain else f"de-quantised from {kind}"}
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(htsr.SourceError, match="is not a readable GGUF file, truncated perhaps"):
+        htsr.describe(str(file))
+
+
+def test_several_gguf_files_are_several_models(tmp_path):
+    for kind in ("Q4", "Q8"):
+        (tmp_path / f"model.{kind}.gguf").write_bytes(b"GGUF")
+    with pytest.raises(htsr.SourceError, match=r"holds several models \(model\.Q4\.gguf, model\.Q8\.gguf\); name one"):
+        htsr.describe(str(tmp_path))
+
+
+def test_gguf_without_its_package(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(htsr.MissingDependencyError, match=r"pip install 'htsr\[gguf\]'"):
+        htsr.describe(str(tmp_path / "model.gguf"))

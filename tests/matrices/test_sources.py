@@ -1,0 +1,296 @@
+"""From any source the same matrices; what is wrong with one of them is said in its row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+import htsr
+from htsr.errors import MatrixError
+from tests.models import heavy_matrix, save_folder, state_dict
+
+
+def tiny(architecture: str, **changes) -> nn.Module:
+    torch.manual_seed(0)
+    options = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "num_local_experts": 2, "pad_token_id": 0,
+    } | changes  # fmt: skip
+    config = getattr(transformers, architecture.removesuffix("ForCausalLM").removesuffix("Model") + "Config")(**options)
+    return getattr(transformers, architecture)(config).eval()
+
+
+def facts(source, **kwargs):
+    """Everything of every matrix, by name: files keep their tensors in another order than modules."""
+    found = {
+        m.name: (m.shape, m.pieces, m.role, m.block, m.dtype, np.array(m.read()))
+        for m in htsr.describe(source, **kwargs)
+    }
+    return dict(sorted(found.items()))
+
+
+def assert_same(a, b) -> None:
+    assert list(a) == list(b)
+    for name in a:
+        assert a[name][:-1] == b[name][:-1], name
+        np.testing.assert_array_equal(a[name][-1], b[name][-1])
+
+
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "GPT2Model", "GPTNeoXModel", "GptOssForCausalLM", "Phi3ForCausalLM"]
+)
+def test_module_and_folder_are_the_same_matrices(tmp_path, architecture):
+    model = tiny(architecture)
+    model.save_pretrained(tmp_path)
+    found, stored = facts(model), facts(str(tmp_path))
+    assert_same(found, stored)
+    assert {m.kind for m in htsr.describe(model)} == {m.kind for m in htsr.describe(str(tmp_path))}
+
+
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "ViTModel"])
+def test_checkpoints_with_other_names_than_the_module(tmp_path, architecture):
+    """transformers stores a mixture's experts singly, under the names of their first release, and fuses them in memory.
+
+    That w1 or gate_proj there is the fused tensor's gate is transformers' own word on the layout.
+    """
+    model = tiny(architecture, moe_intermediate_size=8, num_experts=2, head_dim=8)
+    model.save_pretrained(tmp_path)
+
+    def by_place(source):
+        found = {}
+        for matrix in htsr.describe(source):
+            found.setdefault((matrix.role, matrix.block), []).append(np.array(matrix.read()))
+        return {place: sorted(values, key=lambda W: W.sum()) for place, values in found.items()}
+
+    live, stored = by_place(model), by_place(str(tmp_path))
+    assert {m.name for m in htsr.describe(model)} != {m.name for m in htsr.describe(str(tmp_path))}
+    assert live.keys() == stored.keys()
+    for place, values in live.items():
+        np.testing.assert_array_equal(np.stack(values), np.stack(stored[place]), err_msg=str(place))
+
+
+def test_tied_heads_are_one_matrix_in_every_source(tmp_path):
+    model = tiny("LlamaForCausalLM", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "tied")
+    for copied in (False, True):  # some savers store the tied head a second time
+        folder = tmp_path / "tied"
+        if copied:
+            state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+            save_file(state, folder / "model.safetensors")
+        assert_same(facts(model), facts(str(folder)))
+    assert "lm_head" not in facts(model)
+
+
+def test_state_dict_file_and_folder_are_the_same_rows(tmp_path):
+    state = state_dict()
+    folder = save_folder(tmp_path / "model", state)
+    torch.save(state, tmp_path / "model.pt")
+    sources = [state, folder, f"{folder}/model.safetensors", str(tmp_path / "model.pt"), tmp_path / "model"]
+    assert_same(facts(sources[0]), facts(sources[1]))
+    rows = [
+        sorted((replace(row, seconds=None) for row in htsr.analyze(source, device="cpu")), key=lambda row: row.name)
+        for source in sources
+    ]
+    assert all(other == rows[0] for other in rows[1:])
+
+
+def test_a_fingerprint_changes_with_the_files(tmp_path):
+    folder = save_folder(tmp_path / "model", state_dict(blocks=1))
+    first = htsr.describe(folder).fingerprint
+    assert first == htsr.describe(folder).fingerprint
+    save_folder(tmp_path / "model", state_dict(blocks=2))
+    assert htsr.describe(folder).fingerprint != first
+    assert htsr.describe(state_dict(blocks=1)).fingerprint is None
+
+
+class TestAgainst:
+    def test_the_difference_is_that_of_the_values(self, tmp_path):
+        a, b = state_dict(seed=1), state_dict(seed=2)
+        other = save_folder(tmp_path / "b", b)
+        found = htsr.describe(a, against=other)
+        assert found.label == f"state dict - {other}"
+        for matrix in found:
+            expected = a[f"{matrix.name}.weight"] - b[f"{matrix.name}.weight"]
+            np.testing.assert_array_equal(matrix.read(), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
+    def test_low_precision_is_subtracted_in_float32(self, dtype):
+        torch.manual_seed(0)
+        a, b = torch.randn(8, 8).to(dtype), torch.randn(8, 8).to(dtype)
+        (matrix,) = htsr.describe({"w.weight": a}, against={"w.weight": b})
+        assert torch.equal(torch.as_tensor(matrix.read()), a.float() - b.float())
+
+    def test_of_stacked_experts_and_fused_tensors(self):
+        a, b = tiny("GptOssForCausalLM"), tiny("GptOssForCausalLM")
+        for parameter in b.parameters():
+            nn.init.normal_(parameter)
+        whole, difference = (facts(a, **more) for more in ({}, {"against": b}))
+        theirs = facts(b)
+        assert list(whole) == list(difference)
+        for name in whole:
+            np.testing.assert_allclose(difference[name][-1], whole[name][-1] - theirs[name][-1], atol=1e-6)
+
+    def test_with_itself_every_row_is_zero(self):
+        rows = htsr.analyze(state_dict(blocks=1), against=state_dict(blocks=1), device="cpu")
+        assert {row.status for row in rows} == {"zero"}
+
+    def test_what_does_not_match_has_a_row_that_says_so(self):
+        a, b = state_dict(blocks=1), state_dict(blocks=1, seed=1)
+        b["model.embed_tokens.weight"] = torch.ones(3, 32)
+        del b["model.layers.0.mlp.up_proj.weight"]
+        rows = {row.name: (row.status, row.warning) for row in htsr.analyze(a, against=b, device="cpu")}
+        name = "model.embed_tokens"
+        assert rows.pop(name) == ("unmatched", f"{name}.weight is (160, 32) here and (3, 32) there")
+        name = "model.layers.0.mlp.up_proj"
+        assert rows.pop(name) == ("unmatched", f"{name}.weight is not in the model it is compared against")
+        assert {status for status, _ in rows.values()} == {"ok"}
+
+    def test_models_that_have_nothing_in_common(self):
+        with pytest.raises(htsr.SourceError, match="the two models have no tensor name in common"):
+            htsr.describe({"a.weight": torch.ones(2, 2)}, against={"b.weight": torch.ones(2, 2)})
+
+
+class TestFilter:
+    @pytest.mark.parametrize(
+        ("wanted", "left"),
+        [
+            ({"include": ("*.q_proj", "*.up_proj")}, {"attn.q", "mlp.up"}),
+            ({"include": ("*.layers.*",), "exclude": ("*.mlp.*",)}, {"attn.q", "attn.k"}),
+            ({"roles": ("mlp.*", "embed")}, {"mlp.up", "mlp.down", "embed"}),
+            ({"min_size": 17}, {"attn.q", "mlp.up", "mlp.down", "embed"}),
+            ({"max_size": 16}, {"attn.k"}),
+            ({"blocks": frozenset({0, 2}), "roles": ("attn.q",)}, {"attn.q"}),
+        ],
+    )
+    def test_what_is_left(self, wanted, left):
+        model = htsr.describe(state_dict(), where=htsr.Filter(**wanted))
+        assert {m.role for m in model} == left
+        if blocks := wanted.get("blocks"):
+            assert {m.block for m in model} == blocks
+
+    @settings(max_examples=30, deadline=None)
+    @given(
+        roles=st.sets(st.sampled_from(["attn.*", "mlp.*", "embed", "*.q"])),
+        blocks=st.none() | st.frozensets(st.integers(0, 2), min_size=1),
+        least=st.integers(1, 40),
+    )
+    def test_filters_together_are_filters_one_after_the_other(self, roles, blocks, least):
+        everything = htsr.describe(state_dict()).matrices
+        filters = [htsr.Filter(roles=tuple(roles)), htsr.Filter(blocks=blocks), htsr.Filter(min_size=least)]
+        together = htsr.Filter(roles=tuple(roles), blocks=blocks, min_size=least)
+        assert [m for m in everything if together(m)] == [m for m in everything if all(f(m) for f in filters)]
+
+    def test_a_filter_that_leaves_nothing_names_the_roles(self):
+        with pytest.raises(htsr.UsageError, match="no matrix of state dict passes the filter; its roles are attn"):
+            htsr.describe(state_dict(), where=htsr.Filter(roles=("conv",)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=st.lists(st.integers(1, 6), min_size=3, max_size=5), seed=st.integers(0, 99))
+def test_a_kernel_is_one_matrix_per_position(shape, seed):
+    torch.manual_seed(seed)
+    kernel = torch.randn(shape)
+    layer = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)](shape[1], shape[0], tuple(shape[2:]), bias=False)
+    layer.weight = nn.Parameter(kernel)
+    (matrix,) = htsr.describe(nn.ModuleDict({"layer": layer})).matrices
+    assert (matrix.shape, matrix.pieces, matrix.role) == (tuple(shape[:2]), int(np.prod(shape[2:])), "conv")
+    pieces = np.asarray(matrix.read())
+    for piece, where in zip(pieces, np.ndindex(*shape[2:]), strict=True):
+        np.testing.assert_array_equal(piece, kernel[(..., *where)])
+
+
+@settings(max_examples=20, deadline=None)
+@given(experts=st.integers(2, 5), rows=st.integers(2, 9), columns=st.integers(2, 9), seed=st.integers(0, 99))
+def test_a_stack_is_its_experts(experts, rows, columns, seed):
+    torch.manual_seed(seed)
+    stack = torch.randn(experts, rows, columns)
+    stacked = htsr.describe({"layers.0.mlp.experts.down_proj": stack}).matrices
+    singly = htsr.describe({f"layers.0.mlp.experts.{i}.down_proj.weight": stack[i] for i in range(experts)}).matrices
+    for one, other in zip(stacked, singly, strict=True):
+        assert (one.shape, one.role, one.block) == (other.shape, other.role, other.block)
+        np.testing.assert_array_equal(one.read(), other.read())
+
+
+def test_a_layer_of_experts_has_the_spectra_of_its_slices():
+    random = np.random.default_rng(0)
+    stack = torch.stack([heavy_matrix(random, 40, 24) for _ in range(3)])
+    stacked = htsr.analyze({"layers.0.mlp.experts.down_proj": stack}, device="cpu")
+    singly = htsr.analyze({f"layers.0.mlp.experts.{i}.down_proj.weight": stack[i] for i in range(3)}, device="cpu")
+    for one, other in zip(stacked, singly, strict=True):
+        assert one.alpha == pytest.approx(other.alpha, rel=1e-9)
+        assert one.stable_rank == pytest.approx(other.stable_rank, rel=1e-9)
+
+
+BAD = {
+    "nan": (lambda W: W.index_fill_(0, torch.tensor([3]), float("nan")), "nan"),
+    "infinite": (lambda W: W.index_fill_(0, torch.tensor([3]), float("inf")), "nan"),
+    "zero": (lambda W: W.zero_(), "zero"),
+    "tiny": (lambda W: W[:2, :1], "tiny"),
+    "empty": (lambda W: W[:0], "empty"),
+    "meta": (lambda W: W.to("meta"), "meta"),
+    "integers": (lambda W: W.to(torch.int8), "quantized"),
+    "bool": (lambda W: W > 0, "quantized"),
+    "complex": (lambda W: W.to(torch.complex64), "quantized"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_one_bad_tensor_is_a_sentence_and_the_rest_is_analyzed(what):
+    spoil, status = BAD[what]
+    state = state_dict(blocks=1)
+    name = "model.layers.0.mlp.up_proj"
+    state[f"{name}.weight"] = spoil(state[f"{name}.weight"].clone())
+    rows = {row.name: row for row in htsr.analyze(state, device="cpu")}
+    assert len(rows) == 5
+    bad = rows.pop(name)
+    assert bad.status == status
+    assert bad.warning
+    assert "\n" not in bad.warning
+    assert bad.alpha is None
+    assert {row.status for row in rows.values()} == {"ok"}
+
+
+def test_a_matrix_whose_reading_fails_says_which():
+    def broken(*_index):
+        raise OSError("the disk is gone")
+
+    (matrix,) = htsr.describe({"up_proj.weight": torch.ones(4, 4)}).matrices
+    with pytest.raises(MatrixError, match="up_proj could not be read: the disk is gone") as caught:
+        replace(matrix, load=broken).read()
+    assert caught.value.status == "unreadable"
+    with pytest.raises(MatrixError, match="not today") as caught:
+        replace(matrix, problem=("odd", "not today")).read()
+    assert caught.value.status == "odd"
+
+
+def test_what_is_no_weight_is_no_row():
+    state = {
+        "layers.0.up_proj.weight": torch.ones(4, 6),
+        "layers.0.up_proj.bias": torch.ones(4),
+        "layers.0.norm.weight": torch.ones(6),
+        "rotary_emb.inv_freq": torch.ones(4, 2),
+        "attn.mask": torch.ones(8, 8),
+        "attn.bias": torch.ones(1, 1, 8, 8),
+        "encoder.layers.0.self_attn.bias_u": torch.ones(4, 8),
+        "cls_token": torch.ones(1, 1, 6),
+        "position_ids": torch.arange(6)[None],
+        "bn.num_batches_tracked": torch.tensor(3),
+        "model.experts.gate_up_proj_bias": torch.ones(4, 6),
+    }
+    assert [m.name for m in htsr.describe(state)] == ["layers.0.up_proj"]
+
+
+def test_costs_grow_with_the_smaller_side():
+    thin, wide, square = htsr.describe(
+        {"a.weight": torch.ones(4, 64), "b.weight": torch.ones(64, 4), "c.weight": torch.ones(16, 16)}
+    ).matrices
+    assert thin.cost == wide.cost < square.cost
+    assert thin.parameters == square.parameters == 256
