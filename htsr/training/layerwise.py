@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 OptimizerType = TypeVar("OptimizerType", bound=torch.optim.Optimizer)
 
 _ENGINE = "_htsr_layerwise"
+_WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 
 
 def layerwise(
@@ -113,7 +114,8 @@ class Layerwise:
         began = time.perf_counter()
         groups = self._groups(optimizer)
         trained = {slot for slot, group in groups if any(parameter.requires_grad for parameter in group["params"])}
-        settled, wanted = list(self.settled), set()
+        settled = list(self.settled)
+        wanted: set[str] = set()
         for index, group in groups:
             if settled[index] is None and index not in trained:
                 settled[index] = self.multiplier(group, step)  # frozen: nothing to decide, nothing to decompose
@@ -145,11 +147,11 @@ class Layerwise:
 
     def before_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         """Multiply. The step pre-hook."""
-        caller = sys._getframe(1)
-        if self._outermost is not None and _is_below(self._outermost, caller):
+        running = _running_steps()
+        if self._outermost in running[1:]:
             return  # the step of a subclass has called its parent's, and torch runs the hooks for both
         self.restore()  # where the last step raised
-        self._outermost = caller
+        self._outermost = running[0]
         groups = self._groups(optimizer)
         if not groups or _skipped_by_scaler(optimizer):
             return
@@ -163,7 +165,7 @@ class Layerwise:
 
     def after_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         """Put everything back, and count. The step post-hook."""
-        if sys._getframe(1) is not self._outermost:
+        if _running_steps()[0] is not self._outermost:
             return
         self._outermost = None
         self.restore()
@@ -196,8 +198,8 @@ class Layerwise:
 
 def attach(engine: Layerwise, optimizer: torch.optim.Optimizer) -> None:
     """Hang the engine on the optimizer's hooks."""
-    optimizer.register_step_pre_hook(engine.before_step)
-    optimizer.register_step_post_hook(engine.after_step)
+    optimizer.register_step_pre_hook(torch.compiler.disable(engine.before_step))
+    optimizer.register_step_post_hook(torch.compiler.disable(engine.after_step))
     optimizer.register_state_dict_pre_hook(lambda _: engine.restore())
     optimizer.register_load_state_dict_pre_hook(adapt_state_dict)
     setattr(optimizer, _ENGINE, engine)
@@ -221,9 +223,15 @@ def _skipped_by_scaler(optimizer: Any) -> bool:
     return found is not None and bool(found.item())
 
 
-def _is_below(frame: FrameType, top: FrameType) -> bool:
-    """Whether `frame` is still running, below `top` on the stack."""
-    current: FrameType | None = top.f_back
-    while current is not None and current is not frame:
-        current = current.f_back
-    return current is frame
+def _running_steps() -> list[FrameType | None]:
+    """The calls of torch's wrapper around `Optimizer.step` that are running, innermost first.
+
+    A step that raised leaves no trace but what it left undone, so the stack alone tells it from one that still runs.
+    """
+    found: list[FrameType | None] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == _WRAPPER.co_filename and frame.f_code.co_name == _WRAPPER.co_name:
+            found.append(frame)
+        frame = frame.f_back
+    return found or [None]
