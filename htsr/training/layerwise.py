@@ -18,8 +18,11 @@ All state is in the param groups (`htsr.training.groups`), so `optimizer.state_d
 from __future__ import annotations
 
 import logging
+import math
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -198,8 +201,9 @@ class Layerwise:
 
 def attach(engine: Layerwise, optimizer: torch.optim.Optimizer) -> None:
     """Hang the engine on the optimizer's hooks."""
-    optimizer.register_step_pre_hook(torch.compiler.disable(engine.before_step))
-    optimizer.register_step_post_hook(torch.compiler.disable(engine.after_step))
+    untraced: Callable[[Any], Any] = torch.compiler.disable
+    optimizer.register_step_pre_hook(untraced(engine.before_step))
+    optimizer.register_step_post_hook(untraced(engine.after_step))
     optimizer.register_state_dict_pre_hook(lambda _: engine.restore())
     optimizer.register_load_state_dict_pre_hook(adapt_state_dict)
     setattr(optimizer, _ENGINE, engine)
@@ -215,6 +219,31 @@ def engine_of(optimizer: Any) -> Layerwise | None:
 def multipliers(optimizer: Any) -> dict[str, float]:
     """The multiplier of each group at the last step, by the group's name (1 before the first)."""
     return {group["name"]: group["multiplier"] for group in optimizer.param_groups if "htsr_step" in group}
+
+
+def log_values(optimizer: Any) -> dict[str, float]:
+    """What a tracker should see of the last step: the distribution of multipliers, and multiplier and score by role.
+
+    Returns:
+        ``layerwise/multiplier_min``, ``_median``, ``_max``; ``layerwise/multiplier/ROLE`` and ``layerwise/score/ROLE``,
+        means over the role's matrices (the score of LLR is α). Empty where the optimizer is not layerwise.
+    """
+    groups = [group for group in optimizer.param_groups if "htsr_step" in group and group["role"] != "rest"]
+    if not groups:
+        return {}
+    ordered = sorted(group["multiplier"] for group in groups)
+    values = {
+        "layerwise/multiplier_min": ordered[0],
+        "layerwise/multiplier_median": statistics.median(ordered),
+        "layerwise/multiplier_max": ordered[-1],
+    }
+    for key in ("multiplier", "score"):
+        by_role: dict[str, list[float]] = {}
+        for group in groups:
+            if not math.isnan(group[key]):
+                by_role.setdefault(group["role"], []).append(group[key])
+        values |= {f"layerwise/{key}/{role}": statistics.fmean(found) for role, found in by_role.items()}
+    return values
 
 
 def _skipped_by_scaler(optimizer: Any) -> bool:
