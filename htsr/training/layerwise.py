@@ -56,8 +56,10 @@ def layerwise(
 ) -> OptimizerType:
     """Give every matrix of `model` a learning rate (or weight decay) of its own; returns the same optimizer.
 
-    Call it right after making the optimizer, before the scheduler and before loading a checkpoint. Call it on every
-    rank of a distributed run; DDP and `fully_shard` come before it or after it.
+    Call it right after making the optimizer, before the scheduler and before loading a checkpoint; in a distributed run
+    on every rank. A parameter has one multiplier: of a fused tensor (GPT-2's c_attn, stacked experts) the parts are
+    measured one by one and their scores averaged. Minimum, maximum and mean of the scores are those of the matrices in
+    this optimizer, so that Muon beside AdamW takes two calls, one for each.
 
     Args:
         optimizer: fresh, over parameters of `model`, in any groups; their hyper-parameters are kept.
@@ -90,7 +92,14 @@ class Layerwise:
         self.slots = [slot for slot, _ in moving]
         self.of_group = split_groups(optimizer, parameter_names(model), self.slots, policy.pin, policy.describe())
         others = [pinned(slot, policy.pin) for slot in self.slots[len(moving) :]]
-        self.settled = [value for _, value in moving] + [1.0 if value is None else value for value in others]
+        settled = [value for _, value in moving] + [1.0 if value is None else value for value in others]
+        here = {
+            slot
+            for slot, group in zip(self.of_group, optimizer.param_groups, strict=True)
+            if any(parameter.ndim > 1 for parameter in group["params"])
+        }
+        # a matrix in another optimizer takes no part here, and a bias without its matrix stays at 1
+        self.settled = [1.0 if v is None and slot not in here else v for slot, v in enumerate(settled)]
         self._saved: list[tuple[dict[str, Any], str, Any]] = []
         self._outermost: FrameType | None = None
         self.seconds = 0.0
@@ -118,16 +127,10 @@ class Layerwise:
         groups = self._groups(optimizer)
         trained = {slot for slot, group in groups if any(parameter.requires_grad for parameter in group["params"])}
         settled = list(self.settled)
-        wanted: set[str] = set()
         for index, group in groups:
             if settled[index] is None and index not in trained:
                 settled[index] = self.multiplier(group, step)  # frozen: nothing to decide, nothing to decompose
-        present = {index for index, _ in groups}
-        for index, slot in enumerate(self.slots):
-            if index not in present:
-                settled[index] = 1.0  # in another optimizer, or in none
-            elif settled[index] is None:
-                wanted.update(slot.parts)
+        wanted = {part for slot, value in zip(self.slots, settled, strict=True) if value is None for part in slot.parts}
         found = live_scores(self.model, self.policy, wanted, view_of(self.policy.spectrum, optimizer)) if wanted else {}
         outcome = decide(self.policy, self.slots, settled, found)
         for index, group in groups:

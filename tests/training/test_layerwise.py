@@ -363,6 +363,20 @@ class TestGroups:
         assert {g["htsr_step"] for g in optimizer.param_groups} == {3}
         assert optimizer.seen[0]["embed_tokens"][0] == 5 * LR
 
+    def test_muon_for_the_matrices_and_adamw_for_the_rest(self):
+        """Two optimizers, two calls: the embeddings' own optimizer measures nothing and gives them the upper bound."""
+        model = TinyLM()
+        body = [p for n, p in model.named_parameters() if n.startswith("layers") and p.ndim == 2]
+        rest = [p for p in model.parameters() if all(p is not q for q in body)]
+        muon = htsr.layerwise(torch.optim.Muon(body, lr=LR), model)
+        adamw = htsr.layerwise(SpyingAdamW(rest, lr=1.0), model)
+        train(model, muon, [0])
+        adamw.step()
+        assert htsr.multipliers(muon) == pytest.approx(linear(alphas(), 1, 5), abs=1e-3)
+        found = rates(adamw.seen[0])
+        assert found["embed_tokens"] == found["lm_head"] == 5.0
+        assert {m for name, m in found.items() if name not in ("embed_tokens", "lm_head")} == {1.0}
+
     def test_groups_that_are_added_later_are_left_alone(self):
         model = TinyLM()
         extra = nn.Parameter(torch.ones(3))
