@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 OptimizerType = TypeVar("OptimizerType", bound=torch.optim.Optimizer)
 
 _ENGINE = "_htsr_layerwise"
+_ROUNDING = 1e-6  # of a step
 _WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 
 
@@ -119,7 +120,9 @@ class Layerwise:
         interval = self.policy.interval
         if self.policy.static or interval is None or step % interval:
             return False
-        return self.total_steps is None or step <= self.policy.active_fraction * self.total_steps
+        if self.total_steps is None:
+            return True
+        return step <= self.policy.active_fraction * self.total_steps + _ROUNDING  # 0.29·100 is 28.999…
 
     def event(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Measure, decide, and set off towards the new multipliers."""

@@ -64,6 +64,14 @@ def test_effective_learning_rate_is_the_law(ramp):
     assert all(group["lr"] == LR * schedule(total) for group in optimizer.param_groups)
 
 
+@pytest.mark.parametrize("fraction", [0.29, 0.2, 0.57, 1.0])
+def test_the_event_at_the_end_of_the_active_phase_is_held(fraction):
+    model = TinyLM()
+    changes = {"total_steps": 100, "active_fraction": fraction, "interval": 1}
+    engine = engine_of(htsr.layerwise(torch.optim.SGD(model.parameters(), lr=1.0), model, **changes))
+    assert [step for step in range(1, 101) if engine.event_at(step)] == list(range(1, round(100 * fraction) + 1))
+
+
 def test_weights_follow_a_plain_optimizer_with_the_same_rates():
     """AdamW under layerwise moves as AdamW whose groups were given lr·m_i by hand."""
     model, twin = TinyLM(), TinyLM()
