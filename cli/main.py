@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from htsr_cli import layerwise
 
 from htsr._version import __version__
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(layerwise.app, name="layerwise")
 
 Model = Annotated[
     str,

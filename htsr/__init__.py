@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from htsr.spectra.metrics import LayerMetrics, Options
     from htsr.spectra.tail import PowerLawFit, fit_power_law
     from htsr.training.layerwise import layerwise, multipliers
+    from htsr.training.plan import Plan, layerwise_plan
     from htsr.training.policy import Policy
     from htsr.training.schedulers import LayerwiseLR
 
@@ -32,6 +33,7 @@ _HOMES = {
     "htsr.spectra.metrics": ("LayerMetrics", "Options"),
     "htsr.spectra.tail": ("PowerLawFit", "fit_power_law"),
     "htsr.training.layerwise": ("layerwise", "multipliers"),
+    "htsr.training.plan": ("Plan", "layerwise_plan"),
     "htsr.training.policy": ("Policy",),
     "htsr.training.schedulers": ("LayerwiseLR",),
 }
@@ -49,6 +51,7 @@ __all__ = [
     "MissingDependencyError",
     "Model",
     "Options",
+    "Plan",
     "Policy",
     "PowerLawFit",
     "Progress",
@@ -63,6 +66,7 @@ __all__ = [
     "esd",
     "fit_power_law",
     "layerwise",
+    "layerwise_plan",
     "multipliers",
 ]
 

@@ -231,7 +231,11 @@ def counts(
     values = _importance(scores, reverse)
     price = np.ones(values.size) if costs is None else _vector(costs)
     least = np.full(values.size, minimum, dtype=np.float64)
-    most = np.full(values.size, np.inf) if maximum is None else np.broadcast_to(np.float64(maximum), values.shape)
+    most = (
+        np.full(values.size, np.inf)
+        if maximum is None
+        else np.broadcast_to(np.asarray(maximum, np.float64), values.shape)
+    )
     if price.size != values.size or (price.size and not price.min() > 0):
         raise UsageError("costs are one positive number for each score")
     if (least > most).any() or float(price @ least) > total:
@@ -279,7 +283,7 @@ def ranks(
     costs: npt.ArrayLike | None = None,
     reverse: bool = False,
 ) -> npt.NDArray[np.int64]:
-    """Adapter ranks: `counts` with a least rank of 1; with costs, parameters per unit of rank, `total` is parameters."""
+    """Adapter ranks: `counts` of at least 1. With costs (parameters per unit of rank), `total` is parameters."""
     return counts(scores, total=total, minimum=minimum, maximum=maximum, costs=costs, reverse=reverse)
 
 

@@ -96,12 +96,11 @@ def open_live(module: torch.nn.Module, view: View | None = None) -> LiveModel:
 
 
 def _is_sharded(tensor: Any) -> bool:
-    return type(tensor).__name__ == "DTensor" or hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id")
+    return type(tensor).__name__ == "DTensor" or hasattr(tensor, "ds_id")
 
 
 def _viewed(entry: Entry, tensor: Any) -> Entry:
-    def read(index: int | None = None) -> torch.Tensor:
-        values = tensor.detach() if index is None else tensor.detach()[index]
-        return values  # type: ignore[no-any-return]
+    def read(index: int | None = None) -> Any:
+        return tensor.detach() if index is None else tensor.detach()[index]
 
     return replace(entry, read=read, dtype=str(tensor.dtype).removeprefix("torch."), problem=None)

@@ -18,8 +18,11 @@ All state is in the param groups (`htsr.training.groups`), so `optimizer.state_d
 from __future__ import annotations
 
 import logging
+import math
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,6 +43,8 @@ logger = logging.getLogger(__name__)
 OptimizerType = TypeVar("OptimizerType", bound=torch.optim.Optimizer)
 
 _ENGINE = "_htsr_layerwise"
+_ROUNDING = 1e-6  # of a step
+_WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 
 
 def layerwise(
@@ -52,8 +57,10 @@ def layerwise(
 ) -> OptimizerType:
     """Give every matrix of `model` a learning rate (or weight decay) of its own; returns the same optimizer.
 
-    Call it right after making the optimizer, before the scheduler and before loading a checkpoint. Call it on every
-    rank of a distributed run; DDP and `fully_shard` come before it or after it.
+    Call it right after making the optimizer, before the scheduler and before loading a checkpoint; in a distributed run
+    on every rank. A parameter has one multiplier: of a fused tensor (GPT-2's c_attn, stacked experts) the parts are
+    measured one by one and their scores averaged. Minimum, maximum and mean of the scores are those of the matrices in
+    this optimizer, so that Muon beside AdamW takes two calls, one for each.
 
     Args:
         optimizer: fresh, over parameters of `model`, in any groups; their hyper-parameters are kept.
@@ -86,7 +93,14 @@ class Layerwise:
         self.slots = [slot for slot, _ in moving]
         self.of_group = split_groups(optimizer, parameter_names(model), self.slots, policy.pin, policy.describe())
         others = [pinned(slot, policy.pin) for slot in self.slots[len(moving) :]]
-        self.settled = [value for _, value in moving] + [1.0 if value is None else value for value in others]
+        settled = [value for _, value in moving] + [1.0 if value is None else value for value in others]
+        here = {
+            slot
+            for slot, group in zip(self.of_group, optimizer.param_groups, strict=True)
+            if any(parameter.ndim > 1 for parameter in group["params"])
+        }
+        # a matrix in another optimizer takes no part here, and a bias without its matrix stays at 1
+        self.settled = [1.0 if v is None and slot not in here else v for slot, v in enumerate(settled)]
         self._saved: list[tuple[dict[str, Any], str, Any]] = []
         self._outermost: FrameType | None = None
         self.seconds = 0.0
@@ -106,23 +120,20 @@ class Layerwise:
         interval = self.policy.interval
         if self.policy.static or interval is None or step % interval:
             return False
-        return self.total_steps is None or step <= self.policy.active_fraction * self.total_steps
+        if self.total_steps is None:
+            return True
+        return step <= self.policy.active_fraction * self.total_steps + _ROUNDING  # 0.29·100 is 28.999…
 
     def event(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Measure, decide, and set off towards the new multipliers."""
         began = time.perf_counter()
         groups = self._groups(optimizer)
         trained = {slot for slot, group in groups if any(parameter.requires_grad for parameter in group["params"])}
-        settled, wanted = list(self.settled), set()
+        settled = list(self.settled)
         for index, group in groups:
             if settled[index] is None and index not in trained:
                 settled[index] = self.multiplier(group, step)  # frozen: nothing to decide, nothing to decompose
-        present = {index for index, _ in groups}
-        for index, slot in enumerate(self.slots):
-            if index not in present:
-                settled[index] = 1.0  # in another optimizer, or in none
-            elif settled[index] is None:
-                wanted.update(slot.parts)
+        wanted = {part for slot, value in zip(self.slots, settled, strict=True) if value is None for part in slot.parts}
         found = live_scores(self.model, self.policy, wanted, view_of(self.policy.spectrum, optimizer)) if wanted else {}
         outcome = decide(self.policy, self.slots, settled, found)
         for index, group in groups:
@@ -145,11 +156,11 @@ class Layerwise:
 
     def before_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         """Multiply. The step pre-hook."""
-        caller = sys._getframe(1)
-        if self._outermost is not None and _is_below(self._outermost, caller):
+        running = _running_steps()
+        if self._outermost in running[1:]:
             return  # the step of a subclass has called its parent's, and torch runs the hooks for both
         self.restore()  # where the last step raised
-        self._outermost = caller
+        self._outermost = running[0]
         groups = self._groups(optimizer)
         if not groups or _skipped_by_scaler(optimizer):
             return
@@ -163,7 +174,7 @@ class Layerwise:
 
     def after_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         """Put everything back, and count. The step post-hook."""
-        if sys._getframe(1) is not self._outermost:
+        if _running_steps()[0] is not self._outermost:
             return
         self._outermost = None
         self.restore()
@@ -196,8 +207,9 @@ class Layerwise:
 
 def attach(engine: Layerwise, optimizer: torch.optim.Optimizer) -> None:
     """Hang the engine on the optimizer's hooks."""
-    optimizer.register_step_pre_hook(engine.before_step)
-    optimizer.register_step_post_hook(engine.after_step)
+    untraced: Callable[[Any], Any] = torch.compiler.disable
+    optimizer.register_step_pre_hook(untraced(engine.before_step))
+    optimizer.register_step_post_hook(untraced(engine.after_step))
     optimizer.register_state_dict_pre_hook(lambda _: engine.restore())
     optimizer.register_load_state_dict_pre_hook(adapt_state_dict)
     setattr(optimizer, _ENGINE, engine)
@@ -215,15 +227,46 @@ def multipliers(optimizer: Any) -> dict[str, float]:
     return {group["name"]: group["multiplier"] for group in optimizer.param_groups if "htsr_step" in group}
 
 
+def log_values(optimizer: Any) -> dict[str, float]:
+    """What a tracker should see of the last step: the distribution of multipliers, and multiplier and score by role.
+
+    Returns:
+        ``layerwise/multiplier_min``, ``_median``, ``_max``; ``layerwise/multiplier/ROLE`` and ``layerwise/score/ROLE``,
+        means over the role's matrices (the score of LLR is α). Empty where the optimizer is not layerwise.
+    """
+    groups = [group for group in optimizer.param_groups if "htsr_step" in group and group["role"] != "rest"]
+    if not groups:
+        return {}
+    ordered = sorted(group["multiplier"] for group in groups)
+    values = {
+        "layerwise/multiplier_min": ordered[0],
+        "layerwise/multiplier_median": statistics.median(ordered),
+        "layerwise/multiplier_max": ordered[-1],
+    }
+    for key in ("multiplier", "score"):
+        by_role: dict[str, list[float]] = {}
+        for group in groups:
+            if not math.isnan(group[key]):
+                by_role.setdefault(group["role"], []).append(group[key])
+        values |= {f"layerwise/{key}/{role}": statistics.fmean(found) for role, found in by_role.items()}
+    return values
+
+
 def _skipped_by_scaler(optimizer: Any) -> bool:
     """Whether a fused optimizer was called by a GradScaler with gradients that overflowed, and will do nothing."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found.item())
 
 
-def _is_below(frame: FrameType, top: FrameType) -> bool:
-    """Whether `frame` is still running, below `top` on the stack."""
-    current: FrameType | None = top.f_back
-    while current is not None and current is not frame:
-        current = current.f_back
-    return current is frame
+def _running_steps() -> list[FrameType | None]:
+    """The calls of torch's wrapper around `Optimizer.step` that are running, innermost first.
+
+    A step that raised leaves no trace but what it left undone, so the stack alone tells it from one that still runs.
+    """
+    found: list[FrameType | None] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == _WRAPPER.co_filename and frame.f_code.co_name == _WRAPPER.co_name:
+            found.append(frame)
+        frame = frame.f_back
+    return found or [None]

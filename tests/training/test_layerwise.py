@@ -64,6 +64,14 @@ def test_effective_learning_rate_is_the_law(ramp):
     assert all(group["lr"] == LR * schedule(total) for group in optimizer.param_groups)
 
 
+@pytest.mark.parametrize("fraction", [0.29, 0.2, 0.57, 1.0])
+def test_the_event_at_the_end_of_the_active_phase_is_held(fraction):
+    model = TinyLM()
+    changes = {"total_steps": 100, "active_fraction": fraction, "interval": 1}
+    engine = engine_of(htsr.layerwise(torch.optim.SGD(model.parameters(), lr=1.0), model, **changes))
+    assert [step for step in range(1, 101) if engine.event_at(step)] == list(range(1, round(100 * fraction) + 1))
+
+
 def test_weights_follow_a_plain_optimizer_with_the_same_rates():
     """AdamW under layerwise moves as AdamW whose groups were given lr·m_i by hand."""
     model, twin = TinyLM(), TinyLM()
@@ -362,6 +370,20 @@ class TestGroups:
         train(model, optimizer, range(3))
         assert {g["htsr_step"] for g in optimizer.param_groups} == {3}
         assert optimizer.seen[0]["embed_tokens"][0] == 5 * LR
+
+    def test_muon_for_the_matrices_and_adamw_for_the_rest(self):
+        """Two optimizers, two calls: the embeddings' own optimizer measures nothing and gives them the upper bound."""
+        model = TinyLM()
+        body = [p for n, p in model.named_parameters() if n.startswith("layers") and p.ndim == 2]
+        rest = [p for p in model.parameters() if all(p is not q for q in body)]
+        muon = htsr.layerwise(torch.optim.Muon(body, lr=LR), model)
+        adamw = htsr.layerwise(SpyingAdamW(rest, lr=1.0), model)
+        train(model, muon, [0])
+        adamw.step()
+        assert htsr.multipliers(muon) == pytest.approx(linear(alphas(), 1, 5), abs=1e-3)
+        found = rates(adamw.seen[0])
+        assert found["embed_tokens"] == found["lm_head"] == 5.0
+        assert {m for name, m in found.items() if name not in ("embed_tokens", "lm_head")} == {1.0}
 
     def test_groups_that_are_added_later_are_left_alone(self):
         model = TinyLM()

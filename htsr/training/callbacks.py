@@ -1,0 +1,52 @@
+"""Callbacks of the transformers Trainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from htsr.training.layerwise import engine_of, log_values
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+
+class LayerwiseCallback(TrainerCallback):
+    """Logs the layerwise multipliers and scores, to whatever trackers the Trainer reports to.
+
+        trainer = Trainer(model, arguments, train_dataset=…, optimizers=(htsr.layerwise(optimizer, model), None))
+        trainer.add_callback(LayerwiseCallback(trainer))
+
+    The Trainer logs the lr of its first group, which is the user's own; this adds, each time that it logs, what
+    `htsr.training.layerwise.log_values` returns. It also tells the optimizer the number of steps, where `total_steps`
+    was not given.
+
+    Args:
+        trainer: the one that the callback is added to.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Events end at the policy's share of the steps that the Trainer will do."""
+        engine = engine_of(kwargs.get("optimizer") or self.trainer.optimizer)
+        if engine is not None and engine.total_steps is None and state.max_steps > 0:
+            engine.total_steps = state.max_steps
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """After each log of the training loss, one of our own."""
+        if logs is None or "loss" not in logs:
+            return
+        if values := log_values(kwargs.get("optimizer") or self.trainer.optimizer):
+            self.trainer.log(values)

@@ -1,0 +1,100 @@
+"""The multipliers that a model would get at the first event, before any training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from htsr.errors import UsageError
+from htsr.matrices.sources import Source, open_model
+from htsr.training.policy import Policy, PolicyLike, make_policy
+from htsr.training.scoring import scores
+from htsr.training.slots import Slot, decide, fixed, matrix_slots, whole_name
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One parameter of the plan.
+
+    Attributes:
+        name: the tensor, without ``.weight``.
+        role: of it.
+        block: index of its block.
+        rows: of the whole tensor, or of one of its parts.
+        columns: likewise.
+        parts: matrices in it: 1, or more of a fused or stacked tensor.
+        score: mean over the parts; None where not measured.
+        multiplier: of the learning rate or weight decay.
+        why: ``measured``, ``embedding``, ``small`` (M < `min_size`), ``fixed`` (pinned, excluded, or nothing is
+            measured), or ``no score``.
+    """
+
+    name: str
+    role: str
+    block: int | None
+    rows: int
+    columns: int
+    parts: int
+    score: float | None
+    multiplier: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `layerwise_plan` returns.
+
+    Attributes:
+        label: the model.
+        policy: what was planned.
+        rows: one for each tensor with a matrix, in the model's order. All other parameters have the multiplier 1,
+            unless they are pinned.
+    """
+
+    label: str
+    policy: Policy
+    rows: tuple[PlanRow, ...]
+
+    def __iter__(self) -> Iterator[PlanRow]:
+        return iter(self.rows)
+
+
+def layerwise_plan(source: Source, policy: PolicyLike = "llr", *, revision: str | None = None, **changes: Any) -> Plan:
+    """The multipliers of the first event for the weights as they are; nothing is instantiated.
+
+    Args:
+        source: as for `htsr.analyze`: a module, a state dict, a folder, a file, a hub id.
+        policy: as for `htsr.layerwise`. Gradients and momentum are in no checkpoint.
+        revision: of a hub id.
+        **changes: fields of `Policy` to be changed.
+
+    Raises:
+        SourceError: the source cannot be read.
+        UsageError: a policy without meaning.
+    """
+    chosen = make_policy(policy, **({"interval": None} | changes if policy == "tempbalance" else changes))
+    if chosen.spectrum != "weights":
+        raise UsageError(f"{chosen.spectrum} are not in a checkpoint; a plan can be made of weights only")
+    model = open_model(source, revision=revision)
+    slots = matrix_slots(model)
+    settled = fixed(chosen, slots)
+    wanted = {part for slot, value in zip(slots, settled, strict=True) if value is None for part in slot.parts}
+    found = scores([matrix for matrix in model if matrix.name in wanted], chosen)
+    outcome = decide(chosen, slots, settled, found)
+    shapes = {whole_name(matrix.name): matrix.shape for matrix in reversed(model.matrices)}
+    rows = []
+    for slot, value, mean, m in zip(slots, settled, outcome.scores, outcome.multipliers, strict=True):
+        score = None if math.isnan(mean) else mean
+        why = _why(chosen, slot, value, score)
+        rows.append(PlanRow(slot.name, slot.role, slot.block, *shapes[slot.name], len(slot.parts), score, m, why))
+    return Plan(model.label, chosen, tuple(rows))
+
+
+def _why(policy: Policy, slot: Slot, settled: float | None, score: float | None) -> str:
+    if settled is None:
+        return "no score" if score is None else "measured"
+    if slot.is_embedding and not policy.pin:
+        return "embedding"
+    return "small" if slot.size < policy.min_size and settled == 1.0 else "fixed"

@@ -1,0 +1,77 @@
+"""Two gloo processes: the same multipliers on both, each decomposing its share, and equal to one process, bit for bit.
+
+Both ranks see the same batch, so that the mean of their gradients is the gradient of one process exactly.
+"""
+
+import json
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+
+import htsr
+from htsr.training import scoring
+from tests.training.models import MATRICES, SpyingAdamW, TinyLM, train
+
+STEPS = 7
+
+
+def run(wrap=lambda model: model):
+    model = TinyLM()
+    wrapped = wrap(model)
+    optimizer = SpyingAdamW(model.parameters(), lr=3e-3)
+    htsr.layerwise(optimizer, wrapped, interval=3, ramp=2)
+    train(wrapped, optimizer, range(STEPS))
+    return [{name: lr for name, (lr, _) in seen.items()} for seen in optimizer.seen]
+
+
+def _data_parallel(model):
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def _sharded(model):
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def _worker(rank, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    decomposed = []
+    inner = scoring.scores
+    scoring.scores = lambda matrices, policy: decomposed.extend(m.name for m in matrices) or inner(matrices, policy)
+    results = {}
+    for kind, wrap in {"ddp": _data_parallel, "fsdp2": _sharded}.items():
+        decomposed.clear()
+        results[kind] = {"rates": run(wrap), "decomposed": list(decomposed)}
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(_worker, (folder,), nprocs=2)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_ranks_agree_with_each_other_and_with_one_process(two_processes, kind):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = run()
+    torch.set_num_threads(threads)
+    first, second = (result[kind] for result in two_processes)
+    assert first["rates"] == second["rates"] == alone
+    assert alone[0] != alone[-1]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_each_matrix_is_decomposed_once(two_processes, kind):
+    first, second = (result[kind]["decomposed"] for result in two_processes)
+    events = 3
+    assert sorted(first + second) == sorted(MATRICES * events)
+    assert len(first) == len(second)

@@ -1,0 +1,89 @@
+"""Which parameters go with which matrix."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from htsr.training.policy import Policy
+from htsr.training.slots import Slot, decide, fixed, pinned, slot_of, vector_role
+
+NAMES = {"h.0.attn": 0, "h.0.attn.in_proj_weight": 1, "experts.gate_up_proj": 2, "emb": 3}
+
+
+@pytest.mark.parametrize(
+    ("parameter", "slot"),
+    [
+        ("h.0.attn.weight", 0),
+        ("h.0.attn.bias", 0),
+        ("h.0.attn.base_layer.bias", 0),
+        ("h.0.attn.lora_A.default.weight", 0),
+        ("h.0.attn.parametrizations.weight.original0", 0),
+        ("h.0.attn.norm.weight", None),
+        ("h.0.attn.in_proj_bias", 1),
+        ("experts.gate_up_proj_bias", 2),
+        ("emb.norm.weight", None),
+        ("embedding.weight", None),
+    ],
+)
+def test_followers(parameter, slot):
+    assert slot_of(parameter, NAMES) == slot
+
+
+def test_vectors():
+    roles = {name: vector_role(name) for name in ("h.0.ln_1.weight", "norm.bias", "h.0.input_layernorm.weight", "cls")}
+    assert list(roles.values()) == ["norm", "norm", "norm", "vector"]
+
+
+def test_pins_of_fused_tensors():
+    slot = Slot("c_attn", "attn.qkv", 0, ("c_attn[q]", "c_attn[k]", "c_attn[v]"), ("attn.q", "attn.k", "attn.v"), 64)
+    assert pinned(slot, {"attn.[qk]": 8, "attn.[vo]": 4}) == pytest.approx(20 / 3)
+    assert pinned(slot, {"attn.[qk]": 8}) is None  # the value has none
+    assert pinned(slot, {"attn.qkv": 2, "attn.*": 3}) == 2
+    assert pinned(slot, {"c_*": 7}) == 7
+
+
+def test_scores_of_parts_are_averaged_and_odd_ones_left_out():
+    slots = [Slot("a", "x", None, ("a[q]", "a[k]"), ("x.q", "x.k"), 64), Slot("b", "y", None, ("b",), ("y",), 64)]
+    slots.append(Slot("c", "y", None, ("c",), ("y",), 64))
+    outcome = decide(Policy(), slots, fixed(Policy(), slots), {"a[q]": 2.0, "a[k]": 4.0, "b": 5.0, "c": 2.0})
+    assert outcome.scores == (3.0, 5.0, 2.0)
+    assert outcome.multipliers == pytest.approx((1 + 4 / 3, 5, 1))
+    outcome = decide(Policy(), slots, fixed(Policy(), slots), {"a[q]": 2.0, "a[k]": np.nan, "b": 5.0})
+    assert outcome.scores[:2] == (2.0, 5.0)
+    assert outcome.multipliers == (1.0, 5.0, 1.0)
+
+
+class TestEmbeddings:
+    body = tuple(Slot(n, "mlp.up", 0, (n,), ("mlp.up",), 64) for n in "ab")
+    slots = (Slot("emb", "embed", None, ("emb",), ("embed",), 64), *body)
+
+    def test_max_is_the_largest_of_the_others(self):
+        policy = Policy(map="sqrt", bounds=(0.0, 9.0))
+        outcome = decide(policy, self.slots, fixed(policy, self.slots), {"a": 4.0, "b": 1.0})
+        assert outcome.multipliers == pytest.approx((4 / 3, 4 / 3, 2 / 3))
+
+    def test_max_of_nothing_known_is_one(self):
+        outcome = decide(Policy(), self.slots, fixed(Policy(), self.slots), {})
+        assert outcome.multipliers == (1.0, 1.0, 1.0)
+
+    def test_max_where_nothing_is_measured_is_the_bound(self):
+        policy = Policy(score=None)
+        assert decide(policy, self.slots, fixed(policy, self.slots), {}).multipliers == (5.0, 1.0, 1.0)
+
+    def test_stacks_have_embeddings_of_their_own(self):
+        assert Slot("x", "decoder.embed").is_embedding
+        assert Slot("x", "embed.position").is_embedding
+        assert not Slot("x", "decoder.attn.q").is_embedding
+
+
+@given(st.lists(st.floats(1.1, 9), min_size=2, max_size=8), st.floats(0.1, 10))
+def test_llr_does_not_depend_on_the_scale_of_the_spread(scores, stretch):
+    """Linear between the extremes: stretching all scores about any point changes nothing."""
+    slots = [Slot(str(i), "mlp.up", i, (str(i),), ("mlp.up",), 64) for i in range(len(scores))]
+    if max(scores) - min(scores) > 1e-3:
+        both = [
+            decide(Policy(), slots, [None] * len(slots), {str(i): f(s) for i, s in enumerate(scores)}).multipliers
+            for f in (lambda s: s, lambda s: 2 + stretch * s)
+        ]
+        assert both[0] == pytest.approx(both[1], rel=1e-6)
