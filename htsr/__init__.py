@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from htsr.training.layerwise import layerwise, multipliers
     from htsr.training.lowrank import LowRankAdamW
     from htsr.training.lowrank_groups import low_rank_groups
+    from htsr.training.memory import MemoryPlan, predict_memory
     from htsr.training.policy import Policy
     from htsr.training.schedulers import LayerwiseLR
 
@@ -34,10 +35,11 @@ _HOMES = {
     "htsr.spectra.metrics": ("LayerMetrics", "Options"),
     "htsr.spectra.tail": ("PowerLawFit", "fit_power_law"),
     "htsr.training.layerwise": ("layerwise", "multipliers"),
+    "htsr.training.lowrank": ("LowRankAdamW",),
+    "htsr.training.lowrank_groups": ("low_rank_groups",),
+    "htsr.training.memory": ("MemoryPlan", "predict_memory"),
     "htsr.training.policy": ("Policy",),
     "htsr.training.schedulers": ("LayerwiseLR",),
-    "htsr.training.lowrank_groups": ("low_rank_groups",),
-    "htsr.training.lowrank": ("LowRankAdamW",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -51,6 +53,7 @@ __all__ = [
     "LayerwiseLR",
     "LowRankAdamW",
     "MatrixError",
+    "MemoryPlan",
     "MissingDependencyError",
     "Model",
     "Options",
@@ -70,6 +73,7 @@ __all__ = [
     "layerwise",
     "low_rank_groups",
     "multipliers",
+    "predict_memory",
 ]
 
 

@@ -32,7 +32,7 @@ PARTS = ("weights", "gradients", "optimizer", "projectors", "activations", "logi
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides about memory beside the model; `predict` says what each means."""
+    """What decides about memory beside the model; `predict_memory` says what each means."""
 
     method: TrainingMethod
     batch: int
@@ -92,7 +92,7 @@ class MemoryPlans:
 Source: TypeAlias = Union[str, "os.PathLike[str]", "torch.nn.Module"]
 
 
-def predict(
+def predict_memory(
     source: Source,
     method: TrainingMethod = "full",
     *,
@@ -113,8 +113,8 @@ def predict(
         source: a folder with a config.json (weights are not needed), that file, a hub id (only its configuration is
             fetched), or a transformers model.
         method: ``full``; ``lora`` and ``qlora`` on all linear layers of the blocks; ``galore`` (`LowRankAdamW`);
-            ``lisa`` and ``owlore``: some blocks at a time, the latter at low rank. The active blocks are taken to be the lowest,
-            from which backward is longest.
+            ``lisa`` and ``owlore``: some blocks at a time, the latter at low rank. The active blocks are taken to be
+            the lowest, from which backward is longest.
         batch: sequences per backward pass.
         sequence: tokens per sequence, all of them real.
         rank: of adapters (8 by default) or of projections (128 by default).
@@ -134,10 +134,6 @@ def predict(
     """
     if method not in METHODS:
         raise UsageError(f"unknown method {method!r}: one of {', '.join(METHODS)}")
-    if embeddings == "freeze" and method not in SAMPLED:
-        raise UsageError(f"embeddings are frozen under {' and '.join(SAMPLED)} only, not under {method}")
-    if embeddings == "low_rank" and method not in LOW_RANK:
-        raise UsageError(f"embeddings have low-rank states under {' and '.join(LOW_RANK)} only, not under {method}")
     for name, value, known in (
         ("dtype", dtype, DTYPES),
         ("state_dtype", state_dtype, ("float32", "bfloat16", "8bit")),
@@ -146,6 +142,9 @@ def predict(
     ):
         if value is not None and value not in known:
             raise UsageError(f"unknown {name} {value!r}: one of {', '.join(known)}")
+    if not embeddings_fit(method, embeddings):
+        where = " and ".join(SAMPLED if embeddings == "freeze" else LOW_RANK)
+        raise UsageError(f"embeddings={embeddings!r} is for {where}, not for {method}")
     rank = rank if rank is not None else 128 if method in LOW_RANK else 8
     for name, number in (("batch", batch), ("sequence", sequence), ("rank", rank), ("active_blocks", active_blocks)):
         if number < 1:
@@ -168,6 +167,11 @@ def predict(
     return simulate(label, config, setting)
 
 
+def embeddings_fit(method: TrainingMethod, embeddings: Embeddings) -> bool:
+    """Whether a method can treat embeddings so."""
+    return embeddings == "train" or method in (SAMPLED if embeddings == "freeze" else LOW_RANK)
+
+
 def _configuration(source: Source, revision: str | None) -> tuple[str, Any]:
     if not isinstance(source, (str, os.PathLike)):
         from htsr.matrices.modules import unwrapped
@@ -187,7 +191,7 @@ def _configuration(source: Source, revision: str | None) -> tuple[str, Any]:
     folder = path if path.is_dir() else path.parent
     if path.exists() and not (folder / "config.json").is_file():
         raise SourceError(f"{folder} has no config.json, from which memory is predicted")
-    if not path.exists() and not is_hub_id(name):
+    if not path.exists() and (name.startswith((".", "/", "~")) or not is_hub_id(name)):
         raise SourceError(f"{name} does not exist")
     try:
         where = str(folder) if path.exists() else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import Counter
 from copy import deepcopy
@@ -24,11 +25,11 @@ _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 _OVERSAMPLING = 8
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of all storages that operations have made and that are still alive, by part; and the peak of their sum."""
 
     def __init__(self, logits: int, fixed: dict[str, int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.logits, self.fixed = logits, fixed
         self.live: Counter[str] = Counter()
         self.peak, self.parts, self.moment = 0, dict.fromkeys(PARTS, 0), "forward"
@@ -75,12 +76,14 @@ class Ledger(TorchDispatchMode):
 
 
 def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
-    """The plan of `htsr.training.memory.predict`.
+    """The plan of `htsr.predict_memory`.
 
     Raises:
         SourceError: transformers knows no causal language model of this configuration.
     """
-    model = _model(label, config, setting)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on the names of transformers' and peft's own options
+        model = _model(label, config, setting)
     with FakeTensorMode():
         _materialise(model)
         vocabulary = int(model.config.get_text_config().vocab_size)
@@ -144,7 +147,7 @@ def _model(label: str, config: Any, setting: Setting) -> Any:
     dtype = getattr(torch, setting.dtype) if setting.dtype else getattr(config, "dtype", None) or torch.float32
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     except ValueError as error:
         raise SourceError(f"{label} ({config.model_type}) is no causal language model of transformers") from error
     model.train()
@@ -167,15 +170,15 @@ def _model(label: str, config: Any, setting: Setting) -> Any:
 
 def _materialise(model: torch.nn.Module) -> None:
     """Put valueless tensors of the CPU in place of those on the meta device, which choose other kernels."""
-    made: dict[int, Tensor] = {}
+    made: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
-        for name, tensor in module._parameters.items():
-            if tensor is not None:
-                fake = torch.nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), tensor.requires_grad)
-                module._parameters[name] = made.setdefault(id(tensor), fake)
-        for name, tensor in module._buffers.items():
-            if tensor is not None:
-                module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = torch.nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
+                module._parameters[name] = made.setdefault(id(parameter), fake)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _is_low_rank(name: str, parameter: Tensor, setting: Setting) -> bool:
@@ -205,18 +208,19 @@ def _projected_size(parameter: Tensor, setting: Setting) -> int:
 def _workspace(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
     """Temporaries of the update of one parameter by `LowRankAdamW`; torch's fused AdamW has none.
 
-    Randomised refresh: a float32 copy of a narrower gradient, the product with the basis, and four bases (start, QR,
-    next, Ritz vectors).
+    Adam's direction, and float32 copies of what is narrower. A randomised refresh: a float32 copy of a narrower
+    gradient, the products with the basis, and four bases (start, QR, next, Ritz vectors).
     """
     from htsr.training.lowrank import _PIECE
 
     if setting.method not in LOW_RANK:
         return 0
+    narrow = parameter.dtype not in (torch.float32, torch.float64)
     if not low_rank:
-        return 4 * 3 * min(parameter.numel(), _PIECE)
+        return 4 * (1 + narrow + 2 * (setting.state_dtype != "float32")) * min(parameter.numel(), _PIECE)
     small, large = sorted(parameter.shape)
     width = min(small, setting.rank + _OVERSAMPLING)
-    wide = 0 if parameter.dtype == torch.float32 else 4 * parameter.numel()
+    wide = 4 * parameter.numel() if narrow else 0
     return wide + 4 * width * (2 * large + 4 * small)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from htsr.training.lowrank_groups import low_rank_groups
 from htsr.training.lowrank import LowRankAdamW
+from htsr.training.lowrank_groups import low_rank_groups
 
 
 def peak_allocated(run: Callable[[], Any]) -> int:
@@ -28,7 +28,7 @@ def peak_allocated(run: Callable[[], Any]) -> int:
 
 
 def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, steps: int = 2, **options: Any) -> None:
-    """A few real steps of a freshly made model; options as in `htsr.predict`."""
+    """A few real steps of a freshly made model; options as in `htsr.predict_memory`."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from htsr.errors import HtsrError, UsageError
-from htsr.training.lowrank_groups import low_rank_groups
 from htsr.training.lowrank import LowRankAdamW
+from htsr.training.lowrank_groups import low_rank_groups
 from htsr.training.projection import project
 from tests.reference import lowrank as reference
 

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from htsr.training.lowrank_groups import low_rank_groups
 from htsr.training.lowrank import LowRankAdamW
+from htsr.training.lowrank_groups import low_rank_groups
 from tests.training.test_lowrank import batch, loss_of, make
 
 STEPS = 5
