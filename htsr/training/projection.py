@@ -47,37 +47,40 @@ def projector(
         generator: of the Gaussian numbers of ``randomized``, on the CPU.
 
     Returns:
-        (min(m, n), r), in the dtype of G; float32 inside for narrower dtypes.
+        (min(m, n), r), in the dtype of G. Inside float32 at least, but for the products with a bfloat16 gradient, which
+        is not copied.
 
     Raises:
         HtsrError: G has NaN or Inf.
         UsageError: no such method.
     """
     whole = _whole(G)
-    if not bool(torch.isfinite(whole).all()):
+    if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(whole)):
         raise HtsrError("a gradient has NaN or Inf, so it has no singular vectors; lower the learning rate or clip")
-    wide = whole if whole.dtype in (torch.float32, torch.float64) else whole.float()
     right = projects_right(G.shape)
     rank = min(rank, *G.shape)
     if method == "svd":
-        U, _, Vh = torch.linalg.svd(wide, full_matrices=False)
+        U, _, Vh = torch.linalg.svd(_widened(whole), full_matrices=False)
         P = Vh[:rank].mT if right else U[:, :rank]
     elif method == "randomized":
-        start = None if previous is None else _whole(previous).to(wide.dtype)
-        P = _subspace_iteration(wide if right else wide.mT, rank, start, generator)
+        start = None if previous is None else _widened(_whole(previous))
+        A = _widened(whole) if whole.dtype == torch.float16 else whole  # its squares would underflow
+        P = _subspace_iteration(A if right else A.mT, rank, start, generator)
     else:
         raise UsageError(f"unknown method {method!r}: a projector is computed by svd or randomized")
     return _sharded_like(P.to(G.dtype).contiguous(), G, side=1 if right else 0)
 
 
 def _subspace_iteration(A: Tensor, rank: int, previous: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """Products in A's dtype, bases in float32 at least."""
+    dtype = torch.promote_types(A.dtype, torch.float32)
     width = min(A.shape[1], rank + _OVERSAMPLING)
-    known = A.new_empty(A.shape[1], 0) if previous is None else previous[:, :width]
-    noise = torch.randn(A.shape[1], width - known.shape[1], generator=generator, dtype=A.dtype)
-    Q = torch.linalg.qr(torch.cat([known, noise.to(A.device)], 1))[0]
+    known = torch.empty(A.shape[1], 0, dtype=dtype) if previous is None else previous[:, :width]
+    noise = torch.randn(A.shape[1], width - known.shape[1], generator=generator, dtype=dtype)
+    Q = torch.linalg.qr(torch.cat([known.to(A.device), noise.to(A.device)], 1))[0]
     for _ in range(_COLD_ITERATIONS if previous is None else _WARM_ITERATIONS):
-        Q = torch.linalg.qr(A.mT @ (A @ Q))[0]
-    B = A @ Q
+        Q = torch.linalg.qr((A.mT @ (A @ Q.to(A.dtype))).to(dtype))[0]
+    B = (A @ Q.to(A.dtype)).to(dtype)
     _, V = torch.linalg.eigh(B.mT @ B)
     P = Q @ V.flip(-1)[:, :rank]
     if previous is not None:
@@ -132,6 +135,10 @@ def is_distributed(tensor: Tensor) -> bool:
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _sharded_like(P: Tensor, G: Tensor, side: int) -> Tensor:

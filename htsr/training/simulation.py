@@ -208,7 +208,7 @@ def _projected_size(parameter: Tensor, setting: Setting) -> int:
 def _workspace(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
     """Temporaries of the update of one parameter by `LowRankAdamW`; torch's fused AdamW has none.
 
-    Adam's direction, and float32 copies of what is narrower. A randomised refresh: a float32 copy of a narrower
+    Adam's direction, and float32 copies of what is narrower. A randomised refresh: a float32 copy of a float16
     gradient, the products with the basis, and four bases (start, QR, next, Ritz vectors).
     """
     from htsr.training.lowrank import _PIECE
@@ -220,7 +220,7 @@ def _workspace(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
         return 4 * (1 + narrow + 2 * (setting.state_dtype != "float32")) * min(parameter.numel(), _PIECE)
     small, large = sorted(parameter.shape)
     width = min(small, setting.rank + _OVERSAMPLING)
-    wide = 4 * parameter.numel() if narrow else 0
+    wide = 4 * parameter.numel() if parameter.dtype == torch.float16 else 0
     return wide + 4 * width * (2 * large + 4 * small)
 
 

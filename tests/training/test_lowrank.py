@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from htsr.errors import HtsrError, UsageError
+from htsr.training.layerwise import layerwise
 from htsr.training.lowrank import LowRankAdamW
 from htsr.training.lowrank_groups import low_rank_groups
 from htsr.training.projection import project
@@ -404,6 +405,19 @@ def test_frozen_parameters_can_be_thawed_and_their_state_dropped(mode):
     before = [parameter.detach().clone() for parameter in block]
     train(model, optimizer, 1)
     assert all(map(torch.equal, block, before))
+
+
+def test_layerwise_learning_rates_act_on_it():
+    models = []
+    for mode, policy in (("keep", {"mlp.*": 5}), ("project", {"mlp.*": 5}), ("keep", None)):
+        model = make()
+        optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients=mode, refresh_every=2, lr=0.01)
+        if policy:
+            layerwise(optimizer, model, policy)
+        train(model, optimizer, 4)
+        models.append(model)
+    assert same(models[0], models[1])
+    assert not same(models[0], models[2])
 
 
 def test_step_hooks_do_not_pass_in_silence():
