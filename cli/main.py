@@ -214,6 +214,62 @@ def describe(
     run.describe(model, chosen, run.Target(format, output), revision=revision)
 
 
+@app.command()
+def memory(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Hub id, or a folder with a config.json; weights are not needed."),
+    ],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="full, lora, qlora, galore, lisa, owlore; repeatable, and all by default."),
+    ] = None,
+    seq: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per backward pass.")] = 1,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of adapters or projections; by default 8 and 128.", show_default=False)
+    ] = None,
+    active_blocks: Annotated[int, typer.Option(min=1, help="Blocks that lisa and owlore train at a time.")] = 2,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights: float32, bfloat16, float16; by default the model's.")
+    ] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Activation checkpointing.")] = False,
+    state_dtype: Annotated[
+        str | None,
+        typer.Option(help="Of Adam's moments: float32, bfloat16, 8bit; by default as the optimizer makes them."),
+    ] = None,
+    embeddings: Annotated[
+        str, typer.Option(help="Embedding and head under galore, lisa, owlore: train, low_rank, freeze.")
+    ] = "train",
+    gradients: Annotated[
+        str | None,
+        typer.Option(help="keep, project or update; by default update with galore and owlore, else keep."),
+    ] = None,
+    revision: Revision = None,
+    format: Format = None,
+    output: Output = None,
+) -> None:
+    """Peak memory of training, by part, without loading the model.
+
+    For example:  [bold]htsr memory meta-llama/Llama-2-7b-hf --batch 1 --seq 1024 --checkpointing[/bold]
+    """
+    from htsr_cli import run
+
+    options = {
+        "sequence": seq,
+        "batch": batch,
+        "rank": rank,
+        "active_blocks": active_blocks,
+        "dtype": dtype,
+        "checkpointing": checkpointing,
+        "state_dtype": state_dtype,
+        "embeddings": embeddings,
+        "gradients": gradients,
+        "revision": revision,
+    }
+    run.memory(model, method, options, run.Target(format, output))
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     from htsr.errors import HtsrError, UsageError

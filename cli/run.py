@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from htsr.analysis import Analysis, Progress, analyze_model, make_options
 from htsr.comparison import Comparison, compare_analyses
@@ -22,6 +22,7 @@ from htsr.matrices.sources import Filter, Model, open_model
 from htsr.reporting import tables
 from htsr.spectra.esd import Windows
 from htsr.spectra.metrics import LayerMetrics
+from htsr.training.memory import METHODS, MemoryPlans, TrainingMethod, embeddings_fit, predict_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,7 +78,7 @@ class Target:
             raise HtsrError(f"{output} cannot be written: {output.parent} is no folder")
         self.format, self.output = format, output
 
-    def write(self, subject: Analysis | Comparison | Model) -> None:
+    def write(self, subject: Analysis | Comparison | Model | MemoryPlans) -> None:
         """Write `subject` whole, or not at all."""
         if self.format == "parquet":
             assert self.output is not None
@@ -223,6 +224,18 @@ def describe(name: str, choice: Choice, target: Target, *, revision: str | None)
     target.write(open_model(name, revision=revision).filtered(choice.filter))
 
 
+def memory(name: str, methods: list[str] | None, options: dict[str, Any], target: Target) -> None:
+    """`htsr memory`; an option goes to the methods that it has a meaning for, unless one alone is asked for."""
+    asked = cast(list[TrainingMethod], methods or list(METHODS))
+    plans = []
+    for method in asked:
+        mine = dict(options)
+        if len(asked) > 1 and method in METHODS and not embeddings_fit(method, mine["embeddings"]):
+            mine["embeddings"] = "train"
+        plans.append(predict_memory(name, method, **mine))
+    target.write(MemoryPlans(name, tuple(plans)))
+
+
 def console() -> Console:
     """Standard output; wide where it is no terminal, so that nothing is cut."""
     from rich.console import Console
@@ -230,7 +243,7 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
 
 
-def _print_tables(subject: Analysis | Comparison | Model, to: Console) -> None:
+def _print_tables(subject: Analysis | Comparison | Model | MemoryPlans, to: Console) -> None:
     if isinstance(subject, Analysis):
         to.print(tables.terminal_table(subject.rows, to.width))
         to.print(tables.summary_table(subject))
@@ -240,6 +253,8 @@ def _print_tables(subject: Analysis | Comparison | Model, to: Console) -> None:
         alpha = subject.summary().get("alpha")
         if alpha:
             to.print(f"mean α {alpha[0]:.3f} → {alpha[1]:.3f} over {len(subject)} matrices", style="dim")
+    elif isinstance(subject, MemoryPlans):
+        to.print(tables.memory_table(subject))
     else:
         to.print(tables.description_table(subject, to.width))
         total = sum(m.parameters for m in subject)
@@ -252,7 +267,7 @@ def _closing(analysis: Analysis) -> str:
     return f"{analysis.label}: {len(analysis)} matrices{problems} in {analysis.meta.get('seconds', 0):.1f} s"
 
 
-def _plain_tables(subject: Analysis | Comparison | Model) -> str:
+def _plain_tables(subject: Analysis | Comparison | Model | MemoryPlans) -> str:
     import io
 
     from rich.console import Console

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from htsr.spectra.metrics import LayerMetrics, Options
     from htsr.spectra.tail import PowerLawFit, fit_power_law
     from htsr.training.layerwise import layerwise, multipliers
+    from htsr.training.lowrank import LowRankAdamW
+    from htsr.training.lowrank_groups import low_rank_groups
+    from htsr.training.memory import MemoryPlan, predict_memory
     from htsr.training.plan import Plan, layerwise_plan
     from htsr.training.policy import Policy
     from htsr.training.schedulers import LayerwiseLR
@@ -34,6 +37,9 @@ _HOMES = {
     "htsr.spectra.tail": ("PowerLawFit", "fit_power_law"),
     "htsr.training.layerwise": ("layerwise", "multipliers"),
     "htsr.training.plan": ("Plan", "layerwise_plan"),
+    "htsr.training.lowrank": ("LowRankAdamW",),
+    "htsr.training.lowrank_groups": ("low_rank_groups",),
+    "htsr.training.memory": ("MemoryPlan", "predict_memory"),
     "htsr.training.policy": ("Policy",),
     "htsr.training.schedulers": ("LayerwiseLR",),
 }
@@ -47,7 +53,9 @@ __all__ = [
     "HtsrError",
     "LayerMetrics",
     "LayerwiseLR",
+    "LowRankAdamW",
     "MatrixError",
+    "MemoryPlan",
     "MissingDependencyError",
     "Model",
     "Options",
@@ -67,7 +75,9 @@ __all__ = [
     "fit_power_law",
     "layerwise",
     "layerwise_plan",
+    "low_rank_groups",
     "multipliers",
+    "predict_memory",
 ]
 
 

@@ -18,6 +18,7 @@ from htsr.errors import MissingDependencyError
 from htsr.files import written
 from htsr.matrices.sources import Model, WeightMatrix
 from htsr.spectra.metrics import LayerMetrics
+from htsr.training.memory import PARTS, MemoryPlans
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -198,11 +199,26 @@ def description_table(model: Model, width: int) -> Table:
     return _fitted_table(shown, width, ("note", "Q", "kind", "block", "stored", "role"))
 
 
+def memory_table(memory: MemoryPlans) -> Table:
+    """Parts of the peak in GiB, a column a method."""
+    table = _table(["GiB at the peak", *(plan.method for plan in memory.plans)])
+    for part in (*PARTS, "total"):
+        sizes = [getattr(plan, part) / 2**30 for plan in memory.plans]
+        table.add_row(part, *(f"{size:.2f}" for size in sizes), style="bold" if part == "total" else "")
+    table.add_row("peak in", *(plan.moment for plan in memory.plans), style="dim")
+    table.add_row("trained", *(_millions(plan.trainable) for plan in memory.plans), style="dim")
+    return table
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:,.1f} M"
+
+
 def _table(headers: Sequence[str]) -> Table:
     from rich import box
     from rich.table import Table
 
-    words = {"matrix", "role", "note", "kind", "stored", "law"}
+    words = {"GiB at the peak", "matrix", "role", "note", "kind", "stored", "law"}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for header in headers:
         left = header in words
@@ -210,12 +226,14 @@ def _table(headers: Sequence[str]) -> Table:
     return table
 
 
-def records(subject: Analysis | Comparison | Model) -> list[dict[str, Any]]:
+def records(subject: Analysis | Comparison | Model | MemoryPlans) -> list[dict[str, Any]]:
     """One flat dictionary per line of the full table."""
     if isinstance(subject, Analysis):
         return [asdict(row) for row in subject.rows]
     if isinstance(subject, Comparison):
         return [{k: _plain(v) for k, v in line.items()} for line in subject.to_pandas().to_dict("records")]
+    if isinstance(subject, MemoryPlans):
+        return [asdict(plan) for plan in subject.plans]
     return [
         {
             "name": m.name,
@@ -233,7 +251,7 @@ def records(subject: Analysis | Comparison | Model) -> list[dict[str, Any]]:
     ]
 
 
-def as_json(subject: Analysis | Comparison | Model) -> str:
+def as_json(subject: Analysis | Comparison | Model | MemoryPlans) -> str:
     """Strict JSON: NaN and infinities are null."""
     content: dict[str, Any] = {}
     if isinstance(subject, Analysis):
@@ -257,7 +275,7 @@ def as_json(subject: Analysis | Comparison | Model) -> str:
     return json.dumps(_strict(content | {"rows": records(subject)}), indent=1, allow_nan=False) + "\n"
 
 
-def as_csv(subject: Analysis | Comparison | Model) -> str:
+def as_csv(subject: Analysis | Comparison | Model | MemoryPlans) -> str:
     """Comma-separated, one line a matrix, all columns."""
     lines = records(subject)
     out = io.StringIO()
@@ -267,7 +285,7 @@ def as_csv(subject: Analysis | Comparison | Model) -> str:
     return out.getvalue()
 
 
-def as_markdown(subject: Analysis | Comparison | Model) -> str:
+def as_markdown(subject: Analysis | Comparison | Model | MemoryPlans) -> str:
     """The short table in Markdown."""
     if isinstance(subject, Analysis):
         shown = columns(subject.rows)
@@ -284,7 +302,7 @@ def as_markdown(subject: Analysis | Comparison | Model) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
 
 
-def write_parquet(subject: Analysis | Comparison | Model, path: Path) -> None:
+def write_parquet(subject: Analysis | Comparison | Model | MemoryPlans, path: Path) -> None:
     """All columns as Parquet. Needs the ``report`` extra."""
     import pandas as pd
 

@@ -1,0 +1,1 @@
+"""Speed of the low-rank optimizer beside galore-torch."""
