@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from htsr.spectra.metrics import LayerMetrics, Options
     from htsr.spectra.tail import PowerLawFit, fit_power_law
     from htsr.training.layerwise import layerwise, multipliers
+    from htsr.training.lowrank import LowRankAdamW
+    from htsr.training.lowrank_groups import low_rank_groups
     from htsr.training.policy import Policy
     from htsr.training.schedulers import LayerwiseLR
 
@@ -34,6 +36,8 @@ _HOMES = {
     "htsr.training.layerwise": ("layerwise", "multipliers"),
     "htsr.training.policy": ("Policy",),
     "htsr.training.schedulers": ("LayerwiseLR",),
+    "htsr.training.lowrank_groups": ("low_rank_groups",),
+    "htsr.training.lowrank": ("LowRankAdamW",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -45,6 +49,7 @@ __all__ = [
     "HtsrError",
     "LayerMetrics",
     "LayerwiseLR",
+    "LowRankAdamW",
     "MatrixError",
     "MissingDependencyError",
     "Model",
@@ -63,6 +68,7 @@ __all__ = [
     "esd",
     "fit_power_law",
     "layerwise",
+    "low_rank_groups",
     "multipliers",
 ]
 

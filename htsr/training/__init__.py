@@ -1,1 +1,1 @@
-"""Training with the spectra: layerwise learning rates and weight decay."""
+"""Training with what the spectra say: optimizers, samplers, adapters, and the memory that they need."""

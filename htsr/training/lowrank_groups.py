@@ -1,0 +1,58 @@
+"""Which parameters of a model are trained at low rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from htsr.errors import UsageError
+from htsr.matrices.entries import clean_name
+from htsr.matrices.roles import block_of, role_of
+
+if TYPE_CHECKING:
+    import torch
+
+_IN_BLOCKS = {"attn", "cross_attn", "mlp", "expert", "shared_expert"}
+
+
+def is_low_rank(name: str, shape: Sequence[int], rank: int, embeddings: bool = False) -> bool:
+    """Whether `low_rank_groups` gives this parameter a rank: a matrix of a block's attention or MLP that is larger."""
+    name = clean_name(name)
+    role = role_of(name)
+    chosen = role.split(".")[0] in _IN_BLOCKS and block_of(name) is not None
+    return len(shape) == 2 and min(shape) > rank and (chosen or (embeddings and role in ("embed", "head")))
+
+
+def low_rank_groups(
+    model: torch.nn.Module, rank: int, *, embeddings: bool = False, **options: Any
+) -> list[dict[str, Any]]:
+    """Parameter groups for `LowRankAdamW`: attention and MLP matrices of the blocks at low rank, the rest in full.
+
+    Frozen parameters are in the groups too, so that they can be thawed later. A matrix whose smaller side is at most
+    `rank` stays full-rank, where it is smaller and cheaper; so do tensors of three and more dimensions. Vectors (norms,
+    biases) have no weight decay.
+
+    Args:
+        model: any module whose parameter names tell their roles (`htsr.matrices.roles`).
+        rank: r of every low-rank matrix.
+        embeddings: low-rank states for embedding and head, too.
+        options: more keys of the low-rank group: `scale`, `refresh_every`, `method`, `moments`, `state_dtype`, `lr` …
+
+    Raises:
+        UsageError: no matrix of the model gets a low rank.
+    """
+    low: list[Any] = []
+    full: list[Any] = []
+    vectors: list[Any] = []
+    for name, parameter in model.named_parameters():
+        if is_low_rank(name, parameter.shape, rank, embeddings):
+            low.append(parameter)
+        else:
+            (vectors if parameter.ndim < 2 else full).append(parameter)
+    if not low:
+        raise UsageError(
+            f"no matrix of {type(model).__name__} can have rank {rank}: none is an attention or MLP matrix of a block "
+            "with both sides larger"
+        )
+    groups = [{"params": low, "rank": rank, **options}, {"params": full}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,197 @@
+"""What a training run will need at its peak, by part, from the configuration alone.
+
+One forward and backward pass runs on tensors without values (torch's FakeTensor), so that every architecture, and
+activation checkpointing, is counted as torch would allocate it; optimizer states are added by their formulas. Not
+counted: the CUDA context, kernels' own workspaces, fragmentation of the allocator, the data.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
+
+from htsr.errors import SourceError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from htsr.training.lowrank import Gradients
+    from htsr.training.moments import StateDtype
+
+TrainingMethod: TypeAlias = Literal["full", "lora", "qlora", "galore", "lisa", "owlore"]
+Embeddings: TypeAlias = Literal["train", "low_rank", "freeze"]
+
+METHODS: tuple[TrainingMethod, ...] = ("full", "lora", "qlora", "galore", "lisa", "owlore")
+DTYPES = ("float32", "bfloat16", "float16")
+LOW_RANK = ("galore", "owlore")
+SAMPLED = ("lisa", "owlore")
+PARTS = ("weights", "gradients", "optimizer", "projectors", "activations", "logits", "workspace")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides about memory beside the model; `predict` says what each means."""
+
+    method: TrainingMethod
+    batch: int
+    sequence: int
+    rank: int
+    active_blocks: int
+    dtype: str | None
+    checkpointing: bool
+    state_dtype: StateDtype | None
+    embeddings: Embeddings
+    gradients: Gradients
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes at the moment of the peak, by part; they add up to `total`.
+
+    Attributes:
+        model: whose.
+        method: how it is trained.
+        moment: when the peak is: ``forward``, ``backward`` or ``step``.
+        total: all parts.
+        weights: parameters and buffers, adapters included.
+        gradients: those that wait for the optimizer at that moment.
+        optimizer: moments.
+        projectors: bases of the low-rank subspaces.
+        activations: what backward needs, and what forward and backward have in their hands.
+        logits: tensors of batch × sequence × vocabulary: logits, their logarithms and gradients.
+        workspace: temporaries of the optimizer, or a de-quantised matrix.
+        parameters: number of the model's, adapters included.
+        trainable: number of those that train.
+    """
+
+    model: str
+    method: TrainingMethod
+    moment: str
+    total: int
+    weights: int
+    gradients: int
+    optimizer: int
+    projectors: int
+    activations: int
+    logits: int
+    workspace: int
+    parameters: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class MemoryPlans:
+    """Plans of one model side by side."""
+
+    label: str
+    plans: tuple[MemoryPlan, ...]
+
+
+Source: TypeAlias = Union[str, "os.PathLike[str]", "torch.nn.Module"]
+
+
+def predict(
+    source: Source,
+    method: TrainingMethod = "full",
+    *,
+    batch: int = 1,
+    sequence: int = 512,
+    rank: int | None = None,
+    active_blocks: int = 2,
+    dtype: str | None = None,
+    checkpointing: bool = False,
+    state_dtype: StateDtype | None = None,
+    embeddings: Embeddings = "train",
+    gradients: Gradients | None = None,
+    revision: str | None = None,
+) -> MemoryPlan:
+    """Peak memory of training a causal language model, without loading it.
+
+    Args:
+        source: a folder with a config.json (weights are not needed), that file, a hub id (only its configuration is
+            fetched), or a transformers model.
+        method: ``full``; ``lora`` and ``qlora`` on all linear layers of the blocks; ``galore`` (`LowRankAdamW`);
+            ``lisa`` and ``owlore``: some blocks at a time, the latter at low rank. The active blocks are taken to be the lowest,
+            from which backward is longest.
+        batch: sequences per backward pass.
+        sequence: tokens per sequence, all of them real.
+        rank: of adapters (8 by default) or of projections (128 by default).
+        active_blocks: γ, the blocks that ``lisa`` and ``owlore`` train at a time.
+        dtype: of the weights; by default the configuration's.
+        checkpointing: activation checkpointing, non-reentrant, per block.
+        state_dtype: of Adam's moments; by default the parameter's own with torch's (fused) AdamW, float32 with
+            `LowRankAdamW`.
+        embeddings: embedding, head and last norm under ``lisa`` and ``owlore``: ``train``, or ``freeze``; embedding and
+            head under ``galore`` and ``owlore`` also with ``low_rank`` states.
+        gradients: as in `LowRankAdamW`; by default ``update`` with ``galore`` and ``owlore``, else ``keep``.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        SourceError: no configuration of a causal language model.
+        UsageError: an option without meaning.
+    """
+    if method not in METHODS:
+        raise UsageError(f"unknown method {method!r}: one of {', '.join(METHODS)}")
+    if embeddings == "freeze" and method not in SAMPLED:
+        raise UsageError(f"embeddings are frozen under {' and '.join(SAMPLED)} only, not under {method}")
+    if embeddings == "low_rank" and method not in LOW_RANK:
+        raise UsageError(f"embeddings have low-rank states under {' and '.join(LOW_RANK)} only, not under {method}")
+    for name, value, known in (
+        ("dtype", dtype, DTYPES),
+        ("state_dtype", state_dtype, ("float32", "bfloat16", "8bit")),
+        ("embeddings", embeddings, ("train", "low_rank", "freeze")),
+        ("gradients", gradients, ("keep", "project", "update")),
+    ):
+        if value is not None and value not in known:
+            raise UsageError(f"unknown {name} {value!r}: one of {', '.join(known)}")
+    rank = rank if rank is not None else 128 if method in LOW_RANK else 8
+    for name, number in (("batch", batch), ("sequence", sequence), ("rank", rank), ("active_blocks", active_blocks)):
+        if number < 1:
+            raise UsageError(f"{name} is {number}; it is at least 1")
+    setting = Setting(
+        method=method,
+        batch=batch,
+        sequence=sequence,
+        rank=rank,
+        active_blocks=active_blocks,
+        dtype=dtype,
+        checkpointing=checkpointing,
+        state_dtype=state_dtype or ("float32" if method in LOW_RANK else None),
+        embeddings=embeddings,
+        gradients=gradients or ("update" if method in LOW_RANK else "keep"),
+    )
+    from htsr.training.simulation import simulate
+
+    label, config = _configuration(source, revision)
+    return simulate(label, config, setting)
+
+
+def _configuration(source: Source, revision: str | None) -> tuple[str, Any]:
+    if not isinstance(source, (str, os.PathLike)):
+        from htsr.matrices.modules import unwrapped
+
+        config = getattr(unwrapped(source), "config", None)
+        if config is None:
+            raise SourceError(f"{type(source).__name__} has no config; memory is predicted of transformers models")
+        return type(unwrapped(source)).__name__, config
+    from transformers import AutoConfig
+
+    from htsr.matrices.hub import is_hub_id
+
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if path.is_file() and path.name != "config.json":
+        path = path.parent
+    folder = path if path.is_dir() else path.parent
+    if path.exists() and not (folder / "config.json").is_file():
+        raise SourceError(f"{folder} has no config.json, from which memory is predicted")
+    if not path.exists() and not is_hub_id(name):
+        raise SourceError(f"{name} does not exist")
+    try:
+        where = str(folder) if path.exists() else name
+        return name, AutoConfig.from_pretrained(where, revision=revision or "main")
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SourceError(f"the configuration of {name} cannot be read: {reason}") from error

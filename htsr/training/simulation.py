@@ -1,0 +1,225 @@
+"""A training step on tensors without values, and what is alive when most is."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from htsr.errors import SourceError
+from htsr.matrices.roles import block_of
+from htsr.training.lowrank_groups import is_low_rank
+from htsr.training.memory import LOW_RANK, PARTS, SAMPLED, MemoryPlan, Setting
+from htsr.training.moments import BLOCK
+
+# NF4 in blocks of 64 with doubly quantised scales (QLoRA, arXiv 2305.14314, §3): bytes per weight
+_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+_OVERSAMPLING = 8
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of all storages that operations have made and that are still alive, by part; and the peak of their sum."""
+
+    def __init__(self, logits: int, fixed: dict[str, int]) -> None:
+        super().__init__()
+        self.logits, self.fixed = logits, fixed
+        self.live: Counter[str] = Counter()
+        self.peak, self.parts, self.moment = 0, dict.fromkeys(PARTS, 0), "forward"
+        self.now = "forward"
+        self._parts_of: dict[int, tuple[str, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation, and enter what it made."""
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                part = "logits" if leaf.numel() >= self.logits and leaf.ndim > 1 else "activations"
+                self.enter(leaf, part, move=False)
+        self.check()
+        return out
+
+    def enter(self, tensor: Tensor, part: str, move: bool = True) -> None:
+        """Count a tensor's storage under `part`; one that is known stays where it is unless it is to move."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._parts_of.get(key)
+        if known is None:
+            weakref.finalize(storage, self._leave, key)
+        elif move:
+            self.live[known[0]] -= known[1]
+        else:
+            return
+        self._parts_of[key] = (part, storage.nbytes())
+        self.live[part] += storage.nbytes()
+
+    def check(self, workspace: int = 0) -> None:
+        """Whether this moment, with so many bytes more, is the peak."""
+        total = self.live.total() + sum(self.fixed.values()) + workspace
+        if total > self.peak:
+            self.peak, self.moment = total, self.now
+            self.parts = {part: self.live[part] + self.fixed.get(part, 0) for part in PARTS}
+            self.parts["workspace"] += workspace
+
+    def _leave(self, key: int) -> None:
+        part, size = self._parts_of.pop(key)
+        self.live[part] -= size
+
+
+def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
+    """The plan of `htsr.training.memory.predict`.
+
+    Raises:
+        SourceError: transformers knows no causal language model of this configuration.
+    """
+    model = _model(label, config, setting)
+    with FakeTensorMode():
+        _materialise(model)
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        low_rank = {name for name, p in trained.items() if _is_low_rank(name, p, setting)}
+        fixed = _states(trained, low_rank, setting)
+        quantised = _quantised(model) if setting.method == "qlora" else []
+        dense = sum(p.numel() * p.element_size() for p in quantised)
+        fixed["weights"] = round(sum(p.numel() for p in quantised) * _NF4) - dense
+        fixed["workspace"] = max((p.numel() * p.element_size() for p in quantised), default=0)
+        ledger = Ledger(setting.batch * max(setting.sequence - 1, 1) * vocabulary, fixed)
+        for tensor in (*model.parameters(), *model.buffers()):
+            ledger.enter(tensor, "weights")
+        for name, parameter in trained.items():
+            released = setting.gradients == "update" or (setting.gradients == "project" and name in low_rank)
+            parameter.register_post_accumulate_grad_hook(_Arrived(ledger, name in low_rank, released, setting))
+        tokens = torch.zeros(setting.batch, setting.sequence, dtype=torch.long)
+        with ledger:
+            loss = model(input_ids=tokens, labels=tokens).loss
+            ledger.now = "backward"
+            loss.backward()
+        del loss
+        ledger.now = "step"
+        kept = [(name, p) for name, p in trained.items() if p.grad is not None]
+        ledger.check(max((_workspace(p, name in low_rank, setting) for name, p in kept), default=0))
+        count = sum(p.numel() for p in model.parameters())
+    return MemoryPlan(
+        model=label,
+        method=setting.method,
+        moment=ledger.moment,
+        total=ledger.peak,
+        parameters=count,
+        trainable=sum(p.numel() for p in trained.values()),
+        **ledger.parts,
+    )
+
+
+class _Arrived:
+    """A parameter's gradient is complete: it waits for the optimizer, or is used up at once."""
+
+    def __init__(self, ledger: Ledger, low_rank: bool, released: bool, setting: Setting) -> None:
+        self.ledger, self.low_rank, self.released, self.setting = ledger, low_rank, released, setting
+
+    def __call__(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.ledger.enter(parameter.grad, "gradients")
+        if self.released:
+            self.ledger.check(_workspace(parameter, self.low_rank, self.setting))
+            parameter.grad = None
+            if self.setting.gradients == "project":
+                self.ledger.live["gradients"] += _projected_size(parameter, self.setting) * parameter.element_size()
+
+
+def _model(label: str, config: Any, setting: Setting) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = deepcopy(config)
+    config.use_cache = False
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dtype = getattr(torch, setting.dtype) if setting.dtype else getattr(config, "dtype", None) or torch.float32
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise SourceError(f"{label} ({config.model_type}) is no causal language model of transformers") from error
+    model.train()
+    if setting.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    if setting.method in ("lora", "qlora"):
+        import peft
+
+        adapter = peft.LoraConfig(r=setting.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        if setting.checkpointing:
+            model.enable_input_require_grads()
+        model = peft.get_peft_model(model, adapter, low_cpu_mem_usage=True)
+    if setting.method in SAMPLED:
+        for name, parameter in model.named_parameters():
+            block = block_of(name)
+            trains = setting.embeddings != "freeze" if block is None else block < setting.active_blocks
+            parameter.requires_grad_(trains)
+    return model
+
+
+def _materialise(model: torch.nn.Module) -> None:
+    """Put valueless tensors of the CPU in place of those on the meta device, which choose other kernels."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                fake = torch.nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), tensor.requires_grad)
+                module._parameters[name] = made.setdefault(id(tensor), fake)
+        for name, tensor in module._buffers.items():
+            if tensor is not None:
+                module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def _is_low_rank(name: str, parameter: Tensor, setting: Setting) -> bool:
+    low = setting.method in LOW_RANK
+    return low and is_low_rank(name, parameter.shape, setting.rank, setting.embeddings == "low_rank")
+
+
+def _states(trained: dict[str, Tensor], low_rank: set[str], setting: Setting) -> dict[str, int]:
+    """Bytes of moments and projectors."""
+    moments = projectors = 0
+    for name, parameter in trained.items():
+        entries = _projected_size(parameter, setting) if name in low_rank else parameter.numel()
+        if setting.state_dtype == "8bit":
+            moments += 2 * (entries + 4 * -(-entries // BLOCK))
+        else:
+            dtype = getattr(torch, setting.state_dtype) if setting.state_dtype else parameter.dtype
+            moments += 2 * entries * dtype.itemsize
+        if name in low_rank:
+            projectors += min(parameter.shape) * setting.rank * parameter.element_size()
+    return {"optimizer": moments, "projectors": projectors}
+
+
+def _projected_size(parameter: Tensor, setting: Setting) -> int:
+    return max(parameter.shape) * setting.rank
+
+
+def _workspace(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
+    """Temporaries of the update of one parameter by `LowRankAdamW`; torch's fused AdamW has none.
+
+    Randomised refresh: a float32 copy of a narrower gradient, the product with the basis, and four bases (start, QR,
+    next, Ritz vectors).
+    """
+    from htsr.training.lowrank import _PIECE
+
+    if setting.method not in LOW_RANK:
+        return 0
+    if not low_rank:
+        return 4 * 3 * min(parameter.numel(), _PIECE)
+    small, large = sorted(parameter.shape)
+    width = min(small, setting.rank + _OVERSAMPLING)
+    wide = 0 if parameter.dtype == torch.float32 else 4 * parameter.numel()
+    return wide + 4 * width * (2 * large + 4 * small)
+
+
+def _quantised(model: Any) -> list[Tensor]:
+    """The weights that QLoRA keeps in 4 bits: the linear layers under adapters."""
+    return [module.base_layer.weight for module in model.modules() if hasattr(module, "base_layer")]

@@ -1,0 +1,65 @@
+"""Peak memory of real training steps, by torch's own allocator on the CPU."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from htsr.training.lowrank_groups import low_rank_groups
+from htsr.training.lowrank import LowRankAdamW
+
+
+def peak_allocated(run: Callable[[], Any]) -> int:
+    """Most bytes that torch's CPU allocator held at once while `run` ran, of those allocated in it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(file))
+        events = json.loads(file.read_text())["traceEvents"]
+    return max(int(event["args"]["Total Allocated"]) for event in events if event.get("name") == "[memory]")
+
+
+def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, steps: int = 2, **options: Any) -> None:
+    """A few real steps of a freshly made model; options as in `htsr.predict`."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.get("dtype") or "float32"))
+    model.config.use_cache = False
+    model.train()
+    if options.get("checkpointing"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if method == "lora":
+        import peft
+
+        if options.get("checkpointing"):
+            model.enable_input_require_grads()
+        model = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    if method in ("lisa", "owlore"):
+        from htsr.matrices.roles import block_of
+
+        for name, parameter in model.named_parameters():
+            block = block_of(name)
+            whole = options.get("embeddings") != "freeze"
+            parameter.requires_grad_(whole if block is None else block < options["active_blocks"])
+    if method in ("galore", "owlore"):
+        low = options.get("embeddings") == "low_rank"
+        groups = low_rank_groups(model, rank, embeddings=low, refresh_every=1)
+        state_dtype = options.get("state_dtype", "float32")
+        optimizer: Any = LowRankAdamW(groups, gradients=options.get("gradients", "update"), state_dtype=state_dtype)
+    else:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(0, config.vocab_size, (batch, sequence), generator=generator)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -1,0 +1,458 @@
+"""The low-rank optimizer: against galore-torch, a slow twin, torch's AdamW, and itself taken another way."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from htsr.errors import HtsrError, UsageError
+from htsr.training.lowrank_groups import low_rank_groups
+from htsr.training.lowrank import LowRankAdamW
+from htsr.training.projection import project
+from tests.reference import lowrank as reference
+
+SHAPES = [(24, 16), (16, 24), (16, 16), (10,)]
+
+
+def parameters(dtype=torch.float32, seed=0):
+    random = np.random.default_rng(seed)
+    return [nn.Parameter(torch.from_numpy(random.standard_normal(shape)).to(dtype)) for shape in SHAPES]
+
+
+def gradients(steps, dtype=torch.float32, seed=1):
+    random = np.random.default_rng(seed)
+    return [[torch.from_numpy(random.standard_normal(shape)).to(dtype) for shape in SHAPES] for _ in range(steps)]
+
+
+def groups(params, rank=4, **options):
+    return [{"params": params[:-1], "rank": rank, **options}, {"params": params[-1:]}]
+
+
+def take(optimizer, params, grads):
+    for parameter, grad in zip(params, grads, strict=True):
+        parameter.grad = grad.clone()
+    optimizer.step()
+
+
+class Block(nn.Module):
+    """Parts named as a decoder names them."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict(
+            {
+                "up_proj": nn.Linear(width, 3 * width, bias=False),
+                "down_proj": nn.Linear(3 * width, width, bias=False),
+            }
+        )
+
+    def forward(self, x):
+        x = x + self.self_attn["q_proj"](x).tanh()
+        return x + self.mlp["down_proj"](self.mlp["up_proj"](x).relu())
+
+
+class Net(nn.Module):
+    def __init__(self, blocks=2, width=16):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(40, width)
+        self.layers = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.lm_head = nn.Linear(width, 40, bias=False)
+
+    def forward(self, tokens):
+        x = self.embed_tokens(tokens)
+        for block in self.layers:
+            x = block(x)
+        return self.lm_head(x)
+
+
+def make(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return Net().to(dtype)
+
+
+def batch(step, part=0, size=6):
+    return torch.from_numpy(np.random.default_rng((step, part)).integers(0, 40, (size, 5)))
+
+
+def loss_of(model, tokens):
+    return nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(1, 1).flatten())
+
+
+def train(model, optimizer, steps, parts=1, clip=None, start=0):
+    for step in range(start, start + steps):
+        for part in range(parts):
+            (loss_of(model, batch(step, part)) / parts).backward()
+        if clip is not None:
+            optimizer.clip_grad_norm_(clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def close(a, b, **tolerance):
+    for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, **tolerance)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_exact_svd_takes_the_steps_of_galore_torch(weight_decay):
+    galore_torch = pytest.importorskip("galore_torch")
+    lr, eps, scale, beta2 = 1e-2, 1e-6, 0.25, 0.999
+    ours, theirs = parameters(), parameters()
+    # galore-torch decays after the update (so the update shrinks, too) and adds eps before the bias correction:
+    # the same rule with another scale and another eps at each step
+    decayed = 1 - lr * weight_decay
+    mine = LowRankAdamW(
+        groups(ours, scale=scale * decayed, refresh_every=5), lr=lr, weight_decay=weight_decay, method="svd"
+    )
+    mine.param_groups[1]["lr"] = lr * decayed
+    mine.param_groups[1]["weight_decay"] = weight_decay / decayed
+    other = galore_torch.GaLoreAdamW(
+        groups(theirs, scale=scale, update_proj_gap=5, proj_type="std"), lr=lr, eps=eps, weight_decay=weight_decay,
+        no_deprecation_warning=True,
+    )  # fmt: skip
+    start = [parameter.detach().clone() for parameter in ours]
+    for step, grads in enumerate(gradients(14), 1):
+        for group in mine.param_groups:
+            group["eps"] = eps / (1 - beta2**step) ** 0.5
+        take(mine, ours, grads)
+        take(other, theirs, grads)
+        for a, b, before in zip(ours, theirs, start, strict=True):
+            torch.testing.assert_close(a - before, b - before, rtol=2e-5, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(2, 14),
+    columns=st.integers(2, 14),
+    rank=st.integers(1, 14),
+    every=st.integers(1, 4),
+    rotate=st.booleans(),
+    weight_decay=st.sampled_from([0.0, 0.3]),
+    seed=st.integers(0, 99),
+)
+def test_every_step_is_that_of_the_slow_twin(rows, columns, rank, every, rotate, weight_decay, seed):
+    random = np.random.default_rng(seed)
+    W, grads = random.standard_normal((rows, columns)), list(random.standard_normal((6, rows, columns)))
+    rank = min(rank, rows, columns)
+    if not rotate:
+        every = 6  # kept moments depend on the signs that an SVD happens to give
+    expected = reference.galore(W, grads, 0.02, 0.9, 0.99, 1e-8, weight_decay, rank, 0.5, every, rotate)
+    parameter = nn.Parameter(torch.from_numpy(W.copy()))
+    optimizer = LowRankAdamW(
+        [{"params": [parameter], "rank": rank}], lr=0.02, betas=(0.9, 0.99), weight_decay=weight_decay, scale=0.5,
+        refresh_every=every, method="svd", moments="rotate" if rotate else "keep",
+    )  # fmt: skip
+    for grad, after in zip(grads, expected, strict=True):
+        take(optimizer, [parameter], [torch.from_numpy(grad)])
+        np.testing.assert_allclose(parameter.detach().numpy(), after, rtol=1e-9, atol=1e-10)
+
+
+def test_without_a_rank_it_is_adamw():
+    ours, theirs = parameters(torch.float64), parameters(torch.float64)
+    mine = LowRankAdamW(ours, lr=0.01, weight_decay=0.1)
+    other = torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1)
+    for grads in gradients(8, torch.float64):
+        take(mine, ours, grads)
+        take(other, theirs, grads)
+    torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("method", ["svd", "randomized"])
+def test_at_full_rank_it_is_adamw_on_rotated_weights(method):
+    """Not AdamW itself, whose square roots see the coordinates: W·P trained by AdamW on G·P."""
+    W = parameters(torch.float64)[0]
+    start = W.detach().clone()
+    optimizer = LowRankAdamW([{"params": [W], "rank": 16}], lr=0.01, scale=1.0, method=method)
+    grads = [grad[0] for grad in gradients(6, torch.float64)]
+    take(optimizer, [W], grads[:1])
+    P = optimizer.state[W]["projector"]
+    turned = nn.Parameter(start @ P)
+    other = torch.optim.AdamW([turned], lr=0.01, weight_decay=0.0)
+    take(other, [turned], [grads[0] @ P])
+    for grad in grads[1:]:
+        take(optimizer, [W], [grad])
+        take(other, [turned], [grad @ P])
+    torch.testing.assert_close(W.detach(), turned.detach() @ P.T, rtol=1e-11, atol=1e-11)
+    plain = parameters(torch.float64)[0]
+    adamw = torch.optim.AdamW([plain], lr=0.01, weight_decay=0.0)
+    for grad in grads:
+        take(adamw, [plain], [grad])
+    assert (plain - W).abs().max() > 1e-3
+
+
+def test_groups_of_a_model():
+    model = make()
+    low, full, vectors = low_rank_groups(model, 4, scale=0.5)
+    assert low["rank"] == 4
+    assert low["scale"] == 0.5
+    assert len(low["params"]) == 6
+    assert [tuple(p.shape) for p in full["params"]] == [(40, 16), (40, 16)]
+    assert all(p.ndim == 1 for p in vectors["params"])
+    assert vectors["weight_decay"] == 0
+    assert len(low_rank_groups(model, 4, embeddings=True)[0]["params"]) == 8
+    counted = sum(len(group["params"]) for group in low_rank_groups(model, 4, embeddings=True))
+    assert counted == len(list(model.parameters()))
+    with pytest.raises(UsageError, match="no matrix of Net can have rank 16"):
+        low_rank_groups(model, 16)
+
+
+@pytest.mark.parametrize("mode", ["project", "update"])
+@pytest.mark.parametrize("moments", ["keep", "rotate"])
+def test_releasing_gradients_during_backward_changes_nothing(mode, moments):
+    kept, released = make(), make()
+    options = {"lr": 0.01, "weight_decay": 0.1, "refresh_every": 3, "moments": moments}
+    train(kept, LowRankAdamW(low_rank_groups(kept, 4), **options), 8)
+    optimizer = LowRankAdamW(low_rank_groups(released, 4), gradients=mode, **options)
+    train(released, optimizer, 7)
+    loss_of(released, batch(7)).backward()
+    gone = optimizer.param_groups[0]["params"] if mode == "project" else list(released.parameters())
+    assert all(parameter.grad is None for parameter in gone)
+    optimizer.step()
+    assert same(kept, released)
+
+
+def test_at_most_one_full_gradient_lives_during_backward():
+    model = make()
+    optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients="update")
+    alive = []
+    for parameter in model.parameters():
+        parameter.register_hook(lambda _: alive.append(sum(p.grad is not None for p in model.parameters())))
+    loss_of(model, batch(0)).backward()
+    assert len(alive) == len(list(model.parameters()))
+    assert max(alive) == 0
+    assert all(len(optimizer.state[p]) >= 3 for p in model.parameters())
+
+
+def test_accumulating_in_the_subspace_is_projecting_the_sum():
+    model, whole = make(dtype=torch.float64), make(dtype=torch.float64)
+    optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients="project", refresh_every=2, lr=0.01)
+    plain = LowRankAdamW(low_rank_groups(whole, 4), refresh_every=2, lr=0.01)
+    train(model, optimizer, 1)
+    train(whole, plain, 1)
+    for part in range(3):
+        (loss_of(model, batch(1, part)) / 3).backward()
+        (loss_of(whole, batch(1, part)) / 3).backward()
+    for ours, theirs in zip(optimizer.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(
+            optimizer._projected[ours], project(theirs.grad, plain.state[theirs]["projector"]), rtol=1e-9, atol=1e-12
+        )
+    optimizer.step()
+    plain.step()
+    close(model, whole, rtol=1e-9, atol=1e-10)
+    optimizer.zero_grad()
+    train(model, optimizer, 3, parts=3, start=2)  # through a refresh, whose subspace is that of the first part
+    fresh = project(torch.zeros(16, 16, dtype=torch.float64), optimizer.state[ours]["projector"][:16])
+    assert torch.isfinite(fresh).all()
+    (loss_of(model, batch(9)) * float("1e3")).backward()
+    optimizer.zero_grad()
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()  # zero_grad has dropped what was projected
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", ["keep", "project"])
+def test_clipping_scales_the_gradients_that_the_step_will_use(mode):
+    model = make(dtype=torch.float64)
+    optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients=mode, method="svd", lr=0.01)
+    loss_of(model, batch(0)).backward()
+    twin = make(dtype=torch.float64)
+    loss_of(twin, batch(0)).backward()
+    used = []
+    for name, parameter in twin.named_parameters():
+        G = parameter.grad
+        in_block = name.startswith("layers") and G.ndim == 2
+        used.append(torch.linalg.svdvals(G)[:4].norm() if in_block else G.norm())
+    expected = torch.stack(used).norm()
+    norm = optimizer.clip_grad_norm_(0.1)
+    torch.testing.assert_close(norm.double(), expected, rtol=1e-5, atol=0)
+    assert norm < nn.utils.get_total_norm([p.grad for p in twin.parameters()])
+    optimizer.step()
+    exp_avg = [optimizer.state[parameter]["exp_avg"] for parameter in model.parameters()]
+    clipped = torch.stack([m.norm() for m in exp_avg]).norm() / 0.1  # 1 - β₁
+    torch.testing.assert_close(clipped, torch.tensor(0.1, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def test_clipping_beyond_the_norm_changes_nothing_and_modes_agree():
+    models = [make() for _ in range(3)]
+    train(models[0], LowRankAdamW(low_rank_groups(models[0], 4), refresh_every=2), 5)
+    train(models[1], LowRankAdamW(low_rank_groups(models[1], 4), refresh_every=2), 5, clip=1e9)
+    assert same(models[0], models[1])
+    clipped = [make() for _ in range(2)]
+    for model, mode in zip(clipped, ("keep", "project"), strict=True):
+        train(model, LowRankAdamW(low_rank_groups(model, 4), refresh_every=2, gradients=mode), 5, clip=0.05)
+    assert same(*clipped)
+    optimizer = LowRankAdamW(low_rank_groups(models[2], 4), gradients="update")
+    with pytest.raises(UsageError, match="take gradients='project'"):
+        optimizer.clip_grad_norm_(1.0)
+
+
+@pytest.mark.parametrize("mode", ["keep", "project", "update"])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "8bit"])
+@pytest.mark.parametrize("method", ["svd", "randomized"])
+def test_resumed_is_uninterrupted_bit_for_bit(mode, state_dtype, method):
+    if state_dtype == "8bit":
+        pytest.importorskip("bitsandbytes")
+    options = {"gradients": mode, "state_dtype": state_dtype, "method": method, "refresh_every": 3, "seed": 3}
+
+    def start():
+        model = make(dtype=torch.bfloat16 if state_dtype == "bfloat16" else torch.float32)
+        return model, LowRankAdamW(low_rank_groups(model, 4, lr=0.02), **options)
+
+    through, optimizer = start()
+    train(through, optimizer, 8)
+    first, optimizer = start()
+    train(first, optimizer, 4)
+    file = io.BytesIO()
+    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    second, optimizer = start()
+    second.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    train(second, optimizer, 4, start=4)
+    assert same(through, second)
+
+
+def test_options_ride_in_the_state_dict_and_live_groups_are_used():
+    model, other = make(), make()
+    optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients="update", seed=7, lr=0.5)
+    train(model, optimizer, 1)
+    loaded = LowRankAdamW(low_rank_groups(other, 4), gradients="update")
+    loaded.load_state_dict(optimizer.state_dict())
+    assert {(group["seed"], group["lr"]) for group in loaded.param_groups} == {(7, 0.5)}
+    for group in loaded.param_groups:
+        group["lr"] = 0.0
+    train(other, loaded, 1)  # the hooks were made before the groups were loaded, and act by the present learning rate
+    assert same(other, make())
+
+
+def test_an_optimizer_that_is_gone_acts_no_more_and_two_are_an_error():
+    model = make()
+    first = LowRankAdamW(low_rank_groups(model, 4), gradients="update", lr=0.5)
+    del first
+    loss_of(model, batch(0)).backward()
+    assert same(model, make())
+    model.zero_grad()
+    pair = [LowRankAdamW(low_rank_groups(model, 4), gradients="update") for _ in range(2)]
+    with pytest.raises(UsageError, match="another optimizer"):
+        loss_of(model, batch(0)).backward()
+    assert pair
+
+
+def test_eight_bit_and_bfloat16_states_stay_near():
+    pytest.importorskip("bitsandbytes")
+    ends = {}
+    for state_dtype in ("float32", "bfloat16", "8bit"):
+        model = make()
+        optimizer = LowRankAdamW(low_rank_groups(model, 4), state_dtype=state_dtype, scale=1.0, lr=1e-3)
+        train(model, optimizer, 6)
+        ends[state_dtype] = torch.cat([p.detach().flatten() for p in model.parameters()])
+        state = optimizer.state[optimizer.param_groups[0]["params"][0]]
+        assert state["exp_avg"].dtype == {"8bit": torch.uint8}.get(state_dtype) or getattr(torch, state_dtype, None)
+    moved = (ends["float32"] - torch.cat([p.detach().flatten() for p in make().parameters()])).norm()
+    for state_dtype in ("bfloat16", "8bit"):
+        distance = (ends[state_dtype] - ends["float32"]).norm()
+        assert 0 < distance < 0.2 * moved
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "8bit"])
+@pytest.mark.parametrize("shape", [(1300, 5), (1024, 3, 2), (300,), ()])
+def test_large_parameters_are_updated_piece_by_piece_with_the_same_result(monkeypatch, state_dtype, shape):
+    if state_dtype == "8bit":
+        pytest.importorskip("bitsandbytes")
+    ends = []
+    for piece in (2**22, 1000):
+        monkeypatch.setattr("htsr.training.lowrank._PIECE", piece)
+        random = np.random.default_rng(0)
+        parameter = nn.Parameter(torch.tensor(random.standard_normal(shape)).float())
+        optimizer = LowRankAdamW([parameter], state_dtype=state_dtype, weight_decay=0.1)
+        for _ in range(4):
+            take(optimizer, [parameter], [torch.tensor(random.standard_normal(shape)).float()])
+        ends.append(parameter.detach())
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("mode", ["keep", "project", "update"])
+def test_frozen_parameters_can_be_thawed_and_their_state_dropped(mode):
+    model = make()
+    block = list(model.layers[1].parameters())
+    for parameter in block:
+        parameter.requires_grad_(False)
+    optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients=mode)
+    before = [parameter.detach().clone() for parameter in block]
+    train(model, optimizer, 2)
+    assert all(map(torch.equal, block, before))
+    assert not any(parameter in optimizer.state for parameter in block)
+    for parameter in block:
+        parameter.requires_grad_(True)
+    train(model, optimizer, 2, start=2)
+    assert not any(map(torch.equal, block, before))
+    for parameter in block:
+        assert parameter.grad is None
+        parameter.requires_grad_(False)
+        del optimizer.state[parameter]
+    before = [parameter.detach().clone() for parameter in block]
+    train(model, optimizer, 1)
+    assert all(map(torch.equal, block, before))
+
+
+def test_step_hooks_do_not_pass_in_silence():
+    model = make()
+    optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients="update")
+    optimizer.register_step_pre_hook(lambda *_: None)
+    with pytest.raises(UsageError, match="take gradients='project'"):
+        loss_of(model, batch(0)).backward()
+
+
+def test_clipping_by_a_step_hook():
+    models = [make(), make()]
+    train(models[0], LowRankAdamW(low_rank_groups(models[0], 4)), 3, clip=0.05)
+    optimizer = LowRankAdamW(low_rank_groups(models[1], 4))
+    optimizer.register_step_pre_hook(lambda opt, *_: opt.clip_grad_norm_(0.05) and None)
+    train(models[1], optimizer, 3)
+    assert same(*models)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"method": "qr"}, "unknown method 'qr'"),
+        ({"moments": "drop"}, "unknown moments 'drop'"),
+        ({"state_dtype": "float16"}, "unknown state_dtype 'float16'"),
+        ({"gradients": "drop"}, "unknown gradients 'drop'"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"betas": (0.9, 1.0)}, "betas are"),
+        ({"refresh_every": 0}, "refresh_every is 0"),
+    ],
+)
+def test_bad_options_are_a_sentence(options, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        LowRankAdamW(groups(parameters()), **options)
+
+
+def test_bad_parameters_and_gradients_are_a_sentence():
+    with pytest.raises(UsageError, match="rank is 0"):
+        LowRankAdamW(groups(parameters(), rank=0))
+    with pytest.raises(UsageError, match=r"one of its parameters is \(10,\)"):
+        LowRankAdamW([{"params": parameters(), "rank": 2}])
+    params = parameters()
+    optimizer = LowRankAdamW(groups(params))
+    grads = gradients(1)[0]
+    grads[1][3, 3] = float("nan")
+    with pytest.raises(HtsrError, match=r"parameter 1 \(16×24\) at step 1: a gradient has NaN or Inf"):
+        take(optimizer, params, grads)
+    embedding = nn.Embedding(9, 4, sparse=True)
+    optimizer = LowRankAdamW(embedding.parameters())
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(UsageError, match="sparse=False"):
+        optimizer.step()
