@@ -212,6 +212,42 @@ def describe(
     run.describe(model, chosen, run.Target(format, output), revision=revision)
 
 
+@app.command()
+def outliers(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or .gguf file of a transformer.")],
+    data: Annotated[
+        str, typer.Option(help="Calibration text: .jsonl, .txt, or a data set of the hub as in org/name:train.")
+    ],
+    threshold: Annotated[
+        list[float] | None, typer.Option(help="τ, multiples of the mean score; 3 5 7 10 13 if none. Repeatable.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Records of the calibration set, drawn by the seed.")] = 128,
+    length: Annotated[int, typer.Option(min=1, help="Longest sample in tokens.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time; the result does not depend on it.")] = 8,
+    revision: Revision = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    save: Annotated[Path | None, typer.Option(help="Save the result (.json) for training and for Python.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw it, as .png, .svg or .pdf.")] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Layer outlier distribution: which blocks hold the outliers of |W|·‖X‖ on a calibration text.
+
+    For example:  [bold]htsr outliers ./model --data train.jsonl --threshold 13 --save outliers.json[/bold]
+    """
+    from htsr_cli import run
+    from htsr_cli.outliers import outliers as measure
+
+    from htsr.outliers import THRESHOLDS
+
+    measure(
+        model, data, threshold or list(THRESHOLDS), run.Words(quiet, verbose),
+        revision=revision, samples=samples, length=length, batch_size=batch_size,
+        device=device, seed=seed, save=save, picture=picture,
+    )  # fmt: skip
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     from htsr.errors import HtsrError, UsageError

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from htsr.comparison import Comparison, compare
     from htsr.errors import HtsrError, MatrixError, MissingDependencyError, SourceError, UsageError
     from htsr.matrices.sources import Filter, Model, WeightMatrix
+    from htsr.outliers import OutlierRow, Outliers, measure_outliers
     from htsr.spectra.esd import ESD, Windows, esd
     from htsr.spectra.metrics import LayerMetrics, Options
     from htsr.spectra.tail import PowerLawFit, fit_power_law
@@ -30,6 +31,7 @@ _HOMES = {
     "htsr.comparison": ("Comparison", "compare"),
     "htsr.errors": ("HtsrError", "MatrixError", "MissingDependencyError", "SourceError", "UsageError"),
     "htsr.matrices.sources": ("Filter", "Model", "WeightMatrix"),
+    "htsr.outliers": ("OutlierRow", "Outliers", "measure_outliers"),
     "htsr.spectra.esd": ("ESD", "Windows", "esd"),
     "htsr.spectra.metrics": ("LayerMetrics", "Options"),
     "htsr.spectra.tail": ("PowerLawFit", "fit_power_law"),
@@ -54,6 +56,8 @@ __all__ = [
     "MissingDependencyError",
     "Model",
     "Options",
+    "OutlierRow",
+    "Outliers",
     "Policy",
     "PowerLawFit",
     "Progress",
@@ -69,6 +73,7 @@ __all__ = [
     "fit_power_law",
     "layerwise",
     "low_rank_groups",
+    "measure_outliers",
     "multipliers",
 ]
 
