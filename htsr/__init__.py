@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from htsr.spectra.esd import ESD, Windows, esd
     from htsr.spectra.metrics import LayerMetrics, Options
     from htsr.spectra.tail import PowerLawFit, fit_power_law
+    from htsr.training.adapters import lora_config
+    from htsr.training.callbacks import LayerSamplerCallback
     from htsr.training.layerwise import layerwise, multipliers
     from htsr.training.lowrank import LowRankAdamW
     from htsr.training.lowrank_groups import low_rank_groups
     from htsr.training.policy import Policy
+    from htsr.training.sampling import LayerSampler
     from htsr.training.schedulers import LayerwiseLR
 
 _HOMES = {
@@ -35,8 +38,11 @@ _HOMES = {
     "htsr.spectra.esd": ("ESD", "Windows", "esd"),
     "htsr.spectra.metrics": ("LayerMetrics", "Options"),
     "htsr.spectra.tail": ("PowerLawFit", "fit_power_law"),
+    "htsr.training.adapters": ("lora_config",),
+    "htsr.training.callbacks": ("LayerSamplerCallback",),
     "htsr.training.layerwise": ("layerwise", "multipliers"),
     "htsr.training.policy": ("Policy",),
+    "htsr.training.sampling": ("LayerSampler",),
     "htsr.training.schedulers": ("LayerwiseLR",),
     "htsr.training.lowrank_groups": ("low_rank_groups",),
     "htsr.training.lowrank": ("LowRankAdamW",),
@@ -50,6 +56,8 @@ __all__ = [
     "Filter",
     "HtsrError",
     "LayerMetrics",
+    "LayerSampler",
+    "LayerSamplerCallback",
     "LayerwiseLR",
     "LowRankAdamW",
     "MatrixError",
@@ -72,6 +80,7 @@ __all__ = [
     "esd",
     "fit_power_law",
     "layerwise",
+    "lora_config",
     "low_rank_groups",
     "measure_outliers",
     "multipliers",

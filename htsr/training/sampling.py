@@ -72,7 +72,8 @@ class LayerSampler:
       in a fine-tuning set asks for new token vectors as a rule (LoRA's default leaves them alone, too), and with a
       frozen embedding backward ends at the lowest active block instead of running through all of them.
     - ``train``: as the papers do. To be chosen for new tokens, new languages, or to repeat published numbers.
-    - ``lowrank``: trains, and `low_rank_names` counts them among the matrices whose optimizer state is to be low-rank.
+    - ``lowrank``: as ``train``; it says that the optimizer is to hold them at low rank, as `htsr.low_rank_groups` does
+      with ``embeddings=True``.
     - ``sampled``: they are one more member of the draw, with the mean probability of the blocks.
 
     With DDP give the wrapper ``find_unused_parameters=True``: it waits for the gradients of all parameters otherwise.
@@ -234,16 +235,6 @@ class LayerSampler:
             Coverage(name, float(p), int(count), float(expected * intervals))
             for name, p, count, expected in zip(self.names, self.probabilities, self._counts, share, strict=True)
         )
-
-    def low_rank_names(self) -> tuple[str, ...]:
-        """Parameters whose optimizer state may be low-rank: the blocks' matrices; with ``lowrank`` embedding and head.
-
-        Names are those of ``named_parameters()``, wrappers' prefixes removed.
-        """
-        names = {name for members in self._members for name in members}
-        names = names - set(self._embedding) | (set(self._embedding) if self.embedding == "lowrank" else set())
-        shapes = {clean_name(name): parameter.ndim for name, parameter in self.model.named_parameters()}
-        return tuple(name for name, ndim in shapes.items() if name in names and ndim == 2)
 
     def _after_step(self) -> None:
         if self._steps % self.interval == 0:

@@ -153,9 +153,6 @@ def test_the_embedding_as_chosen():
         assert torch.equal(before[0], model.lm_head.weight) != moves
         assert torch.equal(before[1], model.model.embed_tokens.weight) != moves
         assert not torch.equal(before[2], model.model.norm.weight)
-        assert ("lm_head.weight" in sampler.low_rank_names()) == (embedding == "lowrank")
-        assert "model.layers.2.mlp.up_proj.weight" in sampler.low_rank_names()
-        assert "model.layers.2.input_layernorm.weight" not in sampler.low_rank_names()
     sampler = LayerSampler(llama(3, tie_word_embeddings=True), active=2, embedding="sampled")
     assert sampler.names[3] == EMBEDDING
     np.testing.assert_allclose(sampler.probabilities, 0.25)
