@@ -248,6 +248,31 @@ def outliers(
     )  # fmt: skip
 
 
+@app.command()
+def finetune(
+    config: Annotated[str, typer.Option(help="The recipe: a YAML file, or one of one_cpu, one_gpu_24gb …")],
+    method: Annotated[
+        str | None, typer.Option(help="Instead of the recipe's: full, lora, lisa, owlore, galore.")
+    ] = None,
+    layerwise: Annotated[
+        str | None, typer.Option(help="Instead of the recipe's: none, llr, tempbalance, alphadecay.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder instead of the recipe's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fine-tune a causal language model by a recipe; also as `accelerate launch -m htsr.finetune`.
+
+    For example:  [bold]htsr finetune --config recipe.yaml --method lora --output runs/lora[/bold]
+    """
+    from htsr_cli import run
+    from htsr_cli.finetune import finetune as start
+
+    changes = {"method": method, "layerwise": layerwise, "output": output}
+    start(config, changes, run.Words(quiet, verbose), resume=resume)
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     from htsr.errors import HtsrError, UsageError

@@ -52,7 +52,7 @@ def load_model(
     folder, more = _where(name, revision)
     more["dtype"] = dtype or "auto"
     try:
-        if causal:
+        if causal or "gguf_file" in more:  # that format holds language models, and does not name their class
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **more)
         else:
             config = transformers.AutoConfig.from_pretrained(folder, **{k: v for k, v in more.items() if k != "dtype"})
