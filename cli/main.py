@@ -270,6 +270,67 @@ def memory(
     run.memory(model, method, options, run.Target(format, output))
 
 
+@app.command()
+def outliers(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or .gguf file of a transformer.")],
+    data: Annotated[
+        str, typer.Option(help="Calibration text: .jsonl, .txt, or a data set of the hub as in org/name:train.")
+    ],
+    threshold: Annotated[
+        list[float] | None, typer.Option(help="τ, multiples of the mean score; 3 5 7 10 13 if none. Repeatable.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Records of the calibration set, drawn by the seed.")] = 128,
+    length: Annotated[int, typer.Option(min=1, help="Longest sample in tokens.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time; the result does not depend on it.")] = 8,
+    revision: Revision = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    save: Annotated[Path | None, typer.Option(help="Save the result (.json) for training and for Python.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw it, as .png, .svg or .pdf.")] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Layer outlier distribution: which blocks hold the outliers of |W|·‖X‖ on a calibration text.
+
+    For example:  [bold]htsr outliers ./model --data train.jsonl --threshold 13 --save outliers.json[/bold]
+    """
+    from htsr_cli import run
+    from htsr_cli.outliers import outliers as measure
+
+    from htsr.outliers import THRESHOLDS
+
+    measure(
+        model, data, threshold or list(THRESHOLDS), run.Words(quiet, verbose),
+        revision=revision, samples=samples, length=length, batch_size=batch_size,
+        device=device, seed=seed, save=save, picture=picture,
+    )  # fmt: skip
+
+
+@app.command()
+def finetune(
+    config: Annotated[str, typer.Option(help="The recipe: a YAML file, or one of one_cpu, one_gpu_24gb …")],
+    method: Annotated[
+        str | None, typer.Option(help="Instead of the recipe's: full, lora, lisa, owlore, galore.")
+    ] = None,
+    layerwise: Annotated[
+        str | None, typer.Option(help="Instead of the recipe's: none, llr, tempbalance, alphadecay.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder instead of the recipe's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fine-tune a causal language model by a recipe; also as `accelerate launch -m htsr.finetune`.
+
+    For example:  [bold]htsr finetune --config recipe.yaml --method lora --output runs/lora[/bold]
+    """
+    from htsr_cli import run
+    from htsr_cli.finetune import finetune as start
+
+    changes = {"method": method, "layerwise": layerwise, "output": output}
+    start(config, changes, run.Words(quiet, verbose), resume=resume)
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     from htsr.errors import HtsrError, UsageError

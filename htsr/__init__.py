@@ -16,15 +16,19 @@ if TYPE_CHECKING:
     from htsr.comparison import Comparison, compare
     from htsr.errors import HtsrError, MatrixError, MissingDependencyError, SourceError, UsageError
     from htsr.matrices.sources import Filter, Model, WeightMatrix
+    from htsr.outliers import OutlierRow, Outliers, measure_outliers
     from htsr.spectra.esd import ESD, Windows, esd
     from htsr.spectra.metrics import LayerMetrics, Options
     from htsr.spectra.tail import PowerLawFit, fit_power_law
+    from htsr.training.adapters import lora_config
+    from htsr.training.callbacks import LayerSamplerCallback
     from htsr.training.layerwise import layerwise, multipliers
     from htsr.training.lowrank import LowRankAdamW
     from htsr.training.lowrank_groups import low_rank_groups
     from htsr.training.memory import MemoryPlan, predict_memory
     from htsr.training.plan import Plan, layerwise_plan
     from htsr.training.policy import Policy
+    from htsr.training.sampling import LayerSampler
     from htsr.training.schedulers import LayerwiseLR
 
 _HOMES = {
@@ -32,15 +36,19 @@ _HOMES = {
     "htsr.comparison": ("Comparison", "compare"),
     "htsr.errors": ("HtsrError", "MatrixError", "MissingDependencyError", "SourceError", "UsageError"),
     "htsr.matrices.sources": ("Filter", "Model", "WeightMatrix"),
+    "htsr.outliers": ("OutlierRow", "Outliers", "measure_outliers"),
     "htsr.spectra.esd": ("ESD", "Windows", "esd"),
     "htsr.spectra.metrics": ("LayerMetrics", "Options"),
     "htsr.spectra.tail": ("PowerLawFit", "fit_power_law"),
+    "htsr.training.adapters": ("lora_config",),
+    "htsr.training.callbacks": ("LayerSamplerCallback",),
     "htsr.training.layerwise": ("layerwise", "multipliers"),
     "htsr.training.plan": ("Plan", "layerwise_plan"),
     "htsr.training.lowrank": ("LowRankAdamW",),
     "htsr.training.lowrank_groups": ("low_rank_groups",),
     "htsr.training.memory": ("MemoryPlan", "predict_memory"),
     "htsr.training.policy": ("Policy",),
+    "htsr.training.sampling": ("LayerSampler",),
     "htsr.training.schedulers": ("LayerwiseLR",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -52,6 +60,8 @@ __all__ = [
     "Filter",
     "HtsrError",
     "LayerMetrics",
+    "LayerSampler",
+    "LayerSamplerCallback",
     "LayerwiseLR",
     "LowRankAdamW",
     "MatrixError",
@@ -59,6 +69,8 @@ __all__ = [
     "MissingDependencyError",
     "Model",
     "Options",
+    "OutlierRow",
+    "Outliers",
     "Plan",
     "Policy",
     "PowerLawFit",
@@ -75,7 +87,9 @@ __all__ = [
     "fit_power_law",
     "layerwise",
     "layerwise_plan",
+    "lora_config",
     "low_rank_groups",
+    "measure_outliers",
     "multipliers",
     "predict_memory",
 ]

@@ -194,3 +194,18 @@ def jensen_shannon_distance(a: Vector, b: Vector) -> float:
         return float((u[u > 0] * np.log(u[u > 0] / mean[u > 0])).sum())
 
     return max((divergence(p) + divergence(q)) / 2, 0.0) ** 0.5
+
+
+def signal_to_noise(eigenvalues: Vector, lambda_plus: float) -> float:
+    """Σ σ_i above the Marchenko-Pastur edge over Σ σ_i below it, divided by σ_max; σ_i = √λ_i are singular values.
+
+    The score by which Spectrum (arXiv 2406.06623) picks what to train. Infinite where nothing lies below the edge.
+
+    Args:
+        eigenvalues: (K,) in any order.
+        lambda_plus: the edge, as in `Bulk`.
+    """
+    singular = np.sqrt(np.maximum(eigenvalues, 0.0))
+    above = eigenvalues > lambda_plus
+    noise = float(singular[~above].sum())
+    return float(singular[above].sum()) / noise / float(singular.max()) if noise else float("inf")

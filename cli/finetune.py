@@ -1,0 +1,24 @@
+"""What `htsr finetune` does, once its arguments are understood."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from htsr_cli.run import Words, console
+
+from htsr.recipe import read_recipe
+
+
+def finetune(config: str, changes: dict[str, Any], words: Words, *, resume: bool) -> None:
+    """Read the recipe, run it, and print what came of it on the first process."""
+    recipe = read_recipe(config, {key: value for key, value in changes.items() if value is not None})
+    from htsr.finetune import finetune as run
+
+    first = os.environ.get("RANK", "0") == "0"
+    result = run(recipe, resume=resume, say=words.say if first else lambda _: None)
+    if first:
+        out = console()
+        for key, value in result.metrics.items():
+            out.print(f"{key.replace('_', ' '):24} {value:.4g}" if isinstance(value, float) else f"{key:24} {value}")
+        out.print(f"{'model':24} {result.output}")

@@ -1,0 +1,77 @@
+"""What `htsr outliers` does, once its arguments are understood."""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from htsr_cli.run import Words, console
+
+from htsr.execution import pick_device
+from htsr.files import written
+from htsr.loading import load_model, load_tokenizer, read_records, text_of
+from htsr.outliers import Outliers, measure_outliers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+def outliers(
+    name: str,
+    data: str,
+    thresholds: list[float],
+    words: Words,
+    *,
+    revision: str | None,
+    samples: int,
+    length: int,
+    batch_size: int,
+    device: str,
+    seed: int,
+    save: Path | None,
+    picture: Path | None,
+) -> None:
+    """Calibrate, score, print the table, and write what was asked for."""
+    tokenizer = load_tokenizer(name, revision=revision)
+    records = read_records(data)
+    if len(records) > samples:
+        records = random.Random(seed).sample(records, samples)
+    texts = [text_of(record, tokenizer) for record in records]
+    model = load_model(name, revision=revision).to(pick_device(device))
+    with _bar(words) as progress:
+        found = measure_outliers(
+            model, tokenizer, texts, thresholds=thresholds, batch_size=batch_size, length=length, progress=progress
+        )
+    found = replace(found, label=name, meta={**found.meta, "data": data, "length": length, "seed": seed})
+    _print(found)
+    if save:
+        found.save(save)
+    if picture:
+        with written(picture) as temporary:
+            found.plot().figure.savefig(temporary, dpi=150)
+
+
+def _print(found: Outliers) -> None:
+    from htsr.reporting.outliers import outlier_table
+
+    out = console()
+    out.print(outlier_table(found))
+    out.print(f"{found.label}: {found.samples} samples, {found.tokens} tokens")
+
+
+@contextmanager
+def _bar(words: Words) -> Iterator[Callable[[int, int], None] | None]:
+    import sys
+
+    if words.quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("calibration")
+        yield lambda done, total: bar.update(task, completed=done, total=total)

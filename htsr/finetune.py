@@ -1,0 +1,404 @@
+"""Fine-tune a causal language model from a recipe: full, LoRA, LISA, OwLore or GaLore, with spectra before and after.
+
+    accelerate launch -m htsr.finetune --config recipe.yaml
+    htsr finetune --config one_cpu
+
+TRL's SFTTrainer does the training: chat templates, packing, evaluation, trackers, checkpoints, FSDP2. A killed run is
+taken up with `--resume` from its last checkpoint and ends with the same weights as one that was not.
+
+The folder of the result holds the model as plain transformers loads it (and LoRA's adapter under ``adapter``), a model
+card, ``results.json``, the recipe, ``spectra_before.npz`` and ``spectra_after.npz`` with their comparison as
+``spectra.csv``, ``outliers.json`` where blocks were drawn by outliers, and the checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import logging
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from htsr.analysis import Analysis, analyze
+from htsr.errors import UsageError
+from htsr.files import written
+from htsr.loading import Record, load_model, load_tokenizer, question_of, read_records, text_of
+from htsr.multiple_choice import Accuracy, multiple_choice_accuracy
+from htsr.outliers import Outliers, measure_outliers
+from htsr.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from htsr.training.block_scores import Strategy
+    from htsr.training.sampling import Coverage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to; ``results.json`` holds the same.
+
+    Attributes:
+        output: folder of the model.
+        metrics: losses, accuracies, seconds per step, peak memory in MiB and its kind, trainable parameters.
+        coverage: how often each block trained, where blocks were sampled.
+    """
+
+    output: str
+    metrics: dict[str, Any]
+    coverage: tuple[Coverage, ...] = ()
+
+
+def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = logger.info) -> Result:
+    """Run a recipe on every process of the launcher (or this one alone).
+
+    Args:
+        recipe: from `htsr.recipe.read_recipe`.
+        resume: go on from the last checkpoint in the output folder; from the beginning where there is none.
+        say: told in a sentence what happens.
+
+    Raises:
+        UsageError: arguments without meaning, or an output folder that holds another run.
+        SourceError: model or data that cannot be had.
+    """
+    from accelerate import PartialState
+    from transformers import set_seed
+
+    output = Path(recipe.output)
+    arguments = _arguments(recipe)
+    ranks = PartialState()
+    checkpoint = _last_checkpoint(output)
+    if not resume and output.is_dir() and any(output.iterdir()):
+        raise UsageError(f"{output} is not empty; --resume goes on with the run in it, or name another output")
+    ranks.wait_for_everyone()
+    output.mkdir(parents=True, exist_ok=True)
+    set_seed(recipe.seed)
+    tokenizer = load_tokenizer(recipe.model, revision=recipe.revision)
+    train, held_out, questions = _data(recipe)
+    say(f"{len(train)} training records, {len(held_out)} held out, {len(questions)} questions")
+    model = load_model(recipe.model, revision=recipe.revision, dtype=_dtype(recipe), causal=True).to(arguments.device)
+
+    before = _spectra(recipe, model, output / "spectra_before.npz", say)
+    accuracy_before = _accuracy(model, tokenizer, questions, output / "accuracy_before.json", say)
+    model, sampler = _prepare(recipe, model, tokenizer, train, before, output, say)
+    trainer = _trainer(recipe, model, tokenizer, arguments, train, held_out, sampler)
+    _reset_peak()
+    started, first_step = time.perf_counter(), _steps_of(checkpoint)
+    if checkpoint:
+        say(f"going on from {Path(checkpoint).name}")
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - started
+    metrics: dict[str, Any] = {
+        "train_loss": outcome.training_loss,
+        "steps": outcome.global_step,
+        "seconds_per_step": seconds / max(outcome.global_step - first_step, 1),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        **_peak(),
+    }
+    if held_out:
+        metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
+    say("saving")
+    _save(recipe, trainer, tokenizer, output, ranks)
+    del trainer, model
+    gc.collect()
+    if questions:
+        trained = load_model(str(output), dtype=_dtype(recipe), causal=True).to(arguments.device)
+        accuracy = multiple_choice_accuracy(trained, tokenizer, questions)
+        metrics |= {f"before_{k}": v for k, v in (accuracy_before or {}).items()} | asdict(accuracy)
+        del trained
+    after = _spectra(recipe, str(output), output / "spectra_after.npz", say)
+    result = Result(str(output), metrics, sampler.coverage() if sampler else ())
+    if ranks.is_main_process:
+        _write_reports(recipe, result, output, before, after)
+    ranks.wait_for_everyone()
+    return result
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    import torch
+
+    return getattr(torch, recipe.dtype)  # type: ignore[no-any-return]
+
+
+def _arguments(recipe: Recipe) -> Any:
+    """TRL's configuration: the recipe's, on defaults that a CPU can follow."""
+    import torch
+    from trl.trainer.sft_config import SFTConfig
+
+    on_cpu = not torch.accelerator.is_available()
+    defaults: dict[str, Any] = {"report_to": "none", "save_strategy": "steps", "save_steps": 100, "save_total_limit": 2}
+    if on_cpu:
+        defaults |= {"bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
+    else:
+        defaults |= {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    if recipe.sampling is not None:
+        defaults["ddp_find_unused_parameters"] = True
+    given = defaults | dict(recipe.training)
+    try:
+        return SFTConfig(output_dir=recipe.output, seed=recipe.seed, **given)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"training: {error}") from error
+
+
+def _data(recipe: Recipe) -> tuple[list[Record], list[Record], list[Record]]:
+    """Records to train on, to evaluate on, and questions."""
+    data = recipe.data
+    train = read_records(data.train)
+    shuffled = random.Random(recipe.seed).sample(train, len(train))
+    if not 0 <= data.evaluation_share < 1:
+        raise UsageError(f"data.evaluation_share is in [0, 1), not {data.evaluation_share}")
+    held = 0 if data.evaluation else round(data.evaluation_share * len(train))
+    held_out = read_records(data.evaluation) if data.evaluation else shuffled[:held]
+    train = shuffled[held:][: data.limit]
+    questions = read_records(data.multiple_choice) if data.multiple_choice else []
+    if not train:
+        raise UsageError(f"no records of {data.train} are left to train on")
+    return train, held_out, questions
+
+
+def _dataset(records: list[Record]) -> Any:
+    """The columns that TRL reads: text, messages, or prompt and completion."""
+    from datasets import Dataset
+
+    rows: list[Record] = []
+    for record in records:
+        if {"question", "choices", "answer"} <= record.keys():
+            prompt, choices = question_of(record)
+            rows.append({"prompt": prompt, "completion": choices[record["answer"]]})
+        else:
+            text_of(record)  # says what is missing
+            kept = ("messages",) if "messages" in record else ("prompt", "completion")
+            rows.append({key: record[key] for key in (("text",) if "text" in record else kept)})
+    if len({tuple(row) for row in rows}) > 1:
+        raise UsageError("the records of a data set are all of one form: text, messages, or prompt and completion")
+    return Dataset.from_list(rows)
+
+
+def _spectra(recipe: Recipe, source: torch.nn.Module | str, path: Path, say: Callable[[str], None]) -> Analysis | None:
+    """The analysis of a model, shared by all ranks; taken up from its file when resuming."""
+    from accelerate import PartialState
+
+    if not recipe.spectra:
+        return None
+    ranks = PartialState()
+    if path.name == "spectra_before.npz" and path.exists():
+        return Analysis.load(path)
+    say(f"analyzing the spectra {path.stem.removeprefix('spectra_')}")
+    needs_bulk = recipe.sampling is not None and recipe.sampling.strategy == "snr"
+    found = replace(analyze(source, bulk=needs_bulk), label=recipe.model if not isinstance(source, str) else source)
+    ranks.wait_for_everyone()
+    if ranks.is_main_process:
+        found.save(path)
+    return found
+
+
+def _accuracy(
+    model: torch.nn.Module, tokenizer: Any, questions: list[Record], path: Path, say: Callable[[str], None]
+) -> dict[str, Any] | None:
+    from accelerate import PartialState
+
+    if not questions:
+        return None
+    if path.exists():
+        return dict(json.loads(path.read_text()))
+    say("asking the questions before training")
+    found: Accuracy = multiple_choice_accuracy(model, tokenizer, questions)
+    if PartialState().is_main_process:
+        _write_json(path, asdict(found))
+    return asdict(found)
+
+
+def _prepare(
+    recipe: Recipe,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    train: list[Record],
+    before: Analysis | None,
+    output: Path,
+    say: Callable[[str], None],
+) -> tuple[torch.nn.Module, Any]:
+    """The model with its adapters, and the sampler of blocks, as the method has them."""
+    from htsr.training.sampling import LayerSampler
+
+    given = recipe.sampling
+    default: Strategy = "owlore" if recipe.method == "owlore" else "uniform"
+    strategy = (given.strategy or default) if given else None
+    scores: Outliers | Analysis | None = None
+    if strategy in ("owlore", "reverse"):
+        scores = _outliers(recipe, model, tokenizer, train, output / "outliers.json", say)
+    elif strategy in ("alpha", "erg", "snr"):
+        if before is None:
+            raise UsageError(f"the strategy {strategy} needs spectra: true")
+        scores = before
+    if recipe.lora is not None:
+        model = _with_adapters(recipe, model, before)
+    if given is None or strategy is None:
+        return model, None
+    sampler = LayerSampler(
+        model,
+        strategy,
+        scores=scores,
+        active=given.active,
+        interval=given.interval,
+        top=given.top,
+        embedding=given.embedding,
+        frozen_state=given.frozen_state,
+        seed=recipe.seed,
+        threshold=given.threshold,
+    )
+    return model, sampler
+
+
+def _outliers(
+    recipe: Recipe,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    train: list[Record],
+    path: Path,
+    say: Callable[[str], None],
+) -> Outliers:
+    """From the recipe's file, from the run's own when resuming, or measured by the first process for all."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    given = recipe.sampling
+    assert given is not None
+    if given.outliers:
+        return Outliers.load(given.outliers)
+    if path.exists():
+        return Outliers.load(path)
+    found: list[Any] = [None]
+    ranks = PartialState()
+    ranks.wait_for_everyone()
+    if ranks.is_main_process:
+        say("measuring outliers on the training data")
+        texts = [text_of(record, tokenizer) for record in train[: given.calibration_samples]]
+        length = recipe.training.get("max_length") or 512
+        thresholds = sorted({3.0, 5.0, 7.0, 10.0, given.threshold})
+        measured = measure_outliers(model, tokenizer, texts, thresholds=thresholds, length=length)
+        found = [replace(measured, label=recipe.model)]
+        found[0].save(path)
+    return broadcast_object_list(found)[0]  # type: ignore[no-any-return]
+
+
+def _with_adapters(recipe: Recipe, model: torch.nn.Module, before: Analysis | None) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    from htsr.training.adapters import lora_config
+
+    lora = recipe.lora
+    assert lora is not None
+    common: dict[str, Any] = {"lora_dropout": lora.dropout, "task_type": "CAUSAL_LM"}
+    if lora.score is None:
+        alpha: Any = lora.scaling * lora.rank
+        config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules="all-linear", **common)
+    else:
+        if before is None:
+            raise UsageError(f"ranks by {lora.score} need spectra: true")
+        config = lora_config(model, before, rank=lora.rank, score=lora.score, scaling=lora.scaling, **common)
+    return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def _trainer(
+    recipe: Recipe,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    arguments: Any,
+    train: list[Record],
+    held_out: list[Record],
+    sampler: Any,
+) -> Any:
+    from htsr.training.callbacks import LayerSamplerCallback
+    from htsr.training.trainer import FinetuneTrainer
+
+    return FinetuneTrainer(
+        recipe=recipe,
+        model=model,
+        args=arguments,
+        processing_class=tokenizer,
+        train_dataset=_dataset(train),
+        eval_dataset=_dataset(held_out) if held_out else None,
+        callbacks=[LayerSamplerCallback(sampler)] if sampler else None,
+    )
+
+
+def _save(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks: Any) -> None:
+    """The model as plain transformers loads it, in safetensors."""
+    if recipe.lora is None:
+        trainer.save_model(str(output))
+    else:
+        trainer.save_model(str(output / "adapter"))
+        ranks.wait_for_everyone()
+        if ranks.is_main_process:  # merged into a fresh copy, whatever wraps the trained one
+            from peft import PeftModel
+
+            base: Any = load_model(recipe.model, revision=recipe.revision, dtype=_dtype(recipe), causal=True)
+            merged = PeftModel.from_pretrained(base, str(output / "adapter")).merge_and_unload()
+            merged.save_pretrained(output)
+    if ranks.is_main_process:
+        tokenizer.save_pretrained(output)
+    ranks.wait_for_everyone()
+
+
+def _write_reports(
+    recipe: Recipe, result: Result, output: Path, before: Analysis | None, after: Analysis | None
+) -> None:
+    from htsr.comparison import compare_analyses
+    from htsr.reporting.model_card import model_card
+
+    comparison = None
+    if before is not None and after is not None:
+        comparison = compare_analyses(before, after)
+        with written(output / "spectra.csv") as temporary:
+            comparison.to_pandas().to_csv(temporary, index=False)
+    _write_json(output / "results.json", {"recipe": dataclasses.asdict(recipe), **asdict(result)})
+    with written(output / "README.md") as temporary:
+        temporary.write_text(model_card(recipe, result, comparison), encoding="utf-8")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with written(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _last_checkpoint(output: Path) -> str | None:
+    """The last that was written whole: the Trainer writes its state last."""
+    found = [folder for folder in output.glob("checkpoint-*") if (folder / "trainer_state.json").exists()]
+    return str(max(found, key=lambda folder: _steps_of(str(folder)))) if found else None
+
+
+def _steps_of(checkpoint: str | None) -> int:
+    return int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+
+
+def _reset_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak() -> dict[str, Any]:
+    """Peak memory: what the accelerator allocated in training, or what this process ever had resident."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"peak_mib": torch.cuda.max_memory_allocated() / 2**20, "peak_of": "accelerator, training"}
+    unit = 2**10 if sys.platform != "darwin" else 2**20
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return {"peak_mib": resident, "peak_of": "resident, whole process"}
+
+
+if __name__ == "__main__":
+    from htsr_cli.main import main
+
+    sys.exit(main(["finetune", *sys.argv[1:]]))

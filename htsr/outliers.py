@@ -1,0 +1,378 @@
+"""Outliers of activations and weights: which blocks of a transformer hold them.
+
+The score of an entry of a weight matrix is ``A_ij = |W_ij|·‖X_j‖₂``, with X_j the j-th input feature over all tokens of
+a calibration set. The layer outlier distribution of a block is the share of its entries far above the block's mean:
+
+    D_l = #{A_ij > τ·mean(A)} / #A        over all matrices of block l
+
+Sources: OWL (Yin et al., ICML 2024, τ of 5 to 7), OwLore (arXiv 2405.18380, τ = 13).
+
+    outliers = htsr.measure_outliers(model, tokenizer, texts)
+    outliers.distribution(13.0)              # (blocks,), what `LayerSampler` draws by
+    outliers.save("outliers.json")
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from htsr._version import __version__
+from htsr.errors import HtsrError, SourceError, UsageError
+from htsr.files import written
+from htsr.matrices import roles
+from htsr.matrices.blocks import Blocks, find_blocks
+from htsr.matrices.entries import clean_name
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+Vector = npt.NDArray[np.float64]
+
+OWLORE_THRESHOLD = 13.0
+THRESHOLDS = (3.0, 5.0, 7.0, 10.0, OWLORE_THRESHOLD)
+_CHUNK = 1 << 22  # entries scored at a time
+
+
+@dataclass(frozen=True)
+class OutlierRow:
+    """The outliers of one weight matrix.
+
+    Attributes:
+        name: the module, as in ``model.layers.0.self_attn.q_proj``.
+        role: what it does (`htsr.matrices.roles`).
+        block: index of its block; None outside of the blocks.
+        parameters: entries of the matrix, #A.
+        mean_score: mean of A over the matrix.
+        counts: entries with A > τ·mean(A), the mean over this matrix, one number per threshold.
+        block_counts: the same against the mean over the whole block; empty outside of the blocks.
+    """
+
+    name: str
+    role: str
+    block: int | None
+    parameters: int
+    mean_score: float
+    counts: tuple[int, ...]
+    block_counts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Outliers of a model, matrix by matrix and block by block, for several thresholds.
+
+    Attributes:
+        label: the model.
+        thresholds: τ, ascending.
+        rows: one `OutlierRow` per Linear (or GPT-2 Conv1D), in the model's order.
+        blocks: module names of the blocks.
+        samples: calibration samples.
+        tokens: calibration tokens, padding not counted.
+        meta: version, and what the caller adds.
+    """
+
+    label: str
+    thresholds: tuple[float, ...]
+    rows: tuple[OutlierRow, ...]
+    blocks: tuple[str, ...]
+    samples: int
+    tokens: int
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def distribution(self, threshold: float = OWLORE_THRESHOLD) -> Vector:
+        """(blocks,) layer outlier distribution D_l of every block at τ = `threshold`.
+
+        Raises:
+            UsageError: it was not measured at this threshold.
+        """
+        index = self._index(threshold)
+        counts, sizes = np.zeros(len(self.blocks)), np.zeros(len(self.blocks))
+        for row in self.rows:
+            if row.block is not None:
+                counts[row.block] += row.block_counts[index]
+                sizes[row.block] += row.parameters
+        return counts / np.maximum(sizes, 1)
+
+    def of_matrices(self, threshold: float = OWLORE_THRESHOLD) -> dict[str, float]:
+        """The same share for each matrix alone, against its own mean, by name."""
+        index = self._index(threshold)
+        return {row.name: row.counts[index] / row.parameters for row in self.rows}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything as JSON, by way of a temporary file."""
+        content = {"htsr_outliers": __version__, **asdict(self)}
+        with written(Path(path)) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Outliers:
+        """Read what `save` wrote.
+
+        Raises:
+            SourceError: not such a file.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            del content["htsr_outliers"]
+            rows = tuple(
+                OutlierRow(**row | {key: tuple(row[key]) for key in ("counts", "block_counts")})
+                for row in content.pop("rows")
+            )
+            thresholds, blocks = tuple(content.pop("thresholds")), tuple(content.pop("blocks"))
+            return cls(rows=rows, thresholds=thresholds, blocks=blocks, **content)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SourceError(f"{path} is not a file of outliers that htsr saved: {error}") from error
+
+    def plot(self, *, ax: Any = None) -> Any:
+        """Draw D_l by block, one line per threshold; returns the matplotlib axes. Needs the ``report`` extra."""
+        from htsr.reporting.outliers import plot_outliers
+
+        return plot_outliers(self, ax)
+
+    def _index(self, threshold: float) -> int:
+        try:
+            return self.thresholds.index(threshold)
+        except ValueError:
+            known = ", ".join(f"{t:g}" for t in self.thresholds)
+            raise UsageError(f"the outliers were measured at τ = {known}, not at {threshold:g}") from None
+
+
+def measure_outliers(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    thresholds: Sequence[float] = THRESHOLDS,
+    batch_size: int = 8,
+    length: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+) -> Outliers:
+    """Run `texts` through `model` once, and score its weights.
+
+    Args:
+        model: a transformers encoder or decoder on any device. It is put into evaluation mode meanwhile.
+        tokenizer: its tokenizer.
+        texts: the calibration set. Texts are cut after `length` tokens.
+        thresholds: τ, any number of them at no cost.
+        batch_size: texts at a time; it changes nothing but rounding errors.
+        length: longest sample in tokens.
+        progress: called with samples done and their number.
+
+    Raises:
+        UsageError: no texts, or no thresholds above 0.
+        HtsrError: activations that are not finite, or a matrix inside the blocks that saw no token.
+    """
+    thresholds = tuple(sorted({float(t) for t in thresholds}))
+    if not thresholds or thresholds[0] <= 0:
+        raise UsageError("thresholds are positive multiples of the mean score, at least one")
+    if not texts:
+        raise UsageError("the calibration set is empty")
+    tokens = 0
+    training = model.training
+    model.eval()
+    with input_norms(model) as norms:
+        for start in range(0, len(texts), batch_size):
+            batch = tokenizer(
+                list(texts[start : start + batch_size]),
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+                max_length=length,
+            )
+            tokens += norms.forward(batch["input_ids"], batch["attention_mask"])
+            if progress:
+                progress(min(start + batch_size, len(texts)), len(texts))
+    model.train(training)
+    found = score_weights(model, norms.result(), thresholds)
+    return replace(found, samples=len(texts), tokens=tokens)
+
+
+class InputNorms:
+    """Sums of squares of every Linear's input features, in float64, while texts run through the model."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._squares: dict[str, torch.Tensor] = {}
+        self._mask: torch.Tensor | None = None  # None where the batch has no padding
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:
+        """Run one batch, (batch, tokens) each; returns its number of real tokens."""
+        import torch
+
+        device = next(self._model.parameters()).device
+        input_ids, mask = input_ids.to(device), attention_mask.to(device)
+        self._mask = None if bool(mask.all()) else mask.bool()
+        more = {"use_cache": False} if hasattr(getattr(self._model, "config", None), "use_cache") else {}
+        with torch.no_grad():
+            self._model(input_ids=input_ids, attention_mask=mask, **more)
+        return int(mask.sum())
+
+    def add(self, name: str, X: torch.Tensor) -> None:
+        """Add the tokens of one input, (…, features)."""
+        import torch
+
+        if self._mask is not None:
+            X = self._real_tokens(name, X)
+        wide = torch.float32 if X.device.type == "mps" else torch.float64
+        squares = torch.linalg.vector_norm(X.reshape(-1, X.shape[-1]), dim=0, dtype=wide).square_()
+        if name in self._squares:
+            self._squares[name] += squares
+        else:
+            self._squares[name] = squares
+
+    def _real_tokens(self, name: str, X: torch.Tensor) -> torch.Tensor:
+        mask = self._mask
+        assert mask is not None
+        if X.shape[:2] == mask.shape:
+            return X[mask]
+        if X.ndim == 2 and X.shape[0] == mask.numel():
+            return X[mask.flatten()]
+        if X.shape[:-1].numel() == X.shape[0] == mask.shape[0]:
+            return X  # one vector a sample, as a pooler sees it
+        raise HtsrError(
+            f"the input of {name} has the shape {tuple(X.shape)}, where padding cannot be told; use a batch size of 1"
+        )
+
+    def result(self) -> dict[str, Vector]:
+        """‖X_j‖₂ by module name, (in_features,) float64.
+
+        Raises:
+            HtsrError: an input was not finite.
+        """
+        norms = {name: squares.sqrt().cpu().double().numpy() for name, squares in self._squares.items()}
+        for name, norm in norms.items():
+            if not np.isfinite(norm).all():
+                raise HtsrError(f"the input of {name} holds NaN or infinite activations; load the model in float32")
+        return norms
+
+
+@contextmanager
+def input_norms(model: torch.nn.Module) -> Iterator[InputNorms]:
+    """Hooks on every Linear (and GPT-2 Conv1D) of `model`, removed again at the end of the block."""
+    norms = InputNorms(model)
+    handles = []
+    for name, module in linear_modules(model):
+
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            norms.add(name, args[0].detach())
+
+        handles.append(module.register_forward_pre_hook(hook))
+    try:
+        yield norms
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def linear_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """The Linear and Conv1D modules by name, without those of adapters (LoRA), wrappers' prefixes removed."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    found: list[tuple[str, torch.nn.Module]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and "lora_" not in name:
+            clean = clean_name(name).removeprefix("base_model.model.").removesuffix(".base_layer")
+            found.append((clean, module))
+    return found
+
+
+def score_weights(
+    model: torch.nn.Module, norms: Mapping[str, Vector], thresholds: Sequence[float], label: str | None = None
+) -> Outliers:
+    """Count the entries of each weight with ``|W_ij|·‖X_j‖₂ > τ·mean``, given ‖X_j‖₂ by module name.
+
+    Scores are formed in float32 in chunks of rows, their sums in float64.
+    """
+    blocks = find_blocks(model)
+    modules = dict(linear_modules(model))
+    _insist_on_tokens(blocks, modules, norms)
+    seen = {name: _Matrix(name, modules[name], norms[name]) for name in modules if name in norms}
+    block_of = {name: blocks.index_of(f"{name}.weight") for name in seen}
+    totals, sizes = np.zeros(len(blocks)), np.zeros(len(blocks))
+    for name, matrix in seen.items():
+        block = block_of[name]
+        if block is not None:
+            totals[block] += matrix.total
+            sizes[block] += matrix.parameters
+    rows = []
+    for name, matrix in seen.items():
+        block = block_of[name]
+        mean = matrix.total / matrix.parameters
+        counted = matrix.counts([tau * mean for tau in thresholds])
+        of_block: tuple[int, ...] = ()
+        if block is not None:
+            of_block = matrix.counts([tau * totals[block] / sizes[block] for tau in thresholds])
+        row = OutlierRow(name, roles.role_of(name), block, matrix.parameters, mean, counted, of_block)
+        rows.append(row)
+    return Outliers(
+        label=label or type(model).__name__,
+        thresholds=tuple(thresholds),
+        rows=tuple(rows),
+        blocks=blocks.names,
+        samples=0,
+        tokens=0,
+        meta={"htsr": __version__},
+    )
+
+
+def _insist_on_tokens(blocks: Blocks, modules: Mapping[str, torch.nn.Module], norms: Mapping[str, Vector]) -> None:
+    unseen = [name for name in modules if name not in norms and blocks.index_of(f"{name}.weight") is not None]
+    if unseen:
+        logger.warning("%d matrices saw no token of the calibration set, %s first", len(unseen), unseen[0])
+    if not any(blocks.index_of(f"{name}.weight") is not None for name in norms):
+        raise HtsrError("no Linear inside the blocks has seen a token: there is nothing to score")
+
+
+class _Matrix:
+    """Scores of one weight, formed chunk by chunk and never held whole."""
+
+    def __init__(self, name: str, module: torch.nn.Module, norm: Vector) -> None:
+        import torch
+
+        weight = _plain_weight(module)
+        transposed = type(module).__name__ == "Conv1D"  # stored (in, out)
+        self._weight = weight.t() if transposed else weight
+        self._norm = torch.from_numpy(norm).to(weight.device, torch.float32)
+        self.parameters = weight.numel()
+        self.total = sum(float(chunk.sum(dtype=_wide(chunk))) for chunk in self._chunks())
+        if not np.isfinite(self.total):
+            raise HtsrError(f"{name} holds NaN or infinite weights")
+
+    def _chunks(self) -> Iterator[torch.Tensor]:
+        rows = max(1, _CHUNK // self._weight.shape[1])
+        for start in range(0, self._weight.shape[0], rows):
+            yield (self._weight[start : start + rows].float() * self._norm).abs_()
+
+    def counts(self, limits: Sequence[float]) -> tuple[int, ...]:
+        """Entries above each limit."""
+        counted = np.zeros(len(limits), dtype=np.int64)
+        for chunk in self._chunks():
+            counted += [int((chunk > limit).sum()) for limit in limits]
+        return tuple(int(count) for count in counted)
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    import torch
+
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def _plain_weight(module: torch.nn.Module) -> torch.Tensor:
+    weight: Any = module.weight
+    if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+        weight = dequantize_bnb_weight(weight, state=getattr(module, "state", None))
+    return weight.detach()  # type: ignore[no-any-return]

@@ -1,0 +1,65 @@
+"""TRL's SFTTrainer with the optimizers of htsr."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trl.trainer.sft_trainer import SFTTrainer
+
+from htsr.training.layerwise import layerwise
+from htsr.training.lowrank import LowRankAdamW
+from htsr.training.lowrank_groups import low_rank_groups
+
+if TYPE_CHECKING:
+    import torch
+
+    from htsr.recipe import Recipe
+
+
+class FinetuneTrainer(SFTTrainer):
+    """SFTTrainer that makes the optimizer of a recipe: low-rank for owlore and galore, with layerwise rates if wanted.
+
+    Args:
+        recipe: method, low_rank, layerwise and seed are read.
+        arguments: of SFTTrainer.
+    """
+
+    def __init__(self, *, recipe: Recipe, **arguments: Any) -> None:
+        self.recipe = recipe
+        super().__init__(**arguments)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer over all trainable parameters; made before blocks are frozen."""
+        if self.optimizer is not None:
+            return self.optimizer
+        inner: Any = self.model if model is None else model
+        if self.recipe.low_rank is not None:
+            self.optimizer = self._low_rank_optimizer(inner)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.recipe.layerwise != "none":
+            layerwise(optimizer, inner, self.recipe.layerwise, total_steps=self.state.max_steps)
+        return optimizer
+
+    def _low_rank_optimizer(self, model: torch.nn.Module) -> LowRankAdamW:
+        low_rank, args = self.recipe.low_rank, self.args
+        assert low_rank is not None
+        sampling = self.recipe.sampling
+        groups = low_rank_groups(
+            model, low_rank.rank, embeddings=sampling is not None and sampling.embedding == "lowrank"
+        )
+        return LowRankAdamW(
+            groups,
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            scale=low_rank.scale,
+            refresh_every=low_rank.refresh_every,
+            method=low_rank.method,
+            moments=low_rank.moments,
+            state_dtype=low_rank.state_dtype,
+            seed=self.recipe.seed,
+        )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing yet: htsr writes its own card at the end."""

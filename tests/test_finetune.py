@@ -1,0 +1,196 @@
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from htsr_cli.main import main
+from safetensors.torch import load_file
+
+import htsr
+from htsr.loading import read_records
+from htsr.multiple_choice import log_likelihoods, multiple_choice_accuracy
+from htsr.recipe import read_recipe
+from tests.transformer import llama, word_tokenizer
+
+pytest.importorskip("trl")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetune")
+    llama(4).save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    random = np.random.default_rng(0)
+    texts = [" ".join(f"w{4 + (i + j) % 60}" for j in range(12)) for i in random.integers(0, 60, 40)]
+    lines = [{"text": text} for text in texts]
+    questions = [{"question": "w5 w6", "choices": ["w7", "w8 w9"], "answer": int(i % 2)} for i in range(9)]
+    for name, records in (("train", lines), ("questions", questions)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def recipe_file(work, output, method, **more):
+    training = {"max_steps": 7, "save_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    training |= {"logging_steps": 100, "max_length": 32, "disable_tqdm": True} | more.pop("training", {})
+    content = {
+        "model": str(work / "model"),
+        "output": str(output),
+        "method": method,
+        "data": {"train": str(work / "train.jsonl"), "evaluation_share": 0.1},
+        "spectra": False,
+        "training": training,
+    }
+    if method in ("lisa", "owlore"):
+        content["sampling"] = {"active": 1, "interval": 2, "threshold": 3.0}
+    if method in ("galore", "owlore"):
+        content["low_rank"] = {"rank": 8, "scale": 1.0, "refresh_every": 2}
+    path = output.parent / f"{output.name}.yaml"
+    path.write_text(yaml.safe_dump(content | more))
+    return str(path)
+
+
+class KilledError(Exception):
+    pass
+
+
+def run_killed(monkeypatch, path, at):
+    """Run until an optimizer step of number `at` is done, then stop as a crash would."""
+    from htsr.training.trainer import FinetuneTrainer
+
+    original = FinetuneTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        if self.state.global_step == at:
+            raise KilledError
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FinetuneTrainer, "training_step", step)
+        with pytest.raises(KilledError):
+            main(["finetune", "--quiet", "--config", path])
+
+
+@pytest.mark.parametrize(
+    ("method", "layerwise"),
+    [("full", "none"), ("lora", "none"), ("lisa", "llr"), ("owlore", "none"), ("galore", "alphadecay")],
+)
+def test_killed_and_resumed_is_uninterrupted(work, tmp_path, monkeypatch, method, layerwise):
+    whole = recipe_file(work, tmp_path / "whole", method, layerwise=layerwise)
+    assert main(["finetune", "--quiet", "--config", whole]) == 0
+    broken = recipe_file(work, tmp_path / "broken", method, layerwise=layerwise)
+    run_killed(monkeypatch, broken, at=5)
+    assert main(["finetune", "--quiet", "--config", broken]) == 2  # not into a folder with a run in it
+    assert main(["finetune", "--quiet", "--config", broken, "--resume"]) == 0
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
+    start = load_file(work / "model" / "model.safetensors")
+    assert a.keys() == b.keys() == start.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    moved = {name for name in a if not torch.equal(a[name], start[name])}
+    assert moved
+    if method in ("lisa", "owlore"):
+        results = json.loads((tmp_path / "whole" / "results.json").read_text())
+        trained = {row["name"] for row in results["coverage"] if row["intervals"]}
+        assert {".".join(name.split(".")[:3]) for name in moved if ".layers." in name} == trained
+        assert "model.embed_tokens.weight" not in moved
+    torch.load(next((tmp_path / "whole").glob("checkpoint-7")) / "optimizer.pt", weights_only=True)
+
+
+def test_report_of_a_run(work, tmp_path, capsys):
+    path = recipe_file(work, tmp_path / "run", "owlore", spectra=True, seed=3)
+    content = yaml.safe_load(Path(path).read_text())
+    content["data"]["multiple_choice"] = str(work / "questions.jsonl")
+    Path(path).write_text(yaml.safe_dump(content))
+    assert main(["finetune", "--quiet", "--config", path]) == 0
+    out = capsys.readouterr().out
+    folder = tmp_path / "run"
+    results = json.loads((folder / "results.json").read_text())["metrics"]
+    assert f"{results['eval_loss']:.4g}" in out
+    assert results["questions"] == 9
+    assert 0 < results["eval_loss"] < math.log(64) + 1
+    card = (folder / "README.md").read_text()
+    assert "(OwLore)" in card
+    assert "is 3." in card
+    assert "| alpha |" in card
+    before, after = (htsr.Analysis.load(folder / f"spectra_{when}.npz") for when in ("before", "after"))
+    assert {row.name for row in before} == {row.name for row in after}
+    assert before.summary()["norm"] != after.summary()["norm"]
+    assert len((folder / "spectra.csv").read_text().splitlines()) == len(before.rows) + 1
+
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = multiple_choice_accuracy(model, word_tokenizer(), read_records(str(work / "questions.jsonl")))
+    assert results["accuracy"] == expected.accuracy
+
+
+def test_log_likelihoods_are_the_sums_of_the_definition(work):
+    model, tokenizer = llama(2), word_tokenizer()
+    pairs = [("w5 w6 w7", " w8"), ("w9", " w10 w11 w12"), ("w4 w5", " w6 w7")]
+    expected = []
+    for prompt, continuation in pairs:
+        total = 0.0
+        ids = tokenizer(prompt + continuation)["input_ids"]
+        for i in range(len(prompt.split()), len(ids)):
+            with torch.no_grad():
+                total += model(torch.tensor([ids[:i]])).logits[0, -1].double().log_softmax(-1)[ids[i]].item()
+        expected.append(total)
+    for size in (1, 2, 8):
+        np.testing.assert_allclose(log_likelihoods(model, tokenizer, pairs, batch_size=size), expected, rtol=1e-5)
+    records = [{"question": "w5", "choices": ["w7", "w8 w9"], "answer": i} for i in (0, 1, 1)]
+    said = log_likelihoods(model, tokenizer, [("Question: w5\nAnswer:", f" {c}") for c in ("w7", "w8 w9")])
+    found = multiple_choice_accuracy(model, tokenizer, records)
+    assert found.accuracy == pytest.approx((1 if said.argmax() == 0 else 2) / 3)
+    assert found.per_character == pytest.approx((1 if (said / [2, 5]).argmax() == 0 else 2) / 3)
+
+
+@pytest.mark.parametrize("form", ["completion", "messages", "question"])
+def test_forms_of_data(work, tmp_path, form):
+    words = [f"w{i}" for i in range(4, 64)]
+    records = {
+        "completion": [{"prompt": f"{a} {b}", "completion": f" {b}"} for a, b in itertools.pairwise(words)],
+        "messages": [
+            {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": a}]} for a in words
+        ],
+        "question": [{"question": a, "choices": [a, "w4"], "answer": 0, "id": 1} for a in words],
+    }[form]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path = recipe_file(work, tmp_path / "run", "full", training={"max_steps": 2})
+    content = yaml.safe_load(Path(path).read_text())
+    content["data"] = {"train": str(data), "limit": 20}
+    if form == "messages":
+        tokenizer = word_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+        llama(2).save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        content["model"] = str(tmp_path / "model")
+    Path(path).write_text(yaml.safe_dump(content))
+    from htsr.finetune import finetune
+
+    result = finetune(read_recipe(path))
+    assert result.metrics["steps"] == 2
+    assert result.metrics["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("score", ["alpha", None])
+def test_adapters_sampled_by_block_with_ranks_by_score(work, tmp_path, score):
+    path = recipe_file(
+        work,
+        tmp_path / "run",
+        "lora",
+        spectra=True,
+        lora={"rank": 2, "score": score},
+        sampling={"active": 1, "interval": 100, "strategy": "alpha"},
+    )
+    assert main(["finetune", "--quiet", "--config", path]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (drawn,) = (row["name"] for row in results["coverage"] if row["intervals"])
+    start, end = (load_file(folder / "model.safetensors") for folder in (work / "model", tmp_path / "run"))
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert moved
+    assert all(name.startswith(f"{drawn}.") for name in moved)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()

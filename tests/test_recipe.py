@@ -1,0 +1,65 @@
+import pytest
+import yaml
+
+import htsr
+from htsr.recipe import FOLDER, read_recipe
+
+pytest.importorskip("trl")
+
+MINIMAL = {"model": "m", "output": "o", "data": {"train": "t.jsonl"}}
+
+
+def write(folder, content):
+    path = folder / "recipe.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return str(path)
+
+
+def test_defaults_and_numbers(tmp_path):
+    recipe = read_recipe(write(tmp_path, MINIMAL))
+    assert (recipe.method, recipe.sampling.active, recipe.low_rank.rank, recipe.lora) == ("owlore", 2, 128, None)
+    text = yaml.safe_dump(MINIMAL) + "training:\n  learning_rate: 1e-4\n  weight_decay: 1\n"
+    assert read_recipe(write(tmp_path, text)).training == {"learning_rate": 1e-4, "weight_decay": 1}
+    text = yaml.safe_dump(MINIMAL) + "low_rank: {scale: 1}\n"
+    assert read_recipe(write(tmp_path, text)).low_rank.scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modle": "m"}, "recipe.yaml: unknown key modle; did you mean model?"),
+        ({"data": {"train": "t", "evaluatoin": "e"}}, "recipe.yaml: data: unknown key evaluatoin; did you mean"),
+        ({"data": {}}, "data: the key train is missing"),
+        ({"data": "t.jsonl"}, "data is a section of keys, not 't.jsonl'"),
+        ({"method": "dora"}, "method is one of full, lora, lisa, owlore, galore, not 'dora'"),
+        ({"seed": "one"}, "seed is a whole number, not 'one'"),
+        ({"spectra": 1}, "spectra is true or false, not 1"),
+        ({"sampling": {"active": 2.5}}, "sampling: active is a whole number, not 2.5"),
+        ({"method": "full", "sampling": {}}, "the section sampling has no meaning for the method full"),
+        ({"method": "lora", "layerwise": "llr"}, "which the method lora does not train"),
+        ({"training": {"learning_rat": 1}}, "training.learning_rat is no argument of SFTConfig; did you mean learning"),
+        ({"training": {"seed": 1}}, "training.seed is set by seed"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(tmp_path, change, message):
+    with pytest.raises(htsr.UsageError) as error:
+        read_recipe(write(tmp_path, MINIMAL | change))
+    assert message in str(error.value)
+
+
+def test_no_recipe(tmp_path):
+    with pytest.raises(htsr.SourceError, match=r"neither a file nor one of the recipes .*one_cpu"):
+        read_recipe(str(tmp_path / "none.yaml"))
+    with pytest.raises(htsr.SourceError, match="is no YAML"):
+        read_recipe(write(tmp_path, "a: [1"))
+
+
+def test_a_method_from_the_command_line_leaves_the_sections_of_others_out(tmp_path):
+    path = write(tmp_path, MINIMAL | {"sampling": {"active": 3}, "low_rank": {"rank": 4}})
+    recipe = read_recipe(path, {"method": "lisa", "output": "elsewhere"})
+    assert (recipe.method, recipe.output, recipe.low_rank, recipe.sampling.active) == ("lisa", "elsewhere", None, 3)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_hold(path):
+    assert read_recipe(path.stem) == read_recipe(str(path))

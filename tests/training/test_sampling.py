@@ -1,0 +1,299 @@
+import io
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import nn
+
+import htsr
+from htsr.matrices.blocks import find_blocks
+from htsr.outliers import OutlierRow
+from htsr.training.block_scores import block_probabilities, inclusion_probabilities
+from htsr.training.sampling import EMBEDDING, LayerSampler
+from tests.training.runs import batches, run_distributed, train
+from tests.transformer import bert, gpt2, llama
+
+
+def outliers(shares, threshold=13.0):
+    names = tuple(f"model.layers.{i}" for i in range(len(shares)))
+    rows = tuple(
+        OutlierRow(f"{name}.mlp.up_proj", "mlp.up", i, 1000, 1.0, (0,), (round(1000 * share),))
+        for i, (name, share) in enumerate(zip(names, shares, strict=True))
+    )
+    return htsr.Outliers("test", (threshold,), rows, names, 1, 1)
+
+
+def draws(sampler, number):
+    return [sampler.draw(i) for i in range(number)]
+
+
+def sequential(p, members):
+    """Probability that draws without replacement end in the set `members`, by all orders."""
+    total = 0.0
+    for order in itertools.permutations(members):
+        left, product = 1.0, 1.0
+        for i in order:
+            product *= p[i] / left
+            left -= p[i]
+        total += product
+    return total
+
+
+def test_frequencies_are_the_probabilities():
+    shares = (0.2, 0.05, 0.1, 0.15)
+    sampler = LayerSampler(llama(4), "owlore", scores=outliers(shares), active=1, seed=3)
+    np.testing.assert_allclose(sampler.probabilities, np.array(shares) / 0.5)
+    counts = np.bincount([i for (i,) in draws(sampler, 4000)], minlength=4)
+    assert chisquare(counts, 4000 * sampler.probabilities).pvalue > 0.01
+    assert chisquare(counts, [1000] * 4).pvalue < 1e-6
+
+    pairs = LayerSampler(llama(4), shares, active=2, seed=4)
+    found = draws(pairs, 4000)
+    sets = list(itertools.combinations(range(4), 2))
+    expected = [4000 * sequential(pairs.probabilities, s) for s in sets]
+    assert chisquare([found.count(s) for s in sets], expected).pvalue > 0.01
+
+
+def test_inclusion_probabilities_are_those_of_all_orders():
+    p = np.array([0.4, 0.3, 0.2, 0.07, 0.03, 0.0])
+    for size in (1, 2, 3, 5):
+        expected = [
+            sum(sequential(p, s) for s in itertools.combinations(range(5), size) if i in s) if i < 5 else 0.0
+            for i in range(6)
+        ]
+        np.testing.assert_allclose(inclusion_probabilities(p, size), expected, atol=2e-6)
+
+
+def test_strategies():
+    blocks = find_blocks(llama(4))
+    np.testing.assert_allclose(block_probabilities("uniform", blocks), 0.25)
+    np.testing.assert_allclose(block_probabilities("increase", blocks), [0.1, 0.2, 0.3, 0.4])
+    np.testing.assert_allclose(block_probabilities("decrease", blocks), [0.4, 0.3, 0.2, 0.1])
+    scores = outliers((0.3, 0.1, 0.1, 0.1))
+    np.testing.assert_allclose(block_probabilities("reverse", blocks, scores), [0.1, 0.3, 0.3, 0.3])
+    for strategy, message in (
+        ("owlore", "give scores=Outliers"),
+        ("alpha", "give scores=htsr.analyze"),
+        ("beta", "unknown strategy 'beta'"),
+        ([1.0, 2.0], "4 finite numbers"),
+    ):
+        with pytest.raises(htsr.UsageError, match=message):
+            block_probabilities(strategy, blocks)
+    with pytest.raises(htsr.UsageError, match="take a lower threshold"):
+        block_probabilities("owlore", blocks, outliers((0, 0, 0, 0)))
+    with pytest.raises(htsr.UsageError, match="are of 3 blocks, and this model has 4"):
+        block_probabilities("owlore", blocks, outliers((0.1, 0.1, 0.1)))
+
+
+def test_spectral_strategies_follow_the_analysis():
+    model = llama(3)
+    analysis = htsr.analyze(model, bulk=True)
+    by_block = {i: [row for row in analysis if row.name.startswith(f"model.layers.{i}.")] for i in range(3)}
+    blocks = find_blocks(model)
+    means = np.array([np.mean([row.alpha for row in rows]) for rows in by_block.values()])
+    weights = 1 + 4 * (means - means.min()) / (means.max() - means.min())
+    np.testing.assert_allclose(block_probabilities("alpha", blocks, analysis), weights / weights.sum())
+    ratios = []
+    for rows in by_block.values():
+        of_rows = []
+        for row in rows:
+            s = np.linalg.svd(model.get_submodule(row.name).weight.detach().double().numpy(), compute_uv=False)
+            edge = np.sqrt(row.lambda_plus)
+            of_rows.append(s[s > edge].sum() / s[s <= edge].sum() / s.max())
+        ratios.append(np.mean(of_rows))
+    np.testing.assert_allclose(block_probabilities("snr", blocks, analysis), ratios / np.sum(ratios), rtol=1e-4)
+    assert block_probabilities("erg", blocks, analysis).max() == pytest.approx(
+        5 * block_probabilities("erg", blocks, analysis).min()
+    )
+    with pytest.raises(htsr.UsageError, match="takes bulk=True"):
+        block_probabilities("snr", blocks, htsr.analyze(model))
+    with pytest.raises(htsr.UsageError, match="no alpha of this model's blocks"):
+        block_probabilities("alpha", find_blocks(bert()), analysis)
+
+
+@pytest.mark.parametrize("frozen_state", ["drop", "keep", "offload"])
+@pytest.mark.parametrize("make", [llama, gpt2, bert])
+def test_exactly_the_drawn_blocks_move(make, frozen_state):
+    model = make(3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    sampler = LayerSampler(model, active=1, interval=3, seed=1, frozen_state=frozen_state)
+    sampler.attach(optimizer)
+    seen = set()
+    for tokens in batches(5):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        active = sampler.active
+        train(model, optimizer, [tokens] * 3)
+        prefixes = tuple(f"{sampler.names[i]}." for i in active)
+        inside = tuple(f"{name}." for name in sampler.names)
+        moved = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
+        assert {n for n in moved if n.startswith(inside)} == {
+            n for n, p in model.named_parameters() if n.startswith(prefixes)
+        }
+        assert not any("embed" in n or "wte" in n or "lm_head" in n for n in moved)
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        assert all(p.grad is None for p in frozen)
+        with_state = [p for p in frozen if p in optimizer.state]
+        assert bool(with_state) == (frozen_state != "drop" and bool(seen | set(active) - set(sampler.active)))
+        seen |= set(active)
+    assert sampler.steps == 15
+    assert len(seen) > 1
+
+
+def test_the_embedding_as_chosen():
+    for embedding, moves in (("train", True), ("lowrank", True), ("freeze", False)):
+        model = llama(3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        before = model.lm_head.weight.clone(), model.model.embed_tokens.weight.clone(), model.model.norm.weight.clone()
+        sampler = LayerSampler(model, active=1, embedding=embedding)
+        sampler.attach(optimizer)
+        train(model, optimizer, batches(1))
+        assert torch.equal(before[0], model.lm_head.weight) != moves
+        assert torch.equal(before[1], model.model.embed_tokens.weight) != moves
+        assert not torch.equal(before[2], model.model.norm.weight)
+    sampler = LayerSampler(llama(3, tie_word_embeddings=True), active=2, embedding="sampled")
+    assert sampler.names[3] == EMBEDDING
+    np.testing.assert_allclose(sampler.probabilities, 0.25)
+
+
+def test_backward_ends_at_the_lowest_active_block():
+    for checkpointing in (False, True):
+        model = llama(4)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        LayerSampler(model, [0, 0, 1, 1], active=2).attach(torch.optim.SGD(model.parameters()))
+        reached = {}
+        for i, layer in enumerate(model.model.layers):
+            layer.register_forward_hook(lambda m, _, out, i=i, to=reached: to.update({i: out.requires_grad}))
+        model.train()(input_ids=batches(1)[0], labels=batches(1)[0]).loss.backward()
+        assert reached == {0: False, 1: False, 2: True, 3: True}
+
+
+def test_top_is_a_fixed_choice():
+    sampler = LayerSampler(llama(4), [0.1, 0.4, 0.2, 0.3], active=2, top=True)
+    assert set(draws(sampler, 5)) == {(1, 3)}
+    assert [row.expected for row in sampler.coverage()] == [0, 1, 0, 1]
+
+
+def test_coverage():
+    model = llama(4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    sampler = LayerSampler(model, [0.1, 0.4, 0.2, 0.3], active=2, interval=2)
+    sampler.attach(optimizer)
+    train(model, optimizer, batches(9))
+    rows = sampler.coverage()
+    drawn = draws(sampler, 5)
+    assert [row.intervals for row in rows] == [sum(i in s for s in drawn) for i in range(4)]
+    assert sum(row.expected for row in rows) == pytest.approx(10)
+
+
+def test_gradient_accumulation_counts_optimizer_steps():
+    model = llama(3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    sampler = LayerSampler(model, active=1, interval=2)
+    sampler.attach(optimizer)
+    for tokens in batches(8):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        if tokens[0, 0] % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert sampler.steps == sum(int(t[0, 0]) % 2 for t in batches(8))
+
+
+@pytest.mark.parametrize("frozen_state", ["drop", "keep", "offload"])
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_resumed_is_uninterrupted_bit_for_bit(frozen_state, attach_first):
+    def make():
+        model = llama(4)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        return model, optimizer, LayerSampler(model, "increase", active=2, interval=3, frozen_state=frozen_state)
+
+    model, optimizer, sampler = make()
+    sampler.attach(optimizer)
+    data = batches(14)
+    train(model, optimizer, data[:8])  # in the middle of an interval
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    train(model, optimizer, data[8:])
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again, optimizer_again, sampler_again = make()
+    again.load_state_dict(saved["model"])
+    if attach_first:
+        sampler_again.attach(optimizer_again)
+    optimizer_again.load_state_dict(saved["optimizer"])
+    if not attach_first:
+        sampler_again.attach(optimizer_again)
+    assert sampler_again.steps == 8
+    train(again, optimizer_again, data[8:])
+    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert json.loads(json.dumps(sampler.state_dict())) == sampler_again.state_dict()
+
+
+def test_what_would_train_nothing_is_refused():
+    model = llama(3)
+    for parameter in model.model.layers[0].parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(htsr.UsageError, match=r"model\.layers\.0 has no trainable parameters"):
+        LayerSampler(model)
+
+    model = llama(3)
+    optimizer = torch.optim.AdamW(model.model.layers[0].parameters())
+    with pytest.raises(htsr.UsageError, match=r"the optimizer lacks parameters of model\.layers\.1"):
+        LayerSampler(model).attach(optimizer)
+
+    model = llama(3)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.disable_input_require_grads()
+    optimizer = torch.optim.AdamW(model.parameters())
+    LayerSampler(model, [0, 1, 0], active=1).attach(optimizer)
+    with pytest.raises(htsr.HtsrError, match=r"model\.layers\.1 is to train and the optimizer did not update it"):
+        train(model.train(), optimizer, batches(1))
+
+    for arguments, message in (
+        ({"active": 4}, "between 1 and the 3 blocks"),
+        ({"strategy": [1, 0, 0], "active": 2}, "between 1 and the 1 blocks"),
+        ({"interval": 0}, "number of optimizer steps"),
+        ({"embedding": "melt"}, "embedding 'melt'"),
+    ):
+        with pytest.raises(htsr.UsageError, match=message):
+            LayerSampler(llama(3), **arguments)
+    with pytest.raises(htsr.SourceError, match="blocks"):
+        LayerSampler(nn.Linear(2, 2))
+
+
+def test_a_hook_that_updates_during_backward_outlives_freezing():
+    model = llama(3)
+    touched = set()
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: touched.add(name))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sampler = LayerSampler(model, active=1, interval=1, seed=2)
+    sampler.attach(optimizer)
+    for _ in range(6):
+        active = sampler.names[sampler.active[0]]
+        touched.clear()
+        train(model, optimizer, batches(1))
+        assert {name.rsplit(".", 2)[0] for name in touched if ".mlp." in name} == {f"{active}.mlp"} or all(
+            name.startswith((active, "model.norm")) for name in touched
+        )
+        assert any(name.startswith(active) for name in touched)
+
+
+def test_two_processes_draw_the_same_and_end_as_one(tmp_path):
+    one = llama(3).double()
+    optimizer = torch.optim.AdamW(one.parameters(), lr=1e-2)
+    sampler = LayerSampler(one, "increase", active=1, interval=2, seed=1)
+    sampler.attach(optimizer)
+    train(one, optimizer, batches(8))
+    for rank, result in enumerate(run_distributed(tmp_path, ranks=2)):
+        for wrapper in ("ddp", "fsdp2"):
+            weights, state = result[wrapper]
+            assert state == sampler.state_dict(), (wrapper, rank)
+            for name, value in one.state_dict().items():
+                torch.testing.assert_close(weights[name], value, rtol=1e-9, atol=1e-12)
+    assert len({tuple(sampler.draw(i)) for i in range(4)}) > 1
