@@ -15,8 +15,7 @@ from htsr.matrices.entries import Entry, clean_name, unshared
 from htsr.matrices.modules import module_config, module_entries
 from htsr.matrices.quantized import dequantized
 from htsr.matrices.roles import stem
-from htsr.matrices.sources import WeightMatrix
-from htsr.matrices.sources import _matrices as matrices_of
+from htsr.matrices.sources import WeightMatrix, matrices_of
 
 if TYPE_CHECKING:
     import torch

@@ -174,7 +174,7 @@ def open_model(
         entries = _difference(entries, other)
         label = f"{label} - {other_label}"
         fingerprint = fingerprint and other_fingerprint and f"{fingerprint}-{other_fingerprint}"
-    matrices = tuple(_matrices(unshared(dequantized(entries)), config))
+    matrices = tuple(matrices_of(unshared(dequantized(entries)), config))
     if not matrices:
         raise SourceError(f"{label} has no weight matrices")
     return Model(label, matrices, fingerprint)
@@ -272,7 +272,8 @@ class _Minus:
         return a.astype(wide) - b.astype(wide)  # type: ignore[no-any-return]
 
 
-def _matrices(entries: list[Entry], config: dict[str, Any]) -> Iterator[WeightMatrix]:
+def matrices_of(entries: list[Entry], config: dict[str, Any]) -> Iterator[WeightMatrix]:
+    """The weight matrices in stored tensors: tied heads once, fused and stacked ones apart."""
     weights = [entry for entry in entries if _is_weight(entry)]
     found = [roles.role_of(entry.name, entry.kind) for entry in weights]
     stacks = roles.stack_prefixes(entry.name for entry in weights)
