@@ -299,16 +299,21 @@ class LowRankAdamW(torch.optim.Optimizer):
         step, lr, W, G = int(state["step"].item()), float(group["lr"]), local(parameter), local(R)
         if group["weight_decay"]:
             W.mul_(1 - lr * group["weight_decay"])
-        for rows in [...] if group["rank"] is not None else _pieces(W):
-            exp_avg, exp_avg_sq = stored.read(state, "exp_avg", rows), stored.read(state, "exp_avg_sq", rows)
-            gradient = G[rows].to(exp_avg.dtype)
-            direction = adam_update(gradient, exp_avg, exp_avg_sq, step, group["betas"], group["eps"])
-            stored.write(state, "exp_avg", exp_avg, rows)
-            stored.write(state, "exp_avg_sq", exp_avg_sq, rows)
-            if group["rank"] is None:
-                W[rows].add_(direction, alpha=-lr)
-            else:
-                add_projected_back(parameter, direction.to(W.dtype), state["projector"], -lr * group["scale"])
+        if group["rank"] is not None:
+            direction = _direction(state, group, G, step)
+            add_projected_back(parameter, direction.to(W.dtype), state["projector"], -lr * group["scale"])
+            return
+        for rows in _pieces(W):
+            W[rows].add_(_direction(state, group, G, step, rows), alpha=-lr)
+
+
+def _direction(state: dict[str, Any], group: Group, G: Tensor, step: int, rows: Any = ...) -> Tensor:
+    """Adam's direction for these rows; their moments are updated."""
+    exp_avg, exp_avg_sq = stored.read(state, "exp_avg", rows), stored.read(state, "exp_avg_sq", rows)
+    direction = adam_update(G[rows].to(exp_avg.dtype), exp_avg, exp_avg_sq, step, group["betas"], group["eps"])
+    stored.write(state, "exp_avg", exp_avg, rows)
+    stored.write(state, "exp_avg_sq", exp_avg_sq, rows)
+    return direction
 
 
 def _pieces(W: Tensor) -> list[Any]:
