@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from htsr.training.policy import Policy
     from htsr.training.sampling import LayerSampler
     from htsr.training.schedulers import LayerwiseLR
+    from htsr.training.spectral_projection import spectral_projection
 
 _HOMES = {
     "htsr.analysis": ("Analysis", "Progress", "analyze", "describe"),
@@ -54,6 +55,7 @@ _HOMES = {
     "htsr.training.sampling": ("LayerSampler",),
     "htsr.training.schedulers": ("LayerwiseLR",),
     "htsr.surgery": ("project",),
+    "htsr.training.spectral_projection": ("spectral_projection",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -99,6 +101,7 @@ __all__ = [
     "project",
     "project_tail",
     "remove_traps",
+    "spectral_projection",
 ]
 
 

@@ -62,7 +62,7 @@ class Stored:
 
 
 def copy_checkpoint(source: Path, files: list[Path], target: Path) -> dict[str, Stored]:
-    """Copy a model: its weight `files` as safetensors, and of a folder whatever else is in it (configuration, tokenizer).
+    """Copy a model: its weight `files` as safetensors, and of a folder what else is in it (configuration, tokenizer).
 
     Args:
         source: the folder, or the one file.

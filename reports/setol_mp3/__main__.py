@@ -165,7 +165,9 @@ def main() -> None:
 
 def keep(work: Path) -> None:
     """results.json of every finished run, without the paths of those that are not drawn."""
-    rows = [row if row["batch"] == BASE_BATCH and row["seed"] == 0 else row | {"path": []} for row in cached(work).values()]
+    rows = [
+        row if row["batch"] == BASE_BATCH and row["seed"] == 0 else row | {"path": []} for row in cached(work).values()
+    ]
     common.keep(HERE, {"runs": sorted(rows, key=lambda r: (r["factor"], -r["batch"], r["patience"], r["seed"]))})
 
 

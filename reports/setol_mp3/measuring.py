@@ -49,7 +49,10 @@ def errors_after_surgery(network: Network, digits: Digits) -> dict[str, dict[str
     def projected(keep: Any, *, complement: bool = False) -> tuple[dict[int, Any], list[int]]:
         found = [htsr.project_tail(W, keep) for W, _ in network[:2]]
         return (
-            {i: W - p.matrix if complement else p.matrix for i, ((W, _), p) in enumerate(zip(network, found, strict=False))},
+            {
+                i: W - p.matrix if complement else p.matrix
+                for i, ((W, _), p) in enumerate(zip(network, found, strict=False))
+            },
             [p.kept for p in found],
         )
 
