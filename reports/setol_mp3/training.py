@@ -5,6 +5,7 @@ Weights are (out, in), float32. Gradients are never stored: `sgemm` adds -lr · 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def initial(seed: int) -> Network:
             (random.standard_normal((out, inner)) * (2 / (out + inner)) ** 0.5).astype(np.float32),
             np.zeros(out, np.float32),
         )
-        for inner, out in zip(SIZES, SIZES[1:], strict=False)
+        for inner, out in itertools.pairwise(SIZES)
     ]
 
 
