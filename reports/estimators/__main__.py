@@ -1,6 +1,6 @@
 """How α behaves as an estimator of a known exponent, and what a difference between two layers must be to mean something.
 
-python -m reports.estimators            about 12 minutes on one core
+python -m reports.estimators            about 3 minutes of processor time on one core
 python -m reports.estimators --quick    few draws, nothing kept
 """
 
