@@ -81,7 +81,7 @@ def write_up(results: dict[str, Any]) -> None:
     ]  # fmt: skip
     text = f"""# α as an estimator
 
-`python -m reports.estimators` makes this page ({results["cpu_minutes"]:.0f} minutes of processor time).
+`python -m reports.estimators` makes this page ({results["cpu_minutes"]:.1f} minutes of processor time).
 {common.facts(results["machine"])}
 
 Spectra with a known exponent are drawn again and again and fitted by every method of htsr. **bias** is mean α minus the
