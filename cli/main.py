@@ -331,6 +331,42 @@ def finetune(
     start(config, changes, run.Words(quiet, verbose), resume=resume)
 
 
+@app.command()
+def project(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .safetensors/.bin/.pt file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)],
+    keep: Annotated[
+        str | None,
+        typer.Option(metavar="erg|tail|K", help="Directions kept: the ECS, the power-law tail, or the K leading ones."),
+    ] = None,
+    remove_traps: Annotated[
+        bool, typer.Option("--remove-traps", help="First subtract shifted means and clip the entries that make traps.")
+    ] = False,
+    revision: Revision = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    role: Role = None,
+    block: Block = None,
+    min_size: MinSize = 1,
+    max_size: MaxSize = None,
+    fit: Fit = "ks",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """A copy of a model whose matrices keep their tails only, as a checkpoint that transformers loads.
+
+    For example:  [bold]htsr project ./model --keep erg --role 'mlp.*' --output ./projected[/bold]
+    """
+    from htsr_cli import run
+
+    chosen = run.Choice(include, exclude, role, block, min_size, max_size)
+    run.project(
+        model, output, run.parse_keep(keep), chosen, run.Words(quiet, verbose),
+        traps=remove_traps, fit=fit, seed=seed, revision=revision,
+    )  # fmt: skip
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     from htsr.errors import HtsrError, UsageError

@@ -27,6 +27,8 @@ from htsr.training.memory import METHODS, MemoryPlans, TrainingMethod, embedding
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from htsr.spectra.projection import Keep
+
 FORMATS = ("table", "json", "csv", "parquet", "markdown")
 _SUFFIXES = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".md": "markdown", ".txt": "table"}
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -234,6 +236,43 @@ def memory(name: str, methods: list[str] | None, options: dict[str, Any], target
             mine["embeddings"] = "train"
         plans.append(predict_memory(name, method, **mine))
     target.write(MemoryPlans(name, tuple(plans)))
+
+
+def project(
+    name: str,
+    output: Path,
+    keep: Keep | None,
+    choice: Choice,
+    words: Words,
+    *,
+    traps: bool,
+    fit: str,
+    seed: int,
+    revision: str | None,
+) -> None:
+    """`htsr project`."""
+    from htsr.surgery import project as operate
+
+    surgery = operate(
+        name, output, keep,
+        traps=traps, fit=make_options(fit=fit).fit, where=choice.filter, revision=revision, seed=seed,
+    )  # fmt: skip
+    to = console()
+    to.print(tables.surgery_table(surgery.operations, to.width))
+    words.say(f"htsr: {output} holds {name} with {sum(o.status == 'ok' for o in surgery.operations)} matrices changed")
+
+
+def parse_keep(text: str | None) -> Keep | None:
+    """What `--keep` says.
+
+    Raises:
+        UsageError: neither erg, nor tail, nor a positive number.
+    """
+    if text is None or text == "erg" or text == "tail":
+        return text  # type: ignore[return-value]
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--keep takes erg, tail or a number of directions, not {text!r}")
+    return int(text)
 
 
 def console() -> Console:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from htsr.outliers import OutlierRow, Outliers, measure_outliers
     from htsr.spectra.esd import ESD, Windows, esd
     from htsr.spectra.metrics import LayerMetrics, Options
+    from htsr.spectra.projection import project_tail, remove_traps
     from htsr.spectra.tail import PowerLawFit, fit_power_law
+    from htsr.surgery import project
     from htsr.training.adapters import lora_config
     from htsr.training.callbacks import LayerSamplerCallback
     from htsr.training.layerwise import layerwise, multipliers
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from htsr.training.policy import Policy
     from htsr.training.sampling import LayerSampler
     from htsr.training.schedulers import LayerwiseLR
+    from htsr.training.spectral_projection import spectral_projection
 
 _HOMES = {
     "htsr.analysis": ("Analysis", "Progress", "analyze", "describe"),
@@ -39,6 +42,7 @@ _HOMES = {
     "htsr.outliers": ("OutlierRow", "Outliers", "measure_outliers"),
     "htsr.spectra.esd": ("ESD", "Windows", "esd"),
     "htsr.spectra.metrics": ("LayerMetrics", "Options"),
+    "htsr.spectra.projection": ("project_tail", "remove_traps"),
     "htsr.spectra.tail": ("PowerLawFit", "fit_power_law"),
     "htsr.training.adapters": ("lora_config",),
     "htsr.training.callbacks": ("LayerSamplerCallback",),
@@ -50,6 +54,8 @@ _HOMES = {
     "htsr.training.policy": ("Policy",),
     "htsr.training.sampling": ("LayerSampler",),
     "htsr.training.schedulers": ("LayerwiseLR",),
+    "htsr.surgery": ("project",),
+    "htsr.training.spectral_projection": ("spectral_projection",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -92,6 +98,10 @@ __all__ = [
     "measure_outliers",
     "multipliers",
     "predict_memory",
+    "project",
+    "project_tail",
+    "remove_traps",
+    "spectral_projection",
 ]
 
 

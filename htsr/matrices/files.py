@@ -18,7 +18,7 @@ from htsr.errors import MissingDependencyError, SourceError
 from htsr.matrices.entries import Entry, clean_name, tensor_entry
 from htsr.spectra.esd import Array
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -67,19 +67,24 @@ def folder_entries(folder: Path) -> list[Entry]:
     Raises:
         SourceError: no weights in it, or an index that names a file that is not there.
     """
+    return _merged(weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a model folder; see `folder_entries`."""
     for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
         if index.is_file():
             return _indexed(index)
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
-            return file_entries(folder / name)
+            return [folder / name]
     for suffix in (".safetensors", ".gguf", *PICKLES):
         files = sorted(f for f in folder.glob(f"*{suffix}") if not f.stem.startswith(_NOT_WEIGHTS))
         if suffix == ".gguf" and len(files) > 1 and not any("-of-" in f.name for f in files):
             names = ", ".join(f.name for f in files)
             raise SourceError(f"{folder} holds several models ({names}); name one of them")
         if files:
-            return _merged(files)
+            return files
     inner = sorted({f.parent.name for f in folder.glob("*/*.safetensors")})
     hint = f"; its subfolders {', '.join(inner)} do, name one of them" if inner else ""
     raise SourceError(f"{folder} holds no weights (.safetensors, .bin, .pt, .gguf){hint}")
@@ -106,14 +111,14 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _indexed(index: Path) -> list[Entry]:
+def _indexed(index: Path) -> list[Path]:
     shards = shards_of(index)
     for shard in shards:
         if not (index.parent / shard).is_file():
             raise SourceError(
                 f"{index.parent / shard} is missing; {index.name} says {len(shards)} files make the model"
             )
-    return _merged([index.parent / shard for shard in shards])
+    return [index.parent / shard for shard in shards]
 
 
 def shards_of(index: Path) -> list[str]:
@@ -153,7 +158,7 @@ def _safetensors(path: Path) -> list[Entry]:
     from safetensors import SafetensorError, safe_open
 
     def entry(name: str, shape: list[int], dtype: str) -> Entry:
-        known = _SAFETENSORS_DTYPES.get(dtype, dtype.lower())
+        known = SAFETENSORS_DTYPES.get(dtype, dtype.lower())
         framework = "numpy" if known in _NUMPY_READS else "pt"
 
         def read(index: int | None = None) -> Array:
@@ -171,7 +176,7 @@ def _safetensors(path: Path) -> list[Entry]:
 
 
 def _pickle(path: Path) -> list[Entry]:
-    state, mapped = _load_pickle(path)
+    state, mapped = load_pickle(path)
 
     def entry(name: str, tensor: Any) -> Entry:
         found = tensor_entry(name, tensor)
@@ -179,7 +184,7 @@ def _pickle(path: Path) -> list[Entry]:
             return found
 
         def read(index: int | None = None) -> Array:
-            again = _load_pickle(path)[0][name].detach()
+            again = load_pickle(path)[0][name].detach()
             return again if index is None else again[index]
 
         storage = found.storage and (str(path), found.storage)
@@ -188,7 +193,7 @@ def _pickle(path: Path) -> list[Entry]:
     return [entry(name, tensor) for name, tensor in state.items()]
 
 
-def _load_pickle(path: Path) -> tuple[dict[str, Any], bool]:
+def load_pickle(path: Path) -> tuple[dict[str, Any], bool]:
     """The state dict of a pickle, memory-mapped where the file's format allows it."""
     import pickle
 
@@ -251,7 +256,7 @@ def _gguf(path: Path) -> list[Entry]:
             data = np.memmap(path, mode="r", offset=offset, dtype=dtype, shape=stored)
             return np.asarray(dequantize(data if index is None else data[index], kind), dtype=np.float32)
 
-        plain = _SAFETENSORS_DTYPES.get(kind.name)
+        plain = SAFETENSORS_DTYPES.get(kind.name)
         warning = "" if plain else f"de-quantised from {kind.name}"
         shape = tuple(int(d) for d in reversed(tensor.shape))
         return Entry(tensor.name, shape, plain or kind.name.lower(), read, warning=warning)

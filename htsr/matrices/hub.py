@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
 from htsr.errors import SourceError
 from htsr.matrices.files import shards_of
 
+logger = logging.getLogger(__name__)
+
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WHOLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
+_SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "*.tiktoken")
 
 
 def is_hub_id(name: str) -> bool:
@@ -73,3 +77,17 @@ def fetch(repo: str, revision: str | None = None) -> Path:
             f"{repo} is neither a file or folder here nor{at} in the local cache, and the hub cannot be reached"
         )
     raise SourceError(f"{repo}{at} has no {', '.join(_WHOLE[:2])} or index of shards on the hub")
+
+
+def fetch_rest(repo: str, revision: str | None = None) -> None:
+    """Bring what else a hub model has, but weights, into its local folder: tokenizer, generation config, model card.
+
+    What cannot be had (offline) is left out.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(repo, revision=revision, allow_patterns=list(_SMALL))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        logger.warning("%s: tokenizer and other small files could not be fetched: %s", repo, error)

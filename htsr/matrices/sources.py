@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -16,6 +16,7 @@ from htsr.errors import MatrixError, SourceError, UsageError
 from htsr.matrices import adapters, fused, hub, roles
 from htsr.matrices.entries import FLOATS, Entry, unshared
 from htsr.matrices.files import PICKLES, file_entries, folder_entries, read_config, state_dict_entries
+from htsr.matrices.positions import Position
 from htsr.matrices.quantized import dequantized
 from htsr.spectra.esd import Array, as_numpy
 
@@ -47,6 +48,7 @@ class WeightMatrix:
         kind: ``linear``, ``embedding``, ``conv``, ``expert`` or ``adapter``.
         dtype: it is stored in.
         load: reads it: (rows, columns), or (pieces, rows, columns).
+        position: where it stands in its stored tensor.
         problem: (status, sentence) where it cannot be read.
         warning: what a reader of its row should know.
     """
@@ -59,6 +61,7 @@ class WeightMatrix:
     kind: str
     dtype: str
     load: Callable[[], Array] = field(repr=False, compare=False)
+    position: Position = field(repr=False, compare=False)
     problem: tuple[str, str] | None = None
     warning: str = ""
 
@@ -195,7 +198,13 @@ def _open(source: Source, revision: str | None) -> Opened:
     raise SourceError(f"a model is a module, a state dict, a path or a hub id, not a {type(source).__name__}")
 
 
-def _open_path(name: str, revision: str | None) -> Opened:
+def locate(name: str, revision: str | None = None) -> Path:
+    """The local file or folder of a model: a path that exists, or the cached copy of a hub id.
+
+    Raises:
+        SourceError: there is none, or the hub does not give it.
+        UsageError: a revision of a local path.
+    """
     path = Path(name).expanduser()
     if not path.exists():
         looks_local = (
@@ -208,6 +217,11 @@ def _open_path(name: str, revision: str | None) -> Opened:
         path = hub.fetch(name, revision)
     elif revision is not None:
         raise UsageError(f"a revision belongs to a hub id, and {name} is a local path")
+    return path
+
+
+def _open_path(name: str, revision: str | None) -> Opened:
+    path = locate(name, revision)
     if path.is_file():
         return name, file_entries(path), read_config(path.parent), _fingerprint([path])
     if adapters.is_adapter(path):
@@ -277,15 +291,38 @@ def matrices_of(entries: list[Entry], config: dict[str, Any]) -> Iterator[Weight
     weights = [entry for entry in entries if _is_weight(entry)]
     found = [roles.role_of(entry.name, entry.kind) for entry in weights]
     stacks = roles.stack_prefixes(entry.name for entry in weights)
+    repeated = tied_tensors(weights, config)
     blocks = [roles.block_of(entry.name) for entry in weights]
     if not any(block is not None for block in blocks):
         blocks = [roles.number_of(entry.name) for entry in weights]
-    tied = "embed" in found and bool(_text(config).get("tie_word_embeddings", config.get("tie_word_embeddings")))
     for entry, role, block in zip(weights, found, blocks, strict=True):
-        if tied and role == "head" and entry.name.endswith(_OUTPUT_EMBEDDINGS):
+        if entry.name in repeated:
             continue  # stored twice, used once
         stack = roles.stack_of(entry.name, stacks)
         yield from _Place(entry, role, stack, block, _part_config(config, stack)).matrices()
+
+
+def tied_tensors(entries: Sequence[Entry], config: dict[str, Any]) -> dict[str, str]:
+    """Tensors that are stored but are the same weight as another: name → name of the other.
+
+    They share memory with it (in a PyTorch file), or are the head of a model whose configuration ties it to the
+    embedding.
+    """
+    found: dict[str, str] = {}
+    by_storage: dict[Any, str] = {}
+    embedding: str | None = None
+    tied = bool(_text(config).get("tie_word_embeddings", config.get("tie_word_embeddings")))
+    for entry in entries:
+        first = by_storage.setdefault(entry.storage, entry.name) if entry.storage is not None else entry.name
+        role = roles.role_of(entry.name, entry.kind)
+        if first != entry.name:
+            found[entry.name] = first
+        elif role == "embed":
+            embedding = embedding or entry.name
+    if tied and embedding is not None:
+        heads = (e.name for e in entries if roles.role_of(e.name, e.kind) == "head")
+        found |= {name: embedding for name in heads if name.endswith(_OUTPUT_EMBEDDINGS)}
+    return found
 
 
 def _text(config: dict[str, Any]) -> dict[str, Any]:
@@ -330,33 +367,38 @@ class _Place:
         if len(shape) == 2 and self.role.startswith("expert") and (count := fused.experts_in_rows(self.config)):
             rows = shape[0] // count
             for i in range(count):
-                load = partial(_part, entry.read, slice(i * rows, (i + 1) * rows))
-                yield self._matrix(f"{name}[{i}]", (rows, shape[1]), load, kind="expert")
+                part = slice(i * rows, (i + 1) * rows)
+                load = partial(_part, entry.read, part)
+                where = Position(entry.name, index=part)
+                yield self._matrix(f"{name}[{i}]", (rows, shape[1]), load, where, kind="expert")
         elif len(shape) == 2:
             yield from self._parts(name, shape, entry.read)
         elif len(shape) == 3 and shape[0] == 1 and entry.kind != "conv":  # ViT's position embeddings
-            yield self._matrix(name, shape[1:], partial(entry.read, 0))
+            yield self._matrix(name, shape[1:], partial(entry.read, 0), Position(entry.name, 0))
         elif entry.kind == "conv" or not self._is_stack():
             role = self.role if self.role in ("conv", "embed.patch") else roles.role_of(entry.name, "conv")
             pieces = math.prod(shape[2:])
-            yield self._matrix(name, shape[:2], self._kernel, kind="conv", role=role, pieces=pieces)
+            where = Position(entry.name, kernel=True)
+            yield self._matrix(name, shape[:2], self._kernel, where, kind="conv", role=role, pieces=pieces)
         else:
             for i in range(shape[0]):
-                yield from self._parts(f"{name}[{i}]", shape[1:], partial(entry.read, i), stacked=True)
+                yield from self._parts(f"{name}[{i}]", shape[1:], partial(entry.read, i), i)
 
     def _parts(
-        self, name: str, shape: tuple[int, ...], read: Callable[[], Array], *, stacked: bool = False
+        self, name: str, shape: tuple[int, ...], read: Callable[[], Array], element: int | None = None
     ) -> Iterator[WeightMatrix]:
         leaf = roles.stem(self.entry.name).rsplit(".", 1)[-1].lower()
         family, _, part = self.role.rpartition(".")
+        stacked = element is not None
         kind = "expert" if stacked else None
         parts = fused.split(leaf, part, (shape[0], shape[1]), self.config, stacked=stacked)
         if not parts:
-            yield self._matrix(name, shape, read, kind=kind)
+            yield self._matrix(name, shape, read, Position(self.entry.name, element), kind=kind)
         for piece in parts:
             role = f"{family}.{piece.suffix}" if family else self.role
             load = partial(_part, read, piece.index)
-            yield self._matrix(f"{name}[{piece.suffix}]", piece.shape, load, kind=kind, role=role)
+            where = Position(self.entry.name, element, piece.index)
+            yield self._matrix(f"{name}[{piece.suffix}]", piece.shape, load, where, kind=kind, role=role)
 
     def _is_stack(self) -> bool:
         """Whether a tensor of three axes is one matrix per expert rather than a kernel."""
@@ -366,14 +408,14 @@ class _Place:
         )
 
     def _kernel(self) -> Array:
-        out, inner = self.entry.shape[:2]
-        return self.entry.read().reshape(out, inner, -1).swapaxes(1, 2).swapaxes(0, 1)
+        return Position(self.entry.name, kernel=True).take(self.entry.read())
 
     def _matrix(
         self,
         name: str,
         shape: tuple[int, ...],
         load: Callable[[], Array],
+        position: Position,
         *,
         kind: str | None = None,
         role: str | None = None,
@@ -392,6 +434,7 @@ class _Place:
             kind=kind or entry.kind or ("embedding" if role.startswith("embed") else "linear"),
             dtype=entry.dtype,
             load=load,
+            position=position,
             problem=problem,
             warning=entry.warning,
         )

@@ -18,6 +18,7 @@ from htsr.errors import MissingDependencyError
 from htsr.files import written
 from htsr.matrices.sources import Model, WeightMatrix
 from htsr.spectra.metrics import LayerMetrics
+from htsr.surgery import Operation
 from htsr.training.memory import PARTS, MemoryPlans
 
 if TYPE_CHECKING:
@@ -212,6 +213,24 @@ def memory_table(memory: MemoryPlans) -> Table:
 
 def _millions(parameters: int) -> str:
     return f"{parameters / 1e6:,.1f} M"
+
+
+def surgery_table(operations: Sequence[Operation], width: int) -> Table:
+    """What `htsr project` did to each matrix, as a rich table of at most `width` characters."""
+    cells: dict[str, Callable[[Operation], str]] = {
+        "matrix": lambda o: o.name,
+        "role": lambda o: o.role,
+        "shape": lambda o: f"{o.rows}×{o.columns}",
+        "kept": lambda o: "" if o.kept is None else f"{o.kept}/{o.total}",
+        "‖W‖² kept": lambda o: "" if o.norm_kept is None else f"{o.norm_kept:.4f}",
+        "traps": lambda o: "" if o.traps_before is None else f"{o.traps_before}→{o.traps_after}",
+        "mean": lambda o: f"{o.mean_removed:.2g}" if o.mean_removed else "",
+        "clipped": lambda o: str(o.clipped) if o.clipped else "",
+        "note": lambda o: "" if o.status == "ok" else o.warning,
+    }
+    shown = [(header, [cell(operation) for operation in operations]) for header, cell in cells.items()]
+    filled = [column for column in shown if column[0] == "matrix" or any(column[1])]
+    return _fitted_table(filled, width, ("role", "shape", "mean", "clipped"))
 
 
 def _table(headers: Sequence[str]) -> Table:

@@ -1,0 +1,41 @@
+"""Where a weight matrix stands in the stored tensor that holds it: taking it out, and putting it back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from htsr.spectra.esd import Array
+
+
+@dataclass(frozen=True)
+class Position:
+    """The place of one matrix in a stored tensor.
+
+    Attributes:
+        tensor: name of the stored tensor.
+        element: index along the first axis, for an expert of a stack.
+        index: of a part of a fused matrix; None for all of it.
+        kernel: whether the tensor is a convolution kernel (out, in, …), whose offsets are the pieces of the matrix.
+    """
+
+    tensor: str
+    element: int | None = None
+    index: Any = field(default=None, compare=False)
+    kernel: bool = False
+
+    def take(self, whole: Array) -> Array:
+        """The matrix (m, n), or (pieces, m, n), out of the stored tensor."""
+        if self.kernel:
+            out, inner = whole.shape[:2]
+            return whole.reshape(out, inner, -1).swapaxes(1, 2).swapaxes(0, 1)
+        part = whole if self.element is None else whole[self.element]
+        return part if self.index is None else part[self.index]
+
+    def put(self, whole: Array, matrix: Array) -> None:
+        """Write the matrix into the stored tensor, in place."""
+        if self.kernel:
+            whole[...] = matrix.swapaxes(0, 1).swapaxes(1, 2).reshape(tuple(whole.shape))  # type: ignore[call-overload,assignment]
+            return
+        part = whole if self.element is None else whole[self.element]
+        part[... if self.index is None else self.index] = matrix  # type: ignore[assignment]

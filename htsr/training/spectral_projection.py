@@ -1,0 +1,123 @@
+"""A periodic gentle projection of each matrix's spectrum towards α = 2, for any torch optimizer.
+
+    optimizer = htsr.spectral_projection(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
+
+The optimizer stays what it is. After every `interval` of its steps the weights are nudged (`htsr.spectra.nudge`): the
+exponent of each power-law tail moves towards 2 as far as the trace-log (ERG) condition allows, at constant norm.
+Like decoupled weight decay it acts on the weights alone and leaves moments as they are.
+
+The only state is a count of steps, in the param groups, so `optimizer.state_dict()` carries it through any checkpoint.
+In a data-parallel run every rank does the same arithmetic on the same weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from htsr.errors import MatrixError, UsageError
+from htsr.matrices.entries import clean_name
+from htsr.matrices.sources import Filter, WeightMatrix, open_model
+from htsr.spectra.nudge import Nudge, nudge
+from htsr.spectra.tail import FitMethod
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+OptimizerType = TypeVar("OptimizerType", bound="torch.optim.Optimizer")
+
+STEPS = "htsr_spectral_steps"
+MIN_SIZE = 50  # smaller matrices have no tail to speak of
+
+
+def spectral_projection(
+    optimizer: OptimizerType,
+    model: nn.Module,
+    *,
+    strength: float = 0.05,
+    interval: int = 100,
+    fit: FitMethod = "ks",
+    where: Filter | None = None,
+) -> OptimizerType:
+    """Nudge the spectra of `model` towards α = 2 every `interval` steps of `optimizer`; returns the same optimizer.
+
+    Args:
+        optimizer: over parameters of `model`; gradients, moments and learning rates are left alone.
+        model: wrapped or not. Only weights that the optimizer trains are changed, tied ones once.
+        strength: of one nudge, in [0, 1]; 0 changes nothing.
+        interval: optimizer steps from one nudge to the next.
+        fit: how the power-law tail is chosen.
+        where: which matrices; by default those whose smaller side is at least 50.
+
+    Raises:
+        UsageError: a strength outside [0, 1], an interval below 1, no matrix to nudge, or sharded weights.
+    """
+    if not 0 <= strength <= 1:
+        raise UsageError(f"strength is between 0 and 1, not {strength}")
+    if interval < 1:
+        raise UsageError(f"interval is a number of steps, at least 1, not {interval}")
+    wanted = where or Filter(min_size=MIN_SIZE)
+    if not _trained(optimizer, model, wanted):
+        raise UsageError("the optimizer trains no matrix of the model that could be nudged")
+
+    def after_step(stepped: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        steps = 1 + max(group.get(STEPS, 0) for group in stepped.param_groups)
+        for group in stepped.param_groups:
+            group[STEPS] = steps
+        if strength > 0 and steps % interval == 0:
+            nudge_model(stepped, model, strength, fit=fit, where=wanted)
+
+    optimizer.register_step_post_hook(after_step)
+    return optimizer
+
+
+def nudge_model(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    strength: float,
+    *,
+    fit: FitMethod = "ks",
+    where: Filter | None = None,
+) -> dict[str, Nudge]:
+    """Nudge now every wanted matrix that the optimizer trains; returns what was moved, by name.
+
+    Matrices without a tail that could be moved are left as they are.
+    """
+    import torch
+
+    moved: dict[str, Nudge] = {}
+    for matrix, parameter in _trained(optimizer, model, where or Filter(min_size=MIN_SIZE)):
+        whole = parameter.detach()
+        try:
+            W, moved[matrix.name] = nudge(matrix.position.take(whole), strength, fit=fit)
+        except MatrixError as error:
+            logger.info("%s is not nudged: %s", matrix.name, error)
+            continue
+        with torch.no_grad():
+            matrix.position.put(whole, W)
+    return moved
+
+
+def _trained(
+    optimizer: torch.optim.Optimizer, model: nn.Module, where: Filter
+) -> list[tuple[WeightMatrix, torch.Tensor]]:
+    """The wanted matrices that are parameters of the optimizer as they stand (not W + ΔW, nor a parametrization)."""
+    mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = {
+        clean_name(name).removeprefix("base_model.model."): parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) in mine and parameter.requires_grad
+    }
+    found = []
+    for matrix in open_model(model):
+        parameter = parameters.get(matrix.position.tensor)
+        if parameter is None or not where(matrix):
+            continue
+        if matrix.problem is not None and matrix.problem[0] == "sharded":
+            raise UsageError(f"{matrix.name} is sharded over processes, and a spectrum needs the whole matrix")
+        if matrix.problem is None and not matrix.warning:
+            found.append((matrix, parameter))
+    return found

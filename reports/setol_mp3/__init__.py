@@ -1,0 +1,1 @@
+"""SETOL's three-layer perceptron on MNIST, trained across batch sizes and learning rates."""
