@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from htsr.spectra.esd import ESD, Windows, esd
     from htsr.spectra.metrics import LayerMetrics, Options
     from htsr.spectra.tail import PowerLawFit, fit_power_law
+    from htsr.training.layerwise import layerwise, multipliers
+    from htsr.training.policy import Policy
+    from htsr.training.schedulers import LayerwiseLR
 
 _HOMES = {
     "htsr.analysis": ("Analysis", "Progress", "analyze", "describe"),
@@ -28,6 +31,9 @@ _HOMES = {
     "htsr.spectra.esd": ("ESD", "Windows", "esd"),
     "htsr.spectra.metrics": ("LayerMetrics", "Options"),
     "htsr.spectra.tail": ("PowerLawFit", "fit_power_law"),
+    "htsr.training.layerwise": ("layerwise", "multipliers"),
+    "htsr.training.policy": ("Policy",),
+    "htsr.training.schedulers": ("LayerwiseLR",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -38,10 +44,12 @@ __all__ = [
     "Filter",
     "HtsrError",
     "LayerMetrics",
+    "LayerwiseLR",
     "MatrixError",
     "MissingDependencyError",
     "Model",
     "Options",
+    "Policy",
     "PowerLawFit",
     "Progress",
     "SourceError",
@@ -54,6 +62,8 @@ __all__ = [
     "describe",
     "esd",
     "fit_power_law",
+    "layerwise",
+    "multipliers",
 ]
 
 

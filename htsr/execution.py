@@ -9,7 +9,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from htsr.errors import UsageError
 from htsr.matrices.sources import WeightMatrix
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 SIDE_BY_SIDE = 160 << 20
 
 Progress = Callable[[int, Measured], None]
+Result = TypeVar("Result")
+Work = Callable[[Sequence[WeightMatrix]], Sequence[Result]]
 
 
 def measure_all(
@@ -31,22 +34,28 @@ def measure_all(
 ) -> list[Measured]:
     """Measure `matrices`; results in their order, `on_measured(index, result)` in the order of completion."""
     results: dict[int, Measured] = {}
-
-    def keep(index: int, result: Measured) -> None:
+    for index, result in for_each(matrices, partial(_measure, options)):
         results[index] = result
         if result.row.status != "ok":
             logger.info("%s: %s", result.row.name, result.row.warning)
         if on_measured is not None:
             on_measured(index, result)
+    return [results[i] for i in range(len(matrices))]
 
+
+def for_each(matrices: Sequence[WeightMatrix], work: Work[Result]) -> Iterator[tuple[int, Result]]:
+    """(index, result) of each matrix, in the order of completion.
+
+    Args:
+        matrices: what to work on.
+        work: the results of a few matrices of one shape; called in several threads.
+    """
     order = sorted(range(len(matrices)), key=lambda i: -matrices[i].cost)
     small = [i for i in order if _footprint(matrices[i]) <= SIDE_BY_SIDE]
-    large = [i for i in order if _footprint(matrices[i]) > SIDE_BY_SIDE]
-    for index, result in _in_threads(matrices, small, options):
-        keep(index, result)
-    for index in large:
-        keep(index, _measure([matrices[index]], options)[0])
-    return [results[i] for i in range(len(matrices))]
+    yield from _in_threads(matrices, small, work)
+    for index in order:
+        if _footprint(matrices[index]) > SIDE_BY_SIDE:
+            yield index, work([matrices[index]])[0]
 
 
 def identity(matrix: WeightMatrix) -> LayerMetrics:
@@ -63,7 +72,7 @@ def identity(matrix: WeightMatrix) -> LayerMetrics:
     )
 
 
-def _measure(matrices: Sequence[WeightMatrix], options: Options) -> list[Measured]:
+def _measure(options: Options, matrices: Sequence[WeightMatrix]) -> list[Measured]:
     return measure_batch([(matrix.read, identity(matrix)) for matrix in matrices], options)
 
 
@@ -80,13 +89,13 @@ def workers() -> int:
 
 
 def _in_threads(
-    matrices: Sequence[WeightMatrix], indices: Sequence[int], options: Options
-) -> Iterator[tuple[int, Measured]]:
+    matrices: Sequence[WeightMatrix], indices: Sequence[int], work: Work[Result]
+) -> Iterator[tuple[int, Result]]:
     if not indices:
         return
     batches = _batches(matrices, indices)
     with _one_blas_thread(), ThreadPoolExecutor(workers()) as pool:
-        futures = {pool.submit(_measure, [matrices[i] for i in batch], options): batch for batch in batches}
+        futures = {pool.submit(work, [matrices[i] for i in batch]): batch for batch in batches}
         pending = set(futures)
         try:
             while pending:

@@ -7,7 +7,7 @@ lora_alpha by module. Source: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732)
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,17 @@ def adapter_entries(folder: Path) -> list[Entry]:
 
     entries = []
     for name, entry in stored.items():
-        if match := re.fullmatch(r"(.+)\.lora_(A|embedding_A)(\.weight)?", name):
-            module = match[1]
+        if match := re.fullmatch(r"(.+)\.lora_(embedding_)?A(\.weight)?", name):
+            module, rank = match[1], entry.shape[0]
             B = stored.get(name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B"))
             if B is None:
                 raise SourceError(f"{folder}: {name} has no B beside it")
-            magnitude = stored.get(f"{module}.lora_magnitude_vector") or stored.get(
-                f"{module}.lora_magnitude_vector.weight"
-            )
-            entries.append(_delta(module, entry, B, magnitude, config, embedding=match[2] != "A"))
+            alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
+            scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+            transposed = bool(match[2] or config.get("fan_in_fan_out"))
+            vector = f"{module}.lora_magnitude_vector"
+            magnitude = stored.get(vector) or stored.get(f"{vector}.weight")
+            entries.append(_entry(module, _Delta(entry, B, scaling, transposed, magnitude), config))
         elif "lora_" not in name:
             name = name.replace(".modules_to_save.weight", ".weight").replace(".base_layer.", ".")
             entries.append(replace(entry, name=name))
@@ -75,61 +77,75 @@ def merged_with_base(adapter: list[Entry], base: list[Entry]) -> list[Entry]:
         if len(matches) != 1:
             raise SourceError(f"the adapter's {entry.name} matches {len(matches)} tensors of the base model, not one")
         target = by_name[matches[0]]
-        if entry.kind != "adapter":
+        if not isinstance(entry.read, _Delta):
             by_name[target.name] = replace(entry, name=target.name)
             continue
         if target.shape != entry.shape:
             raise SourceError(f"{target.name} is {target.shape} in the base model and {entry.shape} in the adapter")
-        by_name[target.name] = _sum(target, entry)
+        by_name[target.name] = _sum(target, entry.read)
     return list(by_name.values())
 
 
-def _delta(
-    module: str, A: Entry, B: Entry, magnitude: Entry | None, config: dict[str, Any], *, embedding: bool
-) -> Entry:
-    rank = A.shape[0]
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
-    scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    transpose = embedding or bool(config.get("fan_in_fan_out"))
-    shape = (B.shape[0], A.shape[1])
+def dora_factor(adapted: Any, magnitude: Any, transposed: bool) -> Any:
+    """What DoRA multiplies W + ΔW with: magnitude / ‖W + ΔW‖, one per output.
 
-    def read(index: int | None = None) -> Array:
-        a, b = (as_numpy(x.read()).astype("float32") for x in (A, B))
-        product = scaling * (b.reshape(b.shape[0], rank) @ a.reshape(rank, -1))
-        product = product.T if transpose else product.reshape(*b.shape[:1], *a.shape[1:])
-        return product if index is None else product[index]
-
-    full = shape[::-1] if transpose else (*shape, *A.shape[2:])
-    problem = None
-    if magnitude is not None:
-        problem = (
-            "needs_base",
-            f"{module} is a DoRA module, whose ΔW depends on its base: analyze it with base=…",
-        )
-    return Entry(
-        f"{module}.weight", full, A.dtype, _WithMagnitude(read, magnitude), kind="adapter", problem=problem,
-        warning=f"ΔW of rank {rank}",
-    )  # fmt: skip
+    Args:
+        adapted: W + ΔW, (out, in, …), or (in, out) where `transposed`; NumPy or torch.
+        magnitude: of any shape with one entry per output.
+        transposed: embeddings and GPT-2's Conv1D.
+    """
+    if transposed:
+        return magnitude.reshape(1, -1) / (adapted**2).sum(0) ** 0.5
+    norm = (adapted.reshape(adapted.shape[0], -1) ** 2).sum(1) ** 0.5
+    return (magnitude.reshape(-1) / norm).reshape(-1, *[1] * (adapted.ndim - 1))
 
 
-class _WithMagnitude:
-    """Reads ΔW; carries the DoRA magnitude for the sum with the base."""
+@dataclass(frozen=True)
+class _Delta:
+    """Reads ΔW = scaling · B·A."""
 
-    def __init__(self, read: Any, magnitude: Entry | None) -> None:
-        self.read, self.magnitude = read, magnitude
+    A: Entry
+    B: Entry
+    scaling: float
+    transposed: bool
+    magnitude: Entry | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = (self.B.shape[0], *self.A.shape[1:])
+        return shape[::-1] if self.transposed else shape
 
     def __call__(self, index: int | None = None) -> Array:
-        return self.read(index)  # type: ignore[no-any-return]
+        a, b = (as_numpy(x.read()).astype("float32") for x in (self.A, self.B))
+        product = self.scaling * (b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1))
+        product = product.T if self.transposed else product.reshape(self.shape)
+        return product if index is None else product[index]
 
 
-def _sum(base: Entry, delta: Entry) -> Entry:
-    magnitude = getattr(delta.read, "magnitude", None)
+def _entry(module: str, delta: _Delta, config: dict[str, Any]) -> Entry:
+    problem = None
+    if delta.magnitude is not None:
+        why = f"{module} is a DoRA module, whose ΔW depends on its base: analyze it with base=…"
+        problem = ("needs_base", why)
+    if any(str(target).rpartition(".")[0] in module for target in config.get("target_parameters") or ()):
+        why = f"{module} has adapted parameters, not layers, which can be read from the loaded PeftModel only"
+        problem = ("unsupported", why)
+    return Entry(
+        f"{module}.weight",
+        delta.shape,
+        delta.A.dtype,
+        delta,
+        kind="adapter",
+        problem=problem,
+        warning=f"ΔW of rank {delta.A.shape[0]}",
+    )
 
+
+def _sum(base: Entry, delta: _Delta) -> Entry:
     def read(index: int | None = None) -> Array:
-        total = as_numpy(base.read()).astype("float32") + as_numpy(delta.read())
-        if magnitude is not None:
-            m = as_numpy(magnitude.read()).reshape(-1, *[1] * (total.ndim - 1))
-            total *= m / (total.reshape(total.shape[0], -1) ** 2).sum(axis=1).reshape(m.shape) ** 0.5
+        total = as_numpy(base.read()).astype("float32") + as_numpy(delta())
+        if delta.magnitude is not None:
+            total *= dora_factor(total, as_numpy(delta.magnitude.read()), delta.transposed)
         return total if index is None else total[index]
 
     return replace(base, read=read, storage=None)

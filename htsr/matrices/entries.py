@@ -51,10 +51,11 @@ def clean_name(name: str) -> str:
 def tensor_entry(name: str, tensor: Any, **more: Any) -> Entry:
     """The entry of a torch tensor in memory."""
     dtype = str(tensor.dtype).removeprefix("torch.")
+    storage: Hashable = None
     if tensor.device.type == "meta":
-        more["problem"] = ("meta", f"{name} is on the meta device and has no values")
-    storage = None
-    if tensor.device.type != "meta" and tensor.numel():
+        more["problem"] = ("meta", f"{clean_name(name)} is on the meta device and has no values")
+        storage = ("meta", id(tensor))
+    elif tensor.numel():
         storage = (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
 
     def read(index: int | None = None) -> Array:

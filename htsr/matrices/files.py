@@ -99,7 +99,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise SourceError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(content, dict):
         raise SourceError(f"{file} is not a JSON object")
@@ -107,6 +107,21 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _indexed(index: Path) -> list[Entry]:
+    shards = shards_of(index)
+    for shard in shards:
+        if not (index.parent / shard).is_file():
+            raise SourceError(
+                f"{index.parent / shard} is missing; {index.name} says {len(shards)} files make the model"
+            )
+    return _merged([index.parent / shard for shard in shards])
+
+
+def shards_of(index: Path) -> list[str]:
+    """The file names in an index of shards.
+
+    Raises:
+        SourceError: not an index, or one that names files elsewhere.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{index} has no weight_map")
@@ -114,11 +129,7 @@ def _indexed(index: Path) -> list[Entry]:
     for shard in shards:
         if Path(shard).name != shard:
             raise SourceError(f"{index} names a file outside its folder: {shard}")
-        if not (index.parent / shard).is_file():
-            raise SourceError(
-                f"{index.parent / shard} is missing; {index.name} says {len(shards)} files make the model"
-            )
-    return _merged([index.parent / shard for shard in shards])
+    return shards
 
 
 def _merged(files: Iterable[Path]) -> list[Entry]:

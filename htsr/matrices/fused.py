@@ -12,12 +12,21 @@ from typing import Any
 
 import numpy as np
 
-# one per head: (heads, [q, k, v], head_dim) along the output axis
+# names under which q, k and v follow one another in whatever model
+_ALWAYS_IN_SEQUENCE = frozenset(
+    {"qkv", "in_proj_weight", "to_qkv", "qkv_linear", "att_proj", "w_pack", "attn_qkv"}  # attn_qkv is GGUF's
+)
+# layouts of the other names, by model_type
+_IN_SEQUENCE = frozenset(
+    {"phi3", "phi3_v", "phi4_multimodal", "modernbert", "modernbert-decoder", "mpt", "dbrx", "nomic_bert", "qwen"}
+)
 _PER_HEAD = frozenset({"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "deberta", "minimax"})
-# one per key-value group: (groups, [q … q, k, v], head_dim)
-_PER_GROUP = frozenset({"internlm2", "falcon"})
-_LAST_AXIS_OUT = frozenset({"gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter"})
-_SEQUENTIAL = frozenset({"c_attn", "qkv", "qkv_proj", "wqkv", "in_proj_weight", "att_proj", "w_pack", "attn_qkv"})
+_PER_GROUP = frozenset({"internlm2"})
+_SOMETIMES_MULTI_QUERY = frozenset({"falcon", "gpt_bigcode", "chatglm"})  # per head where they are not
+_GATED_QUERY = ("qwen3_next", "qwen3_5", "qwen4_exp")
+
+_EXPERTS_IN_BY_OUT = frozenset({"gpt_oss", "llama4_text", "llama4", "aria_text", "openai_privacy_filter"})
+_UP_FIRST = frozenset({"phi4_multimodal_audio"})
 
 
 @dataclass(frozen=True)
@@ -35,90 +44,107 @@ class Part:
     index: Any
 
 
-def split(leaf: str, shape: tuple[int, int], config: dict[str, Any]) -> list[Part]:
-    """Parts of the fused matrix that ends in `leaf`; empty where it is not fused or its layout is not known.
+def split(leaf: str, part: str, shape: tuple[int, int], config: dict[str, Any], *, stacked: bool = False) -> list[Part]:
+    """Parts of a matrix; none where it is not fused, or its layout is not known.
 
     Args:
         leaf: last component of the name, lower case, such as ``c_attn``.
+        part: what its role ends in, such as ``qkv``.
         shape: (m, n) of the matrix.
-        config: the model's configuration (``config.json``), which may be empty.
+        config: the configuration of this part of the model (its ``config.json``), empty where not known.
+        stacked: whether it is one of several experts in a 3-D tensor.
     """
-    config = config.get("text_config") or config
     model_type = str(config.get("model_type", ""))
-    if leaf in ("gate_up_proj", "wi", "ffn_gate_up", "gate_up") and (leaf != "wi" or "modernbert" in model_type):
-        return _gate_up(shape, config, model_type)
-    if leaf == "c_attn" and shape[1] == 3 * shape[0]:  # GPT-2's Conv1D stores in × out
-        return _sequential(shape, 1, [shape[0]] * 3)
-    heads, kv_heads, head_dim = _head_counts(config, shape)
-    if leaf == "query_key_value" or leaf in ("wqkv", "in_proj", "qkv_proj"):
-        if model_type in _PER_HEAD and _divides(shape[0], 3 * heads):
-            return _grouped(shape, heads, 1)
-        if model_type == "falcon" and not config.get("new_decoder_architecture") and not config.get("multi_query"):
-            return _grouped(shape, heads, 1) if _divides(shape[0], 3 * heads) else []
-        if model_type in _PER_GROUP and kv_heads and shape[0] == (heads + 2 * kv_heads) * head_dim:
-            return _grouped(shape, kv_heads, heads // kv_heads)
-        if model_type == "codegen" or leaf == "in_proj":
-            return []
-        if leaf == "query_key_value" and model_type not in ("chatglm", "glm"):
-            return []
-    if leaf in _SEQUENTIAL or leaf == "query_key_value":
-        if heads and shape[0] == (heads + 2 * kv_heads) * head_dim:
-            return _sequential(shape, 0, [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim])
-        if shape[0] == 3 * shape[1]:
-            return _sequential(shape, 0, [shape[1]] * 3)
+    if part == "gate_up" or (leaf, model_type) == ("dense_h_to_4h", "chatglm"):
+        return _gate_up(leaf, shape, config, model_type, stacked)
+    if part == "qkv":
+        return _qkv(leaf, shape, config, model_type)
+    if part == "kv" and shape[0] == 2 * shape[1] and (leaf != "kv_proj" or model_type == "jetmoe"):
+        return _sequential(shape, 0, k=shape[1], v=shape[1])
+    if part == "q" and model_type.startswith(_GATED_QUERY):
+        heads, _, head_dim = _head_counts(config)
+        return _grouped(shape, heads, q=1, gate=1) if shape[0] == 2 * heads * head_dim else []
     return []
 
 
-def _head_counts(config: dict[str, Any], shape: tuple[int, int]) -> tuple[int, int, int]:
+def _qkv(leaf: str, shape: tuple[int, int], config: dict[str, Any], model_type: str) -> list[Part]:
+    heads, groups, head_dim = _head_counts(config)
+    if leaf == "c_attn" and shape[1] == 3 * shape[0]:  # GPT-2's Conv1D stores in × out
+        return _sequential(shape, 1, q=shape[0], k=shape[0], v=shape[0])
+    if leaf == "c_attn" and shape[1] == 2 * shape[0]:  # in its cross-attention
+        return _sequential(shape, 1, k=shape[0], v=shape[0])
+    if leaf in _ALWAYS_IN_SEQUENCE and shape[0] in (3 * shape[1], 6 * shape[1]):  # 6: Hiera's stages double the width
+        third = shape[0] // 3
+        return _sequential(shape, 0, q=third, k=third, v=third)
+    if not heads or shape[0] != (heads + 2 * groups) * head_dim:
+        return []
+    if model_type == "codegen":  # as laid out for four TPU cores
+        return _grouped(shape, 4, q=1, v=1, k=1)
+    per_head = model_type in _PER_HEAD or (model_type in _SOMETIMES_MULTI_QUERY and heads == groups)
+    if per_head or model_type in _PER_GROUP or config.get("new_decoder_architecture"):
+        return _grouped(shape, groups, q=heads // groups, k=1, v=1)
+    if leaf in _ALWAYS_IN_SEQUENCE or model_type in _IN_SEQUENCE | _SOMETIMES_MULTI_QUERY:
+        return _sequential(shape, 0, q=heads * head_dim, k=groups * head_dim, v=groups * head_dim)
+    return []
+
+
+def _head_counts(config: dict[str, Any]) -> tuple[int, int, int]:
+    """Heads, key-value heads and their dimension; 0 where not known."""
+
     def first(*keys: str) -> int:
         return next((int(config[key]) for key in keys if isinstance(config.get(key), int)), 0)
 
-    hidden = first("hidden_size", "n_embd", "d_model", "dim") or shape[1]
     heads = first("num_attention_heads", "n_head", "n_heads", "num_heads")
-    default = 1 if config.get("multi_query") else heads
-    kv_heads = first("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num") or default
-    if config.get("multi_query") and not config.get("new_decoder_architecture"):
-        kv_heads = first("multi_query_group_num") or 1
-    head_dim = first("head_dim", "kv_channels") or (hidden // heads if heads else 0)
-    return heads, kv_heads, head_dim
+    groups = first("num_key_value_heads", "num_kv_heads", "n_head_kv") or heads
+    multi_query = config.get("multi_query_attention", config.get("multi_query"))
+    if config.get("model_type") == "falcon" and not config.get("new_decoder_architecture"):
+        groups = heads  # `num_kv_heads` holds for the new architecture only
+    if multi_query and not config.get("new_decoder_architecture"):
+        groups = first("multi_query_group_num") or 1
+    if isinstance(attention := config.get("attn_config"), dict):  # DBRX
+        groups = attention.get("kv_n_heads") or groups
+    hidden = first("hidden_size", "n_embd", "d_model", "dim")
+    return heads, groups, first("head_dim", "kv_channels") or (hidden // heads if heads else 0)
 
 
-def _divides(total: int, parts: int) -> bool:
-    return parts > 0 and total % parts == 0
-
-
-def _sequential(shape: tuple[int, int], axis: int, sizes: list[int], names: str = "q k v") -> list[Part]:
-    parts = []
-    start = 0
-    for suffix, size in zip(names.split(), sizes, strict=True):
-        where = slice(start, start + size)
-        index = (where, slice(None)) if axis == 0 else (slice(None), where)
-        part_shape = (size, shape[1]) if axis == 0 else (shape[0], size)
-        parts.append(Part(suffix, part_shape, lambda array, index=index: array[index]))  # type: ignore[misc]
-        start += size
-    return parts
-
-
-def _grouped(shape: tuple[int, int], groups: int, queries: int) -> list[Part]:
-    """Rows laid out (groups, queries + 2, head_dim): `queries` of q, then one of k, one of v."""
-    rows = np.arange(shape[0]).reshape(groups, queries + 2, -1)
-    chosen = {"q": rows[:, :queries], "k": rows[:, queries : queries + 1], "v": rows[:, queries + 1 :]}
-    return [Part(suffix, (index.size, shape[1]), index.ravel()) for suffix, index in chosen.items()]
-
-
-def _gate_up(shape: tuple[int, int], config: dict[str, Any], model_type: str) -> list[Part]:
-    hidden = config.get("hidden_size")
+def _gate_up(leaf: str, shape: tuple[int, int], config: dict[str, Any], model_type: str, stacked: bool) -> list[Part]:
     axis = 0
-    if shape[0] == hidden and (shape[1] != hidden or model_type in _LAST_AXIS_OUT):
-        axis = 1
+    if stacked:
+        hidden = config.get("hidden_size")
+        if hidden not in shape:
+            return []
+        if shape[0] == hidden:
+            axis = 1 if shape[1] != hidden or model_type in _EXPERTS_IN_BY_OUT else 0
     if shape[axis] % 2:
         return []
     half = shape[axis] // 2
-    if model_type in ("gpt_oss", "openai_privacy_filter"):  # gate and up alternate
-        picks = (slice(0, None, 2), slice(1, None, 2))
-        part_shape = (half, shape[1]) if axis == 0 else (shape[0], half)
-        return [
-            Part(name, part_shape, (pick, slice(None)) if axis == 0 else (slice(None), pick))
-            for name, pick in zip(("gate", "up"), picks, strict=True)
-        ]
-    return _sequential(shape, axis, [half, half], "gate up")
+    if model_type == "gpt_oss" and stacked:
+        return [Part(name, (shape[0], half), (slice(None), slice(i, None, 2))) for i, name in enumerate(("gate", "up"))]
+    if leaf == "up_gate_proj" or model_type in _UP_FIRST:
+        return _sequential(shape, axis, up=half, gate=half)
+    return _sequential(shape, axis, gate=half, up=half)
+
+
+def _sequential(shape: tuple[int, int], axis: int, **sizes: int) -> list[Part]:
+    """Parts that follow one another along an axis."""
+    parts, start = [], 0
+    for suffix, size in sizes.items():
+        where = slice(start, start + size)
+        start += size
+        parts.append(
+            Part(suffix, (size, shape[1]), (where, slice(None)))
+            if axis == 0
+            else Part(suffix, (shape[0], size), (slice(None), where))
+        )
+    return parts
+
+
+def _grouped(shape: tuple[int, int], groups: int, **counts: int) -> list[Part]:
+    """Parts of rows laid out (groups, members, head_dim), where `counts` says how many members are whose."""
+    rows = np.arange(shape[0]).reshape(groups, sum(counts.values()), -1)
+    parts, start = [], 0
+    for suffix, count in counts.items():
+        chosen = rows[:, start : start + count].ravel()
+        start += count
+        parts.append(Part(suffix, (chosen.size, shape[1]), chosen))
+    return parts

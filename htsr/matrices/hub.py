@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from htsr.errors import SourceError
+from htsr.matrices.files import shards_of
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -53,8 +53,7 @@ def fetch(repo: str, revision: str | None = None) -> Path:
         get("adapter_config.json")
         for index in _INDEXES:
             if (file := get(index)) is not None:
-                shards = set(json.loads(file.read_text())["weight_map"].values())
-                missing = [shard for shard in sorted(shards) if get(shard) is None]
+                missing = [shard for shard in shards_of(file) if get(shard) is None]
                 if missing:
                     raise SourceError(f"{repo}{at}: {missing[0]} is neither on the hub nor in the cache")
                 return file.parent

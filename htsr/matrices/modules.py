@@ -2,57 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from htsr.matrices.adapters import dora_factor
 from htsr.matrices.entries import Entry, clean_name, tensor_entry
+from htsr.matrices.quantized import PACKED
 from htsr.spectra.esd import Array
 
 if TYPE_CHECKING:
     import torch
 
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "OptimizedModule": "_orig_mod",
+}
+
 
 def module_entries(module: torch.nn.Module) -> list[Entry]:
-    """The parameters of a module as it computes: LoRA layers as W + ΔW of the active adapters, quantised as floats."""
-    entries: list[Entry] = []
-    done: list[str] = []
-    for name, child in module.named_modules():
-        prefix = clean_name(name)
-        if any(prefix.startswith(parent) for parent in done):
-            continue
-        if hasattr(child, "get_delta_weight") and hasattr(child, "base_layer"):
-            entries.append(_lora(f"{prefix}.weight", child))
-            done.append(f"{prefix}.")
-        elif _is_quantized(child):
-            entries.append(_quantized(f"{prefix}.weight", child))
-            done.append(f"{prefix}.")
-        else:
-            own = child.named_parameters(prefix=prefix, recurse=False, remove_duplicate=False)
-            entries.extend(_parameter(parameter_name, parameter, child) for parameter_name, parameter in own)
-    return [replace(entry, name=entry.name.removeprefix("base_model.model.")) for entry in entries]
+    """The parameters of a module as it computes: with its active adapters, parametrizations, and de-quantised."""
+    entries = _entries(module, "", set())
+    return [replace(entry, name=clean_name(entry.name).removeprefix("base_model.model.")) for entry in entries]
 
 
 def module_config(module: Any) -> dict[str, Any]:
     """The configuration of a transformers model, however wrapped; empty for other modules."""
-    while not hasattr(module, "config") and hasattr(module, "module"):
-        module = module.module
-    to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+    to_dict = getattr(getattr(unwrapped(module), "config", None), "to_dict", None)
     return dict(to_dict()) if to_dict else {}
 
 
-def _parameter(name: str, parameter: Any, owner: torch.nn.Module) -> Entry:
+def unwrapped(module: Any) -> Any:
+    """The module inside DDP, FSDP and torch.compile."""
+    while inner := _WRAPPERS.get(type(module).__name__):
+        module = getattr(module, inner)
+    return module
+
+
+def _entries(module: Any, prefix: str, seen: set[int]) -> Iterator[Entry]:
+    """The weights of `module` and of what is inside, named from `prefix` on."""
+    from torch.nn.utils.parametrize import is_parametrized
+
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer"):
+        yield from _lora(module, prefix, seen)
+        return
+    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):  # PEFT's
+        active = None if module.disable_adapters else next(iter(module.active_adapters), None)
+        yield from _entries(module.modules_to_save[active] if active else module.original_module, prefix, seen)
+        return
+    if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+        yield _bitsandbytes(f"{prefix}weight", module)
+        return
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        yield _parameter(prefix + name, parameter, _kind(module))
+    for name, buffer in module.named_buffers(recurse=False):
+        if f".{name}" in PACKED:
+            yield tensor_entry(prefix + name, buffer)
+    if is_parametrized(module):
+        yield from _parametrized(module, prefix)
+    for name, child in module.named_children():
+        if not (name == "parametrizations" and is_parametrized(module)):
+            yield from _entries(child, f"{prefix}{name}.", seen)
+
+
+def _kind(module: Any) -> str | None:
     from torch import nn
 
-    kind = None
-    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
-        kind = "embedding"
-    elif isinstance(owner, nn.modules.conv._ConvNd):
-        kind = "conv"
-    elif isinstance(owner, nn.Linear):
-        kind = "linear"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "conv"
+    return "linear" if isinstance(module, nn.Linear) else None
+
+
+def _parameter(name: str, parameter: Any, kind: str | None) -> Entry:
+    from torch import nn
+
     if type(parameter).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
         why = f"{clean_name(name)} is sharded over processes; analyze the gathered model or its checkpoint"
-        return _unread(name, parameter, ("sharded", why))
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        return Entry(name, shape, dtype, lambda: parameter, kind=kind, problem=("sharded", why))
     if hasattr(parameter, "dequantize") and type(parameter) is not nn.Parameter:
 
         def read(index: int | None = None) -> Array:
@@ -60,32 +96,59 @@ def _parameter(name: str, parameter: Any, owner: torch.nn.Module) -> Entry:
             return values if index is None else values[index]  # type: ignore[no-any-return]
 
         shape, dtype = tuple(parameter.shape), type(parameter).__name__
-        return Entry(clean_name(name), shape, dtype, read, storage=id(parameter), kind=kind, warning="de-quantised")
+        return Entry(name, shape, dtype, read, storage=id(parameter), kind=kind, warning="de-quantised")
     return tensor_entry(name, parameter, kind=kind)
 
 
-def _lora(name: str, layer: Any) -> Entry:
-    weight = layer.base_layer.weight
-    if _is_quantized(layer.base_layer):
-        return _unread(name, weight, ("quantized", f"{name} is a LoRA layer on a quantised base; merge it first"))
-    if any(getattr(layer, "use_dora", {}).values()) and not layer.merged:
-        return _unread(name, weight, ("unmerged", f"{name} is a DoRA layer; merge the adapter first"))
+def _parametrized(module: Any, prefix: str) -> Iterator[Entry]:
+    """Weights that are computed from others: weight norm, spectral norm."""
+    for name, parametrization in module.parametrizations.items():
+        original = next(parametrization.parameters())
+        shape = getattr(module, name).shape if original.device.type != "meta" else original.shape
+
+        def read(index: int | None = None, name: str = name) -> Array:
+            W = getattr(module, name).detach()
+            return W if index is None else W[index]  # type: ignore[no-any-return]
+
+        entry = replace(tensor_entry(prefix + name, original, kind=_kind(module)), shape=tuple(shape))
+        yield entry if entry.problem else replace(entry, read=read, storage=None)
+
+
+def _lora(layer: Any, prefix: str, seen: set[int]) -> Iterator[Entry]:
+    """The weights under a LoRA layer, W + ΔW of its active adapters in place of W."""
+    name = getattr(layer, "parameter_name", "weight")  # PEFT can also adapt a bare parameter
+    for entry in _entries(layer.base_layer, prefix, seen):
+        yield _adapted(entry, layer) if clean_name(entry.name) == clean_name(prefix + name) else entry
+
+
+def _adapted(entry: Entry, layer: Any) -> Entry:
+    names = [] if layer.disable_adapters else layer.active_adapters
+    adapters = [a for a in names if a in layer.scaling and a not in layer.merged_adapters]
+    variants = getattr(layer, "lora_variant", {})
+    unknown = [a for a in adapters if a in variants and not layer.use_dora.get(a)]
+    if unknown:
+        why = f"{entry.name} has a LoRA variant that htsr does not know; merge it first"
+        return replace(entry, problem=("unmerged", why), storage=None)
+    if entry.problem or not adapters:
+        return entry
 
     def read(index: int | None = None) -> Array:
-        W = weight.detach()
-        for adapter in () if layer.merged else layer.active_adapters:
-            if adapter in layer.scaling:
-                W = W + layer.get_delta_weight(adapter).detach().to(W)
-        return W if index is None else W[index]  # type: ignore[no-any-return]
+        import torch
 
-    return replace(tensor_entry(name, weight), read=read, storage=None)
+        base = W = torch.as_tensor(entry.read())
+        for adapter in adapters:
+            delta = layer.get_delta_weight(adapter).detach()
+            W = W + delta.to(W)
+            if layer.use_dora.get(adapter):
+                magnitude = layer.lora_magnitude_vector[adapter].weight.detach()
+                transposed = entry.kind == "embedding" or bool(layer.fan_in_fan_out)
+                W = W * dora_factor(base + delta.to(base), magnitude, transposed)
+        return W if index is None else W[index]
+
+    return replace(entry, read=read, storage=None)
 
 
-def _is_quantized(module: Any) -> bool:
-    return type(module).__name__ in ("Linear4bit", "Linear8bitLt")
-
-
-def _quantized(name: str, layer: Any) -> Entry:
+def _bitsandbytes(name: str, layer: Any) -> Entry:
     def read(index: int | None = None) -> Array:
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
@@ -94,8 +157,3 @@ def _quantized(name: str, layer: Any) -> Entry:
 
     shape = (layer.out_features, layer.in_features)
     return Entry(name, shape, type(layer).__name__, read, kind="linear", warning="de-quantised by bitsandbytes")
-
-
-def _unread(name: str, parameter: Any, problem: tuple[str, str]) -> Entry:
-    dtype = str(parameter.dtype).removeprefix("torch.")
-    return Entry(clean_name(name), tuple(parameter.shape), dtype, lambda: parameter, problem=problem)

@@ -21,11 +21,11 @@ from typing import Any
 from htsr.matrices.entries import Entry
 from htsr.spectra.esd import Array, as_numpy
 
-_PACKED = (".qweight", ".weight_packed")
+PACKED = (".qweight", ".weight_packed")
 _COMPANIONS = (
     ".SCB", ".weight_format", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".weight_scale",
     ".weight_scale_inv", ".input_scale", ".weight_shape", ".weight_zero_point", ".qzeros", ".scales", ".g_idx",
-    ".scale_weight", "_scale_inv",
+    ".scale_weight", "_scale_inv", "_scales",
 )  # fmt: skip
 
 
@@ -34,26 +34,22 @@ def dequantized(entries: list[Entry]) -> list[Entry]:
     by_name = {entry.name: entry for entry in entries}
     result = []
     for entry in entries:
-        if _is_companion(entry.name):
+        if entry.name.endswith(_COMPANIONS) or ".quant_state." in entry.name:
             continue
         result.append(_dequantized(entry, by_name))
     return result
 
 
-def _is_companion(name: str) -> bool:
-    return name.endswith((*_COMPANIONS, "_scales")) or ".quant_state." in name
-
-
 def _dequantized(entry: Entry, by_name: dict[str, Entry]) -> Entry:
     name, stem = entry.name, entry.name.removesuffix(".weight")
-    if name.endswith(_PACKED):
+    if name.endswith(PACKED):
         return _unreadable(entry, "a packed format (GPTQ, AWQ, compressed-tensors) that htsr does not unpack")
     scale: Entry | None
     if entry.dtype == "int8" and (scale := by_name.get(f"{stem}.SCB")):
         return _scaled(entry, scale, lambda W, s: W * s.reshape(-1, 1) / 127.0, "8-bit")
-    state = next((by_name[k] for k in by_name if k.startswith(f"{name}.quant_state.bitsandbytes__")), None)
-    if state is not None:
-        return _bitsandbytes(entry, state, by_name)
+    for kind in ("nf4", "fp4"):
+        if state := by_name.get(f"{name}.quant_state.bitsandbytes__{kind}"):
+            return _bitsandbytes(entry, state, by_name)
     for suffix in (".weight_scale_inv", ".weight_scale", ".scale_weight"):
         if (scale := by_name.get(stem + suffix)) and entry.dtype in ("int8", "float8_e4m3fn", "float8_e5m2"):
             return _scaled(entry, scale, _by_blocks, "8-bit" if entry.dtype == "int8" else "FP8")
@@ -67,22 +63,24 @@ def _dequantized(entry: Entry, by_name: dict[str, Entry]) -> Entry:
 def _scaled(entry: Entry, scale: Entry, combine: Callable[[Any, Any], Array], what: str) -> Entry:
     def read(index: int | None = None) -> Array:
         factor = as_numpy(scale.read())
-        if index is not None and factor.ndim == len(entry.shape):
+        if index is None:
+            return combine(as_numpy(entry.read()).astype("float32"), factor)
+        if factor.ndim and factor.shape[0] == entry.shape[0]:
             factor = factor[index]
-        return combine(as_numpy(entry.read(index) if index is not None else entry.read()).astype("float32"), factor)
+        return combine(as_numpy(entry.read(index)).astype("float32"), factor)
 
     return replace(entry, read=read, warning=f"de-quantised from {what}")
 
 
 def _by_blocks(W: Any, scale: Any) -> Array:
-    """W times a scale that is a scalar, one per row, or one per block (the last block may be cut)."""
+    """W times a scale that is a scalar, one per row, or one per block (of 128, the last one cut, or of equal parts)."""
     if scale.size == 1:
         return W * float(scale.reshape(-1)[0])  # type: ignore[no-any-return]
     if scale.ndim == 1:
         scale = scale[:, None]
     for axis in (-2, -1):
-        size = W.shape[axis]
-        block = -(-size // scale.shape[axis])
+        size, blocks = W.shape[axis], scale.shape[axis]
+        block = 128 if -(-size // 128) == blocks else -(-size // blocks)
         scale = scale.repeat(block, axis=axis).take(range(size), axis=axis)
     return W * scale  # type: ignore[no-any-return]
 
@@ -98,7 +96,9 @@ def _bitsandbytes(entry: Entry, state: Entry, by_name: dict[str, Entry]) -> Entr
     parts = {k.removeprefix(entry.name + "."): v for k, v in by_name.items() if k.startswith(entry.name + ".")}
 
     def quant_state() -> Any:
-        return QuantState.from_dict({k: torch.as_tensor(v.read()) for k, v in parts.items()}, device="cpu")
+        return QuantState.from_dict(
+            {k: torch.as_tensor(v.read()) for k, v in parts.items()}, device=torch.device("cpu")
+        )
 
     def read(index: int | None = None) -> Array:
         W = dequantize_4bit(torch.as_tensor(entry.read()), quant_state()).float()
@@ -130,6 +130,6 @@ def _mxfp4(blocks: Entry, scales: Entry) -> Entry:
 
 def _unreadable(entry: Entry, why: str) -> Entry:
     name = entry.name
-    for suffix in _PACKED:
+    for suffix in PACKED:
         name = name.removesuffix(suffix)
     return replace(entry, name=name, problem=("quantized", f"{name} is stored in {why}"))

@@ -1,9 +1,23 @@
 """What a weight matrix does, told from its name: role and block.
 
-Roles: ``embed``, ``embed.position``, ``attn.q`` ``.k`` ``.v`` ``.o`` (and ``.qkv`` … where fused),
-``cross_attn.*``, ``mlp.gate`` ``.up`` ``.down``, ``expert.*``, ``shared_expert.*``, ``router``, ``ssm.*``, ``conv``,
-``pooler``, ``head``, ``other``. In a model with several stacks (encoder-decoder, vision-language) the roles of the
-named stacks carry its name, as in ``decoder.attn.q`` or ``vision.mlp.up``.
+============================== =======================================================================================
+role                           what
+============================== =======================================================================================
+``embed``                      token table; ``.position`` ``.type`` of positions, segments; ``.patch`` the projection of
+                               patches; ``.proj`` a linear map behind the table (factorized embeddings)
+``attn.q`` ``.k`` ``.v`` ``.o`` self-attention; ``.qkv`` ``.kv`` fused; ``.q_a`` ``.q_b`` ``.kv_a`` … factorized (MLA);
+                               ``.gate`` output gate; ``.pos_q`` ``.pos_k`` maps of relative positions
+``cross_attn.*``               the same of cross-attention
+``mlp.gate`` ``.up`` ``.down`` feed-forward; ``.gate`` is the one that the activation acts on; ``.gate_up`` fused
+``expert.*`` ``shared_expert.*`` the same of a mixture's experts; ``router`` picks them
+``ssm.*``                      state-space and linear-attention mixers, by the names of their projections
+``conv`` ``downsample`` ``rnn`` convolution kernels; Swin's patch merging; LSTMs and GRUs
+``projector``                  between modalities (LLaVA's projector, CLIP's projections)
+``pooler`` ``head`` ``other``  the rest
+============================== =======================================================================================
+
+In a model with several stacks (encoder-decoder, vision-language) the roles of the named ones carry its name, as in
+``decoder.attn.q`` or ``vision.mlp.up``; a language model beside a vision tower goes without.
 """
 
 from __future__ import annotations
@@ -11,145 +25,222 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_ATTENTION_PARTS = {
-    "q": "q_proj query q_lin wq q to_q q_attn attn_q query_proj q_linear linear_q",
-    "k": "k_proj key k_lin wk k to_k attn_k key_proj k_linear linear_k",
-    "v": "v_proj value v_lin wv v to_v attn_v value_proj v_linear linear_v",
-    "o": "o_proj out_proj out_lin wo o to_out attn_output attn_out attention_output proj c_proj dense linear_out",
-    "qkv": "c_attn qkv qkv_proj query_key_value wqkv in_proj in_proj_weight att_proj w_pack attn_qkv qkv_linear",
-    "kv": "kv_proj to_kv key_value kv",
-    "q_a": "q_a_proj wq_a attn_q_a",
-    "q_b": "q_b_proj wq_b attn_q_b",
-    "kv_a": "kv_a_proj kv_a_proj_with_mqa wkv_a attn_kv_a_mqa",
-    "kv_b": "kv_b_proj wkv_b attn_kv_b",
-}
-_MLP_PARTS = {
-    "gate": "gate_proj w1 wi_0 ffn_gate ffn_gate_exps gate linear_gate",
-    "up": "up_proj w3 fc1 c_fc dense_h_to_4h wi wi_1 lin1 fc_in ffn_up ffn_up_exps linear1 linear_fc1 ff1 up "
-    "intermediate",
-    "down": "down_proj w2 fc2 c_proj dense_4h_to_h wo lin2 fc_out ffn_down ffn_down_exps linear2 linear_fc2 ff2 down "
-    "output",
-    "gate_up": "gate_up_proj gate_up w13",
-}
-_ATTENTION = {leaf: part for part, leaves in _ATTENTION_PARTS.items() for leaf in leaves.split()}
-_MLP = {leaf: part for part, leaves in _MLP_PARTS.items() for leaf in leaves.split()}
-_AMBIGUOUS = {"o", "proj", "c_proj", "dense", "wo", "in_proj", "kv", "q", "k", "v", "key", "value", "query"}
-_PLAIN_ATTENTION = frozenset(_ATTENTION) - _AMBIGUOUS
 
-_ATTENTION_PATH = re.compile(r"attn|attention|(^|\.)att(\.|$)|mixer\.self|selfattention|encdecattention")
-_CROSS_PATH = re.compile(r"cross_?att|encoder_attn|encdecattention|attn2|multihead_attn|inter_attention")
-_SSM_PATH = re.compile(r"mamba|ssm|mixer|conv\.(in|out)_proj|linear_attn")
-_ROUTER = re.compile(r"(moe|mlp|ffn|feed_forward|experts?|block)\.(gate|router|wg)$|router|ffn_gate_inp|gate\.wg$")
-_HEAD = re.compile(
-    r"^(.*\.)?(lm_head|embed_out|score|classifier|fc_classifier|cls\.predictions\.decoder|mlm_head|vocab_projector|"
-    r"qa_outputs|logits|head|generator\.decoder)(\.\w+)?$|^(output|fc|linear|decoder|final_layer)$"
+def _table(**parts: str) -> dict[str, str]:
+    return {leaf: part for part, leaves in parts.items() for leaf in leaves.split()}
+
+
+# last component of a name → part: anywhere in a network …
+_ATTENTION = _table(
+    q="q_proj query_proj q_lin q_linear linear_q wq to_q to_query q_attn project_q projection_query",
+    k="k_proj key_proj k_lin k_linear linear_k wk to_k to_key project_k projection_key",
+    v="v_proj value_proj v_lin v_linear linear_v wv to_v to_value project_v projection_value",
+    o="o_proj out_lin to_out attention_output attention_out",
+    qkv="qkv qkv_proj to_qkv c_attn query_key_value wqkv w_pack att_proj in_proj_weight qkv_linear",
+    kv="kv_proj to_kv",
+    q_a="q_a_proj wq_a",
+    q_b="q_b_proj wq_b",
+    kv_a="kv_a_proj kv_a_proj_with_mqa wkv_a",
+    kv_b="kv_b_proj wkv_b",
+    o_a="o_a_proj wo_a",
+    o_b="o_b_proj wo_b",
+    pos_q="pos_query_proj pos_q_proj",
+    pos_k="pos_key_proj pos_proj relative_k_proj linear_pos r_kernel",
 )
-_CONTAINER = re.compile(r"^(layer|stage|block|conv|features|down_blocks|up_blocks)_?(\d+)$")
+_MLP = _table(
+    gate="gate_proj w1 wi_0 fc1_g linear_gate",
+    up="up_proj w3 v1 wi wi_1 fc1 fc_1 fc1_x fc_in c_fc lin1 linear1 linear_1 linear_fc1 ff1 ffn dense_h_to_4h "
+    "intermediate intermediate_dense intermediate_query pwconv1 pointwise_conv1",
+    down="down_proj w2 wo fc2 fc_2 fc_out c_proj lin2 linear2 linear_2 linear_fc2 ff2 dense_4h_to_h output "
+    "output_dense output_query pwconv2 pointwise_conv2",
+    gate_up="gate_up_proj w12 w13 weights_in up_gate_proj",
+)
+# … and only where the path says so
+_INSIDE_ATTENTION = _ATTENTION | _table(
+    q="q query queries q_head query_global",
+    k="k key keys k_head key_global",
+    v="v value values v_head value_global",
+    r="receptance",
+    o="o out output wo out_proj output_proj proj c_proj dense linear_out project projection projection_layer post "
+    "post_proj",
+    qkv="in_proj",
+    kv="kv key_value",
+    q_a="q_a",
+    q_b="q_b",
+    kv_a="kv_a_mqa",
+    kv_b="kv_b",
+    k_b="k_b",
+    v_b="v_b",
+    pos_k="r",
+    gate="gate g g_proj q_gate_proj gate_proj output_gate",
+    gate_a="g_a_proj",
+    gate_b="g_b_proj",
+)
+_INSIDE_MLP = _MLP | _table(
+    gate="gate receptance proj_up_gate",
+    up="up key in_proj input layer1 layer_1 ffw_layer_1 dense1 proj_in proj_up w_in",
+    down="down value out_proj output_linear weights_out proj dense layer2 layer_2 ffw_layer_2 dense2 proj_out "
+    "proj_down w_out",
+    gate_up="gate_up input_linear",
+)
+_SSM = {"in": "in", "in_proj": "in"} | _table(
+    conv="conv1d",
+    x="x x_proj linear_x",
+    y="linear_y",
+    dt="dt dt_proj",
+    out="out out_proj linear_out",
+    qkv="in_proj_qkv",
+    qkvz="in_proj_qkvz",
+    z="in_proj_z",
+    ba="in_proj_ba",
+    a="in_proj_a a_proj",
+    b="in_proj_b b_proj",
+)
+
+# where a path leads; paths are lower case, without numbers and without ".weight"
+_EMBEDDINGS = {
+    "embed.position": r"(^|[._])position|pos_?emb|(^|\.)(wpe|pos)$|rel(ative)?_pos|relative_(attention_)?bias|"
+    r"rel_attn_emb|rel_emb|distance_emb|attn\.rel_b",
+    "embed.type": r"token_type|segment_|type_emb",
+    "embed.patch": r"patch_?emb|patch_(proj|conv)|conv_proj$",
+    "embed.proj": r"embeddings?_(proj|hidden_mapping|transf)|embed_proj|(^|\.)project_(in|out)$",
+    "embed": r"(embed(ding)?s?|embed_\w+|(^|\.)(wte|shared|token_embd|embed_in))$",
+}
+_ROUTER = re.compile(
+    r"(^|[._])router\b|(moe|mlp|ffn|feed_forward|mixer)\.(gate|wg|gate_inp\w*)$|gate\.wg$|expert_gate$"
+)
+_PROJECTOR = (
+    r"projector|connector|aligner|merger|embed_(vision|audio)|^mm(_\w+)?\b|^visual\.proj$|_to_\w+_projection|"
+    r"(^|\.)(text|language|visual|vision|image|audio|speech|modality|multi_modal)_proj(ection)?\b"
+)
+_HEAD = (
+    r"(^|\.)(\w*lm_head\w*|cls|(\w+_)?heads?(_\w+)?|\w*classif\w*|score|\w*logits|embed_out|qa_outputs|vocab_\w+|"
+    r"generator\w*|output_projection|output_layer|\w*predictions|seq_relationship)(\.|$)|"
+    r"^(model\.)?(output|fc|linear|decoder|final_layer|last_linear|proj_out)$"
+)
+_CROSS = r"(cross_?att|encoder_attn|encdecatt|attn2|multihead_attn|inter_att)(?!.*mlp)"
+_SELF = r"((attn|attention|token_mixer|mhsa|xca)\w*|(^|[._])att)\.(?!.*mlp)"
+# family, where it is, and its leaves (none: any); the first that fits is taken
+_FAMILIES = [
+    (family, re.compile(where), leaves)
+    for family, where, leaves in (
+        ("shared_expert", r"shared_?(experts?|mlp)\b", _INSIDE_MLP),
+        ("expert", r"(?<!attention\.)experts?\b|expert_\d|(mlp|moe)\.(in|out)put_linear$", _INSIDE_MLP),
+        ("ssm", r"mamba|(^|\.)(ssm|mixer|temporal_block|conv)\.\w+$|linear_attn", _SSM),
+        ("cross_attn", _CROSS, _INSIDE_ATTENTION),
+        ("attn", _SELF, _INSIDE_ATTENTION),
+        ("attn", "", _ATTENTION),
+        ("projector", _PROJECTOR, None),
+        ("mlp", r"(mlp|ffn|ffw|feed_?forward|densereludense)\w*\.|(^|\.)ff\.", _INSIDE_MLP),
+        ("pooler", r"pooler|sequence_summary", None),
+        ("head", _HEAD, None),
+        ("mlp", "", _MLP),
+        ("downsample", r"(^|\.)reduction$", None),
+        ("rnn", r"(^|\.)weight_[ih]h_l\d", None),
+    )
+]
+
+_NO_BLOCK = re.compile(rf"embed|experts?$|(^|\.)stem|{_PROJECTOR}|{_HEAD}")
+_NUMBERED = re.compile(r"(?:layer|stage|block|level|cell|inception|mixed|transition|^s)_?(\d+)[a-e]?$")
+_STACKS = {
+    "vision": re.compile(r"vision|visual|image|^vit$|^v$"),
+    "audio": re.compile(r"audio|speech|^a$"),
+    "decoder": re.compile(r"decoder|^dec$"),
+    "encoder": re.compile(r"encoder|^enc$"),
+}
+# names that say it otherwise, applied one after the other
+_REWRITTEN = (
+    (r"\.lora_.*", ""),
+    (r"\.Wi$", ".gate_up"),  # ModernBERT's is gated, T5's wi is not
+    (r"\.(mlp|ffn|ff|feed_forward)(\.net)?\.0(\.proj)?$", r".\1.fc1"),  # a Sequential
+    (r"\.(mlp|ffn|ff|feed_forward)(\.net)?\.[1-9]$", r".\1.fc2"),
+    (r"\.block\.3$", ".fc1"),  # torchvision's ConvNeXt
+    (r"\.block\.5$", ".fc2"),
+    (r"(^|\.)\d+(?=\.|$)", ""),
+    (r"(^|\.)(cross_attn|attn|ffn|ssm)_(\w+)$", r"\1\2.\3"),  # GGUF's attn_q, ffn_up, ffn_up_exps …
+    (r"ffn\.(\w+)_exps$", r"ffn.experts.\1"),
+    (r"ffn\.(\w+)_shexp$", r"ffn.shared_expert.\1"),
+)
 
 
-def leaf(name: str) -> str:
+def stem(name: str) -> str:
     """`name` without what every weight's name ends in."""
     for suffix in (".weight", "_weight", ".base_layer"):
-        if name.endswith(suffix) and not name.endswith("in_proj_weight"):
+        if not name.endswith("in_proj_weight"):
             name = name.removesuffix(suffix)
     return name
 
 
-def block_of(name: str) -> int | None:
-    """Index of the block or stage: the first number in the path, but for an expert's or a Sequential's own."""
-    parts = leaf(name).lower().split(".")
-    for before, part in zip(["", *parts], parts, strict=False):
-        if part.isdigit() and not before.startswith("expert"):
-            return int(part) if part is not parts[-1] or before in ("layers", "h", "blocks") else None
-    for part in parts:
-        if match := _CONTAINER.match(part):
-            return int(match[2])
-    return None
-
-
 def role_of(name: str, kind: str | None = None) -> str:
     """Role of a matrix by its name; `kind` is ``conv`` or ``embedding`` where the source knows."""
-    path = leaf(name).lower()
-    parts = [part for part in path.split(".") if not part.isdigit()]
-    last = parts[-1] if parts else path
-    above = ".".join(parts[:-1])
-    if "lora_" in path:
-        return role_of(re.split(r"\.lora_", name)[0], kind)
+    path = stem(name)
+    for pattern, replacement in _REWRITTEN:
+        path = re.sub(pattern, replacement, path)
+    path = path.lstrip(".").lower()
+    embedding = next((role for role, pattern in _EMBEDDINGS.items() if re.search(pattern, path)), None)
     if kind == "conv":
-        return "embed.patch" if "patch_embed" in path else "conv"
-    if kind == "embedding" or "embed" in path.replace("embedder", "") or last in ("wte", "wpe", "shared", "token_embd"):
-        if not _HEAD.match(path) and not _ATTENTION_PATH.search(above) and last not in _MLP:
-            return _embedding(path, last)
-    if "relative_attention_bias" in path:
-        return "embed.position"
-    if _ROUTER.search(".".join(parts)) and "gate_proj" not in path:
+        return "embed.patch" if embedding == "embed.patch" else "conv"
+    if embedding or kind == "embedding":
+        return embedding or "embed"
+    if _ROUTER.search(path):
         return "router"
-    if last in ("patch_embd", "patch_embedding"):
-        return "embed.patch"
-    in_experts = re.search(r"(shared_)?experts?(\.|$)|_exps$|_shexp$", path)
-    if in_experts and (part := _MLP.get(last.replace("_shexp", ""))):
-        shared = "shared_" if "shared_exp" in path or "_shexp" in path else ""
-        return f"{shared}expert.{part}"
-    if _ATTENTION_PATH.search(above) or last in _PLAIN_ATTENTION:
-        if "linear_attn" not in above and (part := _ATTENTION.get(last)):
-            return f"{'cross_attn' if _CROSS_PATH.search(path) else 'attn'}.{part}"
-    if _SSM_PATH.search(path) and last in (
-        "in_proj",
-        "out_proj",
-        "x_proj",
-        "dt_proj",
-        "in_proj_qkv",
-        "in_proj_qkvz",
-    ):
-        return f"ssm.{last.removesuffix('_proj')}"
-    if (last == "dense" and parts[-2:-1] == ["pooler"]) or last == "pooler":
-        return "pooler"
-    if part := _MLP.get(last):
-        if _HEAD.match(path):
-            return "head"
-        return f"mlp.{part}"
-    if last == "dense" and parts[-2:-1] in (["intermediate"], ["output"]):
-        return "mlp.up" if parts[-2] == "intermediate" else "mlp.down"
-    if _HEAD.match(path):
-        return "head"
+    for family, where, leaves in _FAMILIES:
+        if where.search(path):
+            if leaves is None:
+                return family
+            if part := _part(path, leaves):
+                return f"{family}.{part}"
     return "other"
 
 
-def _embedding(path: str, last: str) -> str:
-    if re.search(r"position|wpe|pos_emb|\bpos\b", path):
-        return "embed.position"
-    if re.search(r"token_type|segment|type_emb", path):
-        return "embed.type"
-    return "embed.patch" if "patch" in path else "embed"
+def _part(path: str, leaves: dict[str, str]) -> str | None:
+    before, last = ("." + path).split(".")[-2:]
+    if last in ("dense", "linear") and before in leaves:  # BERT's output.dense
+        return leaves[before]
+    return leaves.get(last)
+
+
+def block_of(name: str) -> int | None:
+    """Index of the transformer block or CNN stage: the first number in the path outside embeddings and heads."""
+    parts = stem(name).lower().split(".")
+    for i, part in enumerate(parts):
+        match = re.fullmatch(r"\d+", part) or _NUMBERED.search(part)
+        if match and not _NO_BLOCK.search(".".join(parts[max(0, i - 2) : i])):
+            return int(match[match.lastindex or 0])
+    return None
+
+
+def number_of(name: str) -> int | None:
+    """The number in names such as ``conv3`` or ``fc2``, for models that number their layers and have no blocks."""
+    found = re.match(r"[a-z]+_?(\d+)$", stem(name).lower())
+    return int(found[1]) if found else None
 
 
 def stack_prefixes(names: Iterable[str]) -> dict[str, str]:
-    """Prefix of the role for each container of numbered blocks, where a model has several stacks of them."""
-    containers = sorted({found for name in names if (found := _container(name))})
-    named = {container: _stack_name(container) for container in containers}
-    if len(set(named.values())) < 2:
+    """Where the stacks of a model are and what their roles begin with, as {"model.vision_tower.": "vision."}.
+
+    Empty where there is one stack only. An encoder without a decoder beside it (and the reverse) goes without a name.
+    """
+    containers = {found[1] for name in names if (found := re.match(r"(.*?)\.\d+\.", name))}
+    stacks = {container: _stack(container) for container in containers}
+    if not {"encoder", "decoder"} <= {stack for _, stack in stacks.values()}:
+        stacks = {c: (root, "" if stack in ("encoder", "decoder") else stack) for c, (root, stack) in stacks.items()}
+    if len({stack for _, stack in stacks.values()}) < 2:
         return {}
-    return {container: f"{stack}." for container, stack in named.items() if stack}
+    inner_first = sorted(stacks.values(), key=lambda found: (-len(found[0]), found))
+    return {f"{root}.": f"{stack}." for root, stack in inner_first if stack}
 
 
 def stack_of(name: str, prefixes: dict[str, str]) -> str:
     """The prefix of this matrix's role, or nothing."""
-    return prefixes.get(_container(name) or "", "")
+    return next((prefix for root, prefix in prefixes.items() if name.startswith(root)), "")
 
 
-def _container(name: str) -> str | None:
-    found = re.match(r"^(.*?)\.\d+(\.|$)", name)
-    return found[1] if found else None
-
-
-def _stack_name(container: str) -> str:
-    path = container.lower()
-    for stack, pattern in (
-        ("vision", r"vision|visual|image|vit"),
-        ("audio", r"audio|speech"),
-        ("decoder", r"decoder"),
-        ("encoder", r"encoder"),
-    ):
-        if re.search(pattern, path):
-            return stack
-    return ""
+def _stack(container: str) -> tuple[str, str]:
+    """The path to the component that names the stack, and the name."""
+    parts = container.split(".")
+    for stack, pattern in _STACKS.items():
+        for i, part in enumerate(parts):
+            if pattern.search(part.lower()):
+                return ".".join(parts[: i + 1]), stack
+    return container, ""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from htsr.errors import MatrixError, SourceError, UsageError
 from htsr.matrices import adapters, fused, hub, roles
-from htsr.matrices.entries import FLOATS, Entry, clean_name, unshared
+from htsr.matrices.entries import FLOATS, Entry, unshared
 from htsr.matrices.files import PICKLES, file_entries, folder_entries, read_config, state_dict_entries
 from htsr.matrices.quantized import dequantized
 from htsr.spectra.esd import Array, as_numpy
@@ -30,6 +30,8 @@ _NOT_WEIGHTS = re.compile(
     r"relative_coords_table|rotary_emb|A_log|running_mean|running_var|lora_magnitude_vector)(\.|$)|_bias$"
 )
 _MAX_KERNEL = 64  # a longer last axis of a 3-D tensor is no kernel
+_OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
 @dataclass(frozen=True)
@@ -187,12 +189,9 @@ def _open(source: Source, revision: str | None) -> Opened:
     if isinstance(source, Mapping):
         return "state dict", state_dict_entries(dict(source)), {}, None
     if hasattr(source, "named_parameters"):
-        from htsr.matrices.modules import module_config, module_entries
+        from htsr.matrices.modules import module_config, module_entries, unwrapped
 
-        inner: Any = source
-        while hasattr(inner, "module") and not hasattr(inner, "config"):
-            inner = inner.module
-        return type(inner).__name__, module_entries(source), module_config(source), None
+        return type(unwrapped(source)).__name__, module_entries(source), module_config(source), None
     raise SourceError(f"a model is a module, a state dict, a path or a hub id, not a {type(source).__name__}")
 
 
@@ -274,57 +273,114 @@ class _Minus:
 
 
 def _matrices(entries: list[Entry], config: dict[str, Any]) -> Iterator[WeightMatrix]:
-    tied_head = bool(config.get("tie_word_embeddings"))
-    has_input_embedding = any(roles.role_of(e.name, e.kind) == "embed" for e in entries)
     weights = [entry for entry in entries if _is_weight(entry)]
-    prefixes = roles.stack_prefixes(entry.name for entry in weights)
-    for entry in weights:
-        role = roles.role_of(entry.name, entry.kind)
-        if (
-            role == "head"
-            and tied_head
-            and has_input_embedding
-            and entry.name.endswith(("lm_head.weight", "embed_out.weight"))
-        ):
+    found = [roles.role_of(entry.name, entry.kind) for entry in weights]
+    stacks = roles.stack_prefixes(entry.name for entry in weights)
+    blocks = [roles.block_of(entry.name) for entry in weights]
+    if not any(block is not None for block in blocks):
+        blocks = [roles.number_of(entry.name) for entry in weights]
+    tied = "embed" in found and bool(_text(config).get("tie_word_embeddings", config.get("tie_word_embeddings")))
+    for entry, role, block in zip(weights, found, blocks, strict=True):
+        if tied and role == "head" and entry.name.endswith(_OUTPUT_EMBEDDINGS):
             continue  # stored twice, used once
-        yield from _as_matrices(entry, role, roles.stack_of(entry.name, prefixes), config)
+        stack = roles.stack_of(entry.name, stacks)
+        yield from _Place(entry, role, stack, block, _part_config(config, stack)).matrices()
+
+
+def _text(config: dict[str, Any]) -> dict[str, Any]:
+    return next((config[key] for key in _TEXT_CONFIGS if isinstance(config.get(key), dict)), config)
+
+
+def _part_config(config: dict[str, Any], stack: str) -> dict[str, Any]:
+    """The configuration of the stack that a role's prefix names."""
+    name = stack.rstrip(".")
+    for key in (f"{name}_config", name):
+        if isinstance(config.get(key), dict):
+            return config[key]  # type: ignore[no-any-return]
+    return config if name in ("vision", "audio") else _text(config)
 
 
 def _is_weight(entry: Entry) -> bool:
-    if len(entry.shape) < 2 or min(entry.shape) == 0 or _NOT_WEIGHTS.search(roles.leaf(entry.name)):
-        return len(entry.shape) >= 2 and entry.name.endswith("weight") and min(entry.shape) == 0
+    name, empty = roles.stem(entry.name), 0 in entry.shape
+    if len(entry.shape) < 2:
+        return False
+    if empty or _NOT_WEIGHTS.search(name):
+        return empty and entry.name.endswith("weight")
     if sum(size > 1 for size in entry.shape) < 2 and entry.kind is None and len(entry.shape) > 2:
         return False  # a vector with axes of one: class tokens, scales
     numeric = entry.dtype in FLOATS or entry.problem is not None or bool(entry.warning)
     return numeric or entry.name.endswith("weight")
 
 
-def _as_matrices(entry: Entry, role: str, stack: str, config: dict[str, Any]) -> Iterator[WeightMatrix]:
-    name, shape = roles.leaf(entry.name), entry.shape
-    problem = entry.problem
-    if problem is None and entry.dtype not in FLOATS and not entry.warning:
-        problem = ("quantized", f"{name} is stored as {entry.dtype} without a scale that htsr knows")
-    if len(shape) == 3 and shape[0] == 1:
-        yield _matrix(entry, name, shape[1:], role, stack, partial(entry.read, 0), problem=problem)
-        return
-    if entry.kind == "conv" or (len(shape) > 2 and not _is_stack(entry)):
-        role = role if role in ("conv", "embed.patch") else roles.role_of(entry.name, "conv")
-        yield _kernel(entry, name, role, stack, problem)
-        return
-    if len(shape) == 2:
-        yield from _parts(entry, name, shape, role, stack, config, entry.read, problem)
-        return
-    for i in range(shape[0]):
-        yield from _parts(
-            entry,
-            f"{name}[{i}]",
-            shape[1:],
-            role,
-            stack,
-            config,
-            partial(entry.read, i),
-            problem,
-            kind="expert",
+@dataclass(frozen=True)
+class _Place:
+    """A stored weight and where it stands in the model."""
+
+    entry: Entry
+    role: str
+    stack: str
+    block: int | None
+    config: dict[str, Any]
+
+    def matrices(self) -> Iterator[WeightMatrix]:
+        """What counts as a matrix of its own in this tensor."""
+        entry, shape = self.entry, self.entry.shape
+        name = roles.stem(entry.name)
+        if len(shape) == 2:
+            yield from self._parts(name, shape, entry.read)
+        elif len(shape) == 3 and shape[0] == 1 and entry.kind != "conv":  # ViT's position embeddings
+            yield self._matrix(name, shape[1:], partial(entry.read, 0))
+        elif entry.kind == "conv" or not _is_stack(entry):
+            role = self.role if self.role in ("conv", "embed.patch") else roles.role_of(entry.name, "conv")
+            pieces = math.prod(shape[2:])
+            yield self._matrix(name, shape[:2], self._kernel, kind="conv", role=role, pieces=pieces)
+        else:
+            for i in range(shape[0]):
+                yield from self._parts(f"{name}[{i}]", shape[1:], partial(entry.read, i), stacked=True)
+
+    def _parts(
+        self, name: str, shape: tuple[int, ...], read: Callable[[], Array], *, stacked: bool = False
+    ) -> Iterator[WeightMatrix]:
+        leaf = roles.stem(self.entry.name).rsplit(".", 1)[-1].lower()
+        family, _, part = self.role.rpartition(".")
+        kind = "expert" if stacked else None
+        parts = fused.split(leaf, part, (shape[0], shape[1]), self.config, stacked=stacked)
+        if not parts:
+            yield self._matrix(name, shape, read, kind=kind)
+        for piece in parts:
+            role = f"{family}.{piece.suffix}" if family else self.role
+            load = partial(_part, read, piece.index)
+            yield self._matrix(f"{name}[{piece.suffix}]", piece.shape, load, kind=kind, role=role)
+
+    def _kernel(self) -> Array:
+        out, inner = self.entry.shape[:2]
+        return self.entry.read().reshape(out, inner, -1).swapaxes(1, 2).swapaxes(0, 1)
+
+    def _matrix(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        load: Callable[[], Array],
+        *,
+        kind: str | None = None,
+        role: str | None = None,
+        pieces: int = 1,
+    ) -> WeightMatrix:
+        entry, role = self.entry, role or self.role
+        problem = entry.problem
+        if problem is None and entry.dtype not in FLOATS and not entry.warning:
+            problem = ("quantized", f"{name} is stored as {entry.dtype} without a scale that htsr knows")
+        return WeightMatrix(
+            name=name,
+            shape=(shape[0], shape[1]),
+            pieces=pieces,
+            role=self.stack + role,
+            block=self.block,
+            kind=kind or entry.kind or ("embedding" if role.startswith("embed") else "linear"),
+            dtype=entry.dtype,
+            load=load,
+            problem=problem,
+            warning=entry.warning,
         )
 
 
@@ -334,72 +390,5 @@ def _is_stack(entry: Entry) -> bool:
     return "expert" in entry.name or "_exps" in entry.name or entry.shape[2] > _MAX_KERNEL
 
 
-def _parts(
-    entry: Entry,
-    name: str,
-    shape: tuple[int, ...],
-    role: str,
-    stack: str,
-    config: dict[str, Any],
-    read: Callable[[], Array],
-    problem: tuple[str, str] | None,
-    kind: str | None = None,
-) -> Iterator[WeightMatrix]:
-    leaf = roles.leaf(entry.name).rsplit(".", 1)[-1].lower()
-    parts = fused.split(leaf, (shape[0], shape[1]), config)
-    if not parts:
-        yield _matrix(entry, name, shape, role, stack, read, kind=kind, problem=problem)
-    for part in parts:
-        family = role.rsplit(".", 1)[0] if "." in role else role
-        yield _matrix(
-            entry,
-            f"{name}[{part.suffix}]",
-            part.shape,
-            f"{family}.{part.suffix}",
-            stack,
-            partial(_part, read, part.index),
-            kind=kind,
-            problem=problem,
-        )
-
-
 def _part(read: Callable[[], Array], index: Any) -> Array:
     return read()[index]
-
-
-def _kernel(entry: Entry, name: str, role: str, stack: str, problem: tuple[str, str] | None) -> WeightMatrix:
-    out, inner = entry.shape[:2]
-
-    def load() -> Array:
-        slices = entry.read().reshape(out, inner, -1)
-        return slices.swapaxes(1, 2).swapaxes(0, 1)
-
-    pieces = math.prod(entry.shape[2:])
-    return _matrix(entry, name, (out, inner), role, stack, load, kind="conv", pieces=pieces, problem=problem)
-
-
-def _matrix(
-    entry: Entry,
-    name: str,
-    shape: tuple[int, ...],
-    role: str,
-    stack: str,
-    load: Callable[[], Array],
-    *,
-    kind: str | None = None,
-    pieces: int = 1,
-    problem: tuple[str, str] | None,
-) -> WeightMatrix:
-    kind = kind or entry.kind or ("embedding" if role.startswith("embed") else "linear")
-    return WeightMatrix(
-        name=clean_name(name),
-        shape=(shape[0], shape[1]),
-        pieces=pieces,
-        role=stack + role,
-        block=roles.block_of(entry.name),
-        kind=kind,
-        dtype=entry.dtype,
-        load=load,
-        problem=problem,
-        warning=entry.warning,
-    )

@@ -144,7 +144,7 @@ def fit_bulk(eigenvalues: Vector, M: int, N: int, pieces: int = 1) -> Bulk:
         threshold=threshold,
         num_spikes=int(eigenvalues.size - below),
         mp_softrank=edge * (1 + Q**-0.5) ** 2 / float(eigenvalues[-1]),
-        distance=_ks_distance(mp_cdf(x[:below] / variance, Q)) if below else 1.0,
+        distance=_ks_distance(mp_cdf(x[:below] / variance, Q)) if below and variance > 0 else 1.0,
     )
 
 

@@ -1,0 +1,107 @@
+"""One whole matrix at a time out of parameters that are spread over processes.
+
+DDP keeps every parameter whole on every rank: nothing to do. FSDP2 (`fully_shard`) and tensor parallelism keep
+DTensors, DeepSpeed's ZeRO-3 keeps partitions: both are put together by a collective in which all ranks take part, in
+the same order, and which only the rank that asked for it keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from htsr.matrices.entries import Entry, clean_name, unshared
+from htsr.matrices.modules import module_config, module_entries
+from htsr.matrices.quantized import dequantized
+from htsr.matrices.roles import stem
+from htsr.matrices.sources import WeightMatrix
+from htsr.matrices.sources import _matrices as matrices_of
+
+if TYPE_CHECKING:
+    import torch
+
+View = Callable[[Any], Any]
+
+
+class Shard:
+    """A tensor of which this process holds a part, and for a while the whole."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+        self._whole: torch.Tensor | None = None
+
+    def gather(self, *, keep: bool) -> None:
+        """Put the tensor together. A collective: every rank calls it, those with `keep` can read it afterwards."""
+        if hasattr(self.tensor, "ds_id"):
+            from deepspeed.zero import GatheredParameters
+
+            with GatheredParameters([self.tensor]):
+                self._whole = self.tensor.detach().clone() if keep else None
+            return
+        whole = self.tensor.detach().full_tensor()
+        self._whole = whole if keep else None
+
+    def release(self) -> None:
+        """Forget the whole."""
+        self._whole = None
+
+    def read(self, index: int | None = None) -> torch.Tensor:
+        """The whole tensor, or a slice of its first axis."""
+        if self._whole is None:
+            raise RuntimeError("a sharded tensor is read between gather and release")
+        return self._whole if index is None else self._whole[index]
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """The matrices of a module in training.
+
+    Attributes:
+        matrices: as `htsr.matrices.sources.open_model` gives them. Those of a sharded tensor can be read while their
+            shard is gathered.
+        shards: by the tensor's name, which is the matrix's without what follows in brackets.
+    """
+
+    matrices: tuple[WeightMatrix, ...]
+    shards: dict[str, Shard]
+
+
+def open_live(module: torch.nn.Module, view: View | None = None) -> LiveModel:
+    """The matrices of `module`, of which some may be sharded.
+
+    Args:
+        module: wrapped or not.
+        view: what to read in place of each parameter, such as its gradient: a tensor of the same shape, or None.
+    """
+    parameters = {
+        clean_name(name).removeprefix("base_model.model."): parameter
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+    }
+    shards: dict[str, Shard] = {}
+    entries = []
+    for entry in module_entries(module):
+        parameter = parameters.get(entry.name)
+        shown = parameter if view is None or parameter is None else view(parameter)
+        if parameter is not None and shown is None:
+            entry = replace(entry, problem=("absent", f"{entry.name} has nothing of the kind yet"))
+        elif _is_sharded(shown):
+            shard = shards[stem(entry.name)] = Shard(shown)
+            entry = replace(entry, read=shard.read, problem=None, storage=("sharded", id(parameter)))
+        elif shown is not parameter:
+            entry = _viewed(entry, shown)
+        entries.append(entry)
+    matrices = tuple(matrices_of(unshared(dequantized(entries)), module_config(module)))
+    return LiveModel(matrices, shards)
+
+
+def _is_sharded(tensor: Any) -> bool:
+    return type(tensor).__name__ == "DTensor" or hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id")
+
+
+def _viewed(entry: Entry, tensor: Any) -> Entry:
+    def read(index: int | None = None) -> torch.Tensor:
+        values = tensor.detach() if index is None else tensor.detach()[index]
+        return values  # type: ignore[no-any-return]
+
+    return replace(entry, read=read, dtype=str(tensor.dtype).removeprefix("torch."), problem=None)

@@ -1,0 +1,99 @@
+"""One number per matrix that says how far its training has come, cheap enough to be computed while it trains.
+
+Larger means less trained in all of them, so a policy that favours large scores pushes what lags behind.
+
+==================== ================================================================================================
+``alpha``            exponent α of the power law; large: a thin tail, little learned
+``alpha_null``       α of pure noise of the same shape: nothing but the shape, nothing is decomposed
+``alpha_minus_null`` α - α_null: the shape's part of α removed; 0: like noise, negative: learned
+``erg_gap``          (eigenvalues in the ECS - in the power-law tail) / K; positive with α > 2. Wants ``ks``
+``trace_log``        mean ln λ̃ over the power-law tail; the same sign. Wants ``ks``
+``stable_rank``      Σλ/λ_max
+==================== ================================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from htsr.errors import UsageError
+from htsr.spectra.erg import erg
+from htsr.spectra.esd import ESD, Windows
+from htsr.spectra.null import shape_null
+from htsr.spectra.tail import FitMethod, fit_power_law
+
+ScoreName: TypeAlias = Literal["alpha", "alpha_null", "alpha_minus_null", "erg_gap", "trace_log", "stable_rank"]
+Score: TypeAlias = ScoreName | Callable[[ESD], float]
+
+_NULL_DRAWS = {"hill": 4, "hill_paper": 4}  # sharp; the others wander more
+
+
+def score(spectrum: ESD, name: Score, fit: FitMethod = "hill") -> float:
+    """The score of one ESD.
+
+    Args:
+        spectrum: of the matrix.
+        name: see the module's text, or a function of the `ESD`.
+        fit: how the power-law tail is chosen (`htsr.spectra.tail`).
+
+    Raises:
+        MatrixError: fewer than 2 distinct positive eigenvalues.
+        UsageError: an unknown name.
+    """
+    if callable(name):
+        return float(name(spectrum))
+    if name == "alpha_null":
+        return null_of_shape((spectrum.N, spectrum.M), spectrum.pieces, fit)
+    values = _without_gaps(spectrum)
+    if name == "stable_rank":
+        return float(values.sum() / values[-1]) if values.size else np.nan
+    tail = fit_power_law(values, fit)
+    if name == "alpha":
+        return tail.alpha
+    if name == "alpha_minus_null":
+        return tail.alpha - null_of_shape((spectrum.N, spectrum.M), spectrum.pieces, fit)
+    if name == "erg_gap":
+        return erg(values, tail.lambda_min).gap_fraction
+    if name == "trace_log":
+        return erg(values, tail.lambda_min).trace_log
+    raise UsageError(f"unknown score {name!r}: {', '.join(get_args(ScoreName))}, or a function of an ESD")
+
+
+def _without_gaps(spectrum: ESD) -> npt.NDArray[np.float64]:
+    """The eigenvalues, those few that float32 cannot tell from 0 as the smallest that it can.
+
+    They lie in the lower half, which `hill` counts but does not read: its tail begins at the median of all M. Where
+    more than half are 0 the matrix is of low rank, and only the others are its spectrum.
+    """
+    values, positive = spectrum.eigenvalues, spectrum.positive
+    return np.maximum(values, positive[0]) if 2 * positive.size > values.size else positive
+
+
+def null_of_shape(
+    shape: tuple[int, int], pieces: int = 1, fit: FitMethod = "hill", windows: Windows | None = None
+) -> float:
+    """α of pure noise of this shape, or of its windows; nothing is read.
+
+    Args:
+        shape: of the matrix, or of one of `pieces` of equal shape that are pooled.
+        pieces: how many.
+        fit: as in `score`.
+        windows: FARMS windows.
+    """
+    if windows is not None:
+        cuts = windows.slices(shape)
+        rows, columns = cuts[0]
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        pieces *= len(cuts)
+    return _null(min(shape), max(shape), pieces, fit)
+
+
+@lru_cache(maxsize=512)
+def _null(M: int, N: int, pieces: int, fit: FitMethod) -> float:
+    draws = _NULL_DRAWS.get(fit, 16)
+    return shape_null(M, N, pieces, lambda values: fit_power_law(values, fit).alpha, draws=draws).alpha

@@ -1,0 +1,1 @@
+"""Training with the spectra: layerwise learning rates and weight decay."""

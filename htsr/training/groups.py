@@ -1,0 +1,250 @@
+"""Param groups: split one per matrix, and carry a checkpoint over from or to an optimizer that is not split.
+
+What is known about a group rides in it as plain numbers and strings, which every checkpoint format keeps:
+
+================ ======================================================================================
+``name``         the matrix, or what kind of parameters are together in it
+``role``         of the matrix
+``multiplier``   in force at the last step
+``score``        of the last event; NaN where not measured
+``htsr_start``   multiplier at the last event
+``htsr_target``  where it is going since
+``htsr_event``   step of the last event, 0 before the first
+``htsr_step``    optimizer steps done
+``htsr_policy``  the policy, as JSON
+``htsr_origin``  index of the group that it was split from
+``htsr_order``   places of its parameters in that group
+================ ======================================================================================
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from htsr.errors import UsageError
+from htsr.matrices.entries import clean_name
+from htsr.matrices.roles import stem
+from htsr.training.slots import Slot, pinned, slot_of, vector_role
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+OWN_KEYS = (
+    "name", "role", "multiplier", "score", "htsr_start", "htsr_target", "htsr_event", "htsr_step", "htsr_policy",
+    "htsr_origin", "htsr_order",
+)  # fmt: skip
+_ORIGINAL_NAME = "htsr_name"  # the user's own `name` of the group that was split
+
+
+@dataclass(frozen=True)
+class Share:
+    """Parameters of one group that go together into a new one."""
+
+    slot: int
+    places: tuple[int, ...]
+    name: str
+
+
+def require_fresh(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose groups others already count on.
+
+    Raises:
+        UsageError: it is split already, has a scheduler, or has state.
+    """
+    if any("htsr_step" in group for group in optimizer.param_groups):
+        raise UsageError("this optimizer is layerwise already; make a new one to change the policy")
+    has_scheduler = any("initial_lr" in group for group in optimizer.param_groups)
+    if has_scheduler or hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        raise UsageError("this optimizer has a scheduler already: call htsr.layerwise first, then make the scheduler")
+    if optimizer.state:
+        raise UsageError(
+            "this optimizer has state already: call htsr.layerwise right after making it, then load the checkpoint"
+        )
+    for group in optimizer.param_groups:
+        if group.get("lr", 0.0) is None:
+            raise UsageError("this optimizer sets its own learning rate (lr=None, relative_step); give it an lr")
+
+
+def parameter_names(module: torch.nn.Module) -> dict[int, str]:
+    """Names of the parameters of `module` by their id, wrappers' prefixes removed; a shared one has its first name."""
+    return {
+        id(parameter): clean_name(name).removeprefix("base_model.model.")
+        for name, parameter in module.named_parameters()
+    }
+
+
+def split_groups(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], slots: list[Slot], pin: Mapping[str, float], policy: str
+) -> list[int]:
+    """Split the groups of `optimizer` in place, so that each has one slot.
+
+    Args:
+        optimizer: fresh.
+        names: of the parameters by id.
+        slots: of matrices. Slots for the parameters that belong to none of them are appended.
+        pin: multipliers by pattern; parameters that belong to no slot stay together where theirs are equal.
+        policy: in words.
+
+    Returns:
+        The slot of each new group.
+
+    Raises:
+        UsageError: no parameter of the optimizer belongs to the model.
+    """
+    if not any(id(parameter) in names for group in optimizer.param_groups for parameter in group["params"]):
+        raise UsageError(
+            "the optimizer has no parameter of this model: give both the same module (FSDP1's flat parameters have no "
+            "matrices; fully_shard keeps them)"
+        )
+    sorter = _Sorter(names, slots, pin)
+    taken: set[str] = set()
+    groups, assigned = [], []
+    for origin, group in enumerate(optimizer.param_groups):
+        for share in sorter.shares(group["params"]):
+            wanted = f"{group['name']}: {share.name}" if "name" in group else share.name
+            alternatives = (wanted if i == 0 else f"{wanted} ({i})" for i in count())
+            name = next(name for name in alternatives if name not in taken)
+            taken.add(name)
+            groups.append(_new_group(group, share, slots[share.slot].role, name, origin, policy))
+            assigned.append(share.slot)
+    optimizer.param_groups[:] = groups
+    return assigned
+
+
+class _Sorter:
+    """Sorts parameters into slots, of which it makes new ones for those that belong to no matrix."""
+
+    def __init__(self, names: Mapping[int, str], slots: list[Slot], pin: Mapping[str, float]) -> None:
+        self.names, self.slots, self.pin = names, slots, pin
+        self.matrices = {slot.name: i for i, slot in enumerate(slots)}
+        self.others: dict[tuple[str, float | None], int] = {}
+
+    def shares(self, parameters: Sequence[Any]) -> list[Share]:
+        """The parameters of one group by slot, in their order."""
+        names = [self.names.get(id(parameter), "") for parameter in parameters]
+        places: dict[int, list[int]] = {}
+        for place, name in enumerate(names):
+            places.setdefault(self._slot(name), []).append(place)
+        return [Share(slot, tuple(own), self._label(slot, [names[i] for i in own])) for slot, own in places.items()]
+
+    def _slot(self, name: str) -> int:
+        found = slot_of(name, self.matrices)
+        if found is not None:
+            return found
+        role = vector_role(name)
+        value = pinned(Slot(name, role), self.pin)
+        key = ("rest", None) if value is None else (role, value)
+        if key not in self.others:
+            self.others[key] = len(self.slots)
+            self.slots.append(Slot("rest", "rest") if value is None else Slot(name, role))
+        return self.others[key]
+
+    def _label(self, slot: int, names: Sequence[str]) -> str:
+        """The slot's name where its matrix is there, else the first parameter's: weight and bias can be apart."""
+        own = self.slots[slot]
+        if not own.parts:
+            return own.role
+        return own.name if any(stem(name) == own.name for name in names) else names[0]
+
+
+def _new_group(group: dict[str, Any], share: Share, role: str, name: str, origin: int, policy: str) -> dict[str, Any]:
+    import torch
+
+    new = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in group.items()}
+    for key in ("params", "param_names"):
+        if key in group:
+            new[key] = [group[key][place] for place in share.places]
+    if "name" in group:
+        new[_ORIGINAL_NAME] = group["name"]
+    return new | {
+        "name": name,
+        "role": role,
+        "multiplier": 1.0,
+        "score": float("nan"),
+        "htsr_start": 1.0,
+        "htsr_target": 1.0,
+        "htsr_event": 0,
+        "htsr_step": 0,
+        "htsr_policy": policy,
+        "htsr_origin": origin,
+        "htsr_order": list(share.places),
+    }
+
+
+def is_layerwise(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether these param groups, of an optimizer or of its state dict, were split here."""
+    return any("htsr_step" in group for group in groups)
+
+
+def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict of a layerwise optimizer as one that the same optimizer loads without htsr.
+
+    Args:
+        state_dict: of the optimizer.
+
+    Returns:
+        A state dict with the groups that were there before they were split; multipliers are dropped.
+    """
+    merged: dict[int, dict[str, Any]] = {}
+    places: dict[int, dict[int, tuple[Any, Any]]] = {}
+    for position, group in enumerate(state_dict["param_groups"]):
+        origin = group.get("htsr_origin", -1 - position)
+        if origin not in merged:
+            merged[origin] = {k: v for k, v in group.items() if k not in (*OWN_KEYS, _ORIGINAL_NAME)}
+            if _ORIGINAL_NAME in group:
+                merged[origin]["name"] = group[_ORIGINAL_NAME]
+        order = group.get("htsr_order", range(len(group["params"])))
+        labels = group.get("param_names", [None] * len(group["params"]))
+        places.setdefault(origin, {}).update(zip(order, zip(group["params"], labels, strict=True), strict=True))
+    for origin, group in merged.items():
+        members = [places[origin][place] for place in sorted(places[origin])]
+        group["params"] = [parameter for parameter, _ in members]
+        if "param_names" in group:
+            group["param_names"] = [label for _, label in members]
+    return {**state_dict, "param_groups": list(merged.values())}
+
+
+def adapt_state_dict(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the layerwise `optimizer` is to load: a checkpoint made without htsr is split like the optimizer itself.
+
+    Returns:
+        The state dict to load, or None to load the given one.
+
+    Raises:
+        UsageError: the groups of the checkpoint are neither those that were split nor those after splitting.
+    """
+    saved, own = list(state_dict["param_groups"]), optimizer.param_groups
+    if is_layerwise(saved):
+        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in own]:
+            raise UsageError(
+                f"the checkpoint has {len(saved)} layerwise groups and this optimizer {len(own)}, or of other sizes: "
+                "make it with the model, min_size and pins of the checkpoint's run"
+            )
+        theirs, ours = saved[0].get("htsr_policy"), own[0].get("htsr_policy")
+        if theirs != ours:
+            logger.warning("the checkpoint's run had the policy %s; from here on it is %s", theirs, ours)
+        return None
+    origins = {group["htsr_origin"] for group in own if "htsr_origin" in group}
+    sizes = [sum(len(g["params"]) for g in own if g.get("htsr_origin") == origin) for origin in sorted(origins)]
+    if [len(group["params"]) for group in saved[: len(sizes)]] != sizes:
+        raise UsageError("the checkpoint was made without htsr and by an optimizer with other groups than this one had")
+    logger.info("the checkpoint was made without htsr: layerwise multipliers begin at step 1 of their own count")
+    groups = []
+    for group in own:
+        if "htsr_origin" not in group:
+            continue
+        source = saved[group["htsr_origin"]]
+        state = {key: value for key, value in source.items() if key != "name"}
+        for key in ("params", "param_names"):
+            if key in source:
+                state[key] = [source[key][place] for place in group["htsr_order"]]
+        fresh = {key: group[key] for key in (*OWN_KEYS, _ORIGINAL_NAME) if key in group}
+        restart = {"htsr_step": 0, "htsr_event": 0, "htsr_start": 1.0, "htsr_target": 1.0, "multiplier": 1.0}
+        groups.append(state | fresh | restart)
+    return {**state_dict, "param_groups": groups + saved[len(sizes) :]}

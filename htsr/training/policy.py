@@ -1,0 +1,173 @@
+"""What a layerwise policy is: which score, which map, what it sets, when."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias, get_args
+
+from htsr import allocate
+from htsr.errors import UsageError
+from htsr.spectra.esd import Windows
+from htsr.spectra.scores import Score, ScoreName
+from htsr.spectra.tail import FitMethod
+
+Unit: TypeAlias = Literal["matrix", "block", "role"]
+Spectrum: TypeAlias = Literal["weights", "gradients", "momentum"]
+Sets: TypeAlias = Literal["lr", "weight_decay"]
+Embeddings: TypeAlias = float | Literal["max", "measured", "leave"]
+PolicyLike: TypeAlias = "str | Policy | Mapping[str, float]"
+
+_NOTHING: Mapping[str, float] = MappingProxyType({})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """How multipliers come from spectra. The defaults are LLR's, as published.
+
+    A matrix that is neither pinned nor excluded nor too small is *measured*: its score is computed at every event and
+    mapped to a multiplier. Patterns are shell-style and match a role (``attn.q``, ``mlp.*``, ``norm``) or a name.
+
+    Attributes:
+        score: of a matrix, see `htsr.spectra.scores`: ``alpha``, ``alpha_null`` (static by shape), ``alpha_minus_null``
+            (shape-corrected), ``erg_gap``, ``trace_log``, ``stable_rank``, or a function of an `ESD`. None measures
+            nothing: only what is pinned, embeddings included, leaves 1.
+        fit: how the power-law tail is chosen.
+        windows: FARMS windows; None decomposes whole matrices.
+        spectrum: of the ``weights``, of their ``gradients``, or of the optimizer's ``momentum``.
+        map: from scores to multipliers, see `htsr.allocate`.
+        bounds: s1 and s2, the least and the largest multiplier.
+        reverse: favour small scores instead.
+        sets: what is multiplied, ``lr`` or ``weight_decay``.
+        unit: what shares one multiplier: ``matrix``, or all matrices of a ``block`` or ``role``, their scores averaged.
+        interval: steps between events, which fall on step 1 and on the multiples of `interval`; None for step 1 only.
+        ramp: steps over which a multiplier moves to its new value, linearly.
+        active_fraction: share of `total_steps` in which events happen, its last step included.
+        embeddings: multiplier of input embeddings and output head: a number, ``max`` (the largest that any measured
+            matrix gets; the upper bound where none is measured), ``measured`` (like any matrix), ``leave`` (1).
+        min_size: matrices whose smaller side is less stay at 1.
+        exclude: patterns of matrices that stay at 1.
+        exclude_ends: leave out the first and the last layer: embeddings and head where there are, else the first and
+            the last matrix.
+        pin: multipliers by pattern. The first that matches counts; it goes before all other rules.
+        decouple_weight_decay: divide weight decay by the lr multiplier, for optimizers that decay by lr·wd (AdamW).
+        dtype: precision of the eigenvalues, ``float32`` or ``float64``.
+
+    Source: LLR (arXiv 2605.22297); its relatives TempBalance (arXiv 2312.00359), AlphaDecay, FARMS (ICML 2025).
+    """
+
+    score: Score | None = "alpha"
+    fit: FitMethod = "hill"
+    windows: Windows | None = None
+    spectrum: Spectrum = "weights"
+    map: allocate.Map = "linear"
+    bounds: tuple[float, float] = (1.0, 5.0)
+    reverse: bool = False
+    sets: Sets = "lr"
+    unit: Unit = "matrix"
+    interval: int | None = 100
+    ramp: int = 50
+    active_fraction: float = 0.2
+    embeddings: Embeddings = "max"
+    min_size: int = 50
+    exclude: tuple[str, ...] = ()
+    exclude_ends: bool = False
+    pin: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
+    decouple_weight_decay: bool = False
+    dtype: Literal["float32", "float64"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("fit", FitMethod),
+            ("spectrum", Spectrum),
+            ("map", allocate.Map),
+            ("sets", Sets),
+            ("unit", Unit),
+        ):
+            _one_of(name, getattr(self, name), get_args(kind))
+        _one_of("dtype", self.dtype, ("float32", "float64"))
+        if not (self.score is None or callable(self.score)):
+            _one_of("score", self.score, get_args(ScoreName))
+        if isinstance(self.embeddings, str):
+            _one_of("embeddings", self.embeddings, ("max", "measured", "leave"))
+        elif not self.embeddings >= 0:
+            raise UsageError(f"the embeddings' multiplier is not negative, unlike {self.embeddings}")
+        low, high = self.bounds
+        if not 0 <= low <= high:
+            raise UsageError(f"bounds are (s1, s2) with 0 ≤ s1 ≤ s2, not {self.bounds}")
+        if (self.interval is not None and self.interval < 1) or self.ramp < 0:
+            raise UsageError(
+                f"an interval is at least one step and a ramp not negative, not {self.interval} and {self.ramp}"
+            )
+        if not 0 < self.active_fraction <= 1:
+            raise UsageError(f"the active fraction lies in (0, 1], unlike {self.active_fraction}")
+        if any(not value >= 0 for value in self.pin.values()):
+            raise UsageError(f"pinned multipliers are not negative, unlike those of {dict(self.pin)}")
+        if self.decouple_weight_decay and self.sets != "lr":
+            raise UsageError(
+                "decouple_weight_decay undoes what an lr multiplier does to the decay; this policy sets it"
+            )
+
+    @property
+    def static(self) -> bool:
+        """Whether the scores cannot change while training, so that one event is enough."""
+        return self.score is None or self.score == "alpha_null" or self.interval is None
+
+    def describe(self) -> str:
+        """The policy as one line of JSON; functions by their name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["pin"] = dict(self.pin)
+        if self.windows is not None:
+            values["windows"] = [self.windows.rows, self.windows.count, self.windows.aspect]
+        if callable(self.score):
+            values["score"] = getattr(self.score, "__qualname__", type(self.score).__name__)
+        return json.dumps(values)
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"unknown {name} {value!r}: {', '.join(known)}")
+
+
+PRESETS: Mapping[str, Policy] = MappingProxyType(
+    {
+        "llr": Policy(),
+        "tempbalance": Policy(
+            bounds=(0.5, 1.5), interval=None, ramp=0, active_fraction=1.0, embeddings="leave", exclude_ends=True
+        ),
+        "alphadecay": Policy(
+            sets="weight_decay", bounds=(2 / 3, 3.0), interval=500, ramp=0, active_fraction=1.0, embeddings="leave"
+        ),
+        "model_balancing": Policy(
+            map="model_balancing",
+            bounds=(10**-0.5, 10**0.5),
+            unit="block",
+            ramp=0,
+            active_fraction=1.0,
+            embeddings="leave",
+        ),
+    }
+)
+"""Published policies by name. ModelBalancing's interval is not published; 100 steps is this toolkit's choice."""
+
+
+def make_policy(policy: PolicyLike = "llr", **changes: Any) -> Policy:
+    """A `Policy` from a preset's name, another policy, or a mapping of patterns to fixed multipliers; with changes.
+
+    Raises:
+        UsageError: an unknown name or field, or a field without meaning.
+    """
+    if isinstance(policy, str):
+        if policy not in PRESETS:
+            raise UsageError(f"unknown policy {policy!r}: {', '.join(PRESETS)}, a Policy or a mapping of multipliers")
+        if policy == "tempbalance" and "interval" not in changes:
+            raise UsageError("tempbalance measures once an epoch: give interval=the optimizer steps of one epoch")
+        policy = PRESETS[policy]
+    elif not isinstance(policy, Policy):
+        policy = Policy(score=None, embeddings="leave", min_size=1, pin=dict(policy))
+    known = {f.name for f in fields(Policy)}
+    if unknown := sorted(set(changes) - known):
+        raise UsageError(f"a policy has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    return replace(policy, **changes)

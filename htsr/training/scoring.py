@@ -1,0 +1,148 @@
+"""The scores of a model in training, shared among the processes that train it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from htsr.errors import HtsrError, MatrixError
+from htsr.execution import for_each, share
+from htsr.matrices.sharded import LiveModel, open_live
+from htsr.matrices.sources import WeightMatrix
+from htsr.spectra.esd import Array, esd_batch
+from htsr.spectra.scores import null_of_shape, score
+from htsr.training.policy import Policy, Spectrum
+from htsr.training.slots import whole_name
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_MOMENTUM = ("exp_avg", "momentum_buffer", "mu", "m")
+
+
+def view_of(spectrum: Spectrum, optimizer: torch.optim.Optimizer) -> Callable[[Any], Any] | None:
+    """What is decomposed for each parameter: itself (None), its gradient, or the optimizer's first moment of it."""
+    if spectrum == "weights":
+        return None
+    if spectrum == "gradients":
+        return lambda parameter: parameter.grad
+
+    def momentum(parameter: Any) -> Any:
+        state = optimizer.state.get(parameter, {})
+        found = (state[key] for key in _MOMENTUM if key in state)
+        return next((m for m in found if m.shape == parameter.shape and m.is_floating_point()), None)
+
+    return momentum
+
+
+def live_scores(
+    module: torch.nn.Module, policy: Policy, wanted: set[str], view: Callable[[Any], Any] | None = None
+) -> dict[str, float]:
+    """Scores of the wanted matrices of a module, the same on every rank of the default process group.
+
+    Ranks share the matrices by cost. Whole tensors are read where they are; sharded ones are gathered a round at a
+    time, one for each rank, so that memory is one whole tensor per rank.
+
+    Args:
+        module: wrapped or not.
+        policy: says which score.
+        wanted: names of matrices.
+        view: see `view_of`.
+
+    Returns:
+        By matrix; NaN for those that cannot be scored, which are logged.
+
+    Raises:
+        HtsrError: the ranks do not hold the same matrices.
+    """
+    model = open_live(module, view)
+    todo = [matrix for matrix in model.matrices if matrix.name in wanted]
+    if policy.score == "alpha_null":
+        return scores(todo, policy)
+    rank, size = _ranks()
+    whole = [matrix for matrix in todo if whole_name(matrix.name) not in model.shards]
+    mine = [whole[i] for i in share([matrix.cost for matrix in whole], size)[rank]]
+    found = scores(mine, policy) | _sharded_scores(model, todo, policy, rank, size)
+    if size > 1:
+        found = _gather(found, size)
+    if missing := sorted(matrix.name for matrix in todo if matrix.name not in found):
+        raise HtsrError(
+            f"no rank has scored {missing[0]}: all ranks must hold the same parameters (no pipeline stages)"
+        )
+    return {matrix.name: found[matrix.name] for matrix in todo}
+
+
+def scores(matrices: Sequence[WeightMatrix], policy: Policy) -> dict[str, float]:
+    """Scores by name, computed in this process; NaN for what cannot be scored."""
+    if policy.score == "alpha_null":
+        return {m.name: null_of_shape(m.shape, m.pieces, policy.fit, policy.windows) for m in matrices}
+    return {matrices[i].name: value for i, value in for_each(matrices, partial(_work, policy))}
+
+
+def _work(policy: Policy, matrices: Sequence[WeightMatrix]) -> list[float]:
+    """Scores of a few matrices of one shape, their Gram matrices decomposed together."""
+    assert policy.score is not None
+    results = dict.fromkeys(range(len(matrices)), float("nan"))
+    loaded: dict[int, Array] = {}
+    for i, matrix in enumerate(matrices):
+        try:
+            loaded[i] = matrix.read()
+        except MatrixError as problem:
+            logger.warning("%s keeps a multiplier of 1: %s", matrix.name, problem)
+    if loaded:
+        how: dict[str, Any] = {"route": "gram", "dtype": policy.dtype, "windows": policy.windows}
+        for i, spectrum in zip(loaded, esd_batch(list(loaded.values()), device=_device(loaded), **how), strict=True):
+            try:
+                if isinstance(spectrum, MatrixError):
+                    raise spectrum
+                results[i] = score(spectrum, policy.score, policy.fit)
+            except MatrixError as problem:
+                logger.warning("%s keeps a multiplier of 1: %s", matrices[i].name, problem)
+    return [results[i] for i in range(len(matrices))]
+
+
+def _device(loaded: Mapping[int, Array]) -> str:
+    first = next(iter(loaded.values()))
+    return "cpu" if isinstance(first, np.ndarray) else str(first.device)
+
+
+def _sharded_scores(
+    model: LiveModel, todo: Sequence[WeightMatrix], policy: Policy, rank: int, size: int
+) -> dict[str, float]:
+    tensors: dict[str, list[WeightMatrix]] = {}
+    for matrix in todo:
+        if whole_name(matrix.name) in model.shards:
+            tensors.setdefault(whole_name(matrix.name), []).append(matrix)
+    order = sorted(tensors, key=lambda name: -sum(matrix.cost for matrix in tensors[name]))
+    found: dict[str, float] = {}
+    for first in range(0, len(order), size):
+        this_round = order[first : first + size]
+        for owner, name in enumerate(this_round):
+            model.shards[name].gather(keep=owner == rank)
+        if rank < len(this_round):
+            name = this_round[rank]
+            found |= scores(tensors[name], policy)
+            model.shards[name].release()
+    return found
+
+
+def _ranks() -> tuple[int, int]:
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def _gather(found: dict[str, float], size: int) -> dict[str, float]:
+    from torch import distributed
+
+    shares: list[Any] = [None] * size
+    distributed.all_gather_object(shares, found)
+    return {name: value for part in shares for name, value in part.items()}

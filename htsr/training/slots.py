@@ -1,0 +1,191 @@
+"""Which parameters share a multiplier, and what it becomes once the scores are known. Knows no optimizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from htsr import allocate
+from htsr.matrices.sources import WeightMatrix
+from htsr.training.policy import Policy
+
+_PART = re.compile(r"(\[[^\]]*\])+$")
+_NORM = re.compile(r"norm|(^|[._])ln(_|\d|\.|$)|layer_?norm|(^|\.)bn\d*\.", re.IGNORECASE)
+_FOLLOWS = ("lora_", "base_layer.", "parametrizations.")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What has one multiplier: a parameter with its followers (bias, LoRA factors), or parameters that stay together.
+
+    Attributes:
+        name: of the parameter, without ``.weight``.
+        role: of it; of a fused tensor that is split the roles of its parts in one, as in ``attn.qkv``.
+        block: index of its block.
+        parts: names of the matrices in it: one, several of a fused or stacked tensor, none for vectors.
+        part_roles: their roles.
+        size: smaller side of the smallest part; 0 without parts.
+    """
+
+    name: str
+    role: str
+    block: int | None = None
+    parts: tuple[str, ...] = ()
+    part_roles: tuple[str, ...] = ()
+    size: int = 0
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it is an input embedding or an output head."""
+        return not {"embed", "head"}.isdisjoint(self.role.split("."))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Scores and multipliers of all slots, in their order. A score is NaN where there is none."""
+
+    scores: tuple[float, ...]
+    multipliers: tuple[float, ...]
+
+
+def whole_name(name: str) -> str:
+    """The name of the tensor that a matrix is or is part of."""
+    return _PART.sub("", name)
+
+
+def matrix_slots(matrices: Iterable[WeightMatrix]) -> list[Slot]:
+    """One slot for each tensor, parts of a fused one together: an optimizer knows one learning rate per parameter."""
+    tensors: dict[str, list[WeightMatrix]] = {}
+    for matrix in matrices:
+        tensors.setdefault(whole_name(matrix.name), []).append(matrix)
+    return [
+        Slot(
+            name=name,
+            role=_common_role([matrix.role for matrix in parts]),
+            block=parts[0].block,
+            parts=tuple(matrix.name for matrix in parts),
+            part_roles=tuple(matrix.role for matrix in parts),
+            size=min(min(matrix.shape) for matrix in parts),
+        )
+        for name, parts in tensors.items()
+    ]
+
+
+def _common_role(roles: Sequence[str]) -> str:
+    distinct = list(dict.fromkeys(roles))
+    if len(distinct) == 1:
+        return distinct[0]
+    family = distinct[0].rpartition(".")[0]
+    endings = [role.rpartition(".")[2] for role in distinct]
+    return f"{family}.{('' if max(map(len, endings)) == 1 else '_').join(endings)}".lstrip(".")
+
+
+def slot_of(parameter: str, names: Mapping[str, int]) -> int | None:
+    """The slot that a parameter belongs to: its own, or that of the matrix whose bias or adapter it is.
+
+    Args:
+        parameter: its full name, wrappers' prefixes removed.
+        names: slots by name.
+    """
+    for own in (parameter, parameter.removesuffix("_bias"), re.sub(r"bias$", "weight", parameter)):
+        if own in names:
+            return names[own]
+    pieces = parameter.split(".")
+    for end in range(len(pieces) - 1, 0, -1):
+        name, rest = ".".join(pieces[:end]), ".".join(pieces[end:])
+        if name in names:
+            return names[name] if "." not in rest or rest.startswith(_FOLLOWS) else None
+    return None
+
+
+def vector_role(parameter: str) -> str:
+    """``norm`` or ``vector``: the role of a parameter that belongs to no matrix."""
+    return "norm" if _NORM.search(parameter) else "vector"
+
+
+def pinned(slot: Slot, pin: Mapping[str, float]) -> float | None:
+    """The multiplier that the first matching pattern gives.
+
+    A fused tensor whose own role and name match nothing takes the mean over its parts, where all of them match.
+    """
+    if (value := _first(pin, slot.role, slot.name)) is not None or not slot.parts:
+        return value
+    values = [_first(pin, role, name) for role, name in zip(slot.part_roles, slot.parts, strict=True)]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def _first(pin: Mapping[str, float], *subjects: str) -> float | None:
+    for pattern, value in pin.items():
+        if any(fnmatchcase(subject, pattern) for subject in subjects):
+            return float(value)
+    return None
+
+
+def fixed(policy: Policy, slots: Sequence[Slot]) -> list[float | None]:
+    """The multiplier of every slot that needs no measuring, None for the others.
+
+    NaN stands for the embeddings' ``max``, which the others decide.
+    """
+    if policy.exclude_ends:
+        ends = {i for i, slot in enumerate(slots) if slot.is_embedding}
+        matrices = [i for i, slot in enumerate(slots) if slot.parts]
+        ends = ends or {matrices[0], matrices[-1]} if matrices else ends
+    else:
+        ends = set()
+
+    def of(index: int, slot: Slot) -> float | None:
+        if (value := pinned(slot, policy.pin)) is not None:
+            return value
+        unwanted = any(_first({pattern: 1.0}, slot.role, slot.name) for pattern in policy.exclude)
+        if not slot.parts or unwanted or index in ends:
+            return 1.0
+        if slot.is_embedding and policy.embeddings != "measured":
+            rules = {"leave": 1.0, "max": np.nan}
+            return rules[policy.embeddings] if isinstance(policy.embeddings, str) else float(policy.embeddings)
+        return 1.0 if slot.size < policy.min_size or policy.score is None else None
+
+    return [of(i, slot) for i, slot in enumerate(slots)]
+
+
+def decide(
+    policy: Policy, slots: Sequence[Slot], multipliers: Sequence[float | None], scores: Mapping[str, float]
+) -> Outcome:
+    """The multiplier of every slot.
+
+    Args:
+        policy: the rules.
+        slots: all of them.
+        multipliers: what is settled already, as `fixed` returns it.
+        scores: by matrix; a tensor's score is the mean over its parts. Missing and NaN scores give 1.
+    """
+    means = [_mean([scores.get(part, np.nan) for part in slot.parts]) for slot in slots]
+    measured = [value is None for value in multipliers]
+    labels = [_label(policy, slot) for slot in slots]
+    result = allocate.multipliers(
+        [mean if free else np.nan for mean, free in zip(means, measured, strict=True)],
+        map=policy.map,
+        bounds=policy.bounds,
+        reverse=policy.reverse,
+        units=labels,
+        pin=multipliers,
+    )
+    known = [float(m) for m, free, mean in zip(result, measured, means, strict=True) if free and not np.isnan(mean)]
+    largest = max(known) if known else (1.0 if any(measured) else policy.bounds[1])
+    final = tuple(largest if np.isnan(m) else float(m) for m in result)
+    return Outcome(tuple(mean if free else np.nan for mean, free in zip(means, measured, strict=True)), final)
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else np.nan
+
+
+def _label(policy: Policy, slot: Slot) -> tuple[str, object]:
+    if policy.unit == "block" and slot.block is not None:
+        return ("block", (slot.role.split(".")[0] if slot.role.count(".") > 1 else "", slot.block))
+    return ("role", slot.role) if policy.unit == "role" else ("matrix", slot.name)

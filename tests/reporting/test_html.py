@@ -1,0 +1,112 @@
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+import htsr
+from htsr.errors import HtsrError, MissingDependencyError
+from htsr.reporting import html
+from tests.models import state_dict
+
+HOSTILE = "</script><img src=x onerror=alert(1)>&amp;"
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+)
+
+
+@pytest.fixture(scope="module")
+def analysis():
+    state = state_dict()
+    state["model.layers.0.mlp.gate_proj.weight"] = np.nan * state["model.layers.0.mlp.up_proj.weight"]
+    state[f"model.{HOSTILE}.weight"] = state["model.layers.0.mlp.up_proj.weight"].clone()
+    return htsr.analyze(state, device="cpu", bulk=True, permuted=True)
+
+
+@pytest.fixture(scope="module")
+def page(analysis, tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    analysis.to_html(path)
+    return path
+
+
+def data_of(text):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def test_the_page_holds_every_number(analysis, page):
+    data = data_of(page.read_text(encoding="utf-8"))
+    assert len(data["rows"]) == len(analysis)
+    for row, values in zip(analysis, data["rows"], strict=True):
+        shown = dict(zip(data["fields"], values, strict=True))
+        assert shown["name"] == row.name
+        assert shown["alpha"] == (row.alpha and pytest.approx(row.alpha, rel=1e-5))
+        assert shown["status"] == row.status
+    heat = data["heat"]["alpha"]["values"]
+    role, block = data["grid"]["roles"].index("mlp.up"), data["grid"]["blocks"].index("1")
+    assert heat[role][block] == pytest.approx(analysis["model.layers.1.mlp.up_proj"].alpha, rel=1e-3)
+
+
+def test_curves_belong_to_their_matrix(analysis, page):
+    data = data_of(page.read_text(encoding="utf-8"))
+    for i, row in enumerate(analysis):
+        spectrum = data["spectra"][i]
+        if row.status == "nan":
+            assert spectrum is None
+            continue
+        assert spectrum["size"] == row.num_eigenvalues
+        assert spectrum["values"][0] == pytest.approx(row.lambda_max, rel=1e-3)
+        assert len(data["ranks"][str(spectrum["positive"])]) == len(spectrum["values"])
+        assert data["permuted"][i]["values"][0] == pytest.approx(row.max_rand_eval, rel=1e-3)
+        assert data["marks"][i]["lambda_min"] == pytest.approx(row.lambda_min, rel=1e-5)
+
+
+def test_nothing_is_loaded_and_only_the_two_scripts_may_run(page):
+    text = page.read_text(encoding="utf-8")
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)[1]
+    assert policy.startswith("default-src 'none'")
+    scripts = re.findall(r"<script>\n?(.*?)</script>", text, re.DOTALL)
+    assert len(scripts) == 2
+    outside = re.sub(r"<script.*?</script>|<style>.*?</style>", "", text, flags=re.DOTALL)
+    assert not re.search(r"\b(src|href)\s*=", outside)
+
+
+def test_names_are_text_and_never_markup(page):
+    text = page.read_text(encoding="utf-8")
+    assert "<img src=x" not in text
+    assert any(HOSTILE in str(row[0]) for row in data_of(text)["rows"])
+
+
+@pytest.mark.skipif(not BROWSER, reason="no chromium to show the page in")
+def test_a_browser_draws_it(analysis, page, tmp_path):
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=8000", "--dump-dom", page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    body = re.search(r'<table id="table".*?<tbody>(.*?)</tbody>', dom, re.DOTALL)[1]
+    assert body.count("data-index=") == len(analysis)
+    assert dom.count('class="main-svg"') >= 2
+    assert "<img src=" not in dom
+
+
+def test_without_plotly_the_extra_is_named(analysis, tmp_path, monkeypatch):
+    monkeypatch.setattr(html, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"htsr\[report\]"):
+        analysis.to_html(tmp_path / "report.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_named(analysis, tmp_path):
+    with pytest.raises(HtsrError, match="nowhere"):
+        analysis.to_html(tmp_path / "nowhere" / "report.html")
+
+
+def test_an_analysis_without_a_single_fit_has_a_page(tmp_path):
+    analysis = htsr.analyze({"a.weight": torch.zeros(12, 12)}, device="cpu")
+    analysis.to_html(tmp_path / "report.html")
+    data = data_of((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert data["spectra"] == [None]
+    assert data["lines"] == [None]
