@@ -74,14 +74,9 @@ class Arm:
                     found[role_of(name)].append(self.factor(name, tuple(parameter.shape)) if self.factor else 1.0)
         return {role: round(float(np.mean(values)), 3) for role, values in found.items()}
 
-    def seconds_on_spectra(self, optimizer: torch.optim.Optimizer) -> float:
-        """Seconds that the events of a run took."""
-        if self.policy is None:
-            return 0.0
-        from htsr.training.layerwise import engine_of
-
-        engine = engine_of(optimizer)
-        return engine.seconds if engine is not None else 0.0
+    def had_event(self, optimizer: torch.optim.Optimizer, step: int) -> bool:
+        """Whether spectra were measured in this step, counted from 1."""
+        return self.policy is not None and optimizer.param_groups[0]["htsr_event"] == step
 
 
 def ends_only(name: str, shape: tuple[int, ...]) -> float:
