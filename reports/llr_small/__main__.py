@@ -50,13 +50,15 @@ def main() -> None:
         if args.quick:
             quick(work, args)
             return
-        points = [(replace(MAIN, **given), args.arms)] if given else [(MAIN, args.arms), (LONG, LONG_ARMS)]
+        points: list[tuple[Size, list[str], Size | None]] = [(replace(MAIN, **given), args.arms, None)]
+        if not given:
+            points.append((LONG, LONG_ARMS, MAIN))
         facts = {}
-        for size, arms in points:
+        for size, arms, tuned in points:
             text = corpus.prepare(work, size.vocabulary, args.text)
             facts = text.facts
             if not args.write:
-                run_point(work / "runs.jsonl", size, arms, args.seeds, text, args.device)
+                run_point(work / "runs.jsonl", size, arms, args.seeds, tuned, text, args.device)
         runs = search.read(work / "runs.jsonl")
     keep(facts, points, runs)
     from reports.llr_small.write_up import write_up
@@ -64,9 +66,11 @@ def main() -> None:
     write_up(json.loads((HERE / "results.json").read_text()))
 
 
-def run_point(file: Path, size: Size, arms: list[str], seeds: int, text: corpus.Corpus, device: str) -> None:
+def run_point(
+    file: Path, size: Size, arms: list[str], seeds: int, tuned: Size | None, text: corpus.Corpus, device: str
+) -> None:
     """All runs of one size that are not done yet: the grids of all arms, then the seeds."""
-    while jobs := list(search.todo(search.read(file), arms, seeds, size)):
+    while jobs := list(search.todo(search.read(file), arms, seeds, size, tuned)):
         job = min(jobs, key=lambda job: job.seed)
         start = time.perf_counter()
         result = train(job, text, device)
@@ -78,17 +82,18 @@ def run_point(file: Path, size: Size, arms: list[str], seeds: int, text: corpus.
         )
 
 
-def keep(facts: dict[str, Any], points: list[tuple[Size, list[str]]], runs: search.Runs) -> None:
+def keep(facts: dict[str, Any], points: list[tuple[Size, list[str], Size | None]], runs: search.Runs) -> None:
     """results.json: the points of this run beside those that are there already."""
     file = HERE / "results.json"
     before = json.loads(file.read_text())["points"] if file.exists() else {}
-    for size, _ in points:
+    for size, _, tuned in points:
         found = summary.summarise(runs, size, list(ARMS))
         if found:
             before[size.name] = {
                 "size": {f.name: getattr(size, f.name) for f in fields(Size)},
                 "parameters": size.parameters(),
                 "corpus": facts,
+                "tuned_on": tuned.name if tuned else size.name,
                 "runs": len([run for run in runs if run["name"] == size.name]),
                 "hours": sum(
                     sum(run["seconds"][k] for k in ("training", "evaluation"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,9 +80,9 @@ class Arm:
         return self.policy is not None and optimizer.param_groups[0]["htsr_event"] == step
 
 
-def ends_only(name: str, shape: tuple[int, ...]) -> float:
-    """The embedding and the head at LLR's largest multiplier."""
-    return S2 if role_of(name) in ENDS else 1.0
+def ends_only(name: str, shape: tuple[int, ...], multiplier: float = S2) -> float:
+    """The embedding and the head, by default at LLR's largest multiplier."""
+    return multiplier if role_of(name) in ENDS else 1.0
 
 
 def by_shape(name: str, shape: tuple[int, ...]) -> float:
@@ -105,4 +106,6 @@ ARMS: dict[str, Arm] = {
     "corrected": Arm("LLR on α minus its shape null", policy="llr", changes={"score": "alpha_minus_null"}),
     "farms": Arm("LLR on FARMS windows", policy="llr", changes={"windows": Windows(rows=64, count=5)}),
     "alphadecay": Arm("AlphaDecay", policy="alphadecay"),
+    "matched": Arm("LLR in the body, ends ×15, 5 × the body's mean", policy="llr", changes={"embeddings": 15.0}),
+    "ends-15": Arm("embedding and head alone, ×15", partial(ends_only, multiplier=15.0)),
 }

@@ -40,25 +40,28 @@ def best(tried: dict[int, float]) -> int | None:
     return index if all(k in tried for k in (index - 1, index + 1) if 0 <= k < len(GRID)) else None
 
 
-def next_index(tried: dict[int, float], start: int = START) -> int | None:
-    """The grid point to try next: downhill from `start`, until the best has both neighbours; None when done."""
+def next_index(tried: dict[int, float]) -> int | None:
+    """The grid point to try next: downhill from START, until the best has both neighbours; None when done."""
     if not tried:
-        return start
+        return START
     index = min(tried, key=lambda k: (tried[k], k))
     missing = [k for k in (index + 1, index - 1) if 0 <= k < len(GRID) and k not in tried]
     return missing[0] if missing else None
 
 
-def todo(runs: Runs, arms: list[str], seeds: int, size: Size, start: int = START) -> Iterator[Job]:
-    """The next run of each arm that is not finished: the grid with seed 0, then the other seeds at its best."""
+def todo(runs: Runs, arms: list[str], seeds: int, size: Size, tuned: Size | None = None) -> Iterator[Job]:
+    """The next run of each arm that is not finished: the grid with seed 0, then the other seeds at its best.
+
+    With `tuned` there is no grid: all seeds run at the best learning rate of that size.
+    """
     for arm in arms:
-        tried = losses(runs, arm, size, 0)
-        index = next_index(tried, start)
-        if index is not None:
+        tried = losses(runs, arm, tuned or size, 0)
+        index = next_index(tried)
+        if index is not None and tuned is None:
             yield Job(arm, GRID[index], 0, size)
             continue
         index = best(tried)
-        for seed in range(1, seeds):
+        for seed in range(seeds):
             if index is not None and index not in losses(runs, arm, size, seed):
                 yield Job(arm, GRID[index], seed, size)
                 break
