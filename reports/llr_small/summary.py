@@ -35,7 +35,6 @@ def _arm(runs: Runs, arm: str, size: Size) -> dict[str, Any]:
     finals = {r["seed"]: r["loss"] for r in mine if r["loss"] is not None}
     first = mine[0]
     values = list(finals.values())
-    timed = [r["seconds"] for r in mine]
     return {
         "title": ARMS[arm].title,
         "best_lr": lr,
@@ -47,9 +46,9 @@ def _arm(runs: Runs, arm: str, size: Size) -> dict[str, Any]:
         "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "perplexity": math.exp(float(np.mean(values))),
         "multipliers": first["multipliers"],
-        "alpha": first["alpha"],
+        "alpha": [(step, {role: round(a, 3) for role, a in values.items()}) for step, values in first["alpha"]],
         "curve": np.mean([r["curve"] for r in mine], axis=0).round(4).tolist(),
-        "seconds": {key: float(np.mean([t[key] for t in timed])) for key in timed[0]},
+        "seconds": first["seconds"],
     }
 
 

@@ -26,7 +26,7 @@ def write_up(results: dict[str, Any]) -> None:
     text = f"""# Layerwise learning rates on a small LLaMA
 
 `python -m reports.llr_small --work FOLDER` makes this page. {common.facts(results["machine"])} One thread, float32;
-other work ran on the machine at the same time, so seconds are upper bounds and shares are taken within one run.
+seconds are of the process, since other work ran on the machine at the same time.
 
 {VERDICT.read_text() if VERDICT.exists() else ""}
 ## What was done
@@ -64,7 +64,7 @@ def section(name: str, point: dict[str, Any]) -> str:
             f"{arms[arm]['perplexity']:.1f}",
             len(arms[arm]["losses"]),
             "" if arm == "uniform" else signed(arms[arm].get("difference"), arms[arm].get("difference_sd")),
-            reached(arms[arm].get("steps_to_uniform", []), size["steps"]),
+            "" if arm == "uniform" else reached(arms[arm].get("steps_to_uniform", [])),
             between(arms[arm]["between"]),
         ]
         for arm in order
@@ -90,11 +90,12 @@ def section(name: str, point: dict[str, Any]) -> str:
         for s in [arms[arm]["seconds"]]
         if s["spectra"] or arm == "uniform"
     ]  # fmt: skip
+    untuned = "" if point["tuned_on"] == name else " Every arm at the learning rate that was best for it above."
     tokens = size["steps"] * size["batch"] * size["context"]
     return f"""## Width {size["width"]}, {size["blocks"]} blocks, {size["steps"]} steps
 
 {parameters["body"]:,} weights in the body, {parameters["embedding and head"]:,} in embedding and head; batch {size["batch"]} × {size["context"]}, {tokens:,} tokens; {point["runs"]} runs,
-{point["hours"]:.1f} hours. Validation loss in nats per token, mean ± standard deviation over seeds; difference to uniform by
+{point["hours"]:.1f} core-hours.{untuned} Validation loss in nats per token, mean ± standard deviation over seeds; difference to uniform by
 seed, mean ± standard deviation of the differences.
 
 {common.table(["arm", "best lr", "validation loss", "perplexity", "seeds", "minus uniform", "steps to uniform's loss", "between"], main)}
@@ -134,7 +135,7 @@ def signed(mean: float | None, sd: float | None) -> str:
     return f"{mean:+.3f}" + ("" if sd is None else f" ± {sd:.3f}")
 
 
-def reached(steps: list[int | None], total: int) -> str:
+def reached(steps: list[int | None]) -> str:
     """Mean step over the seeds that got there, or how many did."""
     found = [s for s in steps if s is not None]
     if not found:
