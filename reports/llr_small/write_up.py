@@ -169,7 +169,7 @@ def curves(point: dict[str, Any], file: Path) -> None:
     arms = point["arms"]
     order = sorted(arms, key=lambda arm: arms[arm]["mean"])
     colours = {arm: plt.get_cmap("tab10")(i) for i, arm in enumerate(arms)}
-    figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(12, 10), layout="constrained")
     (search, difference), (curve, alpha) = axes
     for arm in order:
         grid = {float(lr): loss for lr, loss in arms[arm]["grid"].items() if loss is not None}
@@ -178,11 +178,14 @@ def curves(point: dict[str, Any], file: Path) -> None:
         curve.plot(steps, losses, color=colours[arm])
     lowest, highest = arms[order[0]]["mean"], arms[order[-1]]["mean"]
     room = highest - lowest
-    search.set(xscale="log", xlabel="base learning rate", ylabel="validation loss, seed 0")
+    searched = sorted({float(lr) for arm in arms.values() for lr in arm["grid"]})
+    search.set_xscale("log", base=2)
+    search.set_xticks(searched, [f"{lr:g}" for lr in searched], rotation=30)
+    search.set(xlabel="base learning rate", ylabel="validation loss, seed 0")
     search.set_ylim(
         min(min(v for v in a["grid"].values() if v) for a in arms.values()) - 0.1 * room, highest + 2 * room + 0.05
     )
-    search.legend(frameon=False, fontsize=7)
+    figure.legend(*search.get_legend_handles_labels(), loc="outside lower center", ncol=4, frameon=False, fontsize=8)
     curve.set(
         xlabel="step",
         ylabel="validation loss, mean of the seeds",
@@ -196,11 +199,11 @@ def curves(point: dict[str, Any], file: Path) -> None:
     difference.set_yticklabels([arms[arm]["title"] for arm in reversed(order)], fontsize=7)
     for arm in [a for a in ("uniform", "llr", "ends") if a in arms]:
         steps = [step for step, _ in arms[arm]["alpha"]]
-        for role, style in (("attn.q", "-"), ("attn.v", "--"), ("mlp.up", "-."), ("mlp.down", ":")):
-            label = f"{arms[arm]['title']}: {role}"
+        for role, style in (("attn.q", "-"), ("attn.v", "--"), ("mlp.up", ":")):
+            label = f"{arm}: {role}"
             alpha.plot(steps, [v[role] for _, v in arms[arm]["alpha"]], style, color=colours[arm], label=label)
     alpha.set(xlabel="step", ylabel="α (hill), mean of the role")
-    alpha.legend(frameon=False, fontsize=6, ncol=3)
+    alpha.legend(frameon=False, fontsize=8, ncol=3)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
