@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from tests.processes import leave
 from tests.transformer import llama
 
 
@@ -70,4 +71,4 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
         }
         found[wrapper] = weights, sampler.state_dict()
     torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()

@@ -11,6 +11,7 @@ from torch import distributed, multiprocessing
 
 import htsr
 from htsr.training import scoring
+from tests.processes import leave
 from tests.training.models import MATRICES, SpyingAdamW, TinyLM, train
 
 STEPS = 7
@@ -48,7 +49,7 @@ def _worker(rank, folder):
         decomposed.clear()
         results[kind] = {"rates": run(wrap), "decomposed": list(decomposed)}
     (folder / f"{rank}.json").write_text(json.dumps(results))
-    distributed.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

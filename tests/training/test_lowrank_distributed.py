@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 
 from htsr.training.lowrank import LowRankAdamW
 from htsr.training.lowrank_groups import low_rank_groups
+from tests.processes import leave
 from tests.training.test_lowrank import batch, loss_of, make
 
 STEPS = 5
@@ -30,10 +31,8 @@ def alone(clip, **options):
 def _worker(rank, task, file):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    try:
-        task(rank)
-    finally:
-        dist.destroy_process_group()
+    task(rank)
+    leave()
 
 
 def both(task, folder):
