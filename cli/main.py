@@ -239,8 +239,9 @@ def memory(
         typer.Option(help="Of Adam's moments: float32, bfloat16, 8bit; by default as the optimizer makes them."),
     ] = None,
     embeddings: Annotated[
-        str, typer.Option(help="Embedding and head under galore, lisa, owlore: train, low_rank, freeze.")
-    ] = "train",
+        str | None,
+        typer.Option(help="Embedding and head: freeze (default of lisa and owlore), train, lowrank (galore, owlore)."),
+    ] = None,
     gradients: Annotated[
         str | None,
         typer.Option(help="keep, project or update; by default update with galore and owlore, else keep."),

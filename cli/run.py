@@ -232,8 +232,9 @@ def memory(name: str, methods: list[str] | None, options: dict[str, Any], target
     plans = []
     for method in asked:
         mine = dict(options)
-        if len(asked) > 1 and method in METHODS and not embeddings_fit(method, mine["embeddings"]):
-            mine["embeddings"] = "train"
+        wanted = mine["embeddings"]
+        if len(asked) > 1 and method in METHODS and wanted and not embeddings_fit(method, wanted):
+            mine["embeddings"] = None
         plans.append(predict_memory(name, method, **mine))
     target.write(MemoryPlans(name, tuple(plans)))
 

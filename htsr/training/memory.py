@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from htsr.training.moments import StateDtype
 
 TrainingMethod: TypeAlias = Literal["full", "lora", "qlora", "galore", "lisa", "owlore"]
-Embeddings: TypeAlias = Literal["train", "low_rank", "freeze"]
+Embeddings: TypeAlias = Literal["train", "lowrank", "freeze"]
 
 METHODS: tuple[TrainingMethod, ...] = ("full", "lora", "qlora", "galore", "lisa", "owlore")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -103,7 +103,7 @@ def predict_memory(
     dtype: str | None = None,
     checkpointing: bool = False,
     state_dtype: StateDtype | None = None,
-    embeddings: Embeddings = "train",
+    embeddings: Embeddings | None = None,
     gradients: Gradients | None = None,
     revision: str | None = None,
 ) -> MemoryPlan:
@@ -123,8 +123,8 @@ def predict_memory(
         checkpointing: activation checkpointing, non-reentrant, per block.
         state_dtype: of Adam's moments; by default the parameter's own with torch's (fused) AdamW, float32 with
             `LowRankAdamW`.
-        embeddings: embedding, head and last norm under ``lisa`` and ``owlore``: ``train``, or ``freeze``; embedding and
-            head under ``galore`` and ``owlore`` also with ``low_rank`` states.
+        embeddings: embedding and head under ``lisa`` and ``owlore``: ``freeze``, the default as in `LayerSampler`, or
+            ``train`` as in the papers; under ``galore`` and ``owlore`` also ``lowrank``, with low-rank states.
         gradients: as in `LowRankAdamW`; by default ``update`` with ``galore`` and ``owlore``, else ``keep``.
         revision: branch, tag or commit of a hub id.
 
@@ -137,12 +137,12 @@ def predict_memory(
     for name, value, known in (
         ("dtype", dtype, DTYPES),
         ("state_dtype", state_dtype, ("float32", "bfloat16", "8bit")),
-        ("embeddings", embeddings, ("train", "low_rank", "freeze")),
+        ("embeddings", embeddings, ("train", "lowrank", "freeze")),
         ("gradients", gradients, ("keep", "project", "update")),
     ):
         if value is not None and value not in known:
             raise UsageError(f"unknown {name} {value!r}: one of {', '.join(known)}")
-    if not embeddings_fit(method, embeddings):
+    if embeddings is not None and not embeddings_fit(method, embeddings):
         where = " and ".join(SAMPLED if embeddings == "freeze" else LOW_RANK)
         raise UsageError(f"embeddings={embeddings!r} is for {where}, not for {method}")
     rank = rank if rank is not None else 128 if method in LOW_RANK else 8
@@ -158,7 +158,7 @@ def predict_memory(
         dtype=dtype,
         checkpointing=checkpointing,
         state_dtype=state_dtype or ("float32" if method in LOW_RANK else None),
-        embeddings=embeddings,
+        embeddings=embeddings or ("freeze" if method in SAMPLED else "train"),
         gradients=gradients or ("update" if method in LOW_RANK else "keep"),
     )
     from htsr.training.simulation import simulate

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from htsr.errors import SourceError
-from htsr.matrices.roles import block_of
+from htsr.matrices.roles import block_of, role_of
 from htsr.training.lowrank_groups import is_low_rank
 from htsr.training.memory import LOW_RANK, PARTS, SAMPLED, MemoryPlan, Setting
 from htsr.training.moments import BLOCK
@@ -162,10 +162,15 @@ def _model(label: str, config: Any, setting: Setting) -> Any:
         model = peft.get_peft_model(model, adapter, low_cpu_mem_usage=True)
     if setting.method in SAMPLED:
         for name, parameter in model.named_parameters():
-            block = block_of(name)
-            trains = setting.embeddings != "freeze" if block is None else block < setting.active_blocks
-            parameter.requires_grad_(trains)
+            parameter.requires_grad_(_is_active(name, setting))
     return model
+
+
+def _is_active(name: str, setting: Setting) -> bool:
+    block = block_of(name)
+    if block is not None:
+        return block < setting.active_blocks
+    return setting.embeddings != "freeze" or role_of(name).split(".")[0] not in ("embed", "head")
 
 
 def _materialise(model: torch.nn.Module) -> None:
@@ -183,7 +188,7 @@ def _materialise(model: torch.nn.Module) -> None:
 
 def _is_low_rank(name: str, parameter: Tensor, setting: Setting) -> bool:
     low = setting.method in LOW_RANK
-    return low and is_low_rank(name, parameter.shape, setting.rank, setting.embeddings == "low_rank")
+    return low and is_low_rank(name, parameter.shape, setting.rank, setting.embeddings == "lowrank")
 
 
 def _states(trained: dict[str, Tensor], low_rank: set[str], setting: Setting) -> dict[str, int]:

@@ -44,14 +44,11 @@ def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, ste
             model.enable_input_require_grads()
         model = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
     if method in ("lisa", "owlore"):
-        from htsr.matrices.roles import block_of
-
-        for name, parameter in model.named_parameters():
-            block = block_of(name)
-            whole = options.get("embeddings") != "freeze"
-            parameter.requires_grad_(whole if block is None else block < options["active_blocks"])
+        frozen = () if options.get("embeddings") else (model.get_input_embeddings(), model.get_output_embeddings())
+        for module in (*frozen, *model.model.layers[options["active_blocks"] :]):
+            module.requires_grad_(False)
     if method in ("galore", "owlore"):
-        low = options.get("embeddings") == "low_rank"
+        low = options.get("embeddings") == "lowrank"
         groups = low_rank_groups(model, rank, embeddings=low, refresh_every=1)
         state_dtype = options.get("state_dtype", "float32")
         optimizer: Any = LowRankAdamW(groups, gradients=options.get("gradients", "update"), state_dtype=state_dtype)

@@ -42,8 +42,9 @@ def weights(config, bytes_each=4):
         ("lora", {}),
         ("galore", {}),
         ("galore", {"gradients": "keep", "checkpointing": True}),
-        ("galore", {"gradients": "project", "embeddings": "low_rank", "dtype": "bfloat16"}),
-        ("owlore", {"active_blocks": 2, "embeddings": "freeze", "state_dtype": "8bit"}),
+        ("galore", {"gradients": "project", "embeddings": "lowrank", "dtype": "bfloat16"}),
+        ("owlore", {"active_blocks": 2, "state_dtype": "8bit"}),
+        ("lisa", {"active_blocks": 1, "embeddings": "train"}),
         ("lisa", {"active_blocks": 1}),
     ],
 )
@@ -79,7 +80,7 @@ def test_parts_are_what_arithmetic_says(folder):
     assert plans["lora"].weights == pytest.approx(size + 4 * adapters, rel=1e-3)
     linear = 4 * (2 * h * h + 2 * h * kv + 3 * h * f)
     assert plans["qlora"].weights == pytest.approx(size + 4 * adapters - linear * (4 - 0.516), rel=1e-3)
-    assert plans["lisa"].trainable == 2 * (linear // 4 + 2 * h) + 2 * v * h + h
+    assert plans["lisa"].trainable == 2 * (linear // 4 + 2 * h) + h  # the last norm, too
     assert plans["owlore"].optimizer < plans["lisa"].optimizer
     assert plans["owlore"].weights == plans["lisa"].weights == full.weights
 
@@ -96,9 +97,9 @@ def test_more_of_anything_takes_more(folder):
     assert total(state_dtype="8bit") < total(state_dtype="bfloat16")
     assert total(checkpointing=True) < base
     assert total(dtype="bfloat16") < base
-    assert total(embeddings="low_rank") < base
+    assert total(embeddings="lowrank") < base
     assert total("lisa", active_blocks=1) < total("lisa", active_blocks=3)
-    assert total("lisa", embeddings="freeze") < total("lisa")
+    assert total("lisa", embeddings="train") > total("lisa")
     assert total("galore", checkpointing=True, gradients="keep") > total("galore", checkpointing=True)
 
 
@@ -146,12 +147,12 @@ def test_command(capsys, folder, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[-2:] == ["galore", "full"]
     assert any(line.strip().startswith("total") for line in lines)
-    assert main(["memory", folder, "--seq", "16", "--format", "json", "--embeddings", "freeze"]) == 0
+    assert main(["memory", folder, "--seq", "16", "--format", "json", "--embeddings", "train"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert [row["method"] for row in content["rows"]] == list(METHODS)
     assert content["rows"][0]["total"] == predict_memory(folder, sequence=16).total
     lisa = content["rows"][METHODS.index("lisa")]
-    assert lisa["total"] == predict_memory(folder, "lisa", sequence=16, embeddings="freeze").total
+    assert lisa["total"] == predict_memory(folder, "lisa", sequence=16, embeddings="train").total
     assert main(["memory", folder, "--seq", "16", "--method", "lora", "-o", str(tmp_path / "plan.csv")]) == 0
     (row,) = csv.DictReader(io.StringIO((tmp_path / "plan.csv").read_text()))
     assert int(row["total"]) == sum(int(row[part]) for part in PARTS)
