@@ -137,7 +137,7 @@ def _arguments(recipe: Recipe) -> Any:
     on_cpu = not torch.accelerator.is_available()
     defaults: dict[str, Any] = {"report_to": "none", "save_strategy": "steps", "save_steps": 100, "save_total_limit": 2}
     if on_cpu:
-        defaults |= {"bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
+        defaults |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
     else:
         defaults |= {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
     if recipe.sampling is not None:

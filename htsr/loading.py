@@ -61,8 +61,7 @@ def load_model(
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise SourceError(f"{name} could not be loaded: {str(error).splitlines()[0]}") from error
     if "gguf_file" in more:  # it holds plain floats now, and may be saved and trained as such
-        del model.config.quantization_config
-        model.hf_quantizer = None
+        model.hf_quantizer.remove_quantization_config(model)
     return model  # type: ignore[no-any-return]
 
 

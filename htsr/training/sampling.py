@@ -46,7 +46,7 @@ class Coverage:
     Attributes:
         name: the block.
         probability: p of the first draw of an interval.
-        intervals: intervals it trained in so far, the current one included.
+        intervals: intervals it has trained in so far, the current one included once a step is taken.
         expected: the number to expect of as many intervals (without replacement).
     """
 
@@ -143,7 +143,6 @@ class LayerSampler:
         self._parameters: list[list[torch.nn.Parameter]] = []
         self._steps, self._active = 0, self.draw(0)
         self._counts = np.zeros(len(self.names), dtype=np.int64)
-        self._counts[list(self._active)] = 1
 
     @property
     def active(self) -> tuple[int, ...]:
@@ -239,10 +238,10 @@ class LayerSampler:
     def _after_step(self) -> None:
         if self._steps % self.interval == 0:
             self._insist_on_updates()
+            self._counts[list(self._active)] += 1
         self._steps += 1
         if self._steps % self.interval == 0:
             self._active = self.draw(self._steps // self.interval)
-            self._counts[list(self._active)] += 1
             logger.info("step %d: training %s", self._steps, ", ".join(self.names[i] for i in self._active))
             self._apply()
         else:

@@ -172,8 +172,12 @@ def test_backward_ends_at_the_lowest_active_block():
 
 
 def test_top_is_a_fixed_choice():
-    sampler = LayerSampler(llama(4), [0.1, 0.4, 0.2, 0.3], active=2, top=True)
+    model = llama(4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    sampler = LayerSampler(model, [0.1, 0.4, 0.2, 0.3], active=2, interval=5, top=True)
     assert set(draws(sampler, 5)) == {(1, 3)}
+    sampler.attach(optimizer)
+    train(model, optimizer, batches(4))
     assert [row.expected for row in sampler.coverage()] == [0, 1, 0, 1]
 
 

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+import torch
+
+import htsr
+from htsr.loading import load_model, load_tokenizer
+from tests.transformer import bert, llama, word_tokenizer
+
+
+def test_a_model_has_the_class_that_its_configuration_names(tmp_path):
+    bert().save_pretrained(tmp_path / "bert")
+    assert type(load_model(str(tmp_path / "bert"))).__name__ == "BertModel"
+    llama().save_pretrained(tmp_path / "llama")
+    model = load_model(str(tmp_path / "llama"), dtype=torch.bfloat16)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    tokenizer = word_tokenizer()
+    tokenizer.pad_token, tokenizer.padding_side = None, "left"
+    tokenizer.save_pretrained(tmp_path / "llama")
+    loaded = load_tokenizer(str(tmp_path / "llama"))
+    assert (loaded.pad_token, loaded.padding_side) == ("</s>", "right")
+    with pytest.raises(htsr.SourceError, match="none could not be loaded"):
+        load_model(str(tmp_path / "none"))
+
+
+def test_gguf_becomes_plain_floats_that_can_be_saved_and_trained(tmp_path, random):
+    gguf = pytest.importorskip("gguf")
+    from transformers import AutoModelForCausalLM
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    width, heads, vocabulary = 64, 4, 96
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    for add, value in (
+        (writer.add_block_count, 1),
+        (writer.add_context_length, 32),
+        (writer.add_embedding_length, width),
+        (writer.add_feed_forward_length, width),
+        (writer.add_head_count, heads),
+        (writer.add_head_count_kv, heads),
+        (writer.add_layer_norm_rms_eps, 1e-5),
+        (writer.add_vocab_size, vocabulary),
+    ):
+        add(value)
+    matrices = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (width, width))
+    matrices |= dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), (width, width))
+    shapes = {f"blk.0.{name}.weight": shape for name, shape in matrices.items()}
+    shapes |= {"token_embd.weight": (vocabulary, width), "output.weight": (vocabulary, width)}
+    kind = gguf.GGMLQuantizationType.Q8_0
+    stored = {n: gguf.quantize(random.standard_normal(s).astype(np.float32), kind) for n, s in shapes.items()}
+    for name, values in stored.items():
+        writer.add_tensor(name, values, raw_dtype=kind)
+    for name in ("blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "output_norm.weight"):
+        writer.add_tensor(name, np.ones(width, dtype=np.float32))
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+
+    model = load_model(str(tmp_path / "model.gguf"), dtype=torch.float32)
+    up = torch.from_numpy(gguf.dequantize(stored["blk.0.ffn_up.weight"], kind))
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, up)
+    validate_quantization_for_training(model)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.model.layers[0].mlp.up_proj.weight, up)
