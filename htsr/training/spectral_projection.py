@@ -111,7 +111,7 @@ def _trained(
         for name, parameter in model.named_parameters()
         if id(parameter) in mine and parameter.requires_grad
     }
-    found = []
+    found: list[tuple[WeightMatrix, torch.Tensor]] = []
     for matrix in open_model(model):
         parameter = parameters.get(matrix.position.tensor)
         if parameter is None or not where(matrix):
