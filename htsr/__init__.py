@@ -44,6 +44,7 @@ _HOMES = {
     "htsr.spectra.metrics": ("LayerMetrics", "Options"),
     "htsr.spectra.projection": ("project_tail", "remove_traps"),
     "htsr.spectra.tail": ("PowerLawFit", "fit_power_law"),
+    "htsr.surgery": ("project",),
     "htsr.training.adapters": ("lora_config",),
     "htsr.training.callbacks": ("LayerSamplerCallback",),
     "htsr.training.layerwise": ("layerwise", "multipliers"),
@@ -54,7 +55,6 @@ _HOMES = {
     "htsr.training.policy": ("Policy",),
     "htsr.training.sampling": ("LayerSampler",),
     "htsr.training.schedulers": ("LayerwiseLR",),
-    "htsr.surgery": ("project",),
     "htsr.training.spectral_projection": ("spectral_projection",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

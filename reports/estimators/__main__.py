@@ -1,6 +1,6 @@
 """How α behaves as an estimator of a known exponent, and what a difference between two layers must be to mean something.
 
-python -m reports.estimators            about 5 minutes of processor time on one core
+python -m reports.estimators            about 2 minutes of processor time on one core
 python -m reports.estimators --quick    few draws, nothing kept
 """
 
@@ -129,15 +129,15 @@ def matrices(draws: Callable[[int], int]) -> list[dict[str, Any]]:
     for ensemble, alpha, M, Q in cases:
         random = np.random.default_rng((3, M, Q, round(10 * alpha)))
         taken: dict[str, list[Estimate]] = {}
-        for number in range(draws(200 if M <= 256 else 60)):
+        for number in range(draws(80 if M <= 256 else 24)):
             W = ENSEMBLES[ensemble](random, alpha, M, Q * M)
             values = esd(W).positive
             windows = esd(W, windows=Windows(M // 2, 4)).positive
             for method in METHODS:
-                if method != "clip_xmax" or number < 100:
+                if method != "clip_xmax" or number < 40:
                     taken.setdefault(method, []).append(fit(values, method))
             taken.setdefault("FARMS + hill", []).append(fit(windows, "hill"))
-            if number < 60:
+            if number < 24:
                 taken.setdefault("FARMS + ks", []).append(fit(windows, "ks"))
         for method, estimates in taken.items():
             rows.append({"ensemble": ensemble, "M": M, "Q": Q, "method": method, **summary(estimates, alpha)})
@@ -160,7 +160,7 @@ def bootstrap(draws: Callable[[int], int]) -> list[dict[str, Any]]:
         for size in (100, 200):
             for method in ("ks", "hill"):
                 random = np.random.default_rng((4, size))
-                spectra = [make(random, 3.0, size) for _ in range(draws(200))]
+                spectra = [make(random, 3.0, size) for _ in range(draws(100))]
                 alphas = np.array([fit(values, method)[0] for values in spectra])
                 bounds = [bootstrap_alpha(values, method, resamples=100, seed=i) for i, values in enumerate(spectra)]
                 low, high = np.array(bounds).T
