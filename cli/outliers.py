@@ -12,8 +12,9 @@ from htsr_cli.run import Words, console
 
 from htsr.execution import pick_device
 from htsr.files import written
-from htsr.loading import load_model, load_tokenizer, read_records, text_of
+from htsr.loading import load_model, load_tokenizer
 from htsr.outliers import Outliers, measure_outliers
+from htsr.records import read_records, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -17,7 +17,6 @@ import dataclasses
 import gc
 import json
 import logging
-import random
 import resource
 import sys
 import time
@@ -29,15 +28,14 @@ from typing import TYPE_CHECKING, Any
 from htsr.analysis import Analysis, analyze
 from htsr.errors import UsageError
 from htsr.files import written
-from htsr.loading import Record, load_model, load_tokenizer, question_of, read_records, text_of
+from htsr.loading import load_model, load_tokenizer
 from htsr.multiple_choice import Accuracy, multiple_choice_accuracy
-from htsr.outliers import Outliers, measure_outliers
 from htsr.recipe import Recipe
+from htsr.records import Record, as_dataset, read_records, split
 
 if TYPE_CHECKING:
     import torch
 
-    from htsr.training.block_scores import Strategy
     from htsr.training.sampling import Coverage
 
 logger = logging.getLogger(__name__)
@@ -73,6 +71,8 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
     from accelerate import PartialState
     from transformers import set_seed
 
+    from htsr.training.methods import prepare
+
     output = Path(recipe.output)
     arguments = _arguments(recipe)
     ranks = PartialState()
@@ -83,13 +83,17 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
     output.mkdir(parents=True, exist_ok=True)
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.model, revision=recipe.revision)
-    train, held_out, questions = _data(recipe)
+    share = 0.0 if recipe.data.evaluation else recipe.data.evaluation_share
+    train, held_out = split(read_records(recipe.data.train), share, recipe.seed)
+    train = train[: recipe.data.limit]
+    held_out = read_records(recipe.data.evaluation) if recipe.data.evaluation else held_out
+    questions = read_records(recipe.data.multiple_choice) if recipe.data.multiple_choice else []
     say(f"{len(train)} training records, {len(held_out)} held out, {len(questions)} questions")
     model = load_model(recipe.model, revision=recipe.revision, dtype=_dtype(recipe), causal=True).to(arguments.device)
 
     before = _spectra(recipe, model, output / "spectra_before.npz", say)
     accuracy_before = _accuracy(model, tokenizer, questions, output / "accuracy_before.json", say)
-    model, sampler = _prepare(recipe, model, tokenizer, train, before, output, say)
+    model, sampler = prepare(recipe, model, tokenizer, train, before, output, say)
     trainer = _trainer(recipe, model, tokenizer, arguments, train, held_out, sampler)
     _reset_peak()
     started, first_step = time.perf_counter(), _steps_of(checkpoint)
@@ -149,40 +153,6 @@ def _arguments(recipe: Recipe) -> Any:
         raise UsageError(f"training: {error}") from error
 
 
-def _data(recipe: Recipe) -> tuple[list[Record], list[Record], list[Record]]:
-    """Records to train on, to evaluate on, and questions."""
-    data = recipe.data
-    train = read_records(data.train)
-    shuffled = random.Random(recipe.seed).sample(train, len(train))
-    if not 0 <= data.evaluation_share < 1:
-        raise UsageError(f"data.evaluation_share is in [0, 1), not {data.evaluation_share}")
-    held = 0 if data.evaluation else round(data.evaluation_share * len(train))
-    held_out = read_records(data.evaluation) if data.evaluation else shuffled[:held]
-    train = shuffled[held:][: data.limit]
-    questions = read_records(data.multiple_choice) if data.multiple_choice else []
-    if not train:
-        raise UsageError(f"no records of {data.train} are left to train on")
-    return train, held_out, questions
-
-
-def _dataset(records: list[Record]) -> Any:
-    """The columns that TRL reads: text, messages, or prompt and completion."""
-    from datasets import Dataset
-
-    rows: list[Record] = []
-    for record in records:
-        if {"question", "choices", "answer"} <= record.keys():
-            prompt, choices = question_of(record)
-            rows.append({"prompt": prompt, "completion": choices[record["answer"]]})
-        else:
-            text_of(record)  # says what is missing
-            kept = ("messages",) if "messages" in record else ("prompt", "completion")
-            rows.append({key: record[key] for key in (("text",) if "text" in record else kept)})
-    if len({tuple(row) for row in rows}) > 1:
-        raise UsageError("the records of a data set are all of one form: text, messages, or prompt and completion")
-    return Dataset.from_list(rows)
-
-
 def _spectra(recipe: Recipe, source: torch.nn.Module | str, path: Path, say: Callable[[str], None]) -> Analysis | None:
     """The analysis of a model, shared by all ranks; taken up from its file when resuming."""
     from accelerate import PartialState
@@ -217,97 +187,6 @@ def _accuracy(
     return asdict(found)
 
 
-def _prepare(
-    recipe: Recipe,
-    model: torch.nn.Module,
-    tokenizer: Any,
-    train: list[Record],
-    before: Analysis | None,
-    output: Path,
-    say: Callable[[str], None],
-) -> tuple[torch.nn.Module, Any]:
-    """The model with its adapters, and the sampler of blocks, as the method has them."""
-    from htsr.training.sampling import LayerSampler
-
-    given = recipe.sampling
-    default: Strategy = "owlore" if recipe.method == "owlore" else "uniform"
-    strategy = (given.strategy or default) if given else None
-    scores: Outliers | Analysis | None = None
-    if strategy in ("owlore", "reverse"):
-        scores = _outliers(recipe, model, tokenizer, train, output / "outliers.json", say)
-    elif strategy in ("alpha", "erg", "snr"):
-        if before is None:
-            raise UsageError(f"the strategy {strategy} needs spectra: true")
-        scores = before
-    if recipe.lora is not None:
-        model = _with_adapters(recipe, model, before)
-    if given is None or strategy is None:
-        return model, None
-    sampler = LayerSampler(
-        model,
-        strategy,
-        scores=scores,
-        active=given.active,
-        interval=given.interval,
-        top=given.top,
-        embedding=given.embedding,
-        frozen_state=given.frozen_state,
-        seed=recipe.seed,
-        threshold=given.threshold,
-    )
-    return model, sampler
-
-
-def _outliers(
-    recipe: Recipe,
-    model: torch.nn.Module,
-    tokenizer: Any,
-    train: list[Record],
-    path: Path,
-    say: Callable[[str], None],
-) -> Outliers:
-    """From the recipe's file, from the run's own when resuming, or measured by the first process for all."""
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    given = recipe.sampling
-    assert given is not None
-    if given.outliers:
-        return Outliers.load(given.outliers)
-    if path.exists():
-        return Outliers.load(path)
-    found: list[Any] = [None]
-    ranks = PartialState()
-    ranks.wait_for_everyone()
-    if ranks.is_main_process:
-        say("measuring outliers on the training data")
-        texts = [text_of(record, tokenizer) for record in train[: given.calibration_samples]]
-        length = recipe.training.get("max_length") or 512
-        thresholds = sorted({3.0, 5.0, 7.0, 10.0, given.threshold})
-        measured = measure_outliers(model, tokenizer, texts, thresholds=thresholds, length=length)
-        found = [replace(measured, label=recipe.model)]
-        found[0].save(path)
-    return broadcast_object_list(found)[0]  # type: ignore[no-any-return]
-
-
-def _with_adapters(recipe: Recipe, model: torch.nn.Module, before: Analysis | None) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    from htsr.training.adapters import lora_config
-
-    lora = recipe.lora
-    assert lora is not None
-    common: dict[str, Any] = {"lora_dropout": lora.dropout, "task_type": "CAUSAL_LM"}
-    if lora.score is None:
-        alpha: Any = lora.scaling * lora.rank
-        config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules="all-linear", **common)
-    else:
-        if before is None:
-            raise UsageError(f"ranks by {lora.score} need spectra: true")
-        config = lora_config(model, before, rank=lora.rank, score=lora.score, scaling=lora.scaling, **common)
-    return get_peft_model(model, config)  # type: ignore[arg-type]
-
-
 def _trainer(
     recipe: Recipe,
     model: torch.nn.Module,
@@ -325,8 +204,8 @@ def _trainer(
         model=model,
         args=arguments,
         processing_class=tokenizer,
-        train_dataset=_dataset(train),
-        eval_dataset=_dataset(held_out) if held_out else None,
+        train_dataset=as_dataset(train),
+        eval_dataset=as_dataset(held_out) if held_out else None,
         callbacks=[LayerSamplerCallback(sampler)] if sampler else None,
     )
 

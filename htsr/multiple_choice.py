@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from htsr.errors import UsageError
-from htsr.loading import Record, question_of
+from htsr.records import Record, question_of
 
 if TYPE_CHECKING:
     import torch

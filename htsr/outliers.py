@@ -18,7 +18,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from htsr._version import __version__
+from htsr.activations import input_norms, linear_modules
 from htsr.errors import HtsrError, SourceError, UsageError
 from htsr.files import written
 from htsr.matrices import roles
 from htsr.matrices.blocks import Blocks, find_blocks
-from htsr.matrices.entries import clean_name
 
 if TYPE_CHECKING:
     import torch
@@ -196,96 +195,6 @@ def measure_outliers(
     model.train(training)
     found = score_weights(model, norms.result(), thresholds)
     return replace(found, samples=len(texts), tokens=tokens)
-
-
-class InputNorms:
-    """Sums of squares of every Linear's input features, in float64, while texts run through the model."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
-        self._squares: dict[str, torch.Tensor] = {}
-        self._mask: torch.Tensor | None = None  # None where the batch has no padding
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:
-        """Run one batch, (batch, tokens) each; returns its number of real tokens."""
-        import torch
-
-        device = next(self._model.parameters()).device
-        input_ids, mask = input_ids.to(device), attention_mask.to(device)
-        self._mask = None if bool(mask.all()) else mask.bool()
-        more = {"use_cache": False} if hasattr(getattr(self._model, "config", None), "use_cache") else {}
-        with torch.no_grad():
-            self._model(input_ids=input_ids, attention_mask=mask, **more)
-        return int(mask.sum())
-
-    def add(self, name: str, X: torch.Tensor) -> None:
-        """Add the tokens of one input, (…, features)."""
-        import torch
-
-        if self._mask is not None:
-            X = self._real_tokens(name, X)
-        wide = torch.float32 if X.device.type == "mps" else torch.float64
-        squares = torch.linalg.vector_norm(X.reshape(-1, X.shape[-1]), dim=0, dtype=wide).square_()
-        if name in self._squares:
-            self._squares[name] += squares
-        else:
-            self._squares[name] = squares
-
-    def _real_tokens(self, name: str, X: torch.Tensor) -> torch.Tensor:
-        mask = self._mask
-        assert mask is not None
-        if X.shape[:2] == mask.shape:
-            return X[mask]
-        if X.ndim == 2 and X.shape[0] == mask.numel():
-            return X[mask.flatten()]
-        if X.shape[:-1].numel() == X.shape[0] == mask.shape[0]:
-            return X  # one vector a sample, as a pooler sees it
-        raise HtsrError(
-            f"the input of {name} has the shape {tuple(X.shape)}, where padding cannot be told; use a batch size of 1"
-        )
-
-    def result(self) -> dict[str, Vector]:
-        """‖X_j‖₂ by module name, (in_features,) float64.
-
-        Raises:
-            HtsrError: an input was not finite.
-        """
-        norms = {name: squares.sqrt().cpu().double().numpy() for name, squares in self._squares.items()}
-        for name, norm in norms.items():
-            if not np.isfinite(norm).all():
-                raise HtsrError(f"the input of {name} holds NaN or infinite activations; load the model in float32")
-        return norms
-
-
-@contextmanager
-def input_norms(model: torch.nn.Module) -> Iterator[InputNorms]:
-    """Hooks on every Linear (and GPT-2 Conv1D) of `model`, removed again at the end of the block."""
-    norms = InputNorms(model)
-    handles = []
-    for name, module in linear_modules(model):
-
-        def hook(module: torch.nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            norms.add(name, args[0].detach())
-
-        handles.append(module.register_forward_pre_hook(hook))
-    try:
-        yield norms
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def linear_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """The Linear and Conv1D modules by name, without those of adapters (LoRA), wrappers' prefixes removed."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    found: list[tuple[str, torch.nn.Module]] = []
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and "lora_" not in name:
-            clean = clean_name(name).removeprefix("base_model.model.").removesuffix(".base_layer")
-            found.append((clean, module))
-    return found
 
 
 def score_weights(

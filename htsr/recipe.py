@@ -36,7 +36,7 @@ _OWN = {
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is trained and tested on; sources as of `htsr.loading.read_records`.
+    """What is trained and tested on; sources as of `htsr.records.read_records`.
 
     Attributes:
         train: records with ``text``, ``prompt`` and ``completion``, chat ``messages``, or ``question``, ``choices`` and

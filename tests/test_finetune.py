@@ -11,9 +11,9 @@ from htsr_cli.main import main
 from safetensors.torch import load_file
 
 import htsr
-from htsr.loading import read_records
 from htsr.multiple_choice import log_likelihoods, multiple_choice_accuracy
 from htsr.recipe import read_recipe
+from htsr.records import read_records
 from tests.transformer import llama, word_tokenizer
 
 pytest.importorskip("trl")

@@ -7,9 +7,10 @@ from htsr_cli.main import main
 from torch import nn
 
 import htsr
-from htsr.loading import read_records, resolve, text_of
+from htsr.activations import input_norms
+from htsr.loading import resolve
 from htsr.matrices.blocks import find_blocks
-from htsr.outliers import input_norms
+from htsr.records import read_records, text_of
 from tests.transformer import bert, gpt2, llama, word_tokenizer
 
 

@@ -91,7 +91,7 @@ def adapter_ranks(
     reverse: bool = False,
 ) -> dict[str, int]:
     """Rank of each adapted module by name; arguments as of `lora_config`."""
-    from htsr.outliers import linear_modules
+    from htsr.activations import linear_modules
 
     if score not in NUMERIC:
         raise UsageError(f"rows have no metric {score!r}; alpha, stable_rank and entropy are usual")
