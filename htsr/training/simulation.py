@@ -28,7 +28,7 @@ _OVERSAMPLING = 8
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of all storages that operations have made and that are still alive, by part; and the peak of their sum."""
 
-    def __init__(self, logits: int, fixed: dict[str, int]) -> None:
+    def __init__(self, logits: set[int], fixed: dict[str, int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.logits, self.fixed = logits, fixed
         self.live: Counter[str] = Counter()
@@ -43,7 +43,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                part = "logits" if leaf.numel() >= self.logits and leaf.ndim > 1 else "activations"
+                part = "logits" if leaf.numel() in self.logits else "activations"
                 self.enter(leaf, part, move=False)
         self.check()
         return out
@@ -94,7 +94,7 @@ def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
         dense = sum(p.numel() * p.element_size() for p in quantised)
         fixed["weights"] = round(sum(p.numel() for p in quantised) * _NF4) - dense
         fixed["workspace"] = max((p.numel() * p.element_size() for p in quantised), default=0)
-        ledger = Ledger(setting.batch * max(setting.sequence - 1, 1) * vocabulary, fixed)
+        ledger = Ledger({setting.batch * (setting.sequence - cut) * vocabulary for cut in (0, 1)}, fixed)
         for tensor in (*model.parameters(), *model.buffers()):
             ledger.enter(tensor, "weights")
         for name, parameter in trained.items():

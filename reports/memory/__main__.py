@@ -1,6 +1,6 @@
 """Peak memory of training by method: predicted by `htsr.predict_memory`, and measured on real steps.
 
-    python -m reports.memory            the whole study, about 10 minutes on one core
+    python -m reports.memory            the whole study, about 5 minutes on one core
     python -m reports.memory --quick    one small model, one setting
 
 "Measured" is the most that torch's CPU allocator held at once over two training steps (torch.profiler), weights
@@ -27,15 +27,6 @@ SMALL = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "LLaMA, 42M": SMALL,
-    "SmolLM2-135M": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
     "LLaMA-2-7B": {
         "hidden_size": 4096,
         "intermediate_size": 11008,
@@ -78,14 +69,10 @@ def main() -> None:
         rows = compare(config, {"batch": 2, "sequence": 64})
         print(common.table(["method", "predicted, MiB", "measured, MiB", "ratio"], [cells(r) for r in rows]))
         return
-    results: dict[str, Any] = {"small": [], "smollm2": []}
+    results: dict[str, Any] = {"small": []}
     for setting in ({"batch": 1, "sequence": 128}, {"batch": 4, "sequence": 256}):
         results["small"] += compare(MODELS["LLaMA, 42M"], setting)
         print(results["small"], flush=True)
-    for checkpointing in (False, True):
-        setting = {"batch": 2, "sequence": 256, "checkpointing": checkpointing}
-        results["smollm2"] += compare(MODELS["SmolLM2-135M"], setting)
-        print(results["smollm2"], flush=True)
     results["seven_b"] = seven_b()
     common.keep(HERE, results)
     write_up(json.loads((HERE / "results.json").read_text()))
@@ -147,10 +134,8 @@ def cells(row: dict[str, Any]) -> list[Any]:
 
 def write_up(results: dict[str, Any]) -> None:
     """README.md from results.json."""
-    rows = [*results["small"], *results["smollm2"]]
-    worst = max(abs(r["predicted"] / r["measured"] - 1) for r in rows)
+    worst = max(abs(r["predicted"] / r["measured"] - 1) for r in results["small"])
     small = [[r["batch"], r["sequence"], *cells(r)] for r in results["small"]]
-    smollm2 = [["yes" if r["checkpointing"] else "no", *cells(r)] for r in results["smollm2"]]
     parts = ("weights", "gradients", "optimizer", "projectors", "activations", "logits", "workspace")
     big = [
         [r["step"], *(f"{r[part] / 1e9:.2f}" for part in parts), f"**{r['total'] / 1e9:.2f}**"]
@@ -168,9 +153,6 @@ The largest difference between prediction and measurement is {100 * worst:.1f} %
 ## LLaMA of 42M parameters, r = 128 (LoRA 16)
 
 {common.table(["batch", "sequence", "method", "predicted, MiB", "measured, MiB", "ratio"], small)}
-## SmolLM2-135M's shape, batch 2 × 256
-
-{common.table(["checkpointing", "method", "predicted, MiB", "measured, MiB", "ratio"], smollm2)}
 ## LLaMA-2-7B, bfloat16, batch 1 × 1024: predicted only, GB (10⁹ bytes)
 
 Parts are those at the moment of the peak. Not measured here for want of a GPU; without the CUDA context, kernels'
