@@ -101,7 +101,9 @@ def predict(config: dict[str, Any], method: str, **options: Any) -> dict[str, An
 
     with tempfile.TemporaryDirectory() as folder:
         LlamaConfig(**config).save_pretrained(folder)
-        return asdict(predict_memory(folder, method, **options))
+        plan = asdict(predict_memory(folder, method, **options))
+        del plan["model"]  # a temporary folder
+        return plan
 
 
 def seven_b() -> list[dict[str, Any]]:
