@@ -26,7 +26,8 @@ def write_up(results: dict[str, Any]) -> None:
     text = f"""# Layerwise learning rates on a small LLaMA
 
 `python -m reports.llr_small --work FOLDER` makes this page. {common.facts(results["machine"])} One thread, float32;
-seconds are of the process, since other work ran on the machine at the same time.
+seconds are of the process, since other work ran on the machine at the same time (those of the first ten runs, which only
+the core-hours contain, are of the clock).
 
 {VERDICT.read_text() if VERDICT.exists() else ""}
 ## What was done
@@ -90,7 +91,11 @@ def section(name: str, point: dict[str, Any]) -> str:
         for s in [arms[arm]["seconds"]]
         if s["spectra"] or arm == "uniform"
     ]  # fmt: skip
-    untuned = "" if point["tuned_on"] == name else " Every arm at the learning rate that was best for it above."
+    untuned = (
+        ""
+        if point["tuned_on"] == name
+        else " Every arm at the learning rate that was best for it above,\nand what else the grid below shows."
+    )
     tokens = size["steps"] * size["batch"] * size["context"]
     return f"""## Width {size["width"]}, {size["blocks"]} blocks, {size["steps"]} steps
 
@@ -99,7 +104,7 @@ def section(name: str, point: dict[str, Any]) -> str:
 seed, mean ± standard deviation of the differences.
 
 {common.table(["arm", "best lr", "validation loss", "perplexity", "seeds", "minus uniform", "steps to uniform's loss", "between"], main)}
-† the best has not both neighbours: at the edge of the grid, or the search was cut short.
+† the best has not both neighbours: at the edge of the grid, no search at this size, or one cut short.
 
 ![loss]({name}.png)
 
