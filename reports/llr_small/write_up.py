@@ -173,7 +173,7 @@ def curves(point: dict[str, Any], file: Path) -> None:
 
     arms = point["arms"]
     order = sorted(arms, key=lambda arm: arms[arm]["mean"])
-    colours = {arm: plt.get_cmap("tab10")(i) for i, arm in enumerate(arms)}
+    colours = {arm: plt.get_cmap("tab20")((2 * i) % 20 + i // 10) for i, arm in enumerate(arms)}
     figure, axes = plt.subplots(2, 2, figsize=(12, 10), layout="constrained")
     (search, difference), (curve, alpha) = axes
     for arm in order:
