@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from htsr.errors import HtsrError
-from htsr.matrices.entries import clean_name
+from htsr.matrices.entries import base_name
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +103,6 @@ def linear_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     found: list[tuple[str, torch.nn.Module]] = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and "lora_" not in name:
-            clean = clean_name(name).removeprefix("base_model.model.").removesuffix(".base_layer")
+            clean = base_name(name).removesuffix(".base_layer")
             found.append((clean, module))
     return found

@@ -48,6 +48,11 @@ def clean_name(name: str) -> str:
     return name
 
 
+def base_name(name: str) -> str:
+    """`clean_name`, also without the prefix that PEFT adds: the name that the base model has for it."""
+    return clean_name(name).removeprefix("base_model.model.")
+
+
 def tensor_entry(name: str, tensor: Any, **more: Any) -> Entry:
     """The entry of a torch tensor in memory."""
     dtype = str(tensor.dtype).removeprefix("torch.")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from htsr.matrices.adapters import dora_factor
-from htsr.matrices.entries import Entry, clean_name, tensor_entry
+from htsr.matrices.entries import Entry, base_name, clean_name, tensor_entry
 from htsr.matrices.quantized import PACKED
 from htsr.spectra.esd import Array
 
@@ -26,7 +26,7 @@ _WRAPPERS = {
 def module_entries(module: torch.nn.Module) -> list[Entry]:
     """The parameters of a module as it computes: with its active adapters, parametrizations, and de-quantised."""
     entries = _entries(module, "", set())
-    return [replace(entry, name=clean_name(entry.name).removeprefix("base_model.model.")) for entry in entries]
+    return [replace(entry, name=base_name(entry.name)) for entry in entries]
 
 
 def module_config(module: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from htsr.matrices.entries import Entry, clean_name, unshared
+from htsr.matrices.entries import Entry, base_name, unshared
 from htsr.matrices.modules import module_config, module_entries
 from htsr.matrices.quantized import dequantized
 from htsr.matrices.roles import stem
@@ -73,10 +73,7 @@ def open_live(module: torch.nn.Module, view: View | None = None) -> LiveModel:
         module: wrapped or not.
         view: what to read in place of each parameter, such as its gradient: a tensor of the same shape, or None.
     """
-    parameters = {
-        clean_name(name).removeprefix("base_model.model."): parameter
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-    }
+    parameters = {base_name(name): parameter for name, parameter in module.named_parameters(remove_duplicate=False)}
     shards: dict[str, Shard] = {}
     entries = []
     for entry in module_entries(module):

@@ -26,7 +26,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from htsr.errors import UsageError
-from htsr.matrices.entries import clean_name
+from htsr.matrices.entries import base_name
 from htsr.matrices.roles import stem
 from htsr.training.slots import Slot, pinned, slot_of, vector_role
 
@@ -73,10 +73,7 @@ def require_fresh(optimizer: torch.optim.Optimizer) -> None:
 
 def parameter_names(module: torch.nn.Module) -> dict[int, str]:
     """Names of the parameters of `module` by their id, wrappers' prefixes removed; a shared one has its first name."""
-    return {
-        id(parameter): clean_name(name).removeprefix("base_model.model.")
-        for name, parameter in module.named_parameters()
-    }
+    return {id(parameter): base_name(name) for name, parameter in module.named_parameters()}
 
 
 def split_groups(

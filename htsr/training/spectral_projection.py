@@ -16,7 +16,7 @@ import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from htsr.errors import MatrixError, UsageError
-from htsr.matrices.entries import clean_name
+from htsr.matrices.entries import base_name
 from htsr.matrices.sources import Filter, WeightMatrix, open_model
 from htsr.spectra.nudge import Nudge, nudge
 from htsr.spectra.tail import FitMethod
@@ -107,7 +107,7 @@ def _trained(
     """The wanted matrices that are parameters of the optimizer as they stand (not W + ΔW, nor a parametrization)."""
     mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     parameters = {
-        clean_name(name).removeprefix("base_model.model."): parameter
+        base_name(name): parameter
         for name, parameter in model.named_parameters()
         if id(parameter) in mine and parameter.requires_grad
     }
