@@ -1,0 +1,205 @@
+"""The pages that map other tools to htsr: complete on their side, true on ours."""
+
+import ast
+import inspect
+import logging
+import re
+import warnings
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import htsr
+
+PAGES = Path(__file__).parents[1] / "reports" / "documentation" / "pages"
+COMING_FROM = sorted((PAGES / "coming-from").glob("*.md"))
+HERE = [*COMING_FROM, *PAGES.glob("faq.md")]
+CODE = re.compile(r"`([^`]+)`")
+
+
+def tables(page: Path) -> list[dict[str, str]]:
+    """Rows of all tables of a page: cells by the title of their column."""
+    rows, header = [], None
+    fenced = False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        fenced ^= line.startswith("```")
+        if fenced or not line.startswith("|"):
+            header = None
+            continue
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if header is None:
+            header = cells
+        elif not set(line) <= set("|-: "):
+            assert len(cells) == len(header), f"{page.name}: {line}"
+            rows.append(dict(zip(header, cells, strict=True)))
+    return rows
+
+
+def theirs(page: str) -> set[str]:
+    """What stands in backticks in the first column of a page's tables; of a call also its arguments."""
+    found = set()
+    for row in tables(PAGES / "coming-from" / page):
+        for code in CODE.findall(next(iter(row.values()))):
+            found |= {code} | set(re.findall(r"\w+", code))
+    return found
+
+
+def weightwatcher():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = pytest.importorskip("weightwatcher")
+    logging.getLogger("weightwatcher").setLevel(logging.CRITICAL)
+    return module
+
+
+METHODS = (
+    "__init__", "analyze", "describe", "get_summary", "get_details", "get_ESD", "get_Weights", "get_framework_layer",
+    "distances", "model_deltas", "matrix_distance", "SVDSmoothing", "SVDSharpness", "analyze_vectors",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_argument_of_weightwatcher_is_on_its_page(method):
+    signature = inspect.signature(getattr(weightwatcher().WeightWatcher, method))
+    wanted = set(signature.parameters) - {"self"}
+    assert not wanted - theirs("weightwatcher.md"), method
+    assert method in ("__init__", "analyze") or method in theirs("weightwatcher.md")
+
+
+def test_the_defaults_of_its_analyze_are_as_it_has_them():
+    parameters = inspect.signature(weightwatcher().WeightWatcher.analyze).parameters
+    rows = [row for row in tables(PAGES / "coming-from" / "weightwatcher.md") if "default" in row]
+    stated = {name: row["default"] for row in rows for name in CODE.findall(row["WeightWatcher"])}
+    assert stated == {
+        name: str(p.default) if p.default != p.default or not isinstance(p.default, str) else repr(p.default)
+        for name, p in parameters.items()
+        if name != "self"
+    }
+
+
+def test_every_column_of_weightwatcher_is_on_its_page():
+    """Those that a run has with all options on, and those that its source adds to a row."""
+    module = weightwatcher()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(40, 30, bias=False))
+    watcher = module.WeightWatcher(model=model)
+    columns = set(
+        watcher.analyze(ERG=True, randomize=True, mp_fit=True, vectors=True, fix_fingers="clip_xmax", savefig=False)
+    )
+    columns |= set(watcher.describe()) | set(watcher.distances(model, model)[2].reset_index())
+    for call in ast.walk(ast.parse(inspect.getsource(module.weightwatcher))):
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_column":
+            if isinstance(call.args[0], ast.Constant):
+                columns.add(call.args[0].value)
+    assert {"alpha", "slice_id", "Xflag", "Lambda", "raw_alpha", "bulk_var_part_ratio", "delta_W"} <= columns
+    assert not columns - theirs("weightwatcher.md")
+
+
+@cache
+def options() -> dict[str, set[str]]:
+    """Options of each command of `htsr`."""
+    import typer.main
+    from htsr_cli.main import app
+
+    found = {}
+
+    def walk(command, name):
+        found[name] = {
+            option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
+        for sub, inner in getattr(command, "commands", {}).items():
+            walk(inner, f"{name} {sub}")
+
+    walk(typer.main.get_command(app), "htsr")
+    return found
+
+
+@cache
+def names() -> dict[str, set[str]]:
+    """What may follow the dot of a name in the column of htsr."""
+    from htsr.comparison import Distance, Pair
+    from htsr.recipe import Data, Lora, LowRank, Recipe, Sampling
+
+    found = {"htsr": set(htsr.__all__)}
+    kinds = (htsr.Options, htsr.Policy, htsr.LayerMetrics, htsr.Filter, htsr.Windows, htsr.Analysis, Distance, Pair)
+    for kind in (*kinds, htsr.LowRankAdamW, htsr.LayerSampler):
+        own = {name for name in dir(kind) if not name.startswith("_")} | set(inspect.signature(kind).parameters)
+        found[kind.__name__] = own
+    for name in ("lora_config", "layerwise", "low_rank_groups", "predict_memory", "measure_outliers", "analyze"):
+        found[name] = set(inspect.signature(getattr(htsr, name)).parameters)
+    for section, kind in (("data", Data), ("sampling", Sampling), ("low_rank", LowRank), ("lora", Lora)):
+        found[section] = {f.name for f in fields(kind)}
+    found["recipe"] = {f.name for f in fields(Recipe)}
+    return found
+
+
+def problems(code: str) -> list[str]:
+    """What of a piece of code in the column of htsr does not exist."""
+    from htsr.errors import UsageError
+    from htsr.recipe import check_training
+
+    wrong = []
+    words = code.split()
+    if words[0] == "htsr":
+        command = max((name for name in options() if code == name or code.startswith(f"{name} ")), key=len)
+        if command == "htsr" and len(words) > 1:
+            wrong.append(f"no command {code}")
+        known = options()[command]
+    else:
+        known = set().union(*options().values())
+    wrong += [flag for flag in re.findall(r"(?<!\S)--[\w-]+", code) if flag not in known]
+    for owner, name in re.findall(r"(?<![\w./])(\w+)\.(\w+)", code):
+        if owner == "training":
+            try:
+                check_training({name: None})
+            except UsageError as error:
+                wrong.append(str(error))
+        if owner in names() and name not in names()[owner]:
+            wrong.append(f"{owner}.{name}")
+        if owner[0].isupper() and owner not in names():
+            wrong.append(f"nothing is known of {owner}")
+    return wrong
+
+
+@pytest.mark.parametrize("page", COMING_FROM, ids=lambda page: page.stem)
+def test_every_name_of_htsr_exists(page):
+    rows = tables(page)
+    assert len(rows) > 20
+    assert all("htsr" in row for row in rows), "every table has a column called htsr"
+    codes = [code for row in rows for code in CODE.findall(row["htsr"])]
+    assert len(codes) > 20
+    assert not {code: wrong for code in codes if (wrong := problems(code))}
+
+
+def test_a_name_that_does_not_exist_is_found():
+    for code in (
+        "--no-such",
+        "htsr analyze --keep",
+        "htsr nothing",
+        "Options.alpha",
+        "sampling.gamma",
+        "htsr.optimise",
+    ):
+        assert problems(code), code
+    for code in ("--bulk", "htsr project --keep", "Options.fit", "sampling.active", "htsr.esd(W)", "auto"):
+        assert not problems(code), code
+
+
+@pytest.mark.parametrize("page", HERE, ids=lambda page: page.stem)
+def test_every_command_line_is_understood(page):
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    assert not {line: wrong for line in lines if line.startswith("htsr ") and (wrong := problems(line))}
+
+
+@pytest.mark.parametrize("page", HERE, ids=lambda page: page.stem)
+def test_links_within_the_pages_lead_somewhere(page):
+    """To a page that is there, or one of those that are written beside these."""
+    siblings = {"index", "analyze", "layerwise", "fine-tune", "reading-a-report", "which-metric", "definitions"}
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("https://"):
+            file = (page.parent / target).resolve()
+            assert file.exists() or (file.parent == PAGES.resolve() and file.stem in siblings), target
