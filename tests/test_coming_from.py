@@ -98,6 +98,20 @@ def test_every_column_of_weightwatcher_is_on_its_page():
     assert not columns - theirs("weightwatcher.md")
 
 
+def test_every_key_and_argument_of_galore_is_on_its_page():
+    """Keys of a param group that its optimizers read, and what they are made with."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        galore = pytest.importorskip("galore_torch")
+    keys = set()
+    for optimizer in (galore.GaLoreAdamW, galore.GaLoreAdamW8bit):
+        source = inspect.getsource(inspect.getmodule(optimizer))
+        keys |= set(re.findall(r"""\bgroup\[["'](\w+)["']\]""", source)) - {"weight_decay_saved"}
+        keys |= set(inspect.signature(optimizer).parameters)
+    assert {"rank", "update_proj_gap", "scale", "proj_type", "lr", "is_paged"} <= keys
+    assert not keys - theirs("low-rank.md")
+
+
 @cache
 def options() -> dict[str, set[str]]:
     """Options of each command of `htsr`."""
@@ -151,7 +165,8 @@ def problems(code: str) -> list[str]:
     else:
         known = set().union(*options().values())
     wrong += [flag for flag in re.findall(r"(?<!\S)--[\w-]+", code) if flag not in known]
-    for owner, name in re.findall(r"(?<![\w./])(\w+)\.(\w+)", code):
+    owned = [] if words[0] == "htsr" else re.findall(r"(?<![\w./])(\w+)\.(\w+)", code)  # files in a command line
+    for owner, name in owned:
         if owner == "training":
             try:
                 check_training({name: None})
