@@ -80,22 +80,49 @@ def test_the_defaults_of_its_analyze_are_as_it_has_them():
     }
 
 
-def test_every_column_of_weightwatcher_is_on_its_page():
-    """Those that a run has with all options on, and those that its source adds to a row."""
+@pytest.fixture(scope="module")
+def run():
+    """A small model, and what WeightWatcher makes of it with all options on."""
     module = weightwatcher()
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(40, 30, bias=False))
+    model[0].weight.data += 0.3 * torch.randn(30, 1) * torch.randn(1, 40)
     watcher = module.WeightWatcher(model=model)
-    columns = set(
-        watcher.analyze(ERG=True, randomize=True, mp_fit=True, vectors=True, fix_fingers="clip_xmax", savefig=False)
-    )
-    columns |= set(watcher.describe()) | set(watcher.distances(model, model)[2].reset_index())
-    for call in ast.walk(ast.parse(inspect.getsource(module.weightwatcher))):
+    watcher.analyze(ERG=True, randomize=True, mp_fit=True, vectors=True, fix_fingers="clip_xmax", savefig=False)
+    return model, watcher
+
+
+def test_every_column_of_weightwatcher_is_on_its_page(run):
+    """Those that a run has with all options on, and those that its source adds to a row."""
+    model, watcher = run
+    columns = set(watcher.get_details()) | set(watcher.describe())
+    columns |= set(watcher.distances(model, model)[2].reset_index())
+    for call in ast.walk(ast.parse(inspect.getsource(inspect.getmodule(type(watcher))))):
         if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_column":
             if isinstance(call.args[0], ast.Constant):
                 columns.add(call.args[0].value)
     assert {"alpha", "slice_id", "Xflag", "Lambda", "raw_alpha", "bulk_var_part_ratio", "delta_W"} <= columns
     assert not columns - theirs("weightwatcher.md")
+
+
+def test_the_formulas_that_stand_for_columns_are_right(run):
+    model, watcher = run
+    (theirs_row,) = watcher.get_details().itertuples()
+    analysis = htsr.analyze(model, device="cpu", bulk=True, permuted=True, fit="clip_xmax")
+    row, eigenvalues = analysis[0], analysis.eigenvalues[analysis[0].name]
+    scale = (row.num_eigenvalues / row.norm) ** 0.5
+    assert theirs_row.W_scale == pytest.approx(scale)
+    assert theirs_row.rand_W_scale == pytest.approx(scale)
+    assert theirs_row.sv_max == pytest.approx(row.lambda_max**0.5)
+    assert theirs_row.sv_min == pytest.approx(eigenvalues[0] ** 0.5)
+    assert theirs_row.weak_rank_loss == (eigenvalues < 1e-6).sum()
+    assert theirs_row.raw_alpha == pytest.approx(htsr.analyze(model, device="cpu")[0].alpha)
+    assert theirs_row.sigma_mp == pytest.approx(
+        row.sigma_mp * scale * row.N**0.5, rel=0.3
+    )  # other estimate of the bulk
+    assert theirs_row.rand_sigma_mp == pytest.approx(1.0, rel=0.1)
+    assert theirs_row.ww_softrank == pytest.approx(row.max_rand_eval / row.lambda_max, rel=0.3)  # other permutation
+    assert (row.rand_threshold / row.max_rand_eval < 1) == (row.num_traps > 0)
 
 
 def test_every_key_and_argument_of_galore_is_on_its_page():
@@ -208,6 +235,15 @@ def test_every_command_line_is_understood(page):
     blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     assert not {line: wrong for line in lines if line.startswith("htsr ") and (wrong := problems(line))}
+
+
+@pytest.mark.parametrize("page", HERE, ids=lambda page: page.stem)
+def test_recipes_can_be_read(page, tmp_path):
+    from htsr.recipe import read_recipe
+
+    for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        (tmp_path / "recipe.yaml").write_text(block)
+        assert read_recipe(str(tmp_path / "recipe.yaml")).method == "owlore"
 
 
 @pytest.mark.parametrize("page", HERE, ids=lambda page: page.stem)
