@@ -117,11 +117,10 @@ def test_the_formulas_that_stand_for_columns_are_right(run):
     assert theirs_row.sv_min == pytest.approx(eigenvalues[0] ** 0.5)
     assert theirs_row.weak_rank_loss == (eigenvalues < 1e-6).sum()
     assert theirs_row.raw_alpha == pytest.approx(htsr.analyze(model, device="cpu")[0].alpha)
-    assert theirs_row.sigma_mp == pytest.approx(
-        row.sigma_mp * scale * row.N**0.5, rel=0.3
-    )  # other estimate of the bulk
+    sigma = row.sigma_mp * scale * row.N**0.5
+    assert theirs_row.sigma_mp == pytest.approx(sigma, rel=0.3)  # another estimate of the bulk
     assert theirs_row.rand_sigma_mp == pytest.approx(1.0, rel=0.1)
-    assert theirs_row.ww_softrank == pytest.approx(row.max_rand_eval / row.lambda_max, rel=0.3)  # other permutation
+    assert theirs_row.ww_softrank == pytest.approx(row.max_rand_eval / row.lambda_max, rel=0.3)  # another permutation
     assert (row.rand_threshold / row.max_rand_eval < 1) == (row.num_traps > 0)
 
 
