@@ -138,6 +138,36 @@ def test_every_key_and_argument_of_galore_is_on_its_page():
     assert not keys - theirs("low-rank.md")
 
 
+def text(value) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+
+
+def test_the_presets_are_as_the_table_has_them():
+    from htsr.training.policy import PRESETS
+
+    rows = [row for row in tables(PAGES / "coming-from" / "layerwise.md") if "`llr`" in row]
+    fields_shown = [row["htsr"].strip("`").removeprefix("Policy.") for row in rows]
+    assert len(fields_shown) > 10
+    for name, policy in PRESETS.items():
+        stated = {field: row[f"`{name}`"] for field, row in zip(fields_shown, rows, strict=True)}
+        del stated["bounds"]  # in words of their own
+        if name == "tempbalance":
+            assert stated.pop("interval") == "to be given"
+        assert stated == {field: text(getattr(policy, field)) for field in stated}, name
+
+
+def test_the_defaults_of_recipes_are_as_the_table_has_them():
+    from htsr.recipe import LowRank, Sampling
+
+    rows = [row["htsr"] for row in tables(PAGES / "coming-from" / "low-rank.md") if "GaLore (script; README)" in row]
+    found = 0
+    for cell in rows:
+        for section, name, value in re.findall(r"`(sampling|low_rank)\.(\w+)`: ([\w.]+)", cell):
+            assert value == text(getattr({"sampling": Sampling(), "low_rank": LowRank()}[section], name)), name
+            found += 1
+    assert found == 8
+
+
 @cache
 def options() -> dict[str, set[str]]:
     """Options of each command of `htsr`."""
