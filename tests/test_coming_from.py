@@ -266,13 +266,13 @@ def test_every_command_line_is_understood(page):
     assert not {line: wrong for line in lines if line.startswith("htsr ") and (wrong := problems(line))}
 
 
-@pytest.mark.parametrize("page", HERE, ids=lambda page: page.stem)
-def test_recipes_can_be_read(page, tmp_path):
+def test_its_recipe_can_be_read(tmp_path):
     from htsr.recipe import read_recipe
 
-    for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-        (tmp_path / "recipe.yaml").write_text(block)
-        assert read_recipe(str(tmp_path / "recipe.yaml")).method == "owlore"
+    page = (PAGES / "coming-from" / "low-rank.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
+    assert read_recipe(str(tmp_path / "recipe.yaml")).method == "owlore"
 
 
 @pytest.mark.parametrize("page", HERE, ids=lambda page: page.stem)
