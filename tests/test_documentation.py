@@ -71,9 +71,7 @@ def blocks(text: str) -> list[Block]:
             assert mark, f"line {token.map[0] + 1}: not a mark that the test knows: {token.content}"
         elif token.type in ("fence", "code_block"):
             run = mark is None or bool(mark["more"])
-            found.append(
-                Block(token.info, token.content, token.map[0] + 2, run, mark["more"] or "" if mark else "")
-            )
+            found.append(Block(token.info, token.content, token.map[0] + 2, run, mark["more"] or "" if mark else ""))
             mark = None
         else:
             assert mark is None, f"a mark above no block: {mark[0]}"

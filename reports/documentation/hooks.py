@@ -20,7 +20,8 @@ from htsr.spectra.metrics import LayerMetrics
 REPORTS = Path(__file__).parents[1]
 PAGES = "documentation/pages"
 SCIENCE = (
-    "esd", "tail", "erg", "bulk", "null", "alternatives", "quality", "lanczos", "scores", "projection", "nudge",
+    "spectra.esd", "spectra.tail", "spectra.erg", "spectra.bulk", "spectra.null", "spectra.alternatives",
+    "spectra.quality", "spectra.lanczos", "spectra.scores", "spectra.projection", "spectra.nudge", "allocate",
 )  # fmt: skip
 _LINK = re.compile(r"(?<=\]\()[^)\s]+(?=\))")
 
@@ -78,8 +79,8 @@ def public_names() -> str:
 
 def science() -> str:
     """The modules of the statistics, for mkdocstrings."""
-    options = "    options:\n      show_root_toc_entry: true\n      heading_level: 3\n      show_if_no_docstring: false"
-    return "\n\n".join(f"::: htsr.spectra.{name}\n{options}" for name in SCIENCE)
+    options = "    options:\n      show_root_full_path: true"
+    return "\n\n".join(f"::: htsr.{name}\n{options}" for name in SCIENCE)
 
 
 def _cell(text: str) -> str:
