@@ -3,19 +3,18 @@
 The ESD of an m × n matrix W is the set of the M = min(m, n) eigenvalues of its smaller Gram matrix
 (WWᵀ or WᵀW), which are the squared singular values of W. Nothing is divided by N = max(m, n).
 
-Routes
-------
-``gram``
-    `eigvalsh` of the Gram matrix. In float64 it resolves eigenvalues down to about 4e-15·λ_max, in float32 to
-    about 2e-6·λ_max; what lies below is set to exactly 0 and takes no part in any fit.
-``svd``
-    singular values of W itself: 3 to 10 times slower, resolves singular values (not eigenvalues) to machine precision.
-``lanczos``
-    stochastic Lanczos quadrature (`htsr.spectra.lanczos`), for matrices too large for the others; an
-    approximation that states its error.
-``auto``
-    ``gram``; then ``svd`` where a matrix of M ≤ 1024 has eigenvalues that the Gram matrix cannot resolve; and
-    ``lanczos`` where M > 16384. The row of a matrix names the route that was taken.
+The routes to it:
+
+=========== ========================================================================================================
+``gram``    `eigvalsh` of the Gram matrix. In float64 it resolves eigenvalues down to about 4e-15·λ_max, in float32
+            to about 2e-6·λ_max; what lies below is set to exactly 0 and takes no part in any fit.
+``svd``     singular values of W itself: 3 to 10 times slower, resolves singular values (not eigenvalues) to machine
+            precision.
+``lanczos`` stochastic Lanczos quadrature (`htsr.spectra.lanczos`), for matrices too large for the others; an
+            approximation that states its error.
+``auto``    ``gram``; then ``svd`` where a matrix of M ≤ 1024 has eigenvalues that the Gram matrix cannot resolve;
+            and ``lanczos`` where M > 16384. The row of a matrix names the route that was taken.
+=========== ========================================================================================================
 
 On a CPU the work is done by NumPy's LAPACK up to M = 2048 and by torch's beyond, whose reduction to tridiagonal form is
 faster there where torch has MKL; on an accelerator by torch.

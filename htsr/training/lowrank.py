@@ -68,7 +68,10 @@ class LowRankAdamW(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups, as from `low_rank_groups`.
-        lr, betas, eps, weight_decay: as in torch.optim.AdamW; decay is decoupled.
+        lr: as in torch.optim.AdamW.
+        betas: likewise.
+        eps: likewise.
+        weight_decay: likewise, decoupled from the gradient.
         scale: factor of the low-rank updates, α in the paper.
         refresh_every: T, optimizer steps between projectors.
         method: ``randomized`` subspace iteration, or exact ``svd``.
