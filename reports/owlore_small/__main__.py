@@ -31,7 +31,7 @@ from reports import common
 from reports.owlore_small.write_up import write_up
 
 HERE = Path(__file__).parent
-GRID = tuple(2.5e-5 * 2**k for k in range(8))  # 2.5e-5 … 3.2e-3
+GRID = tuple(2.5e-5 * 2**k for k in range(10))  # 2.5e-5 … 1.28e-2
 START = 3
 _BLOCKS = {"active": 4, "interval": 10}
 _PROJECTION = {"rank": 64, "scale": 1.0, "refresh_every": 20}
@@ -171,7 +171,7 @@ def todo(runs: list[dict[str, Any]], arms: list[str], seeds: int) -> Iterator[Jo
             yield Job("search", arm, GRID[untried[0]])
             continue
         tuned[arm] = GRID[best]
-        tested = {r["seed"] for r in runs if r["arm"] == arm and r["kind"] == "test"}
+        tested = {r["seed"] for r in runs if r["arm"] == arm and r["kind"] == "test" and r["lr"] == tuned[arm]}
         yield from (Job("test", arm, GRID[best], seed) for seed in range(seeds) if seed not in tested)
     weighed = {r["arm"] for r in runs if r["kind"] == "cost"}
     yield from (Job("cost", arm, tuned[arm]) for arm in arms if arm not in weighed)
