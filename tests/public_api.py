@@ -95,7 +95,8 @@ def of_command(command: Any, path: str) -> Iterator[str]:
         given = [*parameter.opts, *parameter.secondary_opts]
         names = "/".join(given) if parameter.param_type_name == "option" else parameter.metavar
         value = "" if parameter.required else f" = {parameter.default!r}"
-        yield f"{path} {names}: {inspect.formatannotation(types[parameter.name])}{value}"
+        kind = inspect.formatannotation(types[parameter.name]).replace("pathlib._local.", "pathlib.")  # of Python 3.13
+        yield f"{path} {names}: {kind}{value}"
     for name, inner in sorted(getattr(command, "commands", {}).items()):
         yield from of_command(inner, f"{path} {name}")
 
