@@ -54,7 +54,7 @@ def multipliers(
     """A multiplier for each score.
 
     Args:
-        scores: (n,).
+        scores: (n,), any sign; NaN and ±inf as the module's text says.
         map: see the module's text.
         bounds: (s1, s2), s1 ≤ s2; s1 > 0 for ``model_balancing``.
         reverse: the largest score gets what the smallest would get.
@@ -190,7 +190,9 @@ def probabilities(scores: npt.ArrayLike, *, minimum: float = 0.0, reverse: bool 
         (n,) float64 that sums to 1.
 
     Raises:
-        UsageError: negative scores, or a minimum above 1/n.
+        UsageError: negative scores, or a minimum below 0 or above 1/n.
+
+    Source: OwLore (arXiv 2405.18380).
     """
     values = _importance(scores, reverse)
     if not 0 <= minimum * values.size <= 1:
@@ -226,7 +228,7 @@ def counts(
         no further unit.
 
     Raises:
-        UsageError: a total that the bounds do not allow.
+        UsageError: negative scores, costs that are not positive, or a total that the bounds do not allow.
     """
     values = _importance(scores, reverse)
     price = np.ones(values.size) if costs is None else _vector(costs)
@@ -283,7 +285,24 @@ def ranks(
     costs: npt.ArrayLike | None = None,
     reverse: bool = False,
 ) -> npt.NDArray[np.int64]:
-    """Adapter ranks: `counts` of at least 1. With costs (parameters per unit of rank), `total` is parameters."""
+    """Adapter ranks: `counts` of at least 1 by default.
+
+    Args:
+        scores: (n,) ≥ 0.
+        total: Σ ranks; with costs the parameters that they may take.
+        minimum: least rank.
+        maximum: largest rank, of all or of each.
+        costs: (n,) > 0, parameters per unit of rank, m + n for LoRA on an m × n matrix.
+        reverse: the largest score gets what the smallest would get.
+
+    Returns:
+        (n,) int64, as `counts`.
+
+    Raises:
+        UsageError: as `counts`.
+
+    Source: AlphaLoRA (arXiv 2410.10054), which allots experts of LoRA by α.
+    """
     return counts(scores, total=total, minimum=minimum, maximum=maximum, costs=costs, reverse=reverse)
 
 
@@ -306,7 +325,9 @@ def sparsities(
         (n,) float64 in [0, 1]; sparsity·size is a whole number, and they sum to round(mean·Σ sizes).
 
     Raises:
-        UsageError: a mean outside [0, 1] or a negative spread.
+        UsageError: a mean outside [0, 1], a negative spread, or sizes that are not one positive number for each score.
+
+    Sources: AlphaPruning (NeurIPS 2024); OWL (ICML 2024).
     """
     if not 0 <= mean <= 1 or spread < 0:
         raise UsageError(f"a mean sparsity lies in [0, 1] and a spread is not negative, not {mean} and {spread}")

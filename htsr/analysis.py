@@ -63,9 +63,11 @@ class Analysis:
         label: path, hub id or class name of the model.
         rows: one `LayerMetrics` per matrix.
         options: what was computed, and how.
-        eigenvalues: (K,) float64, ascending, by matrix name.
-        permuted: the same of the permuted matrices, where asked for.
+        eigenvalues: (K,) float64, ascending, by matrix name; matrices without a spectrum are missing.
+        permuted: (K,) likewise, of the permuted matrices; empty where not asked for.
         meta: version, seconds, ranks.
+
+    Iteration, `len` and ``analysis["name"]`` or ``analysis[0]`` go by rows.
     """
 
     label: str
@@ -95,7 +97,14 @@ class Analysis:
         return _means(self.rows)
 
     def summary_by(self, key: str) -> dict[Any, dict[str, float]]:
-        """`summary` of the matrices of each ``role`` or ``block`` (or any other field), in the model's order."""
+        """`summary` of the matrices of each group, in the model's order.
+
+        Args:
+            key: the field of `LayerMetrics` to group by: ``role``, ``block``, ``kind`` …
+
+        Raises:
+            UsageError: rows have no such field.
+        """
         if key not in {f.name for f in fields(LayerMetrics)}:
             raise UsageError(f"rows have no {key!r} to group by; role and block are usual")
         groups: dict[Any, list[LayerMetrics]] = {}
@@ -112,13 +121,26 @@ class Analysis:
         return frame[keep]
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write the report: one self-contained HTML file. Needs the ``report`` extra."""
+        """Write the report: one self-contained HTML file. Needs the ``report`` extra.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            HtsrError: it cannot be written.
+            MissingDependencyError: plotly is not installed.
+        """
         from htsr.reporting.html import write_report
 
         write_report(self, Path(path))
 
     def plot(self, name: str | None = None, *, metric: str = "alpha", ax: Any = None) -> Any:
         """Plot the ESD of the matrix `name` with its fit, or, without a name, a heat map of `metric` by block and role.
+
+        Args:
+            name: of a matrix.
+            metric: a numeric field of `LayerMetrics`, for the heat map.
+            ax: matplotlib axes to draw on; new ones by default.
 
         Returns:
             The matplotlib axes. Needs the ``report`` extra.
@@ -128,7 +150,14 @@ class Analysis:
         return plot_heat_map(self, metric, ax) if name is None else plot_esd(self, name, ax)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write rows and spectra to one .npz file, by way of a temporary file."""
+        """Write rows and spectra to one .npz file, by way of a temporary file.
+
+        Args:
+            path: of the file, taken as it is.
+
+        Raises:
+            HtsrError: it cannot be written.
+        """
         header = {
             "htsr": __version__,
             "label": self.label,
@@ -147,6 +176,9 @@ class Analysis:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Analysis:
         """Read what `save` wrote.
+
+        Args:
+            path: of the file.
 
         Raises:
             SourceError: not such a file.
@@ -203,7 +235,10 @@ def analyze(
 
     Raises:
         SourceError: the source cannot be read at all.
-        UsageError: an option without meaning.
+        UsageError: an option without meaning, a filter that nothing passes, a `base` without an adapter, or a
+            `revision` of a local path.
+
+    Sources: HT-SR (Martin & Mahoney, JMLR 2021); SETOL (arXiv 2507.17912); of each number, see `LayerMetrics`.
     """
     settings = make_options(full=full, **options)
     model = open_model(source, revision=revision, against=against, base=base).filtered(where or Filter())
@@ -212,6 +247,10 @@ def analyze(
 
 def make_options(*, full: bool = False, **options: Any) -> Options:
     """`Options` from keywords, the device picked.
+
+    Args:
+        full: also bulk, permuted weights and alternatives to the power law.
+        **options: fields of `Options`; `device` is ``auto`` by default.
 
     Raises:
         UsageError: an unknown option.
@@ -230,7 +269,14 @@ def analyze_model(
     journal: Journal | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Analysis:
-    """`analyze` for a model that is already open."""
+    """`analyze` for a model that is already open.
+
+    Args:
+        model: whose matrices are measured.
+        options: what is computed, and how.
+        journal: where finished rows are kept while running; discarded at the end.
+        progress: called after each matrix.
+    """
     started = time.perf_counter()
     ranks = Ranks()
     done = journal.load() if journal else {}
@@ -278,7 +324,19 @@ def describe(
     base: Source | None = None,
     where: Filter | None = None,
 ) -> Model:
-    """The weight matrices of a model, without reading any: names, shapes, roles, blocks. Arguments as in `analyze`."""
+    """The weight matrices of a model, without reading any: names, shapes, roles, blocks.
+
+    Args:
+        source: as for `analyze`, like the rest.
+        revision: branch, tag or commit of a hub id.
+        against: the difference to this model.
+        base: for an adapter, this base + ΔW; ``auto`` for the base that the adapter names.
+        where: which matrices; all by default.
+
+    Raises:
+        SourceError: the source cannot be read at all.
+        UsageError: a filter that nothing passes, a `base` without an adapter, or a `revision` of a local path.
+    """
     return open_model(source, revision=revision, against=against, base=base).filtered(where or Filter())
 
 

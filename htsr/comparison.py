@@ -30,9 +30,9 @@ class Distance:
     """How far two matrices A and B of the same shape are apart.
 
     Attributes:
-        frobenius: ‖A - B‖_F.
+        frobenius: ‖A - B‖_F, in the unit of the weights.
         relative: ‖A - B‖_F / ‖A‖_F.
-        cosine: ⟨A, B⟩ / (‖A‖_F ‖B‖_F).
+        cosine: ⟨A, B⟩ / (‖A‖_F ‖B‖_F), in [-1, 1].
         cka: linear centred kernel alignment of the rows' Gram matrices (Kornblith et al. 2019), on the smaller side; 1
             where B is A times a rotation.
     """
@@ -52,7 +52,8 @@ class Pair:
         a: its row in the first model.
         b: its row in the second.
         distance: between the weights; None for saved analyses and for matrices of different shape.
-        esd_distance: Jensen-Shannon distance between the ESDs; None where their sizes differ.
+        esd_distance: Jensen-Shannon distance between the ESDs, in [0, √ln 2]; None where their sizes differ, or one is
+            missing or zero.
     """
 
     name: str
@@ -124,10 +125,14 @@ def compare(
         b: likewise.
         where: which matrices.
         full: as in `htsr.analyze`.
-        **options: as in `htsr.analyze`; they do not apply to what is analyzed already.
+        **options: as in `htsr.analyze`. Neither they nor `where` apply to what is analyzed already.
+
+    Returns:
+        A `Comparison`. Distances between weights are there where both are sources, not analyses.
 
     Raises:
         SourceError: one cannot be read, or no matrix of one has a counterpart in the other.
+        UsageError: an option without meaning, or a filter that nothing passes.
     """
     settings = make_options(full=full, **options)
     models = [None if isinstance(x, Analysis) else open_model(x).filtered(where or Filter()) for x in (a, b)]
@@ -141,7 +146,17 @@ def compare(
 def compare_analyses(
     a: Analysis, b: Analysis, model_a: Model | None = None, model_b: Model | None = None
 ) -> Comparison:
-    """`compare` for analyses that exist; the models, where given, are read once more for the distances."""
+    """`compare` for analyses that exist.
+
+    Args:
+        a: of the first model.
+        b: of the second.
+        model_a: the first model, which is read once more for the distances between weights; None for none.
+        model_b: the second, likewise.
+
+    Raises:
+        SourceError: no matrix of one has a counterpart in the other.
+    """
     matches = match(a.rows, b.rows)
     if not matches:
         raise SourceError(f"{a.label} and {b.label} have no matrix in common")
@@ -161,7 +176,7 @@ def compare_analyses(
 
 
 def match(a: Sequence[LayerMetrics], b: Sequence[LayerMetrics]) -> list[tuple[LayerMetrics, LayerMetrics]]:
-    """Pairs of rows of the same matrix: by name, else by the name's end, else by role, block and part."""
+    """Pairs of rows of `a` and `b` of one matrix: by name, else by the name's end, else by role, block and part."""
     keys: tuple[Callable[[LayerMetrics], Any], ...] = (_by_name, _by_end, _by_place)
     for key in keys:
         there = _unique(b, key)
@@ -208,7 +223,15 @@ def _distance_of(a: WeightMatrix | None, b: WeightMatrix | None) -> Distance | N
 
 
 def distance(a: Array, b: Array) -> Distance | None:
-    """Distances between two matrices (m, n) or stacks (pieces, m, n) of the same shape; None if one is zero."""
+    """Distances between two matrices, computed in float32 with sums in float64.
+
+    Args:
+        a: (m, n) or (pieces, m, n), any float dtype.
+        b: in the same shape.
+
+    Returns:
+        None where one is zero or not finite.
+    """
     A, B = (as_numpy(x).astype(np.float32) for x in (a, b))
     A, B = (x.reshape(-1, *x.shape[-2:]) for x in (A, B))
     inner, a2, b2 = (float(np.einsum("pij,pij->", x, y, dtype=np.float64)) for x, y in ((A, B), (A, A), (B, B)))
@@ -219,7 +242,17 @@ def distance(a: Array, b: Array) -> Distance | None:
 
 
 def cka(A: Any, B: Any) -> float:
-    """Linear CKA, ‖AᵀB‖_F² / (‖AᵀA‖_F ‖BᵀB‖_F) for centred columns, summed over pieces; the long side is contracted."""
+    """Linear CKA, ‖AᵀB‖_F² / (‖AᵀA‖_F ‖BᵀB‖_F) for centred columns, summed over pieces; the long side is contracted.
+
+    Args:
+        A: (pieces, m, n), NumPy.
+        B: in the same shape.
+
+    Returns:
+        In [0, 1]; NaN where one is constant along its long side.
+
+    Source: Kornblith, Norouzi, Lee & Hinton (ICML 2019), eq. 4.
+    """
     cross = own_a = own_b = 0.0
     for x, y in zip(A, B, strict=True):
         x, y = (z if z.shape[0] >= z.shape[1] else z.T for z in (x, y))

@@ -16,8 +16,12 @@ class UsageError(HtsrError, ValueError):
 class MatrixError(HtsrError):
     """One matrix that has no spectrum to speak of; the others are analyzed all the same.
 
-    Attributes:
+    Args:
         status: a word for the row's `status` column, e.g. ``"nan"``.
+        message: a sentence that says why.
+
+    Attributes:
+        status: as given.
     """
 
     def __init__(self, status: str, message: str) -> None:

@@ -47,7 +47,8 @@ class Result:
 
     Attributes:
         output: folder of the model.
-        metrics: losses, accuracies, seconds per step, peak memory in MiB and its kind, trainable parameters.
+        metrics: ``train_loss`` and ``eval_loss`` (nats per token), ``accuracy`` and ``before_accuracy`` …,
+            ``seconds_per_step``, ``steps``, ``peak_mib`` (of ``peak_of``), ``trainable_parameters``.
         coverage: how often each block trained, where blocks were sampled.
     """
 
@@ -64,9 +65,13 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
         resume: go on from the last checkpoint in the output folder; from the beginning where there is none.
         say: told in a sentence what happens.
 
+    Returns:
+        The `Result`; its times, memory and mean training loss are those of this process.
+
     Raises:
-        UsageError: arguments without meaning, or an output folder that holds another run.
+        UsageError: arguments without meaning, or an output folder that is not empty, without `resume`.
         SourceError: model or data that cannot be had.
+        MissingDependencyError: TRL, datasets or another optional package is not installed.
     """
     from accelerate import PartialState
     from transformers import set_seed

@@ -20,8 +20,8 @@ class Accuracy:
     """Share of questions answered rightly.
 
     Attributes:
-        accuracy: the choice with the largest log-likelihood Σ log p.
-        per_character: the choice with the largest log-likelihood divided by its characters.
+        accuracy: taking the choice with the largest log-likelihood Σ log p; in [0, 1].
+        per_character: taking the one with the largest log-likelihood divided by its characters.
         questions: how many.
         standard_error: √(p(1-p)/n) of `accuracy`.
     """
@@ -73,10 +73,19 @@ def multiple_choice_accuracy(
 def log_likelihoods(
     model: torch.nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]], *, batch_size: int = 16
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """log p(continuation | prompt) of each pair, the sum over the continuation's tokens, (pairs,) float64.
+    """Log-likelihood log p(continuation | prompt) of each pair, the sum over the continuation's tokens, in nats.
 
     A token that the tokenizer makes of the end of the prompt and the beginning of the continuation counts as
     continuation.
+
+    Args:
+        model: a causal language model on its device; in evaluation mode meanwhile.
+        tokenizer: of it.
+        pairs: prompt and continuation.
+        batch_size: pairs at a time, longest first.
+
+    Returns:
+        (pairs,) float64.
     """
     import torch
 

@@ -90,7 +90,13 @@ class Outliers:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def distribution(self, threshold: float = OWLORE_THRESHOLD) -> Vector:
-        """(blocks,) layer outlier distribution D_l of every block at τ = `threshold`.
+        """Layer outlier distribution D_l of every block.
+
+        Args:
+            threshold: τ, one of `thresholds`.
+
+        Returns:
+            (blocks,) float64 in [0, 1].
 
         Raises:
             UsageError: it was not measured at this threshold.
@@ -104,12 +110,26 @@ class Outliers:
         return counts / np.maximum(sizes, 1)
 
     def of_matrices(self, threshold: float = OWLORE_THRESHOLD) -> dict[str, float]:
-        """The same share for each matrix alone, against its own mean, by name."""
+        """The same share for each matrix alone, against its own mean, by name.
+
+        Args:
+            threshold: τ, one of `thresholds`.
+
+        Raises:
+            UsageError: it was not measured at this threshold.
+        """
         index = self._index(threshold)
         return {row.name: row.counts[index] / row.parameters for row in self.rows}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything as JSON, by way of a temporary file."""
+        """Write everything as JSON, by way of a temporary file.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            HtsrError: it cannot be written.
+        """
         content = {"htsr_outliers": __version__, **asdict(self)}
         with written(Path(path)) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -117,6 +137,9 @@ class Outliers:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Outliers:
         """Read what `save` wrote.
+
+        Args:
+            path: of the file.
 
         Raises:
             SourceError: not such a file.
@@ -134,7 +157,14 @@ class Outliers:
             raise SourceError(f"{path} is not a file of outliers that htsr saved: {error}") from error
 
     def plot(self, *, ax: Any = None) -> Any:
-        """Draw D_l by block, one line per threshold; returns the matplotlib axes. Needs the ``report`` extra."""
+        """Draw D_l by block, one line per threshold.
+
+        Args:
+            ax: matplotlib axes to draw on; new ones by default.
+
+        Returns:
+            The axes. Needs the ``report`` extra.
+        """
         from htsr.reporting.outliers import plot_outliers
 
         return plot_outliers(self, ax)
@@ -168,9 +198,16 @@ def measure_outliers(
         length: longest sample in tokens.
         progress: called with samples done and their number.
 
+    Returns:
+        The `Outliers`. A matrix that saw no token is left out, with a warning in the log.
+
     Raises:
         UsageError: no texts, or no thresholds above 0.
-        HtsrError: activations that are not finite, or a matrix inside the blocks that saw no token.
+        SourceError: a model without blocks.
+        HtsrError: activations or weights that are not finite, padding that cannot be told from tokens, or no matrix
+            inside the blocks that saw a token.
+
+    Sources: OWL (Yin et al., ICML 2024); OwLore (arXiv 2405.18380).
     """
     thresholds = tuple(sorted({float(t) for t in thresholds}))
     if not thresholds or thresholds[0] <= 0:
@@ -200,9 +237,22 @@ def measure_outliers(
 def score_weights(
     model: torch.nn.Module, norms: Mapping[str, Vector], thresholds: Sequence[float], label: str | None = None
 ) -> Outliers:
-    """Count the entries of each weight with ``|W_ij|·‖X_j‖₂ > τ·mean``, given ‖X_j‖₂ by module name.
+    """Count the entries of each weight with ``|W_ij|·‖X_j‖₂ > τ·mean``.
 
     Scores are formed in float32 in chunks of rows, their sums in float64.
+
+    Args:
+        model: whose Linear (and Conv1D) modules are scored.
+        norms: ‖X_j‖₂, (in_features,) float64, by module name.
+        thresholds: τ, ascending.
+        label: of the model; its class by default.
+
+    Returns:
+        `Outliers` with 0 samples and tokens.
+
+    Raises:
+        SourceError: a model without blocks.
+        HtsrError: weights that are not finite, or no norms of a matrix inside the blocks.
     """
     blocks = find_blocks(model)
     modules = dict(linear_modules(model))

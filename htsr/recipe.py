@@ -83,7 +83,16 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """Low-rank optimizer state, see `LowRankAdamW`."""
+    """Low-rank optimizer state, see `LowRankAdamW`.
+
+    Attributes:
+        rank: r of every low-rank matrix.
+        scale: factor of the low-rank updates.
+        refresh_every: T, optimizer steps between projectors.
+        method: of the projector.
+        moments: what becomes of them at a refresh.
+        state_dtype: of the moments.
+    """
 
     rank: int = 128
     scale: float = 0.25
@@ -128,6 +137,9 @@ class Recipe:
         low_rank: for owlore and galore.
         lora: for lora.
         training: any argument of TRL's ``SFTConfig``: learning_rate, max_steps, max_length, packing, report_to …
+
+    Raises:
+        UsageError: a section or a layerwise policy that has no meaning for the method.
     """
 
     model: str

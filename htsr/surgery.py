@@ -40,8 +40,8 @@ class Operation:
 
     Attributes:
         name: the matrix, as `htsr analyze` names it.
-        role: what it does.
-        block: index of its block.
+        role: what it does (`htsr.matrices.roles`).
+        block: index of its block; None outside of all.
         rows: first dimension.
         columns: second dimension.
         status: ``ok``, or why it was left as it is.
@@ -119,9 +119,15 @@ def project(
         seed: of the permutations that show traps.
         progress: called with (done, total, name) after each matrix.
 
+    Returns:
+        A `Surgery`. A matrix that cannot be changed is left as it is, and its `Operation` says why.
+
     Raises:
         SourceError: a model that cannot be read, or whose format is not written (GGUF, quantised).
-        UsageError: nothing to do, an output that is in use, or an adapter.
+        UsageError: nothing to do, an output that is in use, an adapter, or a filter that nothing passes.
+        HtsrError: the output cannot be written, or safetensors does not store a dtype of the model.
+
+    Source: SETOL (arXiv 2507.17912) for the projection on a tail as a test of what a layer has learned.
     """
     if keep is None and not traps:
         raise UsageError("say which directions to keep (erg, tail or a number), or remove traps")

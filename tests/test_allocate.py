@@ -183,3 +183,10 @@ class TestSparsities:
         for wrong in ({"mean": 1.2, "spread": 0}, {"mean": 0.5, "spread": -1}):
             with pytest.raises(UsageError):
                 allocate.sparsities([1.0], sizes=[5], **wrong)
+
+
+def test_sparsities_need_a_size_for_each_score():
+    for sizes in ([10], [10, 0], [10, 20, 30]):
+        with pytest.raises(UsageError, match="one positive number of entries for each score"):
+            allocate.sparsities([1.0, 2.0], mean=0.5, spread=0.1, sizes=sizes)
+    assert allocate.sparsities([], mean=0.5, spread=0.1, sizes=[]).size == 0

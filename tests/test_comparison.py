@@ -107,3 +107,14 @@ def test_the_difference_of_two_checkpoints_is_a_model(tmp_path):
     expected = htsr.analyze({name: a[name] - b[name] for name in a}, device="cpu")
     for row in expected:
         assert delta[row.name].alpha == pytest.approx(row.alpha, rel=1e-6)
+
+
+def test_matrices_of_zeros_have_no_distance(tmp_path):
+    weights = state_dict(blocks=1)
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    a = save_folder(tmp_path / "a", weights)
+    b = save_folder(tmp_path / "b", weights | {name: torch.zeros_like(weights[name])})
+    pairs = {pair.name: pair for pair in htsr.compare(a, b, null=False)}
+    zero = pairs.pop(name.removesuffix(".weight"))
+    assert (zero.distance, zero.esd_distance) == (None, None)
+    assert all(pair.distance.frobenius == 0 for pair in pairs.values())

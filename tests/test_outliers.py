@@ -161,3 +161,14 @@ def test_records_and_their_text(tmp_path):
     assert resolve("package:htsr/py.typed").endswith("htsr/py.typed")
     with pytest.raises(htsr.SourceError, match="carries no nothing"):
         resolve("package:htsr/nothing")
+
+
+def test_thresholds_and_progress(texts):
+    for thresholds in ([], [0.0, 5.0], [-1.0]):
+        with pytest.raises(htsr.UsageError, match="positive multiples of the mean"):
+            htsr.measure_outliers(llama(2), word_tokenizer(), texts, thresholds=thresholds)
+    seen = []
+    htsr.measure_outliers(
+        llama(2), word_tokenizer(), texts[:3], batch_size=2, progress=lambda done, total: seen.append((done, total))
+    )
+    assert seen == [(2, 3), (3, 3)]

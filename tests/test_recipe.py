@@ -63,3 +63,9 @@ def test_a_method_from_the_command_line_leaves_the_sections_of_others_out(tmp_pa
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_hold(path):
     assert read_recipe(path.stem) == read_recipe(str(path))
+
+
+def test_a_recipe_has_keys_and_values(tmp_path):
+    (tmp_path / "a.yaml").write_text("- model\n- data\n")
+    with pytest.raises(htsr.SourceError, match="holds no keys and values"):
+        read_recipe(str(tmp_path / "a.yaml"))

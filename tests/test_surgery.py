@@ -7,7 +7,7 @@ from htsr_cli.main import main
 from safetensors.torch import load_file, save_file
 
 import htsr
-from htsr.errors import SourceError, UsageError
+from htsr.errors import HtsrError, SourceError, UsageError
 from htsr.matrices.sources import Filter, open_model
 from htsr.spectra.projection import project_tail
 from htsr.surgery import project
@@ -172,6 +172,8 @@ def test_refusals_leave_nothing_behind(tmp_path):
     save_folder(tmp_path / "int8", {"fc.weight": torch.ones(9, 9, dtype=torch.int8), "fc.SCB": torch.ones(9)})
     with pytest.raises(SourceError, match="quantised"):
         project(tmp_path / "int8", tmp_path / "out", 2)
+    with pytest.raises(HtsrError, match="cannot be written"):
+        project(folder, tmp_path / "none" / "out", 2)
     assert not (tmp_path / "out").exists()
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 

@@ -25,12 +25,19 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of(folder: Path) -> str | None:
-    """The base model that an adapter names."""
+    """The base model that the adapter in `folder` names; None where it names none.
+
+    Raises:
+        SourceError: its configuration cannot be read.
+    """
     return read_json(folder / "adapter_config.json").get("base_model_name_or_path")
 
 
 def adapter_entries(folder: Path) -> list[Entry]:
     """One entry for the ΔW of each adapted module, and those of `modules_to_save`, under the base's names.
+
+    Args:
+        folder: of the adapter, as PEFT writes it.
 
     Raises:
         SourceError: no adapter weights, or another method than LoRA.
@@ -68,6 +75,10 @@ def adapter_entries(folder: Path) -> list[Entry]:
 def merged_with_base(adapter: list[Entry], base: list[Entry]) -> list[Entry]:
     """The base's entries, those that the adapter touches replaced by W + ΔW (or by what `modules_to_save` holds).
 
+    Args:
+        adapter: from `adapter_entries`.
+        base: of the base model.
+
     Raises:
         SourceError: an adapted module that the base has not, or of another shape.
     """
@@ -96,6 +107,11 @@ def dora_factor(adapted: Any, magnitude: Any, transposed: bool) -> Any:
         adapted: W + ΔW, (out, in, …), or (in, out) where `transposed`; NumPy or torch.
         magnitude: of any shape with one entry per output.
         transposed: embeddings and GPT-2's Conv1D.
+
+    Returns:
+        In a shape that broadcasts against `adapted`.
+
+    Source: DoRA (arXiv 2402.09353), eq. 5.
     """
     if transposed:
         return magnitude.reshape(1, -1) / (adapted**2).sum(0) ** 0.5

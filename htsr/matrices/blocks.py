@@ -55,6 +55,9 @@ def find_blocks(model: torch.nn.Module) -> Blocks:
     Lists inside the items of another list (the experts of a block) do not count, and lists of equal length (encoder
     and decoder of a sequence-to-sequence model) are taken together, one after the other.
 
+    Args:
+        model: wrapped or not.
+
     Raises:
         SourceError: the model has no such list.
     """

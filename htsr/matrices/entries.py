@@ -49,12 +49,18 @@ def clean_name(name: str) -> str:
 
 
 def base_name(name: str) -> str:
-    """`clean_name`, also without the prefix that PEFT adds: the name that the base model has for it."""
+    """`name` as of `clean_name`, also without the prefix that PEFT adds: the name that the base model has for it."""
     return clean_name(name).removeprefix("base_model.model.")
 
 
 def tensor_entry(name: str, tensor: Any, **more: Any) -> Entry:
-    """The entry of a torch tensor in memory."""
+    """The entry of a torch tensor in memory.
+
+    Args:
+        name: as stored.
+        tensor: any torch tensor; one on the meta device is an entry with a problem.
+        **more: further fields of `Entry`.
+    """
     dtype = str(tensor.dtype).removeprefix("torch.")
     storage: Hashable = None
     if tensor.device.type == "meta":

@@ -41,8 +41,12 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 def file_entries(path: Path) -> list[Entry]:
     """The tensors of one file, by its suffix, in natural order of their names.
 
+    Args:
+        path: a .safetensors, .gguf or PyTorch file.
+
     Raises:
         SourceError: missing, empty, truncated, of unknown kind, or a pickle of more than tensors.
+        MissingDependencyError: a .gguf file without the gguf package.
     """
     return _in_order(_read_file(path))
 
@@ -62,7 +66,7 @@ def _read_file(path: Path) -> list[Entry]:
 
 
 def folder_entries(folder: Path) -> list[Entry]:
-    """The tensors of a model folder as transformers lays it out: an index with shards, or one file.
+    """The tensors of a model `folder` as transformers lays it out: an index with shards, or one file.
 
     Raises:
         SourceError: no weights in it, or an index that names a file that is not there.
@@ -71,7 +75,11 @@ def folder_entries(folder: Path) -> list[Entry]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights of a model folder; see `folder_entries`."""
+    """The files that hold the weights of a model `folder`; see `folder_entries`.
+
+    Raises:
+        SourceError: no weights in it, several models, or an index that names a file that is not there.
+    """
     for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
         if index.is_file():
             return _indexed(index)
@@ -91,13 +99,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder; empty where there is none."""
+    """The ``config.json`` of a model `folder`; empty where there is none.
+
+    Raises:
+        SourceError: it is not a JSON object.
+    """
     file = folder / "config.json"
     return read_json(file) if file.is_file() else {}
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """A JSON object from a `file`.
 
     Raises:
         SourceError: not JSON, or not an object.
@@ -122,7 +134,7 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def shards_of(index: Path) -> list[str]:
-    """The file names in an index of shards.
+    """The file names in an `index` of shards.
 
     Raises:
         SourceError: not an index, or one that names files elsewhere.
@@ -194,7 +206,17 @@ def _pickle(path: Path) -> list[Entry]:
 
 
 def load_pickle(path: Path) -> tuple[dict[str, Any], bool]:
-    """The state dict of a pickle, memory-mapped where the file's format allows it."""
+    """The state dict of a pickle, memory-mapped where the file's format allows it.
+
+    Args:
+        path: of a file that holds a state dict, bare or under a usual key such as ``state_dict``.
+
+    Returns:
+        Tensors by name, and whether they are memory-mapped.
+
+    Raises:
+        SourceError: it holds Python objects besides tensors, no dictionary, or is truncated.
+    """
     import pickle
 
     import torch
@@ -227,7 +249,7 @@ def load_pickle(path: Path) -> tuple[dict[str, Any], bool]:
 
 
 def state_dict_entries(state: dict[str, Any]) -> list[Entry]:
-    """The tensors of a state dict in memory."""
+    """The tensors of a `state` dict in memory; what else it holds is left out."""
     import torch
 
     return [tensor_entry(str(name), t) for name, t in state.items() if isinstance(t, torch.Tensor)]

@@ -68,7 +68,7 @@ def split(leaf: str, part: str, shape: tuple[int, int], config: dict[str, Any], 
 
 
 def experts_in_rows(config: dict[str, Any]) -> int:
-    """Number of experts whose matrices one tensor holds one below the other; 0 where models store them otherwise."""
+    """Number of experts whose matrices one tensor holds one below the other, by the model's `config`; 0 for none."""
     experts = config.get("ffn_config")
     if config.get("model_type") != "dbrx" or not isinstance(experts, dict):
         return 0

@@ -25,6 +25,10 @@ def is_hub_id(name: str) -> bool:
 def fetch(repo: str, revision: str | None = None) -> Path:
     """The local folder of a hub model, downloaded as far as it is not in the cache.
 
+    Args:
+        repo: ``owner/model`` or ``model``.
+        revision: branch, tag or commit; the default branch if None.
+
     Raises:
         SourceError: no such model or revision, no access, no weights in a known format, or not to be had offline.
     """
@@ -82,7 +86,11 @@ def fetch(repo: str, revision: str | None = None) -> Path:
 def fetch_rest(repo: str, revision: str | None = None) -> None:
     """Bring what else a hub model has, but weights, into its local folder: tokenizer, generation config, model card.
 
-    What cannot be had (offline) is left out.
+    What cannot be had (offline) is left out, with a warning in the log.
+
+    Args:
+        repo: as for `fetch`.
+        revision: likewise.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

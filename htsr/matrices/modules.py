@@ -24,19 +24,19 @@ _WRAPPERS = {
 
 
 def module_entries(module: torch.nn.Module) -> list[Entry]:
-    """The parameters of a module as it computes: with its active adapters, parametrizations, and de-quantised."""
+    """The parameters of a `module` as it computes: with its active adapters, parametrizations, and de-quantised."""
     entries = _entries(module, "", set())
     return [replace(entry, name=base_name(entry.name)) for entry in entries]
 
 
 def module_config(module: Any) -> dict[str, Any]:
-    """The configuration of a transformers model, however wrapped; empty for other modules."""
+    """The configuration of a transformers model, however `module` wraps it; empty for other modules."""
     to_dict = getattr(getattr(unwrapped(module), "config", None), "to_dict", None)
     return dict(to_dict()) if to_dict else {}
 
 
 def unwrapped(module: Any) -> Any:
-    """The module inside DDP, FSDP and torch.compile."""
+    """The model inside `module`: what DDP, FSDP, DeepSpeed and torch.compile wrap; else the module itself."""
     while inner := _WRAPPERS.get(type(module).__name__):
         module = getattr(module, inner)
     return module

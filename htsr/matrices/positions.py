@@ -25,7 +25,7 @@ class Position:
     kernel: bool = False
 
     def take(self, whole: Array) -> Array:
-        """The matrix (m, n), or (pieces, m, n), out of the stored tensor."""
+        """The matrix, (m, n) or (pieces, m, n), out of the stored tensor `whole`; a view where slices allow it."""
         if self.kernel:
             out, inner = whole.shape[:2]
             return whole.reshape(out, inner, -1).swapaxes(1, 2).swapaxes(0, 1)
@@ -33,7 +33,7 @@ class Position:
         return part if self.index is None else part[self.index]
 
     def put(self, whole: Array, matrix: Array) -> None:
-        """Write the matrix into the stored tensor, in place."""
+        """Write `matrix`, of the shape that `take` gives, into the stored tensor `whole`, in place."""
         if self.kernel:
             whole[...] = matrix.swapaxes(0, 1).swapaxes(1, 2).reshape(tuple(whole.shape))  # type: ignore[call-overload,assignment]
             return

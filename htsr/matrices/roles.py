@@ -174,7 +174,7 @@ def stem(name: str) -> str:
 
 
 def role_of(name: str, kind: str | None = None) -> str:
-    """Role of a matrix by its name; `kind` is ``conv`` or ``embedding`` where the source knows."""
+    """Role of a matrix by its `name`; `kind` is ``conv`` or ``embedding`` where the source knows."""
     path = stem(name)
     for pattern, replacement in _REWRITTEN:
         path = re.sub(pattern, replacement, path)
@@ -203,7 +203,7 @@ def _part(path: str, leaves: dict[str, str]) -> str | None:
 
 
 def block_of(name: str) -> int | None:
-    """Index of the transformer block or CNN stage: the first number in the path outside embeddings and heads."""
+    """Index of the transformer block or CNN stage: the first number in `name` outside embeddings and heads, or None."""
     parts = stem(name).lower().split(".")
     for i, part in enumerate(parts):
         match = re.fullmatch(r"\d+", part) or _NUMBERED.search(part)
@@ -213,7 +213,7 @@ def block_of(name: str) -> int | None:
 
 
 def number_of(name: str) -> int | None:
-    """The number in names such as ``conv3`` or ``fc2``, for models that number their layers and have no blocks."""
+    """The number in a `name` such as ``conv3`` or ``fc2``, for models that number their layers and have no blocks."""
     found = re.match(r"[a-z]+_?(\d+)$", stem(name).lower())
     return int(found[1]) if found else None
 
@@ -222,6 +222,9 @@ def stack_prefixes(names: Iterable[str]) -> dict[str, str]:
     """Where the stacks of a model are and what their roles begin with, as {"model.vision_tower.": "vision."}.
 
     Empty where there is one stack only. An encoder without a decoder beside it (and the reverse) goes without a name.
+
+    Args:
+        names: of all weights.
     """
     containers = {found[1] for name in names if (found := re.match(r"(.*?)\.\d+\.", name))}
     stacks = {container: _stack(container) for container in containers}
@@ -234,7 +237,7 @@ def stack_prefixes(names: Iterable[str]) -> dict[str, str]:
 
 
 def stack_of(name: str, prefixes: dict[str, str]) -> str:
-    """The prefix of this matrix's role, or nothing."""
+    """The prefix of the role of the matrix `name`, or nothing; `prefixes` are from `stack_prefixes`."""
     return next((prefix for root, prefix in prefixes.items() if name.startswith(root)), "")
 
 

@@ -24,7 +24,11 @@ View = Callable[[Any], Any]
 
 
 class Shard:
-    """A tensor of which this process holds a part, and for a while the whole."""
+    """A tensor of which this process holds a part, and for a while the whole.
+
+    Args:
+        tensor: a DTensor, or a parameter under ZeRO-3.
+    """
 
     def __init__(self, tensor: Any) -> None:
         self.tensor = tensor
@@ -46,7 +50,7 @@ class Shard:
         self._whole = None
 
     def read(self, index: int | None = None) -> torch.Tensor:
-        """The whole tensor, or a slice of its first axis."""
+        """The whole tensor, in its full shape, or its slice [`index`] of the first axis."""
         if self._whole is None:
             raise RuntimeError("a sharded tensor is read between gather and release")
         return self._whole if index is None else self._whole[index]

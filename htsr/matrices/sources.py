@@ -44,9 +44,9 @@ class WeightMatrix:
         shape: (rows, columns) of the matrix, or of one slice of a kernel.
         pieces: slices of a convolution kernel; 1 for a plain matrix.
         role: what it does (`htsr.matrices.roles`).
-        block: index of its block.
+        block: index of its block; None outside of all.
         kind: ``linear``, ``embedding``, ``conv``, ``expert`` or ``adapter``.
-        dtype: it is stored in.
+        dtype: it is stored in, as torch names it.
         load: reads it: (rows, columns), or (pieces, rows, columns).
         position: where it stands in its stored tensor.
         problem: (status, sentence) where it cannot be read.
@@ -77,7 +77,11 @@ class WeightMatrix:
         return float(self.pieces * (small * small * large + 4 / 3 * small**3))
 
     def read(self) -> Array:
-        """`load`, with whatever goes wrong told as a `MatrixError` that names the tensor."""
+        """The matrix, (rows, columns) or (pieces, rows, columns), as floats; what it is stored as, or float32.
+
+        Raises:
+            MatrixError: it cannot be read; the message names the tensor.
+        """
         if self.problem:
             raise MatrixError(*self.problem)
         try:
@@ -93,12 +97,12 @@ class Filter:
     """Which matrices are wanted. Patterns are shell-style and match whole names, as in ``*.q_proj`` or ``mlp.*``.
 
     Attributes:
-        include: name patterns, any of which must match.
+        include: name patterns, any of which must match; empty for all.
         exclude: name patterns, none of which may match.
-        roles: role patterns.
-        blocks: block indices.
+        roles: role patterns, any of which must match; empty for all.
+        blocks: block indices; None for all matrices, also those outside of blocks.
         min_size: least M, the smaller side.
-        max_size: largest M.
+        max_size: largest M; None for any.
     """
 
     include: tuple[str, ...] = ()
@@ -141,6 +145,9 @@ class Model:
     def filtered(self, wanted: Filter) -> Model:
         """The same model with the wanted matrices only.
 
+        Args:
+            wanted: decides on each.
+
         Raises:
             UsageError: none is left.
         """
@@ -168,6 +175,7 @@ def open_model(
 
     Raises:
         SourceError: what cannot be read, with the reason.
+        UsageError: a `base` without an adapter, or a `revision` of a local path.
     """
     label, entries, config, fingerprint = _open(source, revision)
     if base is not None:
@@ -200,6 +208,10 @@ def _open(source: Source, revision: str | None) -> Opened:
 
 def locate(name: str, revision: str | None = None) -> Path:
     """The local file or folder of a model: a path that exists, or the cached copy of a hub id.
+
+    Args:
+        name: a path or a hub id.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
         SourceError: there is none, or the hub does not give it.
@@ -287,7 +299,12 @@ class _Minus:
 
 
 def matrices_of(entries: list[Entry], config: dict[str, Any]) -> Iterator[WeightMatrix]:
-    """The weight matrices in stored tensors: tied heads once, fused and stacked ones apart."""
+    """The weight matrices in stored tensors: tied heads once, fused and stacked ones apart.
+
+    Args:
+        entries: of a model, in its order.
+        config: its ``config.json``, empty where not known.
+    """
     weights = [entry for entry in entries if _is_weight(entry)]
     found = [roles.role_of(entry.name, entry.kind) for entry in weights]
     stacks = roles.stack_prefixes(entry.name for entry in weights)
@@ -307,6 +324,10 @@ def tied_tensors(entries: Sequence[Entry], config: dict[str, Any]) -> dict[str, 
 
     They share memory with it (in a PyTorch file), or are the head of a model whose configuration ties it to the
     embedding.
+
+    Args:
+        entries: of a model, in its order.
+        config: its ``config.json``, empty where not known.
     """
     found: dict[str, str] = {}
     by_storage: dict[Any, str] = {}

@@ -44,7 +44,7 @@ class Stored:
     shape: tuple[int, ...]
 
     def read(self) -> torch.Tensor:
-        """The tensor, a copy in memory."""
+        """The tensor, of `shape` and `dtype`, a copy in memory."""
         import torch
 
         dtype = getattr(torch, self.dtype)
@@ -53,7 +53,7 @@ class Stored:
         return torch.from_numpy(data).view(dtype).reshape(self.shape)
 
     def write(self, tensor: torch.Tensor) -> None:
-        """Overwrite the tensor; dtype and shape are those that `read` gave."""
+        """Overwrite the tensor by `tensor`, whose dtype and shape are those that `read` gave."""
         import torch
 
         with self.file.open("r+b") as file:
@@ -74,6 +74,7 @@ def copy_checkpoint(source: Path, files: list[Path], target: Path) -> dict[str, 
 
     Raises:
         SourceError: a format that is not written (GGUF), or a file that cannot be read.
+        HtsrError: a dtype of a PyTorch file that safetensors does not store.
     """
     for file in files:
         if file.suffix not in (".safetensors", *PICKLES):
@@ -98,11 +99,7 @@ def copy_checkpoint(source: Path, files: list[Path], target: Path) -> dict[str, 
 
 
 def stored_tensors(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name, from its header.
-
-    Raises:
-        SourceError: a dtype that torch lacks.
-    """
+    """The tensors of a safetensors `file` by name without wrappers' prefixes, from its header."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header: dict[str, Any] = json.loads(opened.read(length))

@@ -197,7 +197,13 @@ def metrics_of(rows: Sequence[LayerMetrics]) -> list[str]:
 
 @dataclass(frozen=True)
 class Scale:
-    """Where colours begin and end; `centre` is the neutral value between, None for metrics that have none."""
+    """Where colours begin and end.
+
+    Attributes:
+        low: value of the first colour.
+        high: value of the last.
+        centre: the neutral value between; None for metrics that have none.
+    """
 
     low: float
     high: float

@@ -322,7 +322,12 @@ def as_markdown(subject: Analysis | Comparison | Model | MemoryPlans) -> str:
 
 
 def write_parquet(subject: Analysis | Comparison | Model | MemoryPlans, path: Path) -> None:
-    """All columns as Parquet. Needs the ``report`` extra."""
+    """All columns as Parquet. Needs the ``report`` extra.
+
+    Raises:
+        MissingDependencyError: pyarrow is not installed.
+        HtsrError: the file cannot be written.
+    """
     import pandas as pd
 
     frame = pd.DataFrame(records(subject))

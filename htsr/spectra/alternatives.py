@@ -61,10 +61,13 @@ def compare_laws(tail: npt.ArrayLike) -> dict[str, Comparison]:
     """Compare the power law with each of `LAWS` on one tail.
 
     Args:
-        tail: (n,) eigenvalues; the smallest is λ_min.
+        tail: (n,) eigenvalues > 0, in any order and unit; the smallest is λ_min.
+
+    Returns:
+        A `Comparison` for each of `LAWS`, by its name. Its parameters are those of the law of λ/λ_min.
 
     Raises:
-        MatrixError: fewer than 2 distinct eigenvalues.
+        MatrixError: fewer than 2 distinct positive eigenvalues, or one that is not (status ``degenerate``).
     """
     values = np.sort(np.asarray(tail, dtype=np.float64).ravel())
     if values.size < 2 or not 0 < values[0] < values[-1]:
@@ -95,7 +98,11 @@ def compare_laws(tail: npt.ArrayLike) -> dict[str, Comparison]:
 
 
 def best_law(comparisons: dict[str, Comparison]) -> str:
-    """The law of lowest AIC among those significantly (p < 0.05) better than the power law; else ``power_law``."""
+    """The law of lowest AIC among those significantly (p < 0.05) better than the power law; else ``power_law``.
+
+    Args:
+        comparisons: what `compare_laws` returned.
+    """
     better = {law: c.delta_aic for law, c in comparisons.items() if c.R < 0 and c.p < SIGNIFICANT}
     return min(better, key=better.__getitem__) if better else "power_law"
 
@@ -114,7 +121,7 @@ def fit_truncated(tail: npt.ArrayLike) -> tuple[float, float]:
     """Maximum-likelihood α and Λ of p(λ) ∝ λ^(-α) exp(-Λλ) on λ ≥ min(tail).
 
     Args:
-        tail: (n,) eigenvalues, in any unit; Λ is in the inverse of it.
+        tail: (n,) eigenvalues > 0, not all equal, in any order and unit; Λ is in the inverse of that unit.
 
     Returns:
         α (any real number, the cut-off makes the law proper) and Λ ≥ 0; Λ = 0 where the power law itself is best.

@@ -39,8 +39,8 @@ class Bulk:
     Attributes:
         sigma: standard deviation of the entries that make the bulk, σ_MP.
         lambda_plus: upper bulk edge σ²(√N + √M)², in units of the eigenvalues.
-        lambda_minus: lower bulk edge.
-        threshold: spikes lie above it: the Tracy-Widom 99 % quantile of a pure-noise matrix.
+        lambda_minus: lower bulk edge σ²(√N - √M)².
+        threshold: spikes lie above it: the Tracy-Widom 99 % quantile of a pure-noise matrix (`tw_threshold`).
         num_spikes: eigenvalues above `threshold`.
         mp_softrank: lambda_plus / λ_max; 1 and above for noise.
         distance: Kolmogorov-Smirnov distance between the eigenvalues below `threshold` and the MP law. A bulk that
@@ -74,13 +74,29 @@ def _mp_table(Q: float, nodes: int = 4001) -> tuple[Vector, Vector]:
 
 
 def mp_quantile(probability: float | Vector, Q: float) -> Vector:
-    """Quantiles of the MP law of λ/(N σ²)."""
+    """Quantiles of the MP law of λ/(N σ²).
+
+    Args:
+        probability: in [0, 1]; a number, or an array of any shape.
+        Q: aspect ratio N/M ≥ 1.
+
+    Returns:
+        float64, in the shape of `probability`; from a table of 4001 nodes.
+    """
     x, cdf = _mp_table(float(Q))
     return np.asarray(np.interp(probability, cdf, x))
 
 
 def mp_cdf(value: float | Vector, Q: float) -> Vector:
-    """Distribution function of the MP law of λ/(N σ²)."""
+    """Distribution function of the MP law of λ/(N σ²).
+
+    Args:
+        value: of λ/(N σ²); a number, or an array of any shape.
+        Q: aspect ratio N/M ≥ 1.
+
+    Returns:
+        float64, in the shape of `value`; from a table of 4001 nodes.
+    """
     x, cdf = _mp_table(float(Q))
     return np.asarray(np.interp(value, x, cdf))
 
@@ -88,7 +104,16 @@ def mp_cdf(value: float | Vector, Q: float) -> Vector:
 def tw_threshold(sigma: float, M: int, N: int, pieces: int = 1) -> float:
     """The value that the largest eigenvalue of a pure-noise matrix exceeds with a probability of 1 %.
 
-    With several `pieces` the probability is 1 % that any one of them exceeds it.
+    Args:
+        sigma: standard deviation of the entries.
+        M: smaller side.
+        N: larger side.
+        pieces: matrices pooled; the probability is 1 % that any one of them exceeds it.
+
+    Returns:
+        μ + q·s of the module's text, in units of the eigenvalues of WᵀW.
+
+    Source: Johnstone (Ann. Statist. 29, 2001), theorem 1.1.
     """
     root_n, root_m = max(N - 1, 1) ** 0.5, M**0.5
     centre = (root_n + root_m) ** 2
@@ -116,10 +141,10 @@ def fit_bulk(eigenvalues: Vector, M: int, N: int, pieces: int = 1) -> Bulk:
     number of spikes stays; heavy tails therefore do not widen the bulk.
 
     Args:
-        eigenvalues: (K,) ascending, of K/M matrices of shape N × M.
+        eigenvalues: (K,) float64, ascending, not all 0, of K/M matrices of shape N × M.
         M: smaller side.
         N: larger side.
-        pieces: matrices pooled.
+        pieces: matrices pooled, K/M.
     """
     Q = N / M
     x = eigenvalues / N
@@ -154,7 +179,15 @@ def _ks_distance(uniform: Vector) -> float:
 
 
 def permute_entries(matrix: npt.NDArray[np.floating], seed: int | tuple[int, ...]) -> npt.NDArray[np.floating]:
-    """The entries of a matrix (m, n) in random order; the pieces of a stack (pieces, m, n) each within themselves."""
+    """The entries of a matrix in random order.
+
+    Args:
+        matrix: (m, n); or (pieces, m, n), each piece permuted within itself.
+        seed: the same one gives the same permutation of the same shape.
+
+    Returns:
+        A new array of the same shape and dtype.
+    """
     random = np.random.Generator(np.random.SFC64(seed))
     if matrix.ndim == 3:
         return np.stack([_shuffled(piece, random) for piece in matrix])
@@ -186,6 +219,12 @@ def jensen_shannon_distance(a: Vector, b: Vector) -> float:
 
     The k-th smallest eigenvalue's share of the trace is compared with its counterpart's: no binning is involved.
     In [0, √ln 2]; 0 for equal spectra up to scale.
+
+    Args:
+        a: (K,) ≥ 0, ascending, not all 0.
+        b: (K,) likewise.
+
+    Source: Lin (IEEE Trans. Inf. Theory 37, 1991); WeightWatcher's ``rand_distance`` bins the ESDs instead.
     """
     p, q = a / a.sum(), b / b.sum()
     mean = (p + q) / 2
@@ -202,8 +241,8 @@ def signal_to_noise(eigenvalues: Vector, lambda_plus: float) -> float:
     The score by which Spectrum (arXiv 2406.06623) picks what to train. Infinite where nothing lies below the edge.
 
     Args:
-        eigenvalues: (K,) in any order.
-        lambda_plus: the edge, as in `Bulk`.
+        eigenvalues: (K,) in any order, not all 0.
+        lambda_plus: the edge, as in `Bulk`, in units of the eigenvalues.
     """
     singular = np.sqrt(np.maximum(eigenvalues, 0.0))
     above = eigenvalues > lambda_plus

@@ -29,9 +29,9 @@ class ERG:
         lambda_erg_rescaled: the same as λ̃.
         trace_log: mean of ln λ̃ over the power-law tail; 0 is ideal. The primary ERG number.
         logdet: sum of ln λ̃ over the power-law tail.
-        delta_lambda_min: λ̃_min of the power law minus λ̃_ERG; 0 is ideal.
+        delta_lambda_min: λ̃_min of the power law minus λ̃_ERG; 0 is ideal, NaN without a crossing, as the next.
         log_lambda_ratio: ln(λ_min / λ_ERG).
-        gap: `num` minus the number of eigenvalues in the power-law tail.
+        gap: `num` minus the number of eigenvalues in the power-law tail; NaN without a crossing, as the next.
         gap_fraction: `gap` / K.
         crossing: False where zeros end the sum before it crosses: a low-rank or zero-padded matrix.
     """
@@ -52,8 +52,10 @@ def erg(eigenvalues: npt.NDArray[np.float64], lambda_min: float) -> ERG:
     """The ERG condition of an ESD against its power-law tail λ ≥ `lambda_min`.
 
     Args:
-        eigenvalues: (K,) non-negative, ascending, not all zero; zeros count in K.
+        eigenvalues: (K,) float64, non-negative, ascending, not all zero; zeros count in K.
         lambda_min: where the power-law tail begins, in the same units.
+
+    Source: SETOL (arXiv 2507.17912), §5.
     """
     K = eigenvalues.size
     positive = eigenvalues[eigenvalues > 0]

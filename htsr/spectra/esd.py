@@ -92,6 +92,9 @@ class Windows:
         count: windows along each axis. Published: 10-15 for LLMs, 9 for CNNs.
         aspect: columns per row.
 
+    Raises:
+        UsageError: rows or count below 1, or an aspect that is not positive.
+
     Source: FARMS (ICML 2025).
     """
 
@@ -104,7 +107,14 @@ class Windows:
             raise UsageError(f"windows need rows ≥ 1, count ≥ 1 and aspect > 0, not {self}")
 
     def slices(self, shape: tuple[int, int]) -> list[tuple[slice, slice]]:
-        """Row and column slices of the windows of an m × n matrix."""
+        """Row and column slices of the windows, row by row.
+
+        Args:
+            shape: (m, n) of the matrix.
+
+        Returns:
+            Up to `count`² pairs; fewer where the matrix has no room for that many different ones.
+        """
         m, n = shape
         rows = max(1, min(self.rows, m, int(n / self.aspect)))
         columns = max(1, min(int(rows * self.aspect), n))
@@ -141,6 +151,9 @@ def esd(
         device: where it runs: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         windows: pool the ESDs of these windows (of each piece) instead.
         seed: of the random probes of the ``lanczos`` route.
+
+    Returns:
+        The `ESD`, in units of squared entries (singular values squared).
 
     Raises:
         MatrixError: the matrix is empty (status ``empty``), has NaN, infinite or overflowing entries (``nan``), or the
@@ -188,8 +201,22 @@ def esd_batch(
 ) -> list[ESD | MatrixError]:
     """`esd` of several matrices of one shape; what cannot be decomposed gives its error, and the others their ESD.
 
-    On a CPU, Gram matrices up to `BATCH_UP_TO` are solved in one call: below that size LAPACK, called for a single
-    matrix, keeps the interpreter's lock, and threads would wait for each other.
+    On a CPU, the Gram matrices of plain matrices are solved in one call, which pays up to M = `BATCH_UP_TO`: below that
+    size LAPACK, called for a single matrix, keeps the interpreter's lock, and threads would wait for each other.
+
+    Args:
+        matrices: each (m, n), or each (pieces, m, n).
+        route: as in `esd`.
+        dtype: as in `esd`.
+        device: as in `esd`.
+        windows: as in `esd`.
+        seed: as in `esd`, the same for each.
+
+    Returns:
+        In the order of `matrices`, an `ESD` or the `MatrixError` that `esd` would raise.
+
+    Raises:
+        UsageError: as `esd`.
     """
     if (
         len(matrices) > 1
@@ -237,7 +264,12 @@ def _resolved(values: npt.NDArray[np.float64], route: str, dtype: str, shape: tu
 
 
 def gram(matrix: npt.NDArray[Any], dtype: Precision = "float64") -> Floats:
-    """The smaller Gram matrix, (M, M), accumulated in `dtype` over blocks so that W is never copied whole."""
+    """The smaller Gram matrix, (M, M) in `dtype`, accumulated over blocks so that W is never copied whole.
+
+    Args:
+        matrix: (m, n), any float dtype.
+        dtype: ``float32`` or ``float64``.
+    """
     m, n = matrix.shape
     tall = matrix if m >= n else matrix.T
     N, M = tall.shape
@@ -299,7 +331,7 @@ def _require_finite(total: float) -> None:
 
 
 def as_numpy(array: Array) -> npt.NDArray[Any]:
-    """`array` as NumPy, on the CPU; dtypes that NumPy lacks (bfloat16, float8) become float32."""
+    """`array`, of any shape, as NumPy on the CPU; dtypes that NumPy lacks (bfloat16, float8) become float32."""
     if isinstance(array, np.ndarray):
         return array
     tensor = array.detach().cpu()

@@ -44,7 +44,7 @@ def lanczos_esd(matrix: Array, *, steps: int = STEPS, probes: int = PROBES, devi
         the leave-one-probe-out ESDs from which the error of anything computed from it follows.
 
     Raises:
-        MatrixError: NaN or infinite entries.
+        MatrixError: NaN, infinite or overflowing entries (status ``nan``).
     """
     m, n = matrix.shape
     M, N = min(m, n), max(m, n)

@@ -32,7 +32,13 @@ UNDER_TRAINED = 6.0
 
 @dataclass(frozen=True)
 class Measured:
-    """A row and the spectra it was computed from: (K,) ascending, None where there is none."""
+    """A row and the spectra it was computed from.
+
+    Attributes:
+        row: the numbers.
+        eigenvalues: (K,) float64, ascending; None where the matrix has no spectrum.
+        permuted: (K,) the same of the permuted matrix; None where not asked for.
+    """
 
     row: LayerMetrics
     eigenvalues: Vector | None = None
@@ -54,7 +60,15 @@ def measure(load: Callable[[], Array], identity: LayerMetrics, options: Options)
 
 
 def measure_batch(jobs: Sequence[tuple[Callable[[], Array], LayerMetrics]], options: Options) -> list[Measured]:
-    """`measure` for several matrices of one shape, small ones decomposed together (`htsr.spectra.esd.esd_batch`)."""
+    """`measure` for several matrices of one shape, decomposed together (`htsr.spectra.esd.esd_batch`).
+
+    Args:
+        jobs: for each matrix, all of one shape, `load` and `identity` of `measure`.
+        options: what to compute.
+
+    Returns:
+        In the order of `jobs`; the time of all is shared evenly among their rows.
+    """
     started = time.perf_counter()
     results: dict[int, Measured] = {}
 
@@ -190,7 +204,11 @@ def _numbers(spectrum: ESD, options: Options) -> tuple[dict[str, Any], list[str]
 
 
 def scalar_metrics(eigenvalues: Vector) -> dict[str, float | int | None]:
-    """Norms, ranks and entropy of an ESD (K,) that is not all zero: SCIENCE's "other per-matrix metrics"."""
+    """Norms, ranks and entropy of an ESD, as the fields of `LayerMetrics` of these names define them.
+
+    Args:
+        eigenvalues: (K,) float64, ascending, not all 0.
+    """
     positive = eigenvalues[eigenvalues > 0]
     total, largest, rank = float(positive.sum()), float(positive[-1]), int(positive.size)
     p = positive / total

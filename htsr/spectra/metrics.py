@@ -22,15 +22,18 @@ class Options:
         xmax: eigenvalues above it are left out of the fit.
         route: how eigenvalues are computed (`htsr.spectra.esd`).
         dtype: precision of that computation.
-        device: where it runs.
-        windows: FARMS windows.
+        device: where it runs: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        windows: FARMS windows; None decomposes whole matrices.
         null: compare α with its shape null (`htsr.spectra.null`).
         bulk: fit the Marchenko-Pastur bulk and count spikes.
         permuted: decompose the permuted matrix too: traps, distance to random.
         alternatives: compare the power law with other laws.
         quality: SETOL's (experimental) quality estimates.
         bootstrap: resamples of the bootstrap interval of α; 0 for none.
-        seed: of everything random: permutation, bootstrap, probes, null.
+        seed: of everything random but the null: permutation, bootstrap, Lanczos probes.
+
+    Raises:
+        UsageError: an unknown `fit`, `route` or `dtype`, or a number without meaning.
     """
 
     fit: FitMethod = "ks"

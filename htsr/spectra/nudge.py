@@ -43,7 +43,7 @@ class Nudge:
 
     Attributes:
         eigenvalues: the new ones, in the shape and order of the old.
-        tail: which of them are the tail, bool.
+        tail: which of them are the tail, bool, in the same shape.
         alpha: exponent of the tail before.
         alpha_after: exponent of the same tail after.
         strength: what was applied, at most what was asked for.

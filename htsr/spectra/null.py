@@ -23,14 +23,31 @@ _DENSE = 640  # up to here the dense solver costs less than the import of SciPy'
 
 @dataclass(frozen=True)
 class ShapeNull:
-    """α of pure noise of one shape: median and standard deviation over the draws."""
+    """α of pure noise of one shape.
+
+    Attributes:
+        alpha: median over the draws.
+        sd: standard deviation over them.
+    """
 
     alpha: float
     sd: float
 
 
 def gaussian_eigenvalues(M: int, N: int, random: np.random.Generator, draws: int = 1) -> npt.NDArray[np.float64]:
-    """Eigenvalues (draws, M), ascending, of WᵀW for N × M matrices W of standard normal entries."""
+    """Eigenvalues of WᵀW for N × M matrices W of standard normal entries.
+
+    Args:
+        M: smaller side.
+        N: larger side.
+        random: generator of the χ-variables.
+        draws: matrices.
+
+    Returns:
+        (draws, M) float64, each row ascending.
+
+    Source: Dumitriu & Edelman (J. Math. Phys. 43, 2002).
+    """
     diagonal = np.sqrt(random.chisquare(N - np.arange(M), (draws, M)))
     lower = np.sqrt(random.chisquare(M - 1 - np.arange(M - 1), (draws, M - 1)))
     main = diagonal**2
@@ -59,7 +76,16 @@ def shape_null(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> ShapeNull:
-    """Median and spread of `alpha_of` over ESDs of `pieces` pooled N × M Gaussian matrices."""
+    """Median and spread of a fit's α over ESDs of pooled Gaussian matrices.
+
+    Args:
+        M: smaller side of a matrix.
+        N: larger side.
+        pieces: matrices pooled in one ESD.
+        alpha_of: α of (pieces·M,) ascending eigenvalues.
+        draws: ESDs to fit.
+        seed: of the draws, which depend on it and the shape alone.
+    """
     random = np.random.default_rng((seed, M, N, pieces))
     per_draw = max(pieces, _TOGETHER // M)  # enough to draw at a time
     alphas: list[float] = []

@@ -47,7 +47,8 @@ class Decomposition:
 
     Attributes:
         values: (pieces, M) float64, ascending; exactly 0 where below the resolution of the computation.
-        vectors: (pieces, M, M), columns in the same order; the right singular vectors of W where m ≥ n, else the left.
+        vectors: (pieces, M, M) float64 or float32, columns in the same order; the right singular vectors of W where
+            m ≥ n, else the left.
     """
 
     values: Vector
@@ -78,7 +79,7 @@ class Cleaned:
     """A matrix without its correlation traps, as far as they could be removed.
 
     Attributes:
-        matrix: the cleaned matrix; the one that was given where nothing was done.
+        matrix: the cleaned matrix, in shape, dtype and kind of the one given; that one where nothing was done.
         traps_before: eigenvalues of the permuted matrix beyond its bulk edge.
         traps_after: the same of the cleaned matrix, permuted alike.
         mean_removed: what was subtracted from every entry; 0.0 where nothing was.
@@ -104,9 +105,11 @@ def project_tail(matrix: Array, keep: Keep, *, fit: FitMethod = "ks") -> Project
         fit: how the power law's λ_min is chosen, for ``"tail"``.
 
     Raises:
-        MatrixError: no eigenvalue differs from 0 (status ``zero``), NaN or infinite entries (``nan``), no power law
-            (``degenerate``), or a trace-log condition without crossing (``no_ecs``).
-        UsageError: `keep` is neither of these, or below 1.
+        MatrixError: no eigenvalue differs from 0 (status ``zero``), NaN or infinite entries (``nan``), none at all
+            (``empty``), no power law (``degenerate``), or a trace-log condition without crossing (``no_ecs``).
+        UsageError: `keep` is neither of these, or below 1; or a matrix of other dimensions.
+
+    Source: SETOL (arXiv 2507.17912) for the test; Eckart & Young (Psychometrika 1, 1936) for the projection.
     """
     found = decompose(matrix)
     threshold = _threshold(found.values, keep, fit)
@@ -140,10 +143,14 @@ def _threshold(values: Vector, keep: Keep, fit: FitMethod) -> Any:
 
 
 def decompose(matrix: Array) -> Decomposition:
-    """Eigenvalues and eigenvectors of the smaller Gram matrix.
+    """Eigenvalues and eigenvectors of the smaller Gram matrix, in float64 on a CPU and float32 on an accelerator.
+
+    Args:
+        matrix: (m, n), or (pieces, m, n); any float dtype.
 
     Raises:
         MatrixError: NaN, infinite or overflowing entries (status ``nan``), or no entries (``empty``).
+        UsageError: neither 2 nor 3 dimensions.
     """
     import torch
 
@@ -168,8 +175,11 @@ def rescaled(matrix: Array, vectors: torch.Tensor, ratios: Vector) -> Array:
 
     Args:
         matrix: (m, n) or (pieces, m, n).
-        vectors: of its `decompose`.
+        vectors: (pieces, M, M), of its `decompose`.
         ratios: (pieces, M), in the order of its eigenvalues.
+
+    Returns:
+        Shape, dtype and kind (NumPy or torch) of `matrix`.
     """
     import torch
 
@@ -220,11 +230,18 @@ def remove_traps(matrix: Array, *, seed: int | tuple[int, ...] = 0) -> Cleaned:
     spectrum. Traps of many moderately large entries (a heavy-tailed entry distribution) remain, and are reported.
 
     Args:
-        matrix: (m, n) or (pieces, m, n), whose mean and σ are common.
+        matrix: (m, n) or (pieces, m, n), whose mean and σ are common; NumPy or torch, any float dtype. Changed in
+            float64, permuted and decomposed in float32.
         seed: of the permutation, the same before and after.
 
+    Returns:
+        A `Cleaned`, whose matrix has shape, dtype and kind of what was given.
+
     Raises:
-        MatrixError: as of `htsr.spectra.esd.esd`.
+        MatrixError: NaN, infinite or overflowing entries (status ``nan``), or no entries (``empty``).
+        UsageError: a matrix of other dimensions.
+
+    Sources: SETOL (arXiv 2507.17912) for traps; Benaych-Georges & Nadakuditi (J. Multivar. Anal. 111, 2012).
     """
     W = as_numpy(matrix)
     before, sigma = _traps(W, seed)

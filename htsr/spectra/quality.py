@@ -3,6 +3,8 @@
 SETOL derives the quality of a layer from an integral over its ECS eigenvalues λ̃ (rescaled to mean 1 over the whole ESD,
 M̃ of them) whose value depends on the assumed R-transform of their distribution (§5.4-5.6). The four forms rank layers
 of one model; none is a probability or an accuracy, and none has been calibrated.
+
+Source: SETOL (arXiv 2507.17912), §5.4-5.6.
 """
 
 from __future__ import annotations
@@ -41,6 +43,9 @@ def free_cumulants(eigenvalues: npt.ArrayLike) -> tuple[float, float, float, flo
 
     For the Marchenko-Pastur law of unit variance and ratio q = M/N, κ_n = q^(n-1).
 
+    Args:
+        eigenvalues: (n,) in any order.
+
     Source: SETOL, appendix; Nica & Speicher, Lectures on the Combinatorics of Free Probability (2006), lecture 11.
     """
     values = np.asarray(eigenvalues, dtype=np.float64)
@@ -57,12 +62,14 @@ def quality(eigenvalues: Vector, num_erg: int, alpha: float) -> Quality:
     """The quality estimates of an ESD whose ECS is its `num_erg` largest eigenvalues.
 
     Args:
-        eigenvalues: (K,) ascending.
+        eigenvalues: (K,) float64, ascending, in any unit.
         num_erg: size of the ECS, M̃ (see `htsr.spectra.erg`).
         alpha: exponent of the layer's power law.
 
     Raises:
-        MatrixError: the ECS is empty.
+        MatrixError: the ECS is empty (status ``no_ecs``).
+
+    Source: SETOL (arXiv 2507.17912), §5.4-5.6 and its table of R-transforms.
     """
     if num_erg < 1:
         raise MatrixError("no_ecs", "the trace-log condition has no crossing, so there is no ECS to judge")

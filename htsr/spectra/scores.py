@@ -41,6 +41,9 @@ def score(spectrum: ESD, name: Score, fit: FitMethod = "hill") -> float:
         name: see the module's text, or a function of the `ESD`.
         fit: how the power-law tail is chosen (`htsr.spectra.tail`).
 
+    Returns:
+        The score, without unit; NaN for the stable rank of a matrix of zeros, and for an ERG gap without a crossing.
+
     Raises:
         MatrixError: fewer than 2 distinct positive eigenvalues.
         UsageError: an unknown name.
@@ -80,10 +83,13 @@ def null_of_shape(
     """α of pure noise of this shape, or of its windows; nothing is read.
 
     Args:
-        shape: of the matrix, or of one of `pieces` of equal shape that are pooled.
+        shape: (m, n) of the matrix, or of one of `pieces` of equal shape that are pooled.
         pieces: how many.
         fit: as in `score`.
-        windows: FARMS windows.
+        windows: FARMS windows; None for the whole matrix.
+
+    Returns:
+        The median over 4 draws (``hill``) or 16; the same for the same arguments.
     """
     if windows is not None:
         cuts = windows.slices(shape)

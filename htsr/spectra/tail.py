@@ -47,14 +47,14 @@ class PowerLawFit:
     """A power law fitted to the tail of an ESD.
 
     Attributes:
-        alpha: exponent α of p(λ) ∝ λ^(-α).
+        alpha: exponent α of p(λ) ∝ λ^(-α), above 1.
         sigma: standard error of α, (α-1)/√n.
-        D: Kolmogorov-Smirnov distance between the tail and the fit.
+        D: Kolmogorov-Smirnov distance between the tail and the fit, in [0, 1].
         lambda_min: where the tail begins, in units of the eigenvalues.
-        lambda_max: where it ends.
+        lambda_max: where it ends, in the same units.
         num_tail: eigenvalues in the tail, n.
-        num_fingers: top eigenvalues dropped by ``clip_xmax``.
         method: how λ_min was chosen; ``fixed`` where it was given.
+        num_fingers: top eigenvalues dropped by ``clip_xmax``.
     """
 
     alpha: float
@@ -69,14 +69,20 @@ class PowerLawFit:
 
 @dataclass(frozen=True)
 class TailScan:
-    """α and D of the tail that begins at each of the K-1 first eigenvalues; D is 1 where no exponent exists."""
+    """α and D of the tail that begins at each of the K-1 first eigenvalues.
+
+    Attributes:
+        eigenvalues: (K,) float64, positive, ascending.
+        alpha: (K-1,) float64; infinite where all eigenvalues of the tail are equal.
+        D: (K-1,) float64; 1 where no exponent exists.
+    """
 
     eigenvalues: Vector
     alpha: Vector
     D: Vector
 
     def fit(self, start: int, method: str) -> PowerLawFit:
-        """The fit whose tail begins at ascending index `start`."""
+        """The fit whose tail begins at ascending index `start`, 0 ≤ `start` < K-1; `method` is noted in it."""
         n = self.eigenvalues.size - start
         alpha = float(self.alpha[start])
         return PowerLawFit(
@@ -102,15 +108,24 @@ def fit_power_law(
     Args:
         eigenvalues: (K,) in any order; those that are not positive are left out.
         method: how λ_min is chosen, see the module's text.
-        xmin: λ_min by hand, whatever the method: the tail is λ ≥ xmin, and xmin its begin in the formulas.
+        xmin: λ_min by hand, in units of the eigenvalues, whatever the method: the tail is λ ≥ xmin, and xmin its begin
+            in the formulas.
         xmax: eigenvalues above it are left out of the fit.
+
+    Returns:
+        The `PowerLawFit`, computed in float64.
 
     Raises:
         MatrixError: fewer than two distinct positive eigenvalues (status ``degenerate``).
-        UsageError: unknown method, or an xmin that leaves fewer than two distinct eigenvalues.
+        UsageError: unknown method, or an xmin that is not positive or leaves fewer than two distinct eigenvalues.
+
+    Source: Clauset, Shalizi & Newman (SIAM Rev. 51, 2009), §3; LLR (arXiv 2605.22297) for ``hill``; WeightWatcher for
+    ``fix_fingers`` and ``clip_xmax``.
     """
     if method not in get_args(FitMethod):
         raise UsageError(f"unknown fit {method!r}: {', '.join(get_args(FitMethod))}")
+    if xmin is not None and not xmin > 0:
+        raise UsageError(f"xmin is an eigenvalue, a positive number, not {xmin}")
     values = np.sort(np.asarray(eigenvalues, dtype=np.float64).ravel())
     values = values[values > 0]
     if xmax is not None:
@@ -140,10 +155,10 @@ def fit_power_law(
 
 
 def scan_tails(eigenvalues: Vector) -> TailScan:
-    """α and D of every tail of at least two eigenvalues.
+    """α and D of every tail of at least two eigenvalues, by the formulas of the module's text.
 
     Args:
-        eigenvalues: (K,) positive, ascending, not all equal.
+        eigenvalues: (K,) float64, positive, ascending, not all equal. Time is K², memory K.
     """
     log = np.log(eigenvalues)
     log -= log[-1]  # α depends on ratios only; small numbers keep the sums exact
@@ -216,7 +231,7 @@ def _clip_xmax(values: Vector) -> PowerLawFit:
 
 
 def histogram_peak(eigenvalues: Vector, bins: int = PEAK_BINS) -> float:
-    """Lower edge of the fullest of `bins` equal bins of log10 λ, as an eigenvalue."""
+    """Lower edge of the fullest of `bins` equal bins of log10 λ, as an eigenvalue; `eigenvalues` are (K,), positive."""
     counts, edges = np.histogram(np.log10(eigenvalues), bins=bins)
     return float(10 ** edges[np.argmax(counts)])
 
@@ -236,14 +251,20 @@ def bootstrap_alpha(
     errs on the wide side, and shows how far α depends on the choice of λ_min.
 
     Args:
-        eigenvalues: (K,).
-        method: see `fit_power_law`; its keywords pass through.
-        resamples: bootstrap samples.
+        eigenvalues: (K,) in any order; those that are not positive are left out.
+        method: see `fit_power_law`.
+        resamples: bootstrap samples; those of fewer than 2 distinct eigenvalues are left out.
         level: probability inside the interval.
         seed: of the resampling.
+        **fit: `xmin` and `xmax` of `fit_power_law`.
 
     Returns:
         Lower and upper bound of α.
+
+    Raises:
+        MatrixError: no sample has 2 distinct eigenvalues (status ``degenerate``).
+
+    Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), §13.3.
     """
     values = np.asarray(eigenvalues, dtype=np.float64).ravel()
     values = values[values > 0]

@@ -55,13 +55,19 @@ def lora_config(
         score: any numeric metric ≥ 0 of `LayerMetrics`; a matrix without it gets an average share.
         roles: which Linear modules inside the blocks, by role.
         minimum: least rank.
-        maximum: largest rank; 4·`rank` if None.
+        maximum: largest rank; 4·`rank` if None. No rank exceeds the smaller side of its matrix.
         reverse: more rank for smaller scores.
         scaling: lora_alpha/r.
-        options: more arguments of `LoraConfig`.
+        **options: more arguments of `LoraConfig`.
+
+    Returns:
+        PEFT's `LoraConfig`, for `peft.get_peft_model`.
 
     Raises:
-        UsageError: no such metric, no such modules, or a budget that the bounds do not allow.
+        UsageError: no such metric, negative scores, no such modules, or a budget that the bounds do not allow.
+        SourceError: a model without blocks.
+
+    Source: AlphaLoRA (arXiv 2410.10054) for ranks that follow α; LoRA (arXiv 2106.09685).
     """
     from peft import LoraConfig
 
@@ -90,7 +96,22 @@ def adapter_ranks(
     maximum: int | None = None,
     reverse: bool = False,
 ) -> dict[str, int]:
-    """Rank of each adapted module by name; arguments as of `lora_config`."""
+    """Rank of each adapted module by name.
+
+    Args:
+        model: as for `lora_config`, like the next.
+        analysis: of it.
+        rank: of the uniform adapter that sets the budget.
+        score: any numeric metric ≥ 0 of `LayerMetrics`.
+        roles: which Linear modules inside the blocks, by role.
+        minimum: least rank.
+        maximum: largest rank; 4·`rank` if None.
+        reverse: more rank for smaller scores.
+
+    Raises:
+        UsageError: no such metric, negative scores, no such modules, or a budget that the bounds do not allow.
+        SourceError: a model without blocks.
+    """
     from htsr.activations import linear_modules
 
     if score not in NUMERIC:

@@ -53,6 +53,9 @@ def block_probabilities(
 
     Raises:
         UsageError: an unknown strategy, or scores that are missing, of another model, or all zero.
+
+    Sources: OwLore (arXiv 2405.18380); LISA (arXiv 2403.17919); LLR (arXiv 2605.22297) for the map of ``alpha``;
+    Spectrum (arXiv 2406.06623).
     """
     L = len(blocks)
     if not isinstance(strategy, str):
@@ -93,7 +96,15 @@ def _needed(strategy: str, scores: Scores | None) -> Analysis:
 
 
 def block_means(analysis: Analysis, score: str, blocks: Blocks) -> Vector:
-    """(L,) mean over the matrices of each block of ``alpha``, ``erg`` (⟨ln λ̃⟩) or ``snr``; NaN where there is none.
+    """Mean score of the matrices of each block.
+
+    Args:
+        analysis: of the model; with ``bulk=True`` for ``snr``.
+        score: ``alpha``, ``erg`` (⟨ln λ̃⟩ of the power-law tail) or ``snr`` (`signal_to_noise`).
+        blocks: of the model, L of them.
+
+    Returns:
+        (L,) float64; NaN for a block without the score.
 
     Raises:
         UsageError: the analysis knows no block of this model, or lacks the score.
@@ -120,7 +131,7 @@ def inclusion_probabilities(p: npt.ArrayLike, draws: int) -> Vector:
     """Probability that each item is among `draws` successive draws without replacement with weights `p`.
 
     Item i arrives at a time with the law Exp(p_i), and the first arrivals are drawn; so P_i = ∫₀¹ P(fewer than `draws`
-    of the others have come by t = -ln(u)/p_i) du, by Gauss-Legendre quadrature.
+    of the others have come by t = -ln(u)/p_i) du, by Gauss-Legendre quadrature on 256 nodes.
 
     Args:
         p: (n,) weights ≥ 0, at least `draws` of them above 0.

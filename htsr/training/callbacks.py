@@ -61,13 +61,20 @@ class LayerSamplerCallback(TrainerCallback):
 
     Make the sampler before the Trainer, and set ``ddp_find_unused_parameters=True`` for several processes. Checkpoints
     need nothing more: the sampler's state is in the optimizer's.
+
+    Args:
+        sampler: of the model that the Trainer trains.
     """
 
     def __init__(self, sampler: LayerSampler) -> None:
         self.sampler = sampler
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The model is wrapped, the optimizer made and, when resuming, loaded: freeze what does not train now."""
+        """The model is wrapped, the optimizer made and, when resuming, loaded: freeze what does not train now.
+
+        Raises:
+            UsageError: as `LayerSampler.attach`.
+        """
         self.sampler.attach(kwargs["optimizer"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:

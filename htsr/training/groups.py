@@ -44,7 +44,13 @@ _ORIGINAL_NAME = "htsr_name"  # the user's own `name` of the group that was spli
 
 @dataclass(frozen=True)
 class Share:
-    """Parameters of one group that go together into a new one."""
+    """Parameters of one group that go together into a new one.
+
+    Attributes:
+        slot: index of their slot.
+        places: of the parameters in the old group.
+        name: of the new group.
+    """
 
     slot: int
     places: tuple[int, ...]
@@ -52,10 +58,10 @@ class Share:
 
 
 def require_fresh(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer whose groups others already count on.
+    """Refuse an `optimizer` whose groups others already count on.
 
     Raises:
-        UsageError: it is split already, has a scheduler, or has state.
+        UsageError: it is split already, has a scheduler, has state, or sets its own learning rate.
     """
     if any("htsr_step" in group for group in optimizer.param_groups):
         raise UsageError("this optimizer is layerwise already; make a new one to change the policy")
@@ -175,7 +181,7 @@ def _new_group(group: dict[str, Any], share: Share, role: str, name: str, origin
 
 
 def is_layerwise(groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether these param groups, of an optimizer or of its state dict, were split here."""
+    """Whether these param `groups`, of an optimizer or of its state dict, were split here."""
     return any("htsr_step" in group for group in groups)
 
 
@@ -209,6 +215,10 @@ def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 def adapt_state_dict(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the layerwise `optimizer` is to load: a checkpoint made without htsr is split like the optimizer itself.
+
+    Args:
+        optimizer: whose groups are split.
+        state_dict: the checkpoint's.
 
     Returns:
         The state dict to load, or None to load the given one.

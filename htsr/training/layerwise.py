@@ -71,15 +71,32 @@ def layerwise(
             it they go on to the end.
         **changes: fields of `Policy` to be changed.
 
+    Returns:
+        `optimizer`.
+
     Raises:
-        UsageError: an optimizer with state or scheduler, one of another model, or a policy without meaning.
+        UsageError: an optimizer with state or scheduler, one of another model, or a policy without meaning. Later, from
+            its `load_state_dict`: a checkpoint of other groups.
+        HtsrError: later, from its `step`: ranks that do not hold the same matrices.
+
+    Source: LLR (arXiv 2605.22297), with the engine of TempBalance (arXiv 2312.00359) and AlphaDecay as other policies.
     """
     attach(Layerwise(optimizer, model, make_policy(policy, **changes), total_steps), optimizer)
     return optimizer
 
 
 class Layerwise:
-    """What hangs on the optimizer: the policy, which group has which slot, and nothing that a checkpoint would need."""
+    """What hangs on the optimizer: the policy, which group has which slot, and nothing that a checkpoint would need.
+
+    Args:
+        optimizer: fresh; its groups are split in place.
+        model: wrapped or not.
+        policy: the rules.
+        total_steps: optimizer steps of the whole training; None where not known.
+
+    Raises:
+        UsageError: as `layerwise`.
+    """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, model: nn.Module, policy: Policy, total_steps: int | None
@@ -106,7 +123,7 @@ class Layerwise:
         self.seconds = 0.0
 
     def multiplier(self, group: dict[str, Any], step: int) -> float:
-        """m_i(t) of a group."""
+        """m_i(t) of a `group` at the optimizer step `step`, counted from 1."""
         start, target, ramp = group["htsr_start"], group["htsr_target"], self.policy.ramp
         elapsed = step - group["htsr_event"]
         if start == target or elapsed >= ramp:
@@ -114,7 +131,7 @@ class Layerwise:
         return float(start + (target - start) * (elapsed / ramp))
 
     def event_at(self, step: int) -> bool:
-        """Whether multipliers are decided anew at this step, counted from 1."""
+        """Whether multipliers are decided anew at this `step`, counted from 1."""
         if step == 1:
             return True
         interval = self.policy.interval
@@ -125,7 +142,11 @@ class Layerwise:
         return step <= self.policy.active_fraction * self.total_steps + _ROUNDING  # 0.29·100 is 28.999…
 
     def event(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Measure, decide, and set off towards the new multipliers."""
+        """Measure, decide, and set off towards the new multipliers: the event at `step` of `optimizer`.
+
+        Raises:
+            HtsrError: the ranks do not hold the same matrices.
+        """
         began = time.perf_counter()
         groups = self._groups(optimizer)
         trained = {slot for slot, group in groups if any(parameter.requires_grad for parameter in group["params"])}
@@ -147,7 +168,7 @@ class Layerwise:
         logger.info("step %d: %d matrices scored in %.2f s", step, len(found), time.perf_counter() - began)
 
     def advance(self, optimizer: torch.optim.Optimizer, step: int) -> list[float]:
-        """Hold the event of this step, if there is one; the multiplier of every group of the optimizer."""
+        """Hold the event of this `step`, if there is one; the multiplier of every group of the `optimizer`."""
         if self.event_at(step):
             self.event(optimizer, step)
         for _, group in self._groups(optimizer):
@@ -155,7 +176,7 @@ class Layerwise:
         return [group.get("multiplier", 1.0) for group in optimizer.param_groups]
 
     def before_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        """Multiply. The step pre-hook."""
+        """Multiply, in the groups of `optimizer`. The step pre-hook."""
         running = _running_steps()
         if self._outermost in running[1:]:
             return  # the step of a subclass has called its parent's, and torch runs the hooks for both
@@ -173,7 +194,7 @@ class Layerwise:
                 self._scale(group, "weight_decay", 1 / m)
 
     def after_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        """Put everything back, and count. The step post-hook."""
+        """Put everything back in the groups of `optimizer`, and count. The step post-hook."""
         if _running_steps()[0] is not self._outermost:
             return
         self._outermost = None
@@ -206,7 +227,7 @@ class Layerwise:
 
 
 def attach(engine: Layerwise, optimizer: torch.optim.Optimizer) -> None:
-    """Hang the engine on the optimizer's hooks."""
+    """Hang the `engine` on the hooks of its `optimizer`."""
     untraced: Callable[[Any], Any] = torch.compiler.disable
     optimizer.register_step_pre_hook(untraced(engine.before_step))
     optimizer.register_step_post_hook(untraced(engine.after_step))
@@ -216,19 +237,30 @@ def attach(engine: Layerwise, optimizer: torch.optim.Optimizer) -> None:
 
 
 def engine_of(optimizer: Any) -> Layerwise | None:
-    """The engine of an optimizer, also of one that accelerate has wrapped; None where there is none."""
+    """The engine of an `optimizer`, also of one that accelerate has wrapped; None where there is none."""
     while optimizer is not None and not hasattr(optimizer, _ENGINE):
         optimizer = getattr(optimizer, "optimizer", None)
     return getattr(optimizer, _ENGINE, None)
 
 
 def multipliers(optimizer: Any) -> dict[str, float]:
-    """The multiplier of each group at the last step, by the group's name (1 before the first)."""
+    """The multiplier of each group at the last step.
+
+    Args:
+        optimizer: from `layerwise` or with a `LayerwiseLR`, also as accelerate wraps it.
+
+    Returns:
+        By the group's name, the matrix in it or ``rest``; 1 before the first step. Empty where the optimizer is not
+        layerwise.
+    """
     return {group["name"]: group["multiplier"] for group in optimizer.param_groups if "htsr_step" in group}
 
 
 def log_values(optimizer: Any) -> dict[str, float]:
     """What a tracker should see of the last step: the distribution of multipliers, and multiplier and score by role.
+
+    Args:
+        optimizer: as for `multipliers`.
 
     Returns:
         ``layerwise/multiplier_min``, ``_median``, ``_max``; ``layerwise/multiplier/ROLE`` and ``layerwise/score/ROLE``,

@@ -42,7 +42,18 @@ def adam_update(
 ) -> Tensor:
     """Adam's direction m̂/(√v̂ + eps) for a gradient R at step 1, 2, …; both moments are updated in place.
 
-    All of one shape and dtype. Kingma and Ba 2015, algorithm 1, with eps outside the corrected root as in torch.
+    Args:
+        R: gradient, of any shape.
+        exp_avg: first moment before the step, in the shape and dtype of R; changed.
+        exp_avg_sq: second moment, in the same shape and dtype; changed.
+        step: counted from 1.
+        betas: β₁ and β₂.
+        eps: added to the corrected root, as in torch.
+
+    Returns:
+        The direction, in the shape and dtype of R.
+
+    Source: Adam (Kingma & Ba, arXiv 1412.6980), algorithm 1.
     """
     beta1, beta2 = betas
     exp_avg.lerp_(R, 1 - beta1)
@@ -68,10 +79,10 @@ class LowRankAdamW(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups, as from `low_rank_groups`.
-        lr: as in torch.optim.AdamW.
-        betas: likewise.
-        eps: likewise.
-        weight_decay: likewise, decoupled from the gradient.
+        lr: learning rate, as in torch.optim.AdamW.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment, after its bias correction.
+        weight_decay: decoupled, W ← (1 - lr·weight_decay)·W.
         scale: factor of the low-rank updates, α in the paper.
         refresh_every: T, optimizer steps between projectors.
         method: ``randomized`` subspace iteration, or exact ``svd``.
@@ -90,6 +101,9 @@ class LowRankAdamW(torch.optim.Optimizer):
 
     Raises:
         UsageError: an option without meaning, or a group with rank that holds anything but matrices.
+        MissingDependencyError: at the first step, ``8bit`` without bitsandbytes.
+
+    Source: GaLore (arXiv 2403.03507), algorithm 2; AdamW (arXiv 1711.05101), algorithm 2.
     """
 
     def __init__(
@@ -136,7 +150,14 @@ class LowRankAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group; as in torch."""
+        """Add a group.
+
+        Args:
+            param_group: as in torch; with the key ``rank`` all of its parameters are matrices.
+
+        Raises:
+            UsageError: an option without meaning, or a group with rank that holds anything but matrices.
+        """
         super().add_param_group(param_group)
         _check(self.param_groups[-1])
         self._places.clear()
@@ -144,7 +165,18 @@ class LowRankAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; returns what the closure returns."""
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again, as in torch.
+
+        Returns:
+            What the closure returns; None without one.
+
+        Raises:
+            HtsrError: a gradient with NaN or Inf where a projector is due.
+            UsageError: a sparse gradient, or one that DDP brought back after it was released.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -167,7 +199,14 @@ class LowRankAdamW(torch.optim.Optimizer):
         gradients. The norm is that of what the optimizer will use: ‖R‖_F for low-rank matrices, which is ‖G‖_F less the
         part outside the subspace, ‖G‖_F for the others, over all parameters and processes.
 
+        Args:
+            max_norm: the largest norm that is left as it is.
+
+        Returns:
+            The norm before, a scalar in float32 at least; 0 where there is no gradient.
+
         Raises:
+            HtsrError: a gradient with NaN or Inf where a projector is due.
             UsageError: with ``gradients="update"`` there is no moment at which all gradients are known.
         """
         if self.gradients == "update":
@@ -188,14 +227,22 @@ class LowRankAdamW(torch.optim.Optimizer):
         return total
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, the projected ones too."""
+        """Drop all gradients, the projected ones too.
+
+        Args:
+            set_to_none: as in torch; projected gradients are dropped in either case.
+        """
         super().zero_grad(set_to_none)
         self._released.clear()
         self._projected.clear()
         self._ready.clear()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but tensors keep the dtype that they were saved in; torch casts them to the parameter's."""
+        """As in torch, but tensors keep the dtype that they were saved in; torch casts them to the parameter's.
+
+        Args:
+            state_dict: from `state_dict` of an optimizer with the same groups.
+        """
         super().load_state_dict(state_dict)
         self._places.clear()
         identifiers = (identifier for group in state_dict["param_groups"] for identifier in group["params"])

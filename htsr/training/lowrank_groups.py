@@ -16,7 +16,14 @@ _IN_BLOCKS = {"attn", "cross_attn", "mlp", "expert", "shared_expert"}
 
 
 def is_low_rank(name: str, shape: Sequence[int], rank: int, embeddings: bool = False) -> bool:
-    """Whether `low_rank_groups` gives this parameter a rank: a matrix of a block's attention or MLP that is larger."""
+    """Whether `low_rank_groups` gives a parameter a rank: a matrix of a block's attention or MLP that is larger.
+
+    Args:
+        name: of the parameter, wrapped or not.
+        shape: of it.
+        rank: r; the smaller side must exceed it.
+        embeddings: embedding and head, too.
+    """
     name = clean_name(name)
     role = role_of(name)
     chosen = role.split(".")[0] in _IN_BLOCKS and block_of(name) is not None
@@ -36,7 +43,10 @@ def low_rank_groups(
         model: any module whose parameter names tell their roles (`htsr.matrices.roles`).
         rank: r of every low-rank matrix.
         embeddings: low-rank states for embedding and head, too.
-        options: more keys of the low-rank group: `scale`, `refresh_every`, `method`, `moments`, `state_dtype`, `lr` …
+        **options: more keys of the low-rank group: `scale`, `refresh_every`, `method`, `moments`, `state_dtype`, `lr` …
+
+    Returns:
+        Up to three groups, those without parameters left out: low rank, full rank, vectors.
 
     Raises:
         UsageError: no matrix of the model gets a low rank.

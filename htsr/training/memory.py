@@ -32,7 +32,20 @@ PARTS = ("weights", "gradients", "optimizer", "projectors", "activations", "logi
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides about memory beside the model; `predict_memory` says what each means."""
+    """What decides about memory beside the model, see `predict_memory`; its defaults are filled in.
+
+    Attributes:
+        method: how the model is trained.
+        batch: sequences per backward pass.
+        sequence: tokens per sequence.
+        rank: of adapters or projections.
+        active_blocks: blocks that train at a time.
+        dtype: of the weights; None for the configuration's.
+        checkpointing: of activations.
+        state_dtype: of Adam's moments; None for the parameter's own.
+        embeddings: what becomes of embedding and head.
+        gradients: when they are released.
+    """
 
     method: TrainingMethod
     batch: int
@@ -83,7 +96,12 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class MemoryPlans:
-    """Plans of one model side by side."""
+    """Plans of one model side by side.
+
+    Attributes:
+        label: the model.
+        plans: one for each way to train it.
+    """
 
     label: str
     plans: tuple[MemoryPlan, ...]
@@ -168,7 +186,7 @@ def predict_memory(
 
 
 def embeddings_fit(method: TrainingMethod, embeddings: Embeddings) -> bool:
-    """Whether a method can treat embeddings so."""
+    """Whether a `method` can treat `embeddings` so."""
     return embeddings == "train" or method in (SAMPLED if embeddings == "freeze" else LOW_RANK)
 
 

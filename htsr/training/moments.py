@@ -19,7 +19,12 @@ _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
 def create(state: dict[str, Any], like: Tensor, dtype: StateDtype) -> None:
-    """Zero moments for a gradient `like`; sharded as it is. float64 gradients keep float64 where float32 is asked.
+    """Zero moments for a gradient; sharded as it is. float64 gradients keep float64 where float32 is asked.
+
+    Args:
+        state: of one parameter; ``exp_avg``, ``exp_avg_sq`` and, in 8 bits, their ``_scale`` are put into it.
+        like: the gradient, of any shape.
+        dtype: ``float32``, ``bfloat16`` or ``8bit``.
 
     Raises:
         UsageError: 8 bits of a sharded gradient.
@@ -39,9 +44,20 @@ def create(state: dict[str, Any], like: Tensor, dtype: StateDtype) -> None:
 
 
 def read(state: dict[str, Any], name: str, rows: Any = ...) -> Tensor:
-    """A moment in float32 (or float64), or rows of it from a multiple of 256 on; of a DTensor, this process's part.
+    """A moment in float32 (or float64); of a DTensor, this process's part.
 
     It shares the state's memory where that has this dtype.
+
+    Args:
+        state: of one parameter, from `create`.
+        name: ``exp_avg`` or ``exp_avg_sq``.
+        rows: all, or a slice of the first axis that begins at a multiple of 256.
+
+    Returns:
+        In the shape of the gradient, or of these rows of it.
+
+    Raises:
+        MissingDependencyError: 8 bits without bitsandbytes.
     """
     moment = local(state[name])
     if moment.dtype == torch.uint8:
@@ -54,7 +70,17 @@ def read(state: dict[str, Any], name: str, rows: Any = ...) -> Tensor:
 
 
 def write(state: dict[str, Any], name: str, value: Tensor, rows: Any = ...) -> None:
-    """Store a moment, or rows of it, as its state is stored."""
+    """Store a moment, or rows of it, as its state is stored.
+
+    Args:
+        state: of one parameter, from `create`.
+        name: ``exp_avg`` or ``exp_avg_sq``.
+        value: float32 or float64, in the shape that `read` gives.
+        rows: as of `read`.
+
+    Raises:
+        MissingDependencyError: 8 bits without bitsandbytes.
+    """
     moment = local(state[name])
     if moment.dtype == torch.uint8:
         code = _code(_SIGNED[name], moment.device)

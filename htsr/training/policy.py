@@ -55,6 +55,9 @@ class Policy:
         decouple_weight_decay: divide weight decay by the lr multiplier, for optimizers that decay by lr·wd (AdamW).
         dtype: precision of the eigenvalues, ``float32`` or ``float64``.
 
+    Raises:
+        UsageError: a field without meaning.
+
     Source: LLR (arXiv 2605.22297); its relatives TempBalance (arXiv 2312.00359), AlphaDecay, FARMS (ICML 2025).
     """
 
@@ -155,6 +158,10 @@ PRESETS: Mapping[str, Policy] = MappingProxyType(
 
 def make_policy(policy: PolicyLike = "llr", **changes: Any) -> Policy:
     """A `Policy` from a preset's name, another policy, or a mapping of patterns to fixed multipliers; with changes.
+
+    Args:
+        policy: ``llr``, ``tempbalance``, ``alphadecay``, ``model_balancing``, a `Policy`, or a mapping.
+        **changes: fields of `Policy` to be changed; ``tempbalance`` needs `interval`.
 
     Raises:
         UsageError: an unknown name or field, or a field without meaning.

@@ -21,7 +21,7 @@ _COLD_ITERATIONS, _WARM_ITERATIONS = 3, 1
 
 
 def projects_right(shape: torch.Size) -> bool:
-    """Whether a gradient of this shape is projected on the right: m ≥ n."""
+    """Whether a gradient of this `shape`, (m, n), is projected on the right: m ≥ n."""
     return shape[0] >= shape[1]
 
 
@@ -35,15 +35,14 @@ def projector(
     """Orthonormal basis of the top singular subspace of a gradient, best direction first.
 
     ``svd`` takes LAPACK's vectors as they come, signs included. ``randomized`` is subspace iteration on GᵀG (or GGᵀ)
-    with oversampling 8 and a Rayleigh-Ritz step at the end (Halko, Martinsson and Tropp 2011, algorithm 4.4): one
-    iteration from the previous basis where there is one, three from a Gaussian start; each direction takes the sign
-    that agrees with the previous one at its place.
+    with oversampling 8 and a Rayleigh-Ritz step at the end: one iteration from the previous basis where there is one,
+    three from a Gaussian start; each direction takes the sign that agrees with the previous one at its place.
 
     Args:
         G: (m, n) gradient; a DTensor is gathered.
         rank: r, cut to min(m, n).
         method: ``svd`` or ``randomized``.
-        previous: the last basis, for a warm start of ``randomized``.
+        previous: the last basis, (min(m, n), any rank), for a warm start of ``randomized``.
         generator: of the Gaussian numbers of ``randomized``, on the CPU.
 
     Returns:
@@ -53,6 +52,8 @@ def projector(
     Raises:
         HtsrError: G has NaN or Inf.
         UsageError: no such method.
+
+    Source: GaLore (arXiv 2403.03507), §3; Halko, Martinsson & Tropp (SIAM Rev. 53, 2011), algorithm 4.4.
     """
     whole = _whole(G)
     if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(whole)):
@@ -91,12 +92,23 @@ def _subspace_iteration(A: Tensor, rank: int, previous: Tensor | None, generator
 
 
 def project(G: Tensor, P: Tensor) -> Tensor:
-    """R = G·P, (m, r), where m ≥ n; else R = Pᵀ·G, (r, n)."""
+    """R = G·P, (m, r), where m ≥ n; else R = Pᵀ·G, (r, n).
+
+    Args:
+        G: (m, n) gradient.
+        P: (min(m, n), r) from `projector`.
+    """
     return _product(G, P) if projects_right(G.shape) else _product(P.mT, G)
 
 
 def project_back(R: Tensor, P: Tensor, shape: torch.Size) -> Tensor:
-    """R·Pᵀ where `shape` is (m, n) with m ≥ n; else P·R."""
+    """R·Pᵀ where m ≥ n, else P·R: (m, n).
+
+    Args:
+        R: (m, r) where m ≥ n, else (r, n).
+        P: (min(m, n), r).
+        shape: (m, n).
+    """
     return R @ P.mT if projects_right(shape) else P @ R
 
 
@@ -104,6 +116,12 @@ def add_projected_back(W: Tensor, R: Tensor, P: Tensor, factor: float) -> None:
     """W += factor · (R projected back), in place, without a matrix of W's size in between.
 
     The sum runs over r, which is never sharded, so every process does its own part.
+
+    Args:
+        W: (m, n), changed.
+        R: (m, r) where m ≥ n, else (r, n), in the dtype of W.
+        P: (min(m, n), r).
+        factor: of what is added.
     """
     right = projects_right(W.shape)
     W, R, P = local(W), local(R), local(P)
@@ -114,8 +132,17 @@ def rotated(exp_avg: Tensor, exp_avg_sq: Tensor, old: Tensor, new: Tensor, shape
     """Adam's moments in the coordinates of a new basis: with C = newᵀ·old, C·exp_avg and (C∘C)·exp_avg_sq.
 
     The first is the projection of the old first moment on the new subspace. The second is what the squares would be if
-    the old coordinates were uncorrelated; it is never negative. What lies outside the new subspace is dropped. `shape`
-    is that of the whole matrix; the moments of a sharded one are this process's part.
+    the old coordinates were uncorrelated; it is never negative. What lies outside the new subspace is dropped.
+
+    Args:
+        exp_avg: (m, r) where m ≥ n, else (r, n); of a sharded matrix, this process's part.
+        exp_avg_sq: in the same shape.
+        old: (min(m, n), r) basis that the moments are in.
+        new: (min(m, n), r') basis to go to.
+        shape: (m, n) of the whole matrix.
+
+    Returns:
+        Both moments with r' in place of r, in their dtype.
     """
     C = local(_product(new.mT, old)).to(exp_avg.dtype)
     if projects_right(shape):
@@ -124,12 +151,12 @@ def rotated(exp_avg: Tensor, exp_avg_sq: Tensor, old: Tensor, new: Tensor, shape
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a DTensor, sharing its memory; any other tensor as it is."""
+    """This process's part of a `tensor` of any shape if it is a DTensor, sharing its memory; else the tensor itself."""
     return tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether it is a DTensor."""
+    """Whether `tensor`, of any shape, is a DTensor."""
     return hasattr(tensor, "device_mesh")
 
 

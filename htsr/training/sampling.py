@@ -96,7 +96,7 @@ class LayerSampler:
 
     Attributes:
         names: the members of the draw: blocks, and with ``sampled`` embedding and head at the end.
-        probabilities: (members,) float64.
+        probabilities: (members,) float64 that sum to 1.
 
     Raises:
         UsageError: an argument without meaning here.
@@ -155,7 +155,11 @@ class LayerSampler:
         return self._steps
 
     def draw(self, number: int) -> tuple[int, ...]:
-        """The members of interval `number`, ascending: a function of the seed and the number alone."""
+        """The members of interval `number`, ascending: a function of the seed and the number alone.
+
+        Args:
+            number: of the interval, counted from 0.
+        """
         if self.top:
             order = np.argsort(-self.probabilities, kind="stable")
             return tuple(sorted(int(i) for i in order[: self._gamma]))
@@ -169,8 +173,15 @@ class LayerSampler:
         Call it after the model was wrapped (DDP, FSDP2, `accelerator.prepare`) and, when resuming, at any time: the
         state that a loaded optimizer brings is taken up before as after.
 
+        From then on a step of the optimizer raises `HtsrError` where a block that is to train got no gradient.
+
+        Args:
+            optimizer: over all parameters of the model that train, also as accelerate wraps it. A second call with the
+                same one does nothing.
+
         Raises:
-            UsageError: the optimizer lacks parameters of the blocks, or DDP would wait for frozen ones.
+            UsageError: the sampler has another optimizer already, the optimizer lacks parameters of the blocks, DDP
+                would wait for frozen ones, or sharded state is to be offloaded.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         if optimizer is self._optimizer:
@@ -213,6 +224,9 @@ class LayerSampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` stood.
 
+        Args:
+            state: from `state_dict`; its seed replaces the sampler's own.
+
         Raises:
             UsageError: the state of no sampler, or of one with another number of blocks.
         """
@@ -225,7 +239,7 @@ class LayerSampler:
             self._apply()
 
     def coverage(self) -> tuple[Coverage, ...]:
-        """How often each member was drawn so far, and how often to expect."""
+        """How often each member was drawn so far, and how often to expect; one `Coverage` for each of `names`."""
         share: Vector = np.array([float(i in self._active) for i in range(len(self.names))])
         if not self.top:
             share = inclusion_probabilities(self.probabilities, self._gamma)

@@ -27,7 +27,16 @@ _MOMENTUM = ("exp_avg", "momentum_buffer", "mu", "m")
 
 
 def view_of(spectrum: Spectrum, optimizer: torch.optim.Optimizer) -> Callable[[Any], Any] | None:
-    """What is decomposed for each parameter: itself (None), its gradient, or the optimizer's first moment of it."""
+    """What is decomposed for each parameter.
+
+    Args:
+        spectrum: ``weights``, ``gradients`` or ``momentum``.
+        optimizer: whose first moments are looked up by the names that torch's and other optimizers give them.
+
+    Returns:
+        None for the parameter itself; else a function from the parameter to a tensor of its shape, or None where it
+        has no such thing yet.
+    """
     if spectrum == "weights":
         return None
     if spectrum == "gradients":
@@ -79,7 +88,15 @@ def live_scores(
 
 
 def scores(matrices: Sequence[WeightMatrix], policy: Policy) -> dict[str, float]:
-    """Scores by name, computed in this process; NaN for what cannot be scored."""
+    """Scores by name, computed in this process.
+
+    Args:
+        matrices: to read and decompose.
+        policy: says which score.
+
+    Returns:
+        By matrix; NaN for those that cannot be scored, which are logged.
+    """
     if policy.score == "alpha_null":
         return {m.name: null_of_shape(m.shape, m.pieces, policy.fit, policy.windows) for m in matrices}
     return {matrices[i].name: value for i, value in for_each(matrices, partial(_work, policy))}

@@ -26,7 +26,12 @@ _OVERSAMPLING = 8
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of all storages that operations have made and that are still alive, by part; and the peak of their sum."""
+    """Bytes of all storages that operations have made and that are still alive, by part; and the peak of their sum.
+
+    Args:
+        logits: numbers of entries by which a tensor is known as logits.
+        fixed: bytes by part that are there all the time.
+    """
 
     def __init__(self, logits: set[int], fixed: dict[str, int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -49,7 +54,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def enter(self, tensor: Tensor, part: str, move: bool = True) -> None:
-        """Count a tensor's storage under `part`; one that is known stays where it is unless it is to move."""
+        """Count the storage of a `tensor` of any shape under `part`; a known one changes its part if it may `move`."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self._parts_of.get(key)
@@ -63,7 +68,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live[part] += storage.nbytes()
 
     def check(self, workspace: int = 0) -> None:
-        """Whether this moment, with so many bytes more, is the peak."""
+        """Take note of this moment, with `workspace` bytes more, if it is the peak."""
         total = self.live.total() + sum(self.fixed.values()) + workspace
         if total > self.peak:
             self.peak, self.moment = total, self.now
@@ -77,6 +82,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
     """The plan of `htsr.predict_memory`.
+
+    Args:
+        label: what to call the model.
+        config: its transformers configuration.
+        setting: what decides about memory beside it.
 
     Raises:
         SourceError: transformers knows no causal language model of this configuration.

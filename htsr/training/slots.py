@@ -46,19 +46,28 @@ class Slot:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Scores and multipliers of all slots, in their order. A score is NaN where there is none."""
+    """Scores and multipliers of all slots, in their order.
+
+    Attributes:
+        scores: mean over the parts of a slot; NaN where it was not measured or has none.
+        multipliers: of the learning rate or weight decay.
+    """
 
     scores: tuple[float, ...]
     multipliers: tuple[float, ...]
 
 
 def whole_name(name: str) -> str:
-    """The name of the tensor that a matrix is or is part of."""
+    """The tensor that the matrix `name` is or is part of: the name without what stands in brackets at its end."""
     return _PART.sub("", name)
 
 
 def matrix_slots(matrices: Iterable[WeightMatrix]) -> list[Slot]:
-    """One slot for each tensor, parts of a fused one together: an optimizer knows one learning rate per parameter."""
+    """One slot for each tensor, parts of a fused one together: an optimizer knows one learning rate per parameter.
+
+    Args:
+        matrices: of a model, in its order.
+    """
     tensors: dict[str, list[WeightMatrix]] = {}
     for matrix in matrices:
         tensors.setdefault(whole_name(matrix.name), []).append(matrix)
@@ -89,7 +98,10 @@ def slot_of(parameter: str, names: Mapping[str, int]) -> int | None:
 
     Args:
         parameter: its full name, wrappers' prefixes removed.
-        names: slots by name.
+        names: indices of slots by their name.
+
+    Returns:
+        An index; None where it belongs to no matrix.
     """
     for own in (parameter, parameter.removesuffix("_bias"), re.sub(r"bias$", "weight", parameter)):
         if own in names:
@@ -103,7 +115,7 @@ def slot_of(parameter: str, names: Mapping[str, int]) -> int | None:
 
 
 def vector_role(parameter: str) -> str:
-    """``norm`` or ``vector``: the role of a parameter that belongs to no matrix."""
+    """``norm`` or ``vector``: the role of a `parameter`, by its name, that belongs to no matrix."""
     return "norm" if _NORM.search(parameter) else "vector"
 
 
@@ -111,6 +123,13 @@ def pinned(slot: Slot, pin: Mapping[str, float]) -> float | None:
     """The multiplier that the first matching pattern gives.
 
     A fused tensor whose own role and name match nothing takes the mean over its parts, where all of them match.
+
+    Args:
+        slot: whose role and name, or whose parts', are matched.
+        pin: multipliers by shell-style pattern.
+
+    Returns:
+        A multiplier; None where nothing matches.
     """
     if (value := _first(pin, slot.role, slot.name)) is not None or not slot.parts:
         return value
@@ -127,9 +146,15 @@ def _first(pin: Mapping[str, float], *subjects: str) -> float | None:
 
 
 def fixed(policy: Policy, slots: Sequence[Slot]) -> list[float | None]:
-    """The multiplier of every slot that needs no measuring, None for the others.
+    """The multiplier of every slot that needs no measuring.
 
-    NaN stands for the embeddings' ``max``, which the others decide.
+    Args:
+        policy: the rules.
+        slots: all of the model.
+
+    Returns:
+        In the order of `slots`: a multiplier; None where the slot is to be measured; NaN where it is the embeddings'
+        ``max``, which the others decide.
     """
     if policy.exclude_ends:
         ends = {i for i, slot in enumerate(slots) if slot.is_embedding}

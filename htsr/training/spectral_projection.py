@@ -54,6 +54,8 @@ def spectral_projection(
 
     Raises:
         UsageError: a strength outside [0, 1], an interval below 1, no matrix to nudge, or sharded weights.
+
+    Source: an experiment on top of SETOL (arXiv 2507.17912); the formulas are in `htsr.spectra.nudge`.
     """
     if not 0 <= strength <= 1:
         raise UsageError(f"strength is between 0 and 1, not {strength}")
@@ -82,9 +84,22 @@ def nudge_model(
     fit: FitMethod = "ks",
     where: Filter | None = None,
 ) -> dict[str, Nudge]:
-    """Nudge now every wanted matrix that the optimizer trains; returns what was moved, by name.
+    """Nudge now every wanted matrix that the optimizer trains.
 
     Matrices without a tail that could be moved are left as they are.
+
+    Args:
+        optimizer: over parameters of `model`.
+        model: wrapped or not; its weights are changed in place.
+        strength: η in [0, 1], see `htsr.spectra.nudge`.
+        fit: how the power-law tail is chosen.
+        where: which matrices; by default those whose smaller side is at least 50.
+
+    Returns:
+        What was moved, by the matrix's name.
+
+    Raises:
+        UsageError: a strength outside [0, 1], or sharded weights.
     """
     import torch
 

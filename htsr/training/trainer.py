@@ -29,7 +29,11 @@ class FinetuneTrainer(SFTTrainer):
         super().__init__(**arguments)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer over all trainable parameters; made before blocks are frozen."""
+        """The optimizer over all trainable parameters; made before blocks are frozen.
+
+        Args:
+            model: as in the Trainer: wrapped, or None for the Trainer's own.
+        """
         if self.optimizer is not None:
             return self.optimizer
         inner: Any = self.model if model is None else model

@@ -13,7 +13,7 @@ from unittest.mock import MagicMock
 import pytest
 
 import htsr
-from htsr.matrices.hub import is_hub_id
+from htsr.matrices.hub import fetch_rest, is_hub_id
 from tests.models import save_folder, state_dict
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -146,3 +146,15 @@ def test_what_the_hub_answers(monkeypatch, tmp_path, error, sentence):
 def test_hub_ids():
     assert all(map(is_hub_id, ("gpt2", "owner/model", "owner/model-7B_v0.1")))
     assert not any(map(is_hub_id, ("", "a/b/c", "/a", "a/", "a b", "../a", "a/..", "~/a")))
+
+
+def test_a_hub_model_is_projected_offline(cache, tmp_path):
+    done = htsr.project("owner/model", tmp_path / "out", 2)
+    assert {operation.kept for operation in done.operations} == {2}
+    assert len(htsr.describe(tmp_path / "out").matrices) == len(htsr.describe("owner/model").matrices)
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_small_files_that_cannot_be_had_are_left_out(cache, caplog):
+    fetch_rest("owner/none")
+    assert "owner/none: tokenizer and other small files could not be fetched" in caplog.text

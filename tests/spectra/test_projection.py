@@ -106,6 +106,10 @@ def test_what_cannot_be_projected_says_so():
         project_tail(np.full((4, 5), np.nan), 2)
     with pytest.raises(MatrixError, match="no crossing"):
         project_tail(np.outer(np.ones(9), np.ones(9)), "erg")
+    with pytest.raises(MatrixError, match="no entries"):
+        project_tail(np.zeros((0, 5)), 2)
+    with pytest.raises(UsageError, match="not 1"):
+        project_tail(np.ones(5), 2)
     for keep in (0, -1, True, "all", 2.0):
         with pytest.raises(UsageError, match="keep is"):
             project_tail(np.eye(4), keep)

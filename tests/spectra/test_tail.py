@@ -149,6 +149,11 @@ def test_bad_arguments_are_usage_errors(random):
         fit_power_law(values, "median")
     with pytest.raises(UsageError, match="above xmin"):
         fit_power_law(values, xmin=values.max() * 2)
+    for xmin in (0.0, -1.0, float("nan")):
+        with pytest.raises(UsageError, match="a positive number"):
+            fit_power_law(values, xmin=xmin)
+    with pytest.raises(MatrixError, match="no bootstrap sample"):
+        bootstrap_alpha([3.0, 3.0, 3.0])
 
 
 def test_bootstrap_interval_is_seeded_and_covers(random):

@@ -470,3 +470,19 @@ def test_bad_parameters_and_gradients_are_a_sentence():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(UsageError, match="sparse=False"):
         optimizer.step()
+
+
+def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned():
+    W = nn.Parameter(torch.ones(6, 4))
+    optimizer = LowRankAdamW([{"params": [W], "rank": 2}], lr=0.1)
+    assert float(optimizer.clip_grad_norm_(1.0)) == 0.0  # no gradient yet
+
+    def closure():
+        loss = W.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 24.0
+    assert float(W.detach().square().sum()) < 24.0
+    with pytest.raises(UsageError, match="kept gradients are averaged by DDP"):
+        LowRankAdamW([W], process_group=object())

@@ -5,6 +5,7 @@ import io
 import json
 
 import pytest
+import torch
 from htsr_cli.main import main
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -157,3 +158,11 @@ def test_command(capsys, folder, tmp_path):
     assert main(["memory", folder, "--seq", "16", "--method", "lora", "-o", str(tmp_path / "plan.csv")]) == 0
     (row,) = csv.DictReader(io.StringIO((tmp_path / "plan.csv").read_text()))
     assert int(row["total"]) == sum(int(row[part]) for part in PARTS)
+
+
+def test_memory_of_nothing_is_refused():
+    for name in ("batch", "sequence", "rank", "active_blocks"):
+        with pytest.raises(htsr.UsageError, match=f"{name} is 0; it is at least 1"):
+            predict_memory("a/model", "owlore", **{name: 0})
+    with pytest.raises(htsr.SourceError, match="Linear has no config"):
+        predict_memory(torch.nn.Linear(2, 2))

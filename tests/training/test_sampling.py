@@ -171,6 +171,20 @@ def test_backward_ends_at_the_lowest_active_block():
         assert reached == {0: False, 1: False, 2: True, 3: True}
 
 
+def test_a_sampler_belongs_to_one_optimizer():
+    model = llama(3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    sampler = LayerSampler(model, active=1)
+    sampler.attach(optimizer)
+    sampler.attach(optimizer)
+    train(model, optimizer, batches(2))
+    assert sampler.steps == 2  # counted once
+    with pytest.raises(htsr.UsageError, match="attached to an optimizer already"):
+        sampler.attach(torch.optim.SGD(model.parameters(), lr=1e-3))
+    with pytest.raises(htsr.UsageError, match="no state of a sampler over 3 blocks"):
+        sampler.load_state_dict({})
+
+
 def test_top_is_a_fixed_choice():
     model = llama(4)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)

@@ -1,0 +1,181 @@
+"""What can be proved of docstrings without understanding them: nothing public is undescribed, nothing else described.
+
+Read by griffe, as the documentation is, so nothing is imported.
+"""
+
+import ast
+import builtins
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import griffe
+import pytest
+
+import htsr
+from htsr import errors
+
+ERRORS = {
+    name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.HtsrError)
+}
+
+# Modules from which a user would import; elsewhere (reporting, journal, execution …) parameters may go without a word.
+API = re.compile(
+    r"htsr\.(spectra|training|matrices)\.|htsr\.(analysis|allocate|comparison|errors|finetune|multiple_choice|outliers|surgery)\."
+)
+# Overridden methods whose parameters are those of the Trainer.
+OF_THE_TRAINER = ("on_train_begin", "on_log", "create_model_card")
+
+ARRAY = re.compile(r"\b(Array|ArrayLike|Floats|NDArray|Tensor|Vector)\b")
+AXIS = r"(?:min\(m, n\)|[\w…·'/-]+)"
+SHAPE = re.compile(rf"\({AXIS},(?: ?{AXIS}(?: \w+)?,?)*\)|\bshape\b|\bscalar\b")
+
+Object = griffe.Function | griffe.Class | griffe.Attribute
+
+
+@pytest.fixture(scope="module")
+def public() -> list[Object]:
+    folder = Path(htsr.__file__).parents[1]
+    package = griffe.load("htsr", docstring_parser="google", search_paths=[folder])
+    found = list(_public(package))
+    assert len(found) > 300
+    return found
+
+
+def _public(container: griffe.Object) -> Iterator[Object]:
+    """Functions, classes, their methods and properties whose names, and whose module's, do not begin with _."""
+    for member in container.members.values():
+        if member.is_alias or member.name.startswith("_"):
+            continue
+        if member.is_module or member.is_class:
+            if member.is_class:
+                yield member
+            yield from _public(member)
+        elif member.is_function or "property" in member.labels:
+            yield member
+
+
+def _section(thing: Object, kind: str) -> dict[str, str]:
+    """Descriptions by name in a section of a docstring; errors are named by their class."""
+    parsed = thing.docstring.parsed if thing.docstring else []
+    items = [item for section in parsed if section.kind.value == kind for item in section.value]
+    return {str(getattr(item, "name", None) or item.annotation).lstrip("*"): item.description for item in items}
+
+
+def _is_dataclass(thing: Object) -> bool:
+    return thing.is_class and "dataclass" in thing.labels
+
+
+def _fields(thing: griffe.Class) -> set[str]:
+    return {
+        name
+        for name, member in thing.members.items()
+        if member.is_attribute and "property" not in member.labels and not name.startswith("_")
+    }
+
+
+def _constructor(thing: Object, names: tuple[str, ...] = ("__init__",)) -> list[griffe.Function]:
+    """The function itself; of a class those of its own methods that make it."""
+    if thing.is_function:
+        return [thing]
+    return [thing.members[name] for name in names if thing.is_class and name in thing.members]
+
+
+def _parameters(thing: Object) -> dict[str, str]:
+    """Annotations by name of what a caller passes."""
+    if _is_dataclass(thing):
+        return {}
+    return {
+        parameter.name.lstrip("*"): str(parameter.annotation or "")
+        for function in _constructor(thing)
+        for parameter in function.parameters
+        if parameter.name not in ("self", "cls") and not parameter.name.startswith("_")
+    }
+
+
+def _raised(function: griffe.Function) -> set[str]:
+    """The errors of htsr that the body raises by name, functions inside it not counted."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.Lambda):
+                continue
+            if isinstance(child, ast.Raise) and isinstance(child.exc, ast.Call):
+                found.add(getattr(child.exc.func, "id", ""))
+            visit(child)
+
+    for statement in ast.parse(textwrap.dedent(function.source)).body:  # empty where a dataclass makes it
+        visit(statement)
+    return found & ERRORS
+
+
+def test_every_public_name_has_a_docstring(public):
+    assert not [thing.path for thing in public if not thing.docstring]
+
+
+def test_every_parameter_is_described(public):
+    """Under Args; inside the package a name in backticks, or a matrix's letter, in the text will do."""
+    missing = []
+    for thing in public:
+        if not API.match(thing.path) or thing.name in OF_THE_TRAINER:
+            continue
+        owner = thing.parent.name if thing.parent.is_class else thing.name
+        text = thing.docstring.value
+        for name in _parameters(thing).keys() - _section(thing, "parameters").keys():
+            word = rf"\b{name}\b" if len(name) == 1 else f"`{name}`"
+            if owner in htsr.__all__ or not re.search(word, text):
+                missing.append(f"{thing.path}({name})")
+    assert not missing, "\n".join(missing)
+
+
+def test_every_field_is_described(public):
+    assert not [
+        f"{thing.path}.{name}"
+        for thing in public
+        if _is_dataclass(thing)
+        for name in _fields(thing) - _section(thing, "attributes").keys()
+    ]
+
+
+def test_nothing_is_described_that_does_not_exist(public):
+    stale = []
+    for thing in public:
+        stale += [f"{thing.path}({name})" for name in _section(thing, "parameters").keys() - _parameters(thing).keys()]
+        stale += [f"{thing.path}: {name}" for name in _section(thing, "raises").keys() - ERRORS - vars(builtins).keys()]
+        if _is_dataclass(thing):
+            stale += [f"{thing.path}.{name}" for name in _section(thing, "attributes").keys() - _fields(thing)]
+    assert not stale, "\n".join(stale)
+
+
+def test_every_error_that_is_raised_is_named(public):
+    unnamed = {
+        thing.path: missing
+        for thing in public
+        for function in _constructor(thing, ("__init__", "__post_init__"))
+        if (missing := _raised(function) - _section(thing, "raises").keys())
+    }
+    assert not unnamed
+
+
+def test_every_array_has_a_shape(public):
+    without = []
+    for thing in public:
+        if not API.match(thing.path):
+            continue
+        text = thing.docstring.value
+        described = _section(thing, "parameters") | _section(thing, "attributes")
+        arrays = _parameters(thing)
+        if _is_dataclass(thing):
+            arrays |= {name: str(thing.members[name].annotation) for name in _fields(thing)}
+        for name, annotation in arrays.items():
+            if _is_array(annotation) and not SHAPE.search(described.get(name, text)):
+                without.append(f"{thing.path}({name})")
+        if thing.is_function and _is_array(str(thing.returns or "")) and not SHAPE.search(text):
+            without.append(f"{thing.path} -> {thing.returns}")
+    assert not without, "\n".join(without)
+
+
+def _is_array(annotation: str) -> bool:
+    return ARRAY.search(annotation) is not None and not annotation.startswith("Callable")
