@@ -14,17 +14,18 @@ from reports import common
 def write_up(results: dict[str, Any], folder: Path) -> None:
     """README.md and accuracy.png of whatever runs there are."""
     runs, size = results["runs"], results["size"]
-    arms = [arm for arm in results["arms"] if any(r["arm"] == arm and "accuracy" in r for r in runs)]
-    asked = {arm: {r["seed"]: r for r in runs if r["arm"] == arm and "accuracy" in r} for arm in arms}
+    arms = [arm for arm in results["arms"] if any(r["arm"] == arm and r["kind"] == "test" for r in runs)]
+    asked = {arm: {r["seed"]: r for r in runs if r["arm"] == arm and r["kind"] == "test"} for arm in arms}
+    cost = {r["arm"]: r for r in runs if r["kind"] == "cost"}
     first = next(iter(asked[arms[0]].values()))
-    rows = [_row(arm, asked[arm], asked.get("full", {})) for arm in arms]
-    tried = {arm: {r["lr"]: r["eval_loss"] for r in runs if r["arm"] == arm and r["seed"] == 0} for arm in arms}
+    rows = [_row(arm, asked[arm], asked.get("full", {}), cost.get(arm)) for arm in arms]
+    tried = {arm: {r["lr"]: r["eval_loss"] for r in runs if r["arm"] == arm and r["kind"] == "search"} for arm in arms}
     grid = [
         [arm, *(f"{tried[arm][lr]:.4f}" if lr in tried[arm] else "" for lr in results["grid"])]
         for arm in results["arms"]
         if arm in tried
     ]
-    _plot(asked, folder / "accuracy.png")
+    _plot(asked, cost, folder / "accuracy.png")
     head = [
         "arm",
         "lr",
@@ -43,7 +44,7 @@ def write_up(results: dict[str, Any], folder: Path) -> None:
 `python -m reports.owlore_small --data FOLDER --work FOLDER` makes this page. {common.facts(results["machine"])}
 
 ARC-Easy and OpenBookQA training questions, {size["steps"]} steps of {size["batch"]} sequences of at most 128 tokens, linear schedule with
-10 % warm-up, float32 on the CPU. Accuracy by log-likelihood on {size["questions"]} ARC-Easy test questions (standard error of one
+10 % warm-up, float32 weights and bf16 autocast on the CPU. Accuracy by log-likelihood on {size["questions"]} ARC-Easy test questions (standard error of one
 figure about {100 * first["standard_error"]:.1f} points, common to all arms); before training {100 * first["before_accuracy"]:.1f} %. The model's weights are de-quantised
 from 4 bits. Blocks: γ = 4 of 30 every 10 steps, embedding (tied to the head) frozen unless said otherwise; projections of
 rank 64 refreshed every 20 steps; LoRA of rank 8 on all linear layers.
@@ -59,7 +60,9 @@ Evaluation loss of seed 0 by learning rate: the grid on which each arm was tuned
 {common.table(["arm", *(f"{lr:g}" for lr in results["grid"])], grid)}""")
 
 
-def _row(arm: str, runs: dict[int, dict[str, Any]], full: dict[int, dict[str, Any]]) -> list[Any]:
+def _row(
+    arm: str, runs: dict[int, dict[str, Any]], full: dict[int, dict[str, Any]], cost: dict[str, Any] | None
+) -> list[Any]:
     def values(key: str) -> list[float]:
         return [run[key] for run in runs.values()]
 
@@ -74,8 +77,8 @@ def _row(arm: str, runs: dict[int, dict[str, Any]], full: dict[int, dict[str, An
         _real(differences),
         _spread([100 * v for v in values("per_character")], 1),
         _spread(values("eval_loss"), 4),
-        round(max(values("peak_mib"))),
-        f"{np.median(values('seconds_per_step')):.2f}",
+        round(cost["peak_mib"]) if cost else "",
+        f"{cost['seconds_per_step']:.2f}" if cost else "",
         f"{next(iter(runs.values()))['trainable_parameters'] / 1e6:.1f} M",
     ]
 
@@ -94,7 +97,7 @@ def _real(differences: list[float]) -> str:
     return "yes" if abs(np.mean(differences)) > reach else "no"
 
 
-def _plot(asked: dict[str, dict[int, dict[str, Any]]], file: Path) -> None:
+def _plot(asked: dict[str, dict[int, dict[str, Any]]], cost: dict[str, dict[str, Any]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -102,8 +105,11 @@ def _plot(asked: dict[str, dict[int, dict[str, Any]]], file: Path) -> None:
 
     figure, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     for arm, runs in asked.items():
-        peak = [run["peak_mib"] / 1024 for run in runs.values()]
-        ax.plot(peak, [100 * run["accuracy"] for run in runs.values()], "o", label=arm)
+        if arm not in cost:
+            continue
+        ax.plot(
+            [cost[arm]["peak_mib"] / 1024] * len(runs), [100 * run["accuracy"] for run in runs.values()], "o", label=arm
+        )
     before = next(iter(next(iter(asked.values())).values()))["before_accuracy"]
     ax.axhline(100 * before, color="grey", linestyle=":", linewidth=1, label="before")
     ax.set(xlabel="peak resident memory of the run, GiB", ylabel="accuracy, %")
