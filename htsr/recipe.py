@@ -83,7 +83,18 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """Low-rank optimizer state, see `LowRankAdamW`."""
+    """Low-rank optimizer state, see `LowRankAdamW`.
+
+    Attributes:
+        rank: r.
+        scale: see `LowRankAdamW`.
+        refresh_every: T.
+        method: see `LowRankAdamW`.
+        moments: see `LowRankAdamW`.
+        state_dtype: see `LowRankAdamW`.
+        gradients: ``project`` and ``update`` keep no full gradient of a low-rank matrix, in one process; ``update``
+            has one backward a step and no clipping. The gradient norm that ``project`` clips is that in the subspaces.
+    """
 
     rank: int = 128
     scale: float = 0.25
@@ -91,6 +102,7 @@ class LowRank:
     method: Literal["randomized", "svd"] = "randomized"
     moments: Literal["keep", "rotate"] = "keep"
     state_dtype: Literal["float32", "bfloat16", "8bit"] = "float32"
+    gradients: Literal["keep", "project", "update"] = "keep"
 
 
 @dataclass(frozen=True, kw_only=True)

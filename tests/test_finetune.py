@@ -194,3 +194,50 @@ def test_adapters_sampled_by_block_with_ranks_by_score(work, tmp_path, score):
     assert moved
     assert all(name.startswith(f"{drawn}.") for name in moved)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("gradients", "norm", "accumulation"), [("project", 0.2, 2), ("project", 0, 1), ("update", 0, 1)]
+)
+def test_released_gradients_train_alike(work, tmp_path, gradients, norm, accumulation):
+    ends = {}
+    for way in ("keep", gradients):
+        low_rank = {"rank": 8, "scale": 1.0, "refresh_every": 2, "method": "svd", "gradients": way}
+        training = {"max_grad_norm": norm, "gradient_accumulation_steps": accumulation, "max_steps": 4}
+        training |= {"learning_rate": 1e-3, "per_device_train_batch_size": 4}
+        path = recipe_file(work, tmp_path / way, "galore", low_rank=low_rank, training=training)
+        assert main(["finetune", "--quiet", "--config", path]) == 0
+        ends[way] = load_file(tmp_path / way / "model.safetensors")
+    start = load_file(work / "model" / "model.safetensors")
+    moved = max((ends["keep"][name] - start[name]).abs().max() for name in start)
+    apart = max((ends["keep"][name] - ends[gradients][name]).abs().max() for name in start)
+    # Clipping takes the norm in the subspaces and the projector of the first half of a step: near, and not the same.
+    assert apart < (0.5 if norm else 1e-3) * moved
+    if norm:
+        history = json.loads((tmp_path / gradients / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+        assert apart > 0
+        assert all(entry["grad_norm"] > 0 for entry in history if "grad_norm" in entry)
+
+
+def test_released_gradients_resume(work, tmp_path, monkeypatch):
+    ends = []
+    for name in ("whole", "broken"):
+        low_rank = {"rank": 8, "scale": 1.0, "refresh_every": 2, "gradients": "project"}
+        training = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+        path = recipe_file(work, tmp_path / name, "owlore", low_rank=low_rank, training=training)
+        if name == "broken":
+            run_killed(monkeypatch, path, at=5)
+        assert main(["finetune", "--quiet", "--config", path, "--resume"]) == 0
+        ends.append(load_file(tmp_path / name / "model.safetensors"))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize(
+    "training", [{"gradient_accumulation_steps": 2, "max_grad_norm": 0}, {"max_grad_norm": 1.0}, {"max_grad_norm": 0}]
+)
+def test_update_during_backward_is_refused_where_it_cannot_be(work, tmp_path, capsys, training):
+    low_rank = {"rank": 8, "gradients": "update"}
+    path = recipe_file(work, tmp_path / "run", "galore", low_rank=low_rank, training=training)
+    possible = training == {"max_grad_norm": 0}
+    assert main(["finetune", "--quiet", "--config", path]) == (0 if possible else 2)
+    assert possible or "low_rank.gradients: update takes one backward" in capsys.readouterr().err
