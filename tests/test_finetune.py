@@ -196,27 +196,26 @@ def test_adapters_sampled_by_block_with_ranks_by_score(work, tmp_path, score):
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    ("gradients", "norm", "accumulation"), [("project", 0.2, 2), ("project", 0, 1), ("update", 0, 1)]
-)
-def test_released_gradients_train_alike(work, tmp_path, gradients, norm, accumulation):
+@pytest.mark.parametrize(("gradients", "norm"), [("project", 0.2), ("project", 0), ("update", 0)])
+def test_released_gradients_train_alike(work, tmp_path, gradients, norm):
     ends = {}
     for way in ("keep", gradients):
         low_rank = {"rank": 8, "scale": 1.0, "refresh_every": 2, "method": "svd", "gradients": way}
-        training = {"max_grad_norm": norm, "gradient_accumulation_steps": accumulation, "max_steps": 4}
-        training |= {"learning_rate": 1e-3, "per_device_train_batch_size": 4}
+        training = {"max_grad_norm": norm, "max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1}
         path = recipe_file(work, tmp_path / way, "galore", low_rank=low_rank, training=training)
         assert main(["finetune", "--quiet", "--config", path]) == 0
         ends[way] = load_file(tmp_path / way / "model.safetensors")
     start = load_file(work / "model" / "model.safetensors")
     moved = max((ends["keep"][name] - start[name]).abs().max() for name in start)
     apart = max((ends["keep"][name] - ends[gradients][name]).abs().max() for name in start)
-    # Clipping takes the norm in the subspaces and the projector of the first half of a step: near, and not the same.
-    assert apart < (0.5 if norm else 1e-3) * moved
+    assert apart < (0.5 if norm else 1e-3) * moved  # the norm that is clipped is that in the subspaces
     if norm:
-        history = json.loads((tmp_path / gradients / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
-        assert apart > 0
-        assert all(entry["grad_norm"] > 0 for entry in history if "grad_norm" in entry)
+        norms = {}
+        for way in ends:
+            state = json.loads((tmp_path / way / "checkpoint-4" / "trainer_state.json").read_text())
+            norms[way] = [entry["grad_norm"] for entry in state["log_history"] if "grad_norm" in entry]
+        assert len(norms["project"]) == 4
+        assert all(norm < ours < full for ours, full in zip(norms["project"], norms["keep"], strict=True))
 
 
 def test_released_gradients_resume(work, tmp_path, monkeypatch):
