@@ -92,6 +92,8 @@ class LowRank:
         method: of the projector.
         moments: what becomes of them at a refresh.
         state_dtype: of the moments.
+        gradients: ``project`` and ``update`` keep no full gradient of a low-rank matrix, in one process; ``update``
+            has one backward a step and no clipping. The gradient norm that ``project`` clips is that in the subspaces.
     """
 
     rank: int = 128
@@ -100,6 +102,7 @@ class LowRank:
     method: Literal["randomized", "svd"] = "randomized"
     moments: Literal["keep", "rotate"] = "keep"
     state_dtype: Literal["float32", "bfloat16", "8bit"] = "float32"
+    gradients: Literal["keep", "project", "update"] = "keep"
 
 
 @dataclass(frozen=True, kw_only=True)

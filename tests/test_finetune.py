@@ -194,3 +194,49 @@ def test_adapters_sampled_by_block_with_ranks_by_score(work, tmp_path, score):
     assert moved
     assert all(name.startswith(f"{drawn}.") for name in moved)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("gradients", "norm"), [("project", 0.2), ("project", 0), ("update", 0)])
+def test_released_gradients_train_alike(work, tmp_path, gradients, norm):
+    ends = {}
+    for way in ("keep", gradients):
+        low_rank = {"rank": 8, "scale": 1.0, "refresh_every": 2, "method": "svd", "gradients": way}
+        training = {"max_grad_norm": norm, "max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1}
+        path = recipe_file(work, tmp_path / way, "galore", low_rank=low_rank, training=training)
+        assert main(["finetune", "--quiet", "--config", path]) == 0
+        ends[way] = load_file(tmp_path / way / "model.safetensors")
+    start = load_file(work / "model" / "model.safetensors")
+    moved = max((ends["keep"][name] - start[name]).abs().max() for name in start)
+    apart = max((ends["keep"][name] - ends[gradients][name]).abs().max() for name in start)
+    assert apart < (0.5 if norm else 1e-3) * moved  # the norm that is clipped is that in the subspaces
+    if norm:
+        norms = {}
+        for way in ends:
+            state = json.loads((tmp_path / way / "checkpoint-4" / "trainer_state.json").read_text())
+            norms[way] = [entry["grad_norm"] for entry in state["log_history"] if "grad_norm" in entry]
+        assert len(norms["project"]) == 4
+        assert all(norm < ours < full for ours, full in zip(norms["project"], norms["keep"], strict=True))
+
+
+def test_released_gradients_resume(work, tmp_path, monkeypatch):
+    ends = []
+    for name in ("whole", "broken"):
+        low_rank = {"rank": 8, "scale": 1.0, "refresh_every": 2, "gradients": "project"}
+        training = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+        path = recipe_file(work, tmp_path / name, "owlore", low_rank=low_rank, training=training)
+        if name == "broken":
+            run_killed(monkeypatch, path, at=5)
+        assert main(["finetune", "--quiet", "--config", path, "--resume"]) == 0
+        ends.append(load_file(tmp_path / name / "model.safetensors"))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize(
+    "training", [{"gradient_accumulation_steps": 2, "max_grad_norm": 0}, {"max_grad_norm": 1.0}, {"max_grad_norm": 0}]
+)
+def test_update_during_backward_is_refused_where_it_cannot_be(work, tmp_path, capsys, training):
+    low_rank = {"rank": 8, "gradients": "update"}
+    path = recipe_file(work, tmp_path / "run", "galore", low_rank=low_rank, training=training)
+    possible = training == {"max_grad_norm": 0}
+    assert main(["finetune", "--quiet", "--config", path]) == (0 if possible else 2)
+    assert possible or "low_rank.gradients: update takes one backward" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl.trainer.sft_trainer import SFTTrainer
 
+from htsr.errors import UsageError
 from htsr.training.layerwise import layerwise
 from htsr.training.lowrank import LowRankAdamW
 from htsr.training.lowrank_groups import low_rank_groups
@@ -47,6 +48,7 @@ class FinetuneTrainer(SFTTrainer):
     def _low_rank_optimizer(self, model: torch.nn.Module) -> LowRankAdamW:
         low_rank, args = self.recipe.low_rank, self.args
         assert low_rank is not None
+        _check_gradients(low_rank.gradients, args)
         sampling = self.recipe.sampling
         groups = low_rank_groups(
             model, low_rank.rank, embeddings=sampling is not None and sampling.embedding == "lowrank"
@@ -63,7 +65,33 @@ class FinetuneTrainer(SFTTrainer):
             moments=low_rank.moments,
             state_dtype=low_rank.state_dtype,
             seed=self.recipe.seed,
+            gradients=low_rank.gradients,
         )
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """The optimizer clips what it has projected and released; the Trainer would see the rest only."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
+        if isinstance(optimizer, LowRankAdamW) and optimizer.gradients == "project":
+            return optimizer.clip_grad_norm_(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing yet: htsr writes its own card at the end."""
+
+
+def _check_gradients(gradients: str, args: Any) -> None:
+    """Refuse a way to release gradients that these training arguments do not go with."""
+    if gradients == "keep":
+        return
+    if args.world_size > 1 or args.fp16:
+        raise UsageError(f"low_rank.gradients: {gradients} is for one process and not for fp16; take keep")
+    if gradients == "update" and (args.gradient_accumulation_steps > 1 or args.max_grad_norm > 0):
+        raise UsageError(
+            "low_rank.gradients: update takes one backward a step and cannot clip: take project, or "
+            "gradient_accumulation_steps: 1 and max_grad_norm: 0"
+        )
+    if gradients == "project" and args.max_grad_norm > 0 and not hasattr(SFTTrainer, "_clip_grad_norm"):
+        raise UsageError(
+            "this version of transformers cannot clip projected gradients: update it, or take max_grad_norm: 0 or "
+            "low_rank.gradients: keep"
+        )

@@ -1,6 +1,6 @@
 """Peak memory of training by method: predicted by `htsr.predict_memory`, and measured on real steps.
 
-    python -m reports.memory            the whole study, about 5 minutes on one core
+    python -m reports.memory            the whole study, about 15 minutes on one core
     python -m reports.memory --quick    one small model, one setting
 
 "Measured" is the most that torch's CPU allocator held at once over two training steps (torch.profiler), weights
@@ -27,6 +27,15 @@ SMALL = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "LLaMA, 42M": SMALL,
+    "SmolLM2-135M": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
     "LLaMA-2-7B": {
         "hidden_size": 4096,
         "intermediate_size": 11008,
@@ -39,13 +48,23 @@ MODELS: dict[str, dict[str, Any]] = {
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
     "LoRA": ("lora", {"rank": 16}),
+    "QLoRA, bfloat16": ("qlora", {"rank": 16, "dtype": "bfloat16"}),
     "GaLore": ("galore", {"rank": 128}),
     "GaLore, gradients kept": ("galore", {"rank": 128, "gradients": "keep"}),
     "LISA, embeddings trained": ("lisa", {"active_blocks": 2, "embeddings": "train"}),
     "LISA": ("lisa", {"active_blocks": 2}),
     "OwLore, embeddings trained": ("owlore", {"rank": 128, "active_blocks": 2, "embeddings": "train"}),
     "OwLore": ("owlore", {"rank": 128, "active_blocks": 2}),
+    "OwLore, 8-bit moments": ("owlore", {"rank": 128, "active_blocks": 2, "state_dtype": "8bit"}),
 }
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("LLaMA, 42M", {"batch": 1, "sequence": 128}),
+    ("LLaMA, 42M", {"batch": 4, "sequence": 256}),
+    ("SmolLM2-135M", {"batch": 1, "sequence": 512}),
+    ("SmolLM2-135M", {"batch": 1, "sequence": 512, "checkpointing": True}),
+    ("SmolLM2-135M", {"batch": 4, "sequence": 256}),
+    ("SmolLM2-135M", {"batch": 1, "sequence": 512, "checkpointing": True, "dtype": "bfloat16"}),
+]
 MEASURE = """
 import json, sys
 from transformers import LlamaConfig
@@ -70,9 +89,10 @@ def main() -> None:
         print(common.table(["method", "predicted, MiB", "measured, MiB", "ratio"], [cells(r) for r in rows]))
         return
     results: dict[str, Any] = {"small": []}
-    for setting in ({"batch": 1, "sequence": 128}, {"batch": 4, "sequence": 256}):
-        results["small"] += compare(MODELS["LLaMA, 42M"], setting)
-        print(results["small"], flush=True)
+    for model, setting in SETTINGS:
+        for row in compare(MODELS[model], setting):
+            results["small"].append({"model": model} | row)
+            print(results["small"][-1], flush=True)
     results["seven_b"] = seven_b()
     common.keep(HERE, results)
     write_up(json.loads((HERE / "results.json").read_text()))

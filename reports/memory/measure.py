@@ -32,12 +32,16 @@ def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, ste
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.get("dtype") or "float32"))
+    dtype = getattr(torch, options.get("dtype") or "float32")
+    if method == "qlora":
+        model: Any = quantised(config, dtype)
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.config.use_cache = False
     model.train()
     if options.get("checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if method == "lora":
+    if method in ("lora", "qlora"):
         import peft
 
         if options.get("checkpointing"):
@@ -60,3 +64,21 @@ def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, ste
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def quantised(config: Any, dtype: torch.dtype) -> Any:
+    """A freshly made model with its linear layers in NF4, scales quantised too, by bitsandbytes."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, quantization_config=four_bits, device_map={"": "cpu"}
+        )
+        for parameter in model.parameters():
+            if parameter.dtype == dtype:
+                parameter.data = parameter.data.clone()  # out of the file, into the allocator that is watched
+    return model
