@@ -14,8 +14,8 @@ import yaml
 
 from reports import common
 
-STEPS = 40
-BATCH = 4
+STEPS = 60
+BATCH = 8
 ARMS: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "training": {"learning_rate": 1e-4}},
     "lora": {"method": "lora", "lora": {"rank": 8}, "training": {"learning_rate": 2e-3}},
@@ -47,7 +47,7 @@ def recipe(arm: str, seed: int, work: Path, output: Path) -> dict[str, Any]:
         "packing": True,
         "packing_strategy": "wrapped",
         "lr_scheduler_type": "linear",
-        "warmup_steps": 4,
+        "warmup_steps": 6,
         "logging_steps": 10,
         "save_strategy": "no",
         "bf16": True,

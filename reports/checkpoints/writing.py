@@ -11,6 +11,7 @@ import numpy as np
 from reports import common
 from reports.checkpoints.finetuned import CHANGE, MOVED
 from reports.checkpoints.measuring import METRICS
+from reports.checkpoints.training import BATCH
 
 HERE = Path(__file__).parent
 SHOWN = ("alpha", "null", "minus_null", "over_null", "hill", "hill_minus_null", "farms", "trace_log")
@@ -175,7 +176,7 @@ def finetuned_text(found: Any) -> str:
     steps = runs[0]["metrics"]["steps"]
     return f"""## Before and after fine-tuning
 
-SmolLM2-135M-Instruct, {steps} steps of `htsr finetune` on the Python language reference, 4 × 128 tokens a step; recipes in
+SmolLM2-135M-Instruct, {steps} steps of `htsr finetune` on the Python language reference, {BATCH} × 128 tokens a step; recipes in
 [training.py](training.py). Median shift; median and largest size of the shift over the matrices that changed; and the
 median size under a Gaussian change of the same norm, matrix by matrix.
 
@@ -293,7 +294,10 @@ def quantized_plot(found: Any, runs: list[Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    figure, axes = plt.subplots(
+        1, 2 if runs else 1, figsize=(11 if runs else 6.5, 4.4), layout="constrained", squeeze=False
+    )
+    axes = axes[0]
     formats = sorted(found["formats"].values(), key=lambda f: f["error"])
     for number, key in enumerate(
         ("alpha", "hill", "farms", "trace_log", "stable_rank_share", "entropy", "spike_share", "floor")
@@ -307,18 +311,19 @@ def quantized_plot(found: Any, runs: list[Any]) -> None:
     )
     axes[0].axhline(100, color="k", lw=0.6)
     axes[0].legend(frameon=False, fontsize=8)
-    for number, arm in enumerate(dict.fromkeys(r["arm"] for r in runs)):
-        values = np.concatenate([np.array(r["points"]) for r in runs if r["arm"] == arm])
-        axes[1].loglog(values[:, 0], values[:, 1], "o", color=f"C{number}", ms=3, alpha=0.5, label=arm)
-    axes[1].set(
-        xlabel="‖ΔW‖ / ‖W‖",
-        ylabel="directions for 90 % of the change / M",
-        title="fine-tuned: the spectrum of the change",
-    )
     if runs:
-        axes[1].legend(frameon=False, fontsize=8)
+        change_plot(axes[1], runs)
     figure.savefig(HERE / "quantized.png", dpi=90)
     plt.close(figure)
+
+
+def change_plot(ax: Any, runs: list[Any]) -> None:
+    """Directions of the change against its size, by method."""
+    for number, arm in enumerate(dict.fromkeys(r["arm"] for r in runs)):
+        values = np.concatenate([np.array(r["points"]) for r in runs if r["arm"] == arm])
+        ax.loglog(values[:, 0], values[:, 1], "o", color=f"C{number}", ms=3, alpha=0.5, label=arm)
+    ax.set(xlabel="‖ΔW‖ / ‖W‖", ylabel="directions for 90 % of the change / M", title="fine-tuned: the change")
+    ax.legend(frameon=False, fontsize=8)
 
 
 if __name__ == "__main__":
