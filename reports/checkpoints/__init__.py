@@ -1,0 +1,1 @@
+"""Which metric sees what: trained against random weights, before and after fine-tuning, quantised against original."""
