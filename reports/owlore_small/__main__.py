@@ -32,7 +32,7 @@ from reports.owlore_small.write_up import write_up
 
 HERE = Path(__file__).parent
 GRID = tuple(2.5e-5 * 2**k for k in range(10))  # 2.5e-5 … 1.28e-2
-START = 3
+START = 6
 _BLOCKS = {"active": 4, "interval": 10}
 _PROJECTION = {"rank": 64, "scale": 1.0, "refresh_every": 20}
 ARMS: dict[str, dict[str, Any]] = {
