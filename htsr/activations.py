@@ -106,3 +106,14 @@ def linear_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
             clean = base_name(name).removesuffix(".base_layer")
             found.append((clean, module))
     return found
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards, whatever happened, in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

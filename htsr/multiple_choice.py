@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from htsr.activations import evaluating
 from htsr.errors import UsageError
 from htsr.records import Record, question_of
 
@@ -98,23 +99,20 @@ def log_likelihoods(
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
     result = np.zeros(len(encoded))
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        longest = max(len(encoded[i][0]) for i in indices)
-        tokens = torch.zeros(len(indices), longest, dtype=torch.long)
-        mask = torch.zeros_like(tokens)
-        for row, i in enumerate(indices):
-            ids = encoded[i][0]
-            tokens[row, : len(ids)] = torch.tensor(ids)
-            mask[row, : len(ids)] = 1
-        with torch.no_grad():
+    with evaluating(model), torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            longest = max(len(encoded[i][0]) for i in indices)
+            tokens = torch.zeros(len(indices), longest, dtype=torch.long)
+            mask = torch.zeros_like(tokens)
+            for row, i in enumerate(indices):
+                ids = encoded[i][0]
+                tokens[row, : len(ids)] = torch.tensor(ids)
+                mask[row, : len(ids)] = 1
             logits = model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        for row, i in enumerate(indices):
-            ids, begin = encoded[i]
-            said = logits[row, begin - 1 : len(ids) - 1].float().log_softmax(-1)
-            wanted = torch.tensor(ids[begin:], device=device)
-            result[i] = said.gather(-1, wanted[:, None]).double().sum().item()
-    model.train(training)
+            for row, i in enumerate(indices):
+                ids, begin = encoded[i]
+                said = logits[row, begin - 1 : len(ids) - 1].float().log_softmax(-1)
+                wanted = torch.tensor(ids[begin:], device=device)
+                result[i] = said.gather(-1, wanted[:, None]).double().sum().item()
     return result

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from htsr._version import __version__
-from htsr.activations import input_norms, linear_modules
+from htsr.activations import evaluating, input_norms, linear_modules
 from htsr.errors import HtsrError, SourceError, UsageError
 from htsr.files import written
 from htsr.matrices import roles
@@ -215,9 +215,7 @@ def measure_outliers(
     if not texts:
         raise UsageError("the calibration set is empty")
     tokens = 0
-    training = model.training
-    model.eval()
-    with input_norms(model) as norms:
+    with evaluating(model), input_norms(model) as norms:
         for start in range(0, len(texts), batch_size):
             batch = tokenizer(
                 list(texts[start : start + batch_size]),
@@ -229,7 +227,6 @@ def measure_outliers(
             tokens += norms.forward(batch["input_ids"], batch["attention_mask"])
             if progress:
                 progress(min(start + batch_size, len(texts)), len(texts))
-    model.train(training)
     found = score_weights(model, norms.result(), thresholds)
     return replace(found, samples=len(texts), tokens=tokens)
 

@@ -71,7 +71,7 @@ def compare_laws(tail: npt.ArrayLike) -> dict[str, Comparison]:
     """
     values = np.sort(np.asarray(tail, dtype=np.float64).ravel())
     if values.size < 2 or not 0 < values[0] < values[-1]:
-        raise MatrixError("degenerate", "fewer than 2 distinct positive eigenvalues, nothing to compare")
+        raise MatrixError("degenerate", "laws are compared on 2 or more distinct eigenvalues, all > 0")
     values = values / values[0]  # the laws' shapes do not depend on the unit
     alpha, Lambda = fit_truncated(values)
     with (
