@@ -1,0 +1,1 @@
+"""Time of whole training steps by method."""
