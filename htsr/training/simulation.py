@@ -36,6 +36,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, logits: set[int], fixed: dict[str, int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.logits, self.fixed = logits, fixed
+        self.dense: dict[int, int] = {}  # bytes of the weights in 4 bits, by storage, while an operation uses them
         self.live: Counter[str] = Counter()
         self.peak, self.parts, self.moment = 0, dict.fromkeys(PARTS, 0), "forward"
         self.now = "forward"
@@ -50,7 +51,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(leaf, Tensor):
                 part = "logits" if leaf.numel() in self.logits else "activations"
                 self.enter(leaf, part, move=False)
-        self.check()
+        used = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)] if self.dense else []
+        self.check(max((self.dense.get(tensor.untyped_storage()._cdata, 0) for tensor in used), default=0))
         return out
 
     def enter(self, tensor: Tensor, part: str, move: bool = True) -> None:
@@ -103,8 +105,8 @@ def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
         quantised = _quantised(model) if setting.method == "qlora" else []
         dense = sum(p.numel() * p.element_size() for p in quantised)
         fixed["weights"] = round(sum(p.numel() for p in quantised) * _NF4) - dense
-        fixed["workspace"] = max((p.numel() * p.element_size() for p in quantised), default=0)
         ledger = Ledger({setting.batch * (setting.sequence - cut) * vocabulary for cut in (0, 1)}, fixed)
+        ledger.dense = {p.untyped_storage()._cdata: p.numel() * p.element_size() for p in quantised}
         for tensor in (*model.parameters(), *model.buffers()):
             ledger.enter(tensor, "weights")
         for name, parameter in trained.items():

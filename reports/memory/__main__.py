@@ -1,10 +1,10 @@
 """Peak memory of training by method: predicted by `htsr.predict_memory`, and measured on real steps.
 
-    python -m reports.memory            the whole study, about 15 minutes on one core
+    python -m reports.memory            the whole study, about 40 minutes on one core
     python -m reports.memory --quick    one small model, one setting
 
 "Measured" is the most that torch's CPU allocator held at once over two training steps (torch.profiler), weights
-included; each setting has a process of its own. Weights are random, which changes no size.
+included; the first step is of a few tokens, and makes the optimizer's states. Weights are random, which changes no size.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ SMALL = {
     "num_attention_heads": 8,
     "vocab_size": 16000,
 }
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "LLaMA, 42M": SMALL,
-    "SmolLM2-135M": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
+    "SmolLM2-135M": SMOLLM2,
     "LLaMA-2-7B": {
         "hidden_size": 4096,
         "intermediate_size": 11008,
@@ -48,23 +49,37 @@ MODELS: dict[str, dict[str, Any]] = {
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
     "LoRA": ("lora", {"rank": 16}),
-    "QLoRA, bfloat16": ("qlora", {"rank": 16, "dtype": "bfloat16"}),
     "GaLore": ("galore", {"rank": 128}),
     "GaLore, gradients kept": ("galore", {"rank": 128, "gradients": "keep"}),
     "LISA, embeddings trained": ("lisa", {"active_blocks": 2, "embeddings": "train"}),
     "LISA": ("lisa", {"active_blocks": 2}),
     "OwLore, embeddings trained": ("owlore", {"rank": 128, "active_blocks": 2, "embeddings": "train"}),
     "OwLore": ("owlore", {"rank": 128, "active_blocks": 2}),
+}
+PUBLISHED = {"rank": 128, "active_blocks": 2, "embeddings": "train"}
+SMOLLM2_ARMS = ARMS | {
+    "QLoRA": ("qlora", {"rank": 16}),
+    "GaLore, 8-bit moments": ("galore", {"rank": 128, "state_dtype": "8bit"}),
+    "OwLore, embeddings trained, gradients kept": ("owlore", PUBLISHED | {"gradients": "keep"}),
+    "OwLore, embeddings trained, 8-bit moments": ("owlore", PUBLISHED | {"state_dtype": "8bit"}),
     "OwLore, 8-bit moments": ("owlore", {"rank": 128, "active_blocks": 2, "state_dtype": "8bit"}),
 }
-SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    ("LLaMA, 42M", {"batch": 1, "sequence": 128}),
-    ("LLaMA, 42M", {"batch": 4, "sequence": 256}),
-    ("SmolLM2-135M", {"batch": 1, "sequence": 512}),
-    ("SmolLM2-135M", {"batch": 1, "sequence": 512, "checkpointing": True}),
-    ("SmolLM2-135M", {"batch": 4, "sequence": 256}),
-    ("SmolLM2-135M", {"batch": 1, "sequence": 512, "checkpointing": True, "dtype": "bfloat16"}),
-]
+SMOLLM2_SETTINGS: tuple[dict[str, Any], ...] = (
+    {"batch": 1, "sequence": 512, "dtype": "float32", "checkpointing": False},
+    {"batch": 1, "sequence": 512, "dtype": "float32", "checkpointing": True},
+    {"batch": 4, "sequence": 256, "dtype": "float32", "checkpointing": True},
+    {"batch": 1, "sequence": 512, "dtype": "bfloat16", "checkpointing": False},
+    {"batch": 4, "sequence": 256, "dtype": "bfloat16", "checkpointing": True},
+)
+WATERFALL = {  # measure: the arm that has it and all before; 1 × 512, float32, checkpointing
+    "activation checkpointing": "full",
+    "two blocks at a time (LISA)": "LISA, embeddings trained",
+    "low rank (OwLore as published)": "OwLore, embeddings trained, gradients kept",
+    "update during backward": "OwLore, embeddings trained",
+    "8-bit moments": "OwLore, embeddings trained, 8-bit moments",
+    "embedding and head frozen": "OwLore, 8-bit moments",
+}
+HEADLINE, WANTED = 21, 17  # GB: OwLore's own figure for LLaMA-2-7B, and the goal
 MEASURE = """
 import json, sys
 from transformers import LlamaConfig
@@ -85,22 +100,27 @@ def main() -> None:
     args = common.arguments(str(__doc__))
     if args.quick:
         config = SMALL | {"num_hidden_layers": 2, "vocab_size": 2000}
-        rows = compare(config, {"batch": 2, "sequence": 64})
+        rows = compare(config, SMOLLM2_ARMS, {"batch": 2, "sequence": 64})
         print(common.table(["method", "predicted, MiB", "measured, MiB", "ratio"], [cells(r) for r in rows]))
         return
     results: dict[str, Any] = {"small": []}
-    for model, setting in SETTINGS:
-        for row in compare(MODELS[model], setting):
-            results["small"].append({"model": model} | row)
-            print(results["small"][-1], flush=True)
+    for setting in ({"batch": 1, "sequence": 128}, {"batch": 4, "sequence": 256}):
+        results["small"] += compare(MODELS["LLaMA, 42M"], ARMS, setting)
+    results["smollm2"] = []
+    for setting in SMOLLM2_SETTINGS:
+        results["smollm2"] += compare(MODELS["SmolLM2-135M"], SMOLLM2_ARMS, setting)
+        print(results["smollm2"], flush=True)
     results["seven_b"] = seven_b()
+    results["papers"] = papers()
     common.keep(HERE, results)
     write_up(json.loads((HERE / "results.json").read_text()))
 
 
-def compare(config: dict[str, Any], setting: dict[str, Any]) -> list[dict[str, Any]]:
+def compare(
+    config: dict[str, Any], methods: dict[str, tuple[str, dict[str, Any]]], setting: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Predicted and measured bytes of all arms."""
-    arms = {arm: (method, options | setting) for arm, (method, options) in ARMS.items()}
+    arms = {arm: (method, options | setting) for arm, (method, options) in methods.items()}
     measured = common.in_process(MEASURE, json.dumps([config, arms])).result
     rows = []
     for arm, (method, options) in arms.items():
@@ -148,6 +168,41 @@ def seven_b() -> list[dict[str, Any]]:
     return [{"step": name, **predict(MODELS["LLaMA-2-7B"], method, **base, **o)} for name, method, o in steps]
 
 
+def papers() -> list[dict[str, Any]]:
+    """OwLore on LLaMA-2-7B at the paper's settings, measure by measure, and full fine-tuning; predicted totals."""
+    rows = []
+    for sequence in (512, 1024):
+        base: dict[str, Any] = {"batch": 1, "sequence": sequence, "checkpointing": True}
+        full = predict(MODELS["LLaMA-2-7B"], "full", **base)["total"]
+        for active in (2, 5):
+            published = base | PUBLISHED | {"active_blocks": active}
+            variants = {
+                "published": published | {"gradients": "keep"},
+                "update": published,
+                "8bit": published | {"state_dtype": "8bit"},
+                "default": base | {"active_blocks": active, "rank": 128},
+            }
+            totals = {v: predict(MODELS["LLaMA-2-7B"], "owlore", **o)["total"] for v, o in variants.items()}
+            rows.append({"sequence": sequence, "active_blocks": active, "full": full, **totals})
+    return rows
+
+
+def waterfall(rows: list[dict[str, Any]]) -> list[list[Any]]:
+    """What each measure saves, one after the other, of what was measured on SmolLM2-135M."""
+    plain, checkpointed = (
+        {r["arm"]: r for r in rows if all(r[key] == value for key, value in setting.items())}
+        for setting in SMOLLM2_SETTINGS[:2]
+    )
+    before = plain["full"]
+    lines: list[list[Any]] = [["full fine-tuning", *cells(before)[1:3], ""]]
+    for measure, arm in WATERFALL.items():
+        now = checkpointed[arm]
+        saved = (before["measured"] - now["measured"]) / 2**20
+        lines.append([f"+ {measure}", *cells(now)[1:3], f"{saved:.0f}"])
+        before = now
+    return lines
+
+
 def cells(row: dict[str, Any]) -> list[Any]:
     """An arm's line."""
     predicted, measured = row["predicted"] / 2**20, row["measured"] / 2**20
@@ -156,23 +211,43 @@ def cells(row: dict[str, Any]) -> list[Any]:
 
 def write_up(results: dict[str, Any]) -> None:
     """README.md from results.json."""
-    worst = max(abs(r["predicted"] / r["measured"] - 1) for r in results["small"])
+    worst = max(abs(r["predicted"] / r["measured"] - 1) for r in results["small"] + results["smollm2"])
     small = [[r["batch"], r["sequence"], *cells(r)] for r in results["small"]]
     parts = ("weights", "gradients", "optimizer", "projectors", "activations", "logits", "workspace")
     big = [
         [r["step"], *(f"{r[part] / 1e9:.2f}" for part in parts), f"**{r['total'] / 1e9:.2f}**"]
         for r in results["seven_b"]
     ]
+    smollm2 = [
+        [
+            f"{r['batch']} × {r['sequence']}",
+            r["dtype"],
+            "yes" if r["checkpointing"] else "no",
+            *cells(r)[:3],
+            f"{100 * (r['predicted'] / r['measured'] - 1):+.1f}",
+        ]
+        for r in results["smollm2"]
+    ]
+    variants = ("full", "published", "update", "8bit", "default")
+    settings = [
+        [r["sequence"], r["active_blocks"], *(f"{r[v] / 1e9:.2f}" for v in variants)] for r in results["papers"]
+    ]
     text = f"""# Memory of training, predicted and measured
 
 `python -m reports.memory` makes this page. {common.facts(results["machine"])} Peak of torch's CPU allocator over two
-steps, float32, by torch.profiler; full, LoRA and LISA with torch's fused AdamW, GaLore and OwLore with `LowRankAdamW`,
-which updates during backward unless said otherwise and computes its projectors at every step here. LISA and OwLore
-train the two lowest blocks and the last norm; nothing is counted that a sampler would add.
+steps by torch.profiler; full, LoRA, QLoRA and LISA with torch's fused AdamW, GaLore and OwLore with `LowRankAdamW`, updates during backward unless said otherwise and computes its projectors at every step here. LISA and OwLore train the
+two lowest blocks and the last norm; nothing is counted that a sampler would add. QLoRA's blocks are bitsandbytes'
+`Linear4bit` (NF4, double quantisation) on the CPU; embedding, head and norms keep their dtype.
 
 The largest difference between prediction and measurement is {100 * worst:.1f} % (target 10 %).
 
-## LLaMA of 42M parameters, r = 128 (LoRA 16)
+## SmolLM2-135M's shapes, r = 128 (LoRA and QLoRA 16), γ = 2
+
+{common.table(["batch", "dtype", "checkpointing", "method", "predicted, MiB", "measured, MiB", "error, %"], smollm2)}
+What each measure saves, one after the other, at 1 × 512 in float32:
+
+{common.table(["", "predicted, MiB", "measured, MiB", "saved, MiB (measured)"], waterfall(results["smollm2"]))}
+## LLaMA of 42M parameters, float32, r = 128 (LoRA 16)
 
 {common.table(["batch", "sequence", "method", "predicted, MiB", "measured, MiB", "ratio"], small)}
 ## LLaMA-2-7B, bfloat16, batch 1 × 1024: predicted only, GB (10⁹ bytes)
@@ -180,7 +255,14 @@ The largest difference between prediction and measurement is {100 * worst:.1f} %
 Parts are those at the moment of the peak. Not measured here for want of a GPU; without the CUDA context, kernels'
 workspaces and fragmentation.
 
-{common.table(["", *parts, "total"], big)}"""
+{common.table(["", *parts, "total"], big)}
+## LLaMA-2-7B at OwLore's setting: prediction, not measurement, GB (10⁹ bytes)
+
+bfloat16, batch 1, r = 128, activation checkpointing. "Published": embedding and head trained, gradients kept until the
+step; the next two add to it one after the other; "by default": update during backward, embedding and head frozen,
+float32 moments. OwLore reports {HEADLINE} GB; the goal is under {WANTED} GB.
+
+{common.table(["sequence", "γ", "full", "OwLore as published", "+ update during backward", "+ 8-bit moments", "OwLore by default"], settings)}"""
     (HERE / "README.md").write_text(text)
 
 

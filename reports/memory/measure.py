@@ -13,9 +13,11 @@ import torch
 from htsr.training.lowrank import LowRankAdamW
 from htsr.training.lowrank_groups import low_rank_groups
 
+STEPS = "training steps"
+
 
 def peak_allocated(run: Callable[[], Any]) -> int:
-    """Most bytes that torch's CPU allocator held at once while `run` ran, of those allocated in it."""
+    """Most bytes that torch's CPU allocator held at once, of those allocated in `run`, from its mark `STEPS` on."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -24,23 +26,23 @@ def peak_allocated(run: Callable[[], Any]) -> int:
         file = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(file))
         events = json.loads(file.read_text())["traceEvents"]
-    return max(int(event["args"]["Total Allocated"]) for event in events if event.get("name") == "[memory]")
+    begin = min((event["ts"] for event in events if event.get("name") == STEPS), default=0)
+    memory = (event for event in events if event.get("name") == "[memory]" and event["ts"] >= begin)
+    return max(int(event["args"]["Total Allocated"]) for event in memory)
 
 
-def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, steps: int = 2, **options: Any) -> None:
-    """A few real steps of a freshly made model; options as in `htsr.predict_memory`."""
+def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, warm_up: int = 8, **options: Any) -> None:
+    """Two real steps of a freshly made model, the first of few tokens; options as in `htsr.predict_memory`."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    dtype = getattr(torch, options.get("dtype") or "float32")
-    if method == "qlora":
-        model: Any = quantised(config, dtype)
-    else:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.get("dtype") or "float32"))
     model.config.use_cache = False
     model.train()
     if options.get("checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if method == "qlora":
+        quantise(model)
     if method in ("lora", "qlora"):
         import peft
 
@@ -58,27 +60,30 @@ def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, ste
         optimizer: Any = LowRankAdamW(groups, gradients=options.get("gradients", "update"), state_dtype=state_dtype)
     else:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    for step in range(steps):
-        generator = torch.Generator().manual_seed(step)
-        tokens = torch.randint(0, config.vocab_size, (batch, sequence), generator=generator)
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    generator = torch.Generator().manual_seed(0)
+    with torch.profiler.record_function(STEPS):
+        for shape in ((1, min(warm_up, sequence)), (batch, sequence)):  # the first makes the optimizer's states
+            tokens = torch.randint(0, config.vocab_size, shape, generator=generator)
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
 
-def quantised(config: Any, dtype: torch.dtype) -> Any:
-    """A freshly made model with its linear layers in NF4, scales quantised too, by bitsandbytes."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def quantise(model: Any) -> None:
+    """The blocks' linear layers in 4 bits as QLoRA has them: NF4, double quantisation; the rest stays as it is."""
+    import bitsandbytes as bnb
 
-    four_bits = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, quantization_config=four_bits, device_map={"": "cpu"}
-        )
-        for parameter in model.parameters():
-            if parameter.dtype == dtype:
-                parameter.data = parameter.data.clone()  # out of the file, into the allocator that is watched
-    return model
+    for block in model.model.layers:
+        for name, linear in [(n, m) for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)]:
+            dense, dtype = linear.weight.detach(), linear.weight.dtype
+            packed = bnb.nn.Linear4bit(
+                linear.in_features,
+                linear.out_features,
+                bias=False,
+                compute_dtype=dtype,
+                quant_type="nf4",
+                device="meta",
+            )
+            packed.weight = bnb.nn.Params4bit(dense, requires_grad=False, quant_type="nf4", compress_statistics=True)
+            block.set_submodule(name, packed.to("cpu"))
+    model.is_loaded_in_4bit = True  # peft then puts its adapters around the packed layers
