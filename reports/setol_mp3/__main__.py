@@ -34,23 +34,28 @@ BASE_LR = 0.01
 BASE_BATCH = 32
 LR_FACTORS = (8, 16, 32, 24, 4, 2, 1)
 BATCHES = (16, 8, 4, 2, 1)
+ADAM_LR = 0.001
+ADAM = ((1, 32), (1, 16), (1, 8), (4, 32))  # multiple of 0.001, images per step
 LONG_PATIENCE = 12
 TOO_FAR = 256  # lr 8× on the *summed* loss at batch 32
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One run: learning rate as a multiple of 0.01, images per step, patience in epochs, seed of weights and order."""
+    """One run: learning rate as a multiple of 0.01 (Adam: 0.001), images per step, patience, seed of weights and order."""
 
     factor: int
     batch: int
     patience: int
     seed: int
+    optimizer: str = "sgd"
 
     @property
     def key(self) -> str:
         """Its name in the cache."""
-        return f"lr{self.factor}-b{self.batch}-p{self.patience}-s{self.seed}"
+        return (
+            f"{'adam-' if self.optimizer == 'adam' else ''}lr{self.factor}-b{self.batch}-p{self.patience}-s{self.seed}"
+        )
 
 
 def settings(seeds: int) -> list[Setting]:
@@ -66,11 +71,15 @@ def settings(seeds: int) -> list[Setting]:
     def batches(seed: int) -> list[Setting]:
         return [Setting(1, b, PATIENCE, seed) for b in BATCHES]
 
+    def adam(seed: int) -> list[Setting]:
+        return [Setting(f, b, PATIENCE, seed, "adam") for f, b in ADAM]
+
     first = range(min(seeds, 2))
     order = [s for seed in first for s in rates(seed)] + [s for seed in first for s in long(seed)]
     order += [s for seed in first for s in batches(seed)]
+    order += [s for seed in first for s in adam(seed)]
     for seed in range(2, seeds):
-        order += [*rates(seed), *long(seed), *batches(seed)]
+        order += [*rates(seed), *long(seed), *batches(seed), *adam(seed)]
     return [*order, Setting(TOO_FAR, BASE_BATCH, PATIENCE, 0)]
 
 
@@ -103,8 +112,8 @@ def run(setting: Setting, digits: Any, max_epochs: int = 400) -> dict[str, Any]:
     before = measuring.layer_metrics(network)
     start, cpu = time.perf_counter(), time.process_time()
     history = train(
-        network, digits, lr=BASE_LR * setting.factor, batch=setting.batch, seed=setting.seed,
-        patience=setting.patience, max_epochs=max_epochs, on_epoch=on_epoch,
+        network, digits, lr=(BASE_LR if setting.optimizer == "sgd" else ADAM_LR) * setting.factor, batch=setting.batch,
+        seed=setting.seed, optimizer=setting.optimizer, patience=setting.patience, max_epochs=max_epochs, on_epoch=on_epoch,
     )  # fmt: skip
     result: dict[str, Any] = {
         "key": setting.key, **asdict(setting), "epochs": len(history), "diverged": diverged(history),
@@ -126,7 +135,7 @@ def cached(work: Path) -> dict[str, dict[str, Any]]:
                 row = json.loads(line)
             except ValueError:
                 continue
-            found[row["key"]] = row
+            found[row["key"]] = {"optimizer": "sgd"} | row
     return found
 
 
@@ -168,9 +177,17 @@ def main() -> None:
 def keep(work: Path) -> None:
     """results.json of every finished run, without the paths of those that are not drawn."""
     rows = [
-        row if row["batch"] == BASE_BATCH and row["seed"] == 0 else row | {"path": []} for row in cached(work).values()
+        row if row["batch"] == BASE_BATCH and row["seed"] == 0 and row["optimizer"] == "sgd" else row | {"path": []}
+        for row in cached(work).values()
     ]
-    common.keep(HERE, {"runs": sorted(rows, key=lambda r: (r["factor"], -r["batch"], r["patience"], r["seed"]))})
+    common.keep(
+        HERE,
+        {
+            "runs": sorted(
+                rows, key=lambda r: (r["optimizer"] != "sgd", r["factor"], -r["batch"], r["patience"], r["seed"])
+            )
+        },
+    )
 
 
 def report(row: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ SURGERY = (
 )  # fmt: skip
 
 Run = dict[str, Any]
+Key = tuple[str, int, int, int]  # optimizer, learning rate, batch, patience
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -42,22 +43,27 @@ def error(kind: str, part: str = "as trained") -> Any:
     return lambda run: 100 * run["surgery"][part][kind]
 
 
-def groups(runs: list[Run]) -> dict[tuple[int, int, int], list[Run]]:
+def groups(runs: list[Run]) -> dict[Key, list[Run]]:
     """Runs that differ in the seed only."""
-    found: dict[tuple[int, int, int], list[Run]] = {}
+    found: dict[Key, list[Run]] = {}
     for run in runs:
         if not run["diverged"]:
-            found.setdefault((run["factor"], run["batch"], run["patience"]), []).append(run)
+            found.setdefault((run["optimizer"], run["factor"], run["batch"], run["patience"]), []).append(run)
     return found
 
 
-def setting_table(found: dict[tuple[int, int, int], list[Run]]) -> str:
+def label(key: Key) -> str:
+    """Optimizer, where it is not SGD, learning rate and batch."""
+    return f"{'Adam ' if key[0] == 'adam' else ''}{key[1]}×, b {key[2]}"
+
+
+def setting_table(found: dict[Key, list[Run]]) -> str:
     """One line per setting."""
-    head = ["lr", "batch", "patience", "seeds", "epochs", "FC1 α", "FC1 Δλ_min", "FC1 T", "FC1 traps", "FC2 α",
+    head = ["optimizer", "lr", "batch", "patience", "seeds", "epochs", "FC1 α", "FC1 Δλ_min", "FC1 T", "FC1 traps", "FC2 α",
             "FC2 Δλ_min", "train error, %", "test error, %"]  # fmt: skip
     rows = []
-    for (factor, batch, patience), runs in found.items():
-        cells: list[Any] = [f"{factor}×", batch, patience, len(runs), spread([r["epochs"] for r in runs], 0)]
+    for (optimizer, factor, batch, patience), runs in found.items():
+        cells: list[Any] = [optimizer, f"{factor}×", batch, patience, len(runs), spread([r["epochs"] for r in runs], 0)]
         for get, digits in (
             (layer("FC1", "alpha"), 2), (layer("FC1", "delta_lambda_min"), 2), (layer("FC1", "trace_log"), 2),
             (layer("FC1", "num_traps"), 0), (layer("FC2", "alpha"), 2), (layer("FC2", "delta_lambda_min"), 2),
@@ -68,11 +74,11 @@ def setting_table(found: dict[tuple[int, int, int], list[Run]]) -> str:
     return common.table(head, rows)
 
 
-def target_table(found: dict[tuple[int, int, int], list[Run]]) -> str:
+def target_table(found: dict[Key, list[Run]]) -> str:
     """The paper's figures and those of an earlier re-run beside these, at batch 32 and patience 3."""
     rows = []
     for factor, (alpha, delta, test) in PAPER.items():
-        runs = found.get((factor, 32, 3), [])
+        runs = found.get(("sgd", factor, 32, 3), [])
         rows.append([
             f"{factor}×", alpha, spread([layer("FC1", "alpha")(r) for r in runs]), delta,
             spread([layer("FC1", "delta_lambda_min")(r) for r in runs]), test, spread([error("test")(r) for r in runs]),
@@ -81,9 +87,9 @@ def target_table(found: dict[tuple[int, int, int], list[Run]]) -> str:
                          "test error, %: paper / re-run", "here"], rows)  # fmt: skip
 
 
-def surgery_table(found: dict[tuple[int, int, int], list[Run]]) -> str:
+def surgery_table(found: dict[Key, list[Run]]) -> str:
     """Test error after surgery, at patience 3."""
-    columns = [(key, runs) for key, runs in found.items() if key[2] == 3]
+    columns = [(key, runs) for key, runs in found.items() if key[3] == 3]
     rows = []
     for part in SURGERY:
         cells = []
@@ -96,7 +102,7 @@ def surgery_table(found: dict[tuple[int, int, int], list[Run]]) -> str:
         " + ".join(f"{np.mean([r['surgery']['ECS']['kept'][i] for r in runs]):.0f}" for i in (0, 1))
         for _, runs in columns
     ]
-    return common.table(["FC1 and FC2 become", *(f"{f}×, b {b}" for (f, b, _), _ in columns)], [*rows, kept])
+    return common.table(["FC1 and FC2 become", *(label(key) for key, _ in columns)], [*rows, kept])
 
 
 def correlation_table(runs: list[Run]) -> tuple[str, int]:
@@ -107,7 +113,7 @@ def correlation_table(runs: list[Run]) -> tuple[str, int]:
 
     warnings.simplefilter("ignore")  # a resample can be constant
 
-    chosen = [r for r in runs if not r["diverged"] and r["patience"] == 3]
+    chosen = [r for r in runs if not r["diverged"] and r["patience"] == 3 and r["optimizer"] == "sgd"]
     test = np.array([error("test")(r) for r in chosen])
     random = np.random.default_rng(0)
 
@@ -155,7 +161,7 @@ def write_up(results: dict[str, Any]) -> None:
 `python -m reports.setol_mp3 --work DIR` makes this page. {common.facts(results["machine"])}
 
 784–300–100–10, ReLU, Glorot-normal weights and zero biases that differ by seed, plain SGD at a constant multiple of
-lr 0.01, 54,000 training images, full test set of 10,000; training stops when the loss of an epoch has for three epochs
+lr 0.01 (Adam: of 0.001), 54,000 training images, full test set of 10,000; training stops when the loss of an epoch has for three epochs
 not fallen by 1e-4 below its best. **{len(runs)} runs ({len(seeds)} seeds at most) are in this page, {minutes:.0f} minutes of
 processor time in all**; the column "seeds" says how many each line has, ± is half the range between them. The settings
 that the command would still run with its default of five seeds are those with fewer. The standard error of a test error of 1.7 %
@@ -179,7 +185,7 @@ T is the mean of ln λ̃ over the power-law tail, the trace-log (ERG) number; Δ
 
 ## What the measures say about the test error
 
-Spearman correlation with the test error over the {count} runs of patience 3 (all settings together), with a 95 %
+Spearman correlation with the test error over the {count} runs of SGD with patience 3 (all settings together), with a 95 %
 bootstrap interval over runs. Runs of one setting are not independent samples of settings; read the intervals as narrow.
 
 {correlations}
@@ -194,7 +200,7 @@ subtracted, large entries clipped), where there were any.
     verdict = HERE / "verdict.md"
     if verdict.exists():
         text += verdict.read_text()
-    best_key = f"lr {best[0][0]}×, batch {best[0][1]}, patience {best[0][2]}"
+    best_key = f"{best[0][0]}, lr {best[0][1]}×, batch {best[0][2]}, patience {best[0][3]}"
     text += f"\nLowest mean test error: {best_key}, {spread([error('test')(r) for r in best[1]])} % over {len(best[1])} seed(s).\n"
     (HERE / "README.md").write_text(text)
 
@@ -219,16 +225,18 @@ def plot(runs: list[Run]) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     finished = [r for r in runs if not r["diverged"]]
-    for label, marker, chosen in (
-        ("lr 1×–32×, batch 32", "o", [r for r in finished if r["batch"] == 32 and r["patience"] == 3]),
-        ("lr 1×, batch 1–16", "s", [r for r in finished if r["batch"] < 32]),
-        ("patience 12", "^", [r for r in finished if r["patience"] > 3]),
+    sgd = [r for r in finished if r["optimizer"] == "sgd"]
+    for name, marker, chosen in (
+        ("lr 1×–32×, batch 32", "o", [r for r in sgd if r["batch"] == 32 and r["patience"] == 3]),
+        ("lr 1×, batch 1–16", "s", [r for r in sgd if r["batch"] < 32]),
+        ("patience 12", "^", [r for r in sgd if r["patience"] > 3]),
+        ("Adam", "x", [r for r in finished if r["optimizer"] == "adam"]),
     ):
         if not chosen:
             continue
         alpha = [layer("FC1", "alpha")(r) for r in chosen]
-        axes[0].plot(alpha, [layer("FC1", "delta_lambda_min")(r) for r in chosen], marker, label=label, alpha=0.8)
-        axes[1].plot(alpha, [error("test")(r) for r in chosen], marker, label=label, alpha=0.8)
+        axes[0].plot(alpha, [layer("FC1", "delta_lambda_min")(r) for r in chosen], marker, label=name, alpha=0.8)
+        axes[1].plot(alpha, [error("test")(r) for r in chosen], marker, label=name, alpha=0.8)
     axes[0].axhline(0, color="k", lw=0.6)
     axes[0].set(xlabel="α of FC1", ylabel="Δλ_min of FC1", title="α and ERG march together")
     axes[1].set(xlabel="α of FC1", ylabel="test error, %", title="and the error on the way")
