@@ -209,11 +209,12 @@ def test_every_column_is_defined(hooks):
     assert meanings["name"].endswith("for a part of a fused tensor.")
 
 
-def test_links_to_studies_are_turned(hooks):
-    assert hooks.study_link("../../estimators/README.md#x", "") == "studies/estimators/README.md#x"
-    assert hooks.study_link("../../../pictures/report.png", "coming-from") == "../studies/pictures/report.png"
-    for own in ("analyze.md", "../definitions.md", "https://example.org/a", "#here"):
-        assert hooks.study_link(own, "coming-from") == own
+def test_links_to_the_repository_are_turned(hooks):
+    assert hooks.turned("../../estimators/README.md#x", "") == "studies/estimators/README.md#x"
+    assert hooks.turned("../../../pictures/report.png", "coming-from") == "../studies/pictures/report.png"
+    assert hooks.turned("../../../htsr/recipes/one_cpu.yaml", "") == "recipes/one_cpu.yaml"
+    for own in ("analyze.md", "../definitions.md", "../../../../README.md", "https://example.org/a"):
+        assert hooks.turned(own, "coming-from") == own
 
 
 def test_the_page_on_reports_explains_all_that_a_report_shows():

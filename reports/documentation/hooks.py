@@ -1,7 +1,7 @@
 """What the site has beyond its pages: the studies with their pictures, and what is generated from docstrings.
 
-Pages link to files of the repository as they lie there, so that the links work in both places; those to a study or a
-picture under ``reports/`` are turned to the copy that the site has under ``studies/``.
+Pages link to files of the repository as they lie there, so that the links work in both places: those to a study, a
+picture or a recipe are turned to the copy that the site has.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from mkdocs.structure.files import File, Files
 import htsr
 from htsr.spectra.metrics import LayerMetrics
 
-REPORTS = Path(__file__).parents[1]
-PAGES = "documentation/pages"
+ROOT = Path(__file__).parents[2]
+PAGES = "reports/documentation/pages"
+PLACES = {"reports": "studies", "htsr/recipes": "recipes"}  # folders of the repository on the site
 SCIENCE = (
     "spectra.esd", "spectra.tail", "spectra.erg", "spectra.bulk", "spectra.null", "spectra.alternatives",
     "spectra.quality", "spectra.lanczos", "spectra.scores", "spectra.projection", "spectra.nudge", "allocate",
@@ -27,11 +28,14 @@ _LINK = re.compile(r"(?<=\]\()[^)\s]+(?=\))")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the studies, and a page that lists them."""
-    studies = sorted(REPORTS.glob("*/README.md"))
-    pictures = sorted(path for kind in ("png", "svg") for path in REPORTS.glob(f"*/*.{kind}"))
-    for path in [*studies, *pictures]:
-        there = f"studies/{path.relative_to(REPORTS).as_posix()}"
+    """Add the recipes, the studies, and a page that lists them."""
+    studies = sorted(ROOT.glob("reports/*/README.md"))
+    others = [
+        path for pattern in ("reports/*/*.png", "reports/*/*.svg", "htsr/recipes/*.yaml") for path in ROOT.glob(pattern)
+    ]
+    for path in [*studies, *sorted(others)]:
+        there = place(path.relative_to(ROOT).as_posix())
+        assert there is not None
         files.append(File.generated(config, there, abs_src_path=str(path)))
     config.nav[-1]["Studies"] = ["studies/README.md", *(f"studies/{path.parent.name}/README.md" for path in studies)]
     lines = [f"- [{_title(path)}]({path.parent.name}/README.md)" for path in studies]
@@ -45,16 +49,22 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     for name, make in GENERATED.items():
         markdown = markdown.replace(f"<!-- generated: {name} -->", make())
     here = posixpath.dirname(page.file.src_uri)
-    return _LINK.sub(lambda link: study_link(link[0], here), markdown)
+    return _LINK.sub(lambda link: turned(link[0], here), markdown)
 
 
-def study_link(link: str, here: str) -> str:
-    """A link from a page in the folder `here` of the site to a file of a study, as the site has it."""
+def place(path: str) -> str | None:
+    """Where the site has a file of the repository."""
+    for folder, there in PLACES.items():
+        if path.startswith(f"{folder}/") and not path.startswith(PAGES):
+            return there + path.removeprefix(folder)
+    return None
+
+
+def turned(link: str, here: str) -> str:
+    """A link from a page in the folder `here` of the site: to a file of the repository, to where the site has it."""
     file, mark, anchor = link.partition("#")
-    target = posixpath.normpath(posixpath.join(PAGES, here, file))
-    if file.startswith("..") and not target.startswith((PAGES, "..")):
-        return posixpath.relpath(f"studies/{target}", here or ".") + mark + anchor
-    return link
+    there = place(posixpath.normpath(posixpath.join(PAGES, here, file))) if file.startswith("..") else None
+    return link if there is None else posixpath.relpath(there, here or ".") + mark + anchor
 
 
 def metric_table() -> str:
