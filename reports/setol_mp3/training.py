@@ -60,6 +60,19 @@ def load_digits(folder: Path, images: int | None = None) -> Digits:
     return Digits(train, held_out, test)
 
 
+def drawn_digits(images: int) -> Digits:
+    """In place of MNIST, to show that all runs: ten random pictures, each drawn anew with noise, for every part."""
+    random = np.random.default_rng(0)
+    pictures = random.random((SIZES[-1], SIZES[0]), dtype=np.float32)
+
+    def part(count: int) -> tuple[Floats, npt.NDArray[np.int64]]:
+        labels = random.integers(0, len(pictures), count)
+        noise = random.random((count, SIZES[0]), dtype=np.float32)
+        return ((pictures[labels] + 3 * noise) / 4).astype(np.float32), labels
+
+    return Digits(part(images), part(images // 6), part(images // 6))
+
+
 def initial(seed: int) -> Network:
     """Glorot-normal weights and zero biases, different for every seed."""
     random = np.random.default_rng((seed, 0))
