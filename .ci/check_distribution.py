@@ -1,4 +1,4 @@
-"""That wheel and sdist hold what they should: `python .ci/check_distribution.py DIST`, in the tree they were built of.
+"""That the built distributions hold what they should: `python .ci/check_distribution.py DIST` in the tree they are of.
 
 The wheel: every file of htsr/ and cli/ and its own metadata, no more. The source distribution: also tests, studies and
 the papers at the top. The changelog has a section for the version.

@@ -60,7 +60,7 @@ def default(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
         return f" = {field.default!r}"
     if field.default_factory is not dataclasses.MISSING:
-        return f" = {field.default_factory.__name__}()"
+        return f" = {field.default_factory()!r}"
     return ""
 
 
