@@ -1,6 +1,6 @@
 """Layerwise learning rates on a small LLaMA: every arm at its own tuned learning rate, several seeds.
 
-    python -m reports.llr_small --quick              three arms, one learning rate, a tiny model: under 3 minutes
+    python -m reports.llr_small --quick              three arms, one learning rate, a tiny model: about a minute
     python -m reports.llr_small --work FOLDER        the whole study, about two hours on one core (OMP_NUM_THREADS=1)
     python -m reports.llr_small --work FOLDER --device cuda --text FOLDER --width 512 --blocks 8 --steps 10000 \\
         --batch 128 --context 1024 --vocabulary 32000          a further, larger point
@@ -13,6 +13,7 @@ other seeds at the best. `--write` makes the page from what FOLDER holds, whatev
 from __future__ import annotations
 
 import json
+import sysconfig
 import tempfile
 import time
 from dataclasses import fields, replace
@@ -28,7 +29,8 @@ HERE = Path(__file__).parent
 MAIN = Size()
 LONG = replace(MAIN, steps=2400)
 LONG_ARMS = ["uniform", "llr", "ends"]
-QUICK = Size(width=64, blocks=2, steps=150, vocabulary=1024)
+QUICK = Size(width=64, blocks=2, steps=60, vocabulary=1024)
+QUICK_TEXT = Path(sysconfig.get_path("stdlib")) / "asyncio"  # half a megabyte
 
 
 def main() -> None:
@@ -108,7 +110,7 @@ def keep(facts: dict[str, Any], points: list[tuple[Size, list[str], Size | None]
 
 def quick(work: Path, args: Any) -> None:
     """Three arms at one learning rate; says nothing about which is better."""
-    text = corpus.prepare(work, QUICK.vocabulary, args.text)
+    text = corpus.prepare(work, QUICK.vocabulary, args.text or QUICK_TEXT)
     for arm in ("uniform", "ends", "llr"):
         result = train(Job(arm, 2e-3, 0, QUICK), text, args.device)
         seconds = result["seconds"]

@@ -68,7 +68,7 @@ def drawn_digits(images: int) -> Digits:
     def part(count: int) -> tuple[Floats, npt.NDArray[np.int64]]:
         labels = random.integers(0, len(pictures), count)
         noise = random.random((count, SIZES[0]), dtype=np.float32)
-        return ((pictures[labels] + 3 * noise) / 4).astype(np.float32), labels
+        return ((pictures[labels] + 3 * noise) / 16).astype(np.float32), labels  # as dark as MNIST
 
     return Digits(part(images), part(images // 6), part(images // 6))
 
