@@ -6,7 +6,7 @@
 FOLDER of the data holds arc_easy_train.jsonl, arc_easy_test.jsonl and openbookqa_train.jsonl: question, choices, answer.
 Every run is a recipe of `htsr finetune` in a process of its own. The learning rate of each arm is searched on the same
 grid by the evaluation loss of seed 0, downhill until the best has both neighbours; accuracy is measured at the best
-only, on questions that no choice depended on. Memory and time are measured at the very end, in runs of 40 steps: keep
+only, on questions that no choice depended on. Memory and time are measured at the very end, in runs of 20 steps: keep
 the machine quiet for these, the others may be disturbed.
 """
 
@@ -55,7 +55,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-COST_STEPS = 40
+COST_STEPS = 20
 # glibc gives large blocks back to the system at once and faults them in again; keeping them is a third of the time.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 

@@ -35,6 +35,8 @@ def write_up(results: dict[str, Any], folder: Path) -> None:
         "real?",
         "per character, %",
         "evaluation loss",
+        "minus full",
+        "real?",
         "peak MiB",
         "s a step",
         "trained",
@@ -49,7 +51,7 @@ figure about {100 * first["standard_error"]:.1f} points, common to all arms); be
 from 4 bits. Blocks: γ = 4 of 30 every 10 steps, embedding (tied to the head) frozen unless said otherwise; projections of
 rank 64 refreshed every 20 steps; LoRA of rank 8 on all linear layers.
 
-Mean ± standard deviation over seeds; "minus full" is by seed, and "real?" whether its 95 % interval (Student's t over seeds)
+Mean ± standard deviation over seeds; "minus full" is by seed, for accuracy in points, and "real?" whether its 95 % interval (Student's t over seeds)
 leaves out 0.
 
 {common.table(head, rows)}
@@ -57,7 +59,12 @@ leaves out 0.
 
 Evaluation loss of seed 0 by learning rate: the grid on which each arm was tuned.
 
-{common.table(["arm", *(f"{lr:g}" for lr in results["grid"])], grid)}""")
+{common.table(["arm", *(f"{lr:g}" for lr in results["grid"])], grid)}{_verdict(folder)}""")
+
+
+def _verdict(folder: Path) -> str:
+    file = folder / "verdict.md"
+    return f"\n{file.read_text()}" if file.exists() else ""
 
 
 def _row(
@@ -67,7 +74,9 @@ def _row(
         return [run[key] for run in runs.values()]
 
     shared = sorted(set(runs) & set(full))
-    differences = [100 * (runs[s]["accuracy"] - full[s]["accuracy"]) for s in shared] if arm != "full" else []
+    others = shared if arm != "full" else []
+    differences = [100 * (runs[s]["accuracy"] - full[s]["accuracy"]) for s in others]
+    losses = [runs[s]["eval_loss"] - full[s]["eval_loss"] for s in others]
     return [
         arm,
         f"{next(iter(runs.values()))['lr']:g}",
@@ -77,6 +86,8 @@ def _row(
         _real(differences),
         _spread([100 * v for v in values("per_character")], 1),
         _spread(values("eval_loss"), 4),
+        _spread(losses, 3),
+        _real(losses),
         round(cost["peak_mib"]) if cost else "",
         f"{cost['seconds_per_step']:.2f}" if cost else "",
         f"{next(iter(runs.values()))['trainable_parameters'] / 1e6:.1f} M",
