@@ -6,7 +6,7 @@ Pure functions of numbers; they know neither models nor optimizers. A larger sco
 What is not a number has a meaning of its own: NaN is "not known" and gets the neutral budget (a multiplier of
 `missing`, an average share), ±inf counts as the largest or smallest finite score.
 
-Maps from scores α to multipliers between the bounds s1 and s2 (SCIENCE §5), n scores, σ(x) = 1/(1+e^(-x)):
+Maps from scores α to multipliers between the bounds s1 and s2, n scores, σ(x) = 1/(1+e^(-x)):
 
 =================== ============================================================== ===========================
 ``linear``          s1 + (s2-s1)·(α-min)/(max-min); LLR, TempBalance, AlphaDecay   all equal: s1

@@ -130,7 +130,7 @@ def test_laguerre_eigenvalues_are_those_of_gaussian_matrices(random, M):
     assert drawn.sum() == pytest.approx(count * M * N, rel=0.05)
 
 
-# SCIENCE's measured values for the Hill fit
+# measured values for the Hill fit
 @pytest.mark.parametrize(("Q", "alpha"), [(1, 2.12), (2.67, 2.99), (3, 3.13), (4, 3.46), (32, 8.0)])
 def test_shape_null_of_the_hill_fit(Q, alpha):
     null = shape_null(384, round(Q * 384), 1, lambda values: fit_power_law(values, "hill").alpha, draws=8)

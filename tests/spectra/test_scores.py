@@ -42,7 +42,7 @@ def test_scores_are_the_analyzers_numbers(matrix, name, field):
 
 
 def test_null_depends_on_the_shape_alone(random):
-    assert null_of_shape((768, 768)) == pytest.approx(2.12, abs=0.02)  # SCIENCE §1
+    assert null_of_shape((768, 768)) == pytest.approx(2.12, abs=0.02)
     assert null_of_shape((768, 3072)) == null_of_shape((3072, 768)) == pytest.approx(3.46, abs=0.04)
     windows = Windows(rows=100, count=3)
     assert null_of_shape((300, 400), windows=windows) == pytest.approx(null_of_shape((100, 100), 9))
