@@ -112,7 +112,7 @@ def train(
     """
     random = np.random.default_rng((seed, 1))
     x, y = digits.train
-    update = _Sgd(lr) if optimizer == "sgd" else _Adam(network, lr)
+    update = _Sgd(lr / batch) if optimizer == "sgd" else _Adam(network, lr)
     history: list[Epoch] = []
     best, idle = np.inf, 0
     for number in range(max_epochs):
@@ -170,13 +170,13 @@ def _backward(network: Network, images: Floats, labels: npt.NDArray[np.int64]) -
 
 
 class _Sgd:
-    """A step of plain SGD on the mean loss."""
+    """A step of plain SGD on the summed loss; `lr` is that of the mean divided by the batch, also in a last short one."""
 
     def __init__(self, lr: float) -> None:
         self.lr = lr
 
     def __call__(self, factors: Factors) -> None:
-        lr = np.float32(self.lr / len(factors[0][2]))
+        lr = np.float32(self.lr)
         for W, b, delta, source in factors:
             sgemm(-lr, source.T, delta.T, beta=1, c=W.T, trans_b=1, overwrite_c=1)
             b -= lr * delta.sum(axis=0)

@@ -45,6 +45,25 @@ def test_an_epoch_is_that_of_torch_on_the_mean_loss(digits, batch):
     assert loss_and_error(network, x, y)[0] == pytest.approx(float(expected.detach()), rel=1e-4)
 
 
+def test_adam_is_that_of_torch(digits):
+    network = initial(3)
+    expected = [torch.from_numpy(part.copy()).requires_grad_() for layer in network for part in layer]
+    (x, y), adam = digits.train, torch.optim.Adam(expected, lr=1e-3)
+    order = np.random.default_rng((7, 1)).permutation(97)
+    for start in range(0, 97, 32):
+        chosen = order[start : start + 32]
+        activations = torch.from_numpy(x[chosen])
+        for i in range(3):
+            activations = activations @ expected[2 * i].T + expected[2 * i + 1]
+            activations = activations.relu() if i < 2 else activations
+        adam.zero_grad()
+        torch.nn.functional.cross_entropy(activations, torch.from_numpy(y[chosen])).backward()
+        adam.step()
+    train(network, digits, lr=1e-3, batch=32, seed=7, optimizer="adam", max_epochs=1)
+    for ours, theirs in zip((part for layer in network for part in layer), expected, strict=True):
+        assert float(np.abs(ours - theirs.detach().numpy()).mean()) < 1e-6
+
+
 def test_training_stops_when_the_loss_no_longer_falls(digits):
     network = initial(0)
     x, _ = digits.train

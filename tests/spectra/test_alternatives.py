@@ -77,8 +77,10 @@ def test_ratios_are_those_of_the_powerlaw_package(random):
 
 
 def test_nothing_to_compare_is_said():
-    with pytest.raises(MatrixError, match="fewer than 2 distinct"):
+    with pytest.raises(MatrixError, match="2 or more distinct"):
         compare_laws([3.0, 3.0])
+    with pytest.raises(MatrixError, match="all > 0"):
+        compare_laws([0.0, 1.0, 3.0])
 
 
 @pytest.mark.parametrize("q", [1.0, 0.5, 0.2])
