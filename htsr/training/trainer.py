@@ -73,7 +73,7 @@ class FinetuneTrainer(SFTTrainer):
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
         if isinstance(optimizer, LowRankAdamW) and optimizer.gradients == "project":
             return optimizer.clip_grad_norm_(self.args.max_grad_norm)
-        return super()._clip_grad_norm(model)
+        return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing yet: htsr writes its own card at the end."""
