@@ -1,6 +1,6 @@
 """Time of a whole training step by method: OwLore beside LISA.
 
-    python -m reports.step_time            the whole study, about 10 minutes on one core
+    python -m reports.step_time            the whole study, about 5 minutes on one core
     python -m reports.step_time --quick    two blocks, one round
 
 One thread, float32, processor time of the process (which other work on the machine does not change much): forward,
@@ -34,17 +34,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 49152,
         "tie_word_embeddings": True,
     },
-    "width of LLaMA-1B, 4 blocks": {
-        "hidden_size": 2048,
-        "intermediate_size": 5461,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 16,
-        "vocab_size": 8000,
-    },
 }
 SETTINGS: list[tuple[str, int, int, int, int]] = [  # model, γ, r, batch, sequence
     ("SmolLM2-135M", 4, 128, 1, 512),
-    ("width of LLaMA-1B, 4 blocks", 2, 128, 1, 512),
 ]
 ARMS = ("LISA", "OwLore", "LISA, embeddings trained", "OwLore, embeddings trained")
 
@@ -146,6 +138,7 @@ in "first" and others fall outside of these intervals; LISA and OwLore draw the 
 frozen unless said otherwise.
 
 OwLore's step against LISA's: {min(ratios.values()):.2f} to {max(ratios.values()):.2f} (target 1.1; {over} of {len(ratios)} lines above).
+
 {common.table(["model", "method", "first of an interval", "later", *heads], rows)}""")
 
 
