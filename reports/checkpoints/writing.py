@@ -177,7 +177,7 @@ def finetuned_text(found: Any) -> str:
     return f"""## Before and after fine-tuning
 
 SmolLM2-135M-Instruct, {steps} steps of `htsr finetune` on the Python language reference, {BATCH} × 128 tokens a step; recipes in
-[training.py](training.py). Median shift; median and largest size of the shift over the matrices that changed; and the
+`training.py`. Median shift; median and largest size of the shift over the matrices that changed; and the
 median size under a Gaussian change of the same norm, matrix by matrix.
 
 {moved_table(runs)}
