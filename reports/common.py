@@ -18,6 +18,15 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+SMOLLM2: dict[str, Any] = {  # the shapes of SmolLM2-135M, as transformers' LlamaConfig has them
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
 PACKAGES = ("htsr", "numpy", "scipy", "torch", "transformers", "safetensors", "powerlaw", "weightwatcher")
 
 
@@ -80,6 +89,21 @@ def smollm2(work: Path) -> Path:
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(folder)
     return folder
+
+
+def finetune(recipe: dict[str, Any], *options: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """Metrics of `htsr finetune` on a recipe, in a process of its own; the recipe is kept beside its output folder."""
+    import yaml
+
+    output = Path(recipe["output"])
+    file = output.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-W", "ignore", "-m", "htsr.finetune", "--config", str(file), "--quiet", *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (environment or {}))
+    if done.returncode:
+        raise RuntimeError(f"the recipe {file.name} failed:\n{done.stderr[-2000:]}")
+    metrics: dict[str, Any] = json.loads((output / "results.json").read_text())["metrics"]
+    return metrics
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from trl.trainer.sft_trainer import SFTTrainer
@@ -59,13 +60,8 @@ class FinetuneTrainer(SFTTrainer):
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
-            scale=low_rank.scale,
-            refresh_every=low_rank.refresh_every,
-            method=low_rank.method,
-            moments=low_rank.moments,
-            state_dtype=low_rank.state_dtype,
             seed=self.recipe.seed,
-            gradients=low_rank.gradients,
+            **{name: value for name, value in asdict(low_rank).items() if name != "rank"},
         )
 
     def _clip_grad_norm(self, model: Any) -> Any:

@@ -74,11 +74,12 @@ def run(arm: str, seed: int, work: Path) -> dict[str, Any]:
 
 def with_size(r: dict[str, Any], base: dict[str, Row]) -> list[Row]:
     """Rows of the change with its relative size."""
-    return [
+    sized = (
         row | {"relative_norm": r["sizes"][row["name"]] / base[row["name"]]["norm"] ** 0.5}
         for row in r["change"]
-        if row["fitted"] and r["sizes"][row["name"]] / base[row["name"]]["norm"] ** 0.5 > LEAST
-    ]
+        if row["fitted"]
+    )
+    return [row for row in sized if row["relative_norm"] > LEAST]
 
 
 def shift(rows: list[Row], base: dict[str, Row], key: str) -> np.ndarray[Any, np.dtype[np.float64]]:

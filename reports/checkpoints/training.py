@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from reports import common
 
@@ -70,10 +65,5 @@ def tuned(arm: str, seed: int, work: Path) -> tuple[Path, dict[str, Any]]:
     folder = work / f"{arm}-{seed}"
     if not (folder / "results.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        file = work / f"{arm}-{seed}.yaml"
-        file.write_text(yaml.safe_dump(recipe(arm, seed, work, folder)))
-        command = [sys.executable, "-W", "ignore", "-m", "htsr.finetune", "--config", str(file), "--quiet"]
-        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-        if done.returncode:
-            raise RuntimeError(f"{arm}, seed {seed}, failed:\n{done.stderr[-2000:]}")
+        common.finetune(recipe(arm, seed, work, folder))
     return folder, json.loads((folder / "results.json").read_text())["metrics"]

@@ -40,6 +40,7 @@ def model_table(models: dict[str, list[Any]]) -> str:
 
 def role_table(models: dict[str, list[Any]]) -> str:
     """Medians by role, trained (random)."""
+    keys = ("alpha", "hill", "hill_minus_null", "farms", "trace_log", "stable_rank_share")
     rows = []
     for name, lines in models.items():
         for line in lines[1:]:
@@ -47,13 +48,9 @@ def role_table(models: dict[str, list[Any]]) -> str:
             if not trained["fitted"]:
                 rows.append([name, line["role"], f"{trained['matrices']} (too small to fit)", *["–"] * 7])
                 continue
-            cells = [
-                f"{trained[k][1]:.2f} ({random[k][1]:.2f})"
-                for k in ("alpha", "hill", "hill_minus_null", "farms", "trace_log", "stable_rank_share")
-            ]
+            cells = [f"{trained[k][1]:.2f} ({random[k][1]:.2f})" for k in keys]
             flags = f"{trained['random_like']} ({random['random_like']})"
             rows.append([name, line["role"], f"{trained['fitted']} of {trained['matrices']}", *cells, flags])
-    keys = ("alpha", "hill", "hill_minus_null", "farms", "trace_log", "stable_rank_share")
     return common.table(["model", "role", "fitted", *(NAMES[k] for k in keys), "random-like"], rows)
 
 

@@ -25,18 +25,9 @@ SMALL = {
     "num_attention_heads": 8,
     "vocab_size": 16000,
 }
-SMOLLM2 = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
 MODELS: dict[str, dict[str, Any]] = {
     "LLaMA, 42M": SMALL,
-    "SmolLM2-135M": SMOLLM2,
+    "SmolLM2-135M": common.SMOLLM2,
     "LLaMA-2-7B": {
         "hidden_size": 4096,
         "intermediate_size": 11008,

@@ -14,18 +14,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from reports import common
 from reports.owlore_small.write_up import write_up
@@ -206,13 +202,7 @@ def run(job: Job, size: Size, work: Path) -> dict[str, Any]:
     }
     if job.kind == "test":
         recipe["data"]["multiple_choice"] = str(work / "test.jsonl")
-    (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-W", "ignore", "-m", "htsr.finetune", "--config", str(work / "recipe.yaml"), "--resume"]
-    environment = dict(os.environ) if job.kind == "cost" else os.environ | _KEEP_MEMORY
-    done = subprocess.run([*command, "--quiet"], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{job} failed:\n{done.stderr[-2000:]}")
-    metrics = json.loads((output / "results.json").read_text())["metrics"]
+    metrics = common.finetune(recipe, "--resume", environment={} if job.kind == "cost" else _KEEP_MEMORY)
     if job.kind == "test":
         shutil.copy(output / "accuracy_before.json", before)
     shutil.rmtree(output)

@@ -173,13 +173,12 @@ class _Sgd:
     """A step of plain SGD on the summed loss; `lr` is that of the mean divided by the batch, also in a last short one."""
 
     def __init__(self, lr: float) -> None:
-        self.lr = lr
+        self.lr = np.float32(lr)
 
     def __call__(self, factors: Factors) -> None:
-        lr = np.float32(self.lr)
         for W, b, delta, source in factors:
-            sgemm(-lr, source.T, delta.T, beta=1, c=W.T, trans_b=1, overwrite_c=1)
-            b -= lr * delta.sum(axis=0)
+            sgemm(-self.lr, source.T, delta.T, beta=1, c=W.T, trans_b=1, overwrite_c=1)
+            b -= self.lr * delta.sum(axis=0)
 
 
 class _Adam:

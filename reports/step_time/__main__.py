@@ -21,20 +21,10 @@ from typing import Any
 from reports import common
 
 HERE = Path(__file__).parent
-INTERVALS = (10, 50)  # OwLore's and LISA's papers draw anew every 50 to 200 steps, our recipes every 20
+INTERVALS = (10, 50)  # of the recipes for a CPU and for a GPU
 REFRESH_EVERY = 200
 SHORT = 4  # steps of an interval here: the first, and three more
-MODELS: dict[str, dict[str, Any]] = {
-    "SmolLM2-135M": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-}
+MODELS = {"SmolLM2-135M": common.SMOLLM2}
 SETTINGS: list[tuple[str, int, int, int, int]] = [  # model, γ, r, batch, sequence
     ("SmolLM2-135M", 4, 128, 1, 512),
 ]
@@ -48,7 +38,7 @@ def main() -> None:
     args = common.arguments(str(__doc__))
     torch.set_num_threads(1)
     if args.quick:
-        small = MODELS["SmolLM2-135M"] | {"num_hidden_layers": 2, "vocab_size": 2000}
+        small = common.SMOLLM2 | {"num_hidden_layers": 2, "vocab_size": 2000}
         print(json.dumps(compare(small, ARMS[:2], 1, 32, 2, 64, rounds=1), indent=1))
         return
     results = []
