@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from reports.setol_mp3.training import Digits, Epoch, diverged, initial, logits_of, loss_and_error, read_idx, train
+from reports.setol_mlp3.training import Digits, Epoch, diverged, initial, logits_of, loss_and_error, read_idx, train
 
 
 @pytest.fixture

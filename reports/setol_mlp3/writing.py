@@ -158,7 +158,7 @@ def write_up(results: dict[str, Any]) -> None:
     minutes = sum(r["cpu_seconds"] for r in runs) / 60
     text = f"""# SETOL's three-layer perceptron on MNIST
 
-`python -m reports.setol_mp3 --work DIR` makes this page. {common.facts(results["machine"])}
+`python -m reports.setol_mlp3 --work DIR` makes this page. {common.facts(results["machine"])}
 
 784–300–100–10, ReLU, Glorot-normal weights and zero biases that differ by seed, plain SGD at a constant multiple of
 lr 0.01 (Adam: of 0.001), 54,000 training images, full test set of 10,000; training stops when the loss of an epoch has for three epochs

@@ -9,7 +9,7 @@ import numpy as np
 import htsr
 from htsr.errors import MatrixError
 from htsr.spectra.erg import erg
-from reports.setol_mp3.training import Digits, Network, loss_and_error
+from reports.setol_mlp3.training import Digits, Network, loss_and_error
 
 LAYERS = ("FC1", "FC2")
 DIRECTIONS = (10, 20, 40, 80)

