@@ -13,8 +13,10 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +27,8 @@ from htsr.errors import SourceError, UsageError
 from htsr.execution import Ranks, measure_all, pick_device, share
 from htsr.files import written
 from htsr.journal import Journal
+from htsr.matrices.roles import whole_name
+from htsr.matrices.sharded import Shard, by_tensor, in_rounds, open_live
 from htsr.matrices.sources import Filter, Model, Source, open_model
 from htsr.spectra.esd import Windows
 from htsr.spectra.measure import Measured
@@ -242,7 +246,12 @@ def analyze(
     """
     settings = make_options(full=full, **options)
     model = open_model(source, revision=revision, against=against, base=base).filtered(where or Filter())
-    return analyze_model(model, settings, Journal(model, settings, Path(journal)) if journal else None, progress)
+    shards: Mapping[str, Shard] = {}
+    if against is None and any(matrix.problem and matrix.problem[0] == "sharded" for matrix in model):
+        live = open_live(source)  # type: ignore[arg-type]  # only a module has such
+        model, shards = replace(model, matrices=live.matrices).filtered(where or Filter()), live.shards
+    kept = Journal(model, settings, Path(journal)) if journal else None
+    return analyze_model(model, settings, kept, progress, shards)
 
 
 def make_options(*, full: bool = False, **options: Any) -> Options:
@@ -268,6 +277,7 @@ def analyze_model(
     options: Options,
     journal: Journal | None = None,
     progress: Callable[[Progress], None] | None = None,
+    shards: Mapping[str, Shard] = MappingProxyType({}),
 ) -> Analysis:
     """`analyze` for a model that is already open.
 
@@ -276,29 +286,35 @@ def analyze_model(
         options: what is computed, and how.
         journal: where finished rows are kept while running; discarded at the end.
         progress: called after each matrix.
+        shards: tensors of the model that are spread over the processes.
     """
     started = time.perf_counter()
     ranks = Ranks()
     done = journal.load() if journal else {}
     todo = [matrix for matrix in model if matrix.name not in done]
-    todo = [todo[i] for i in share([matrix.cost for matrix in todo], ranks.size)[ranks.rank]]
-    total, spent = sum(matrix.cost for matrix in todo) or 1.0, 0.0
-    finished = len(done)
+    whole = [matrix for matrix in todo if whole_name(matrix.name) not in shards]
+    whole = [whole[i] for i in share([matrix.cost for matrix in whole], ranks.size)[ranks.rank]]
+    tensors = by_tensor(matrix for matrix in todo if whole_name(matrix.name) in shards)
+    own = [*whole, *chain.from_iterable(tensors[ranks.rank :: ranks.size])]
+    total, spent = sum(matrix.cost for matrix in own) or 1.0, 0.0
+    costs, finished = {matrix.name: matrix.cost for matrix in own}, len(done)
     ranks.gather([])  # every rank has read the journals before any writes
     if journal:
         journal.open(ranks.rank)
 
-    def measured(index: int, result: Measured) -> None:
+    def measured(_index: int, result: Measured) -> None:
         nonlocal spent, finished
         if journal:
             journal.add(result)
-        spent += todo[index].cost
+        spent += costs[result.row.name]
         finished += 1
         if progress:
-            progress(Progress(finished, len(done) + len(todo), spent / total, result.row))
+            progress(Progress(finished, len(done) + len(own), spent / total, result.row))
 
     try:
-        mine = measure_all(todo, options, measured)
+        mine = measure_all(whole, options, measured)
+        for parts in in_rounds(tensors, shards, ranks.rank, ranks.size):
+            mine += measure_all(parts, options, measured)
     finally:
         if journal:
             journal.close()

@@ -80,6 +80,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
 
     output = Path(recipe.output)
     arguments = _arguments(recipe)
+    _prepare_deepspeed(recipe, arguments)
     ranks = PartialState()
     checkpoint = _last_checkpoint(output)
     if not resume and output.is_dir() and any(output.iterdir()):
@@ -110,7 +111,9 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
         "train_loss": outcome.training_loss,
         "steps": outcome.global_step,
         "seconds_per_step": seconds / max(outcome.global_step - first_step, 1),
-        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trainable_parameters": sum(
+            getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad
+        ),
         **_peak(),
     }
     if held_out:
@@ -156,6 +159,22 @@ def _arguments(recipe: Recipe) -> Any:
         return SFTConfig(output_dir=recipe.output, seed=recipe.seed, **given)
     except (ValueError, TypeError) as error:
         raise UsageError(f"training: {error}") from error
+
+
+def _prepare_deepspeed(recipe: Recipe, arguments: Any) -> None:
+    """Refuse what ZeRO's flat parameters cannot do, and have ZeRO-3 save whole weights."""
+    plugin: Any = getattr(arguments, "deepspeed_plugin", None)
+    stage = plugin.zero_stage if plugin is not None else 0
+    if stage and (recipe.sampling is not None or recipe.low_rank is not None):
+        raise UsageError(
+            f"method: {recipe.method} needs the model's own matrices, and DeepSpeed's ZeRO flattens them: take DDP or "
+            "FSDP2"
+        )
+    if stage == 3:
+        if recipe.data.multiple_choice:
+            raise UsageError("data.multiple_choice: ZeRO-3 holds no whole model to ask; ask the saved one afterwards")
+        zero = plugin.hf_ds_config.config["zero_optimization"]
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
 
 
 def _spectra(recipe: Recipe, source: torch.nn.Module | str, path: Path, say: Callable[[str], None]) -> Analysis | None:
@@ -217,10 +236,13 @@ def _trainer(
 
 def _save(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks: Any) -> None:
     """The model as plain transformers loads it, in safetensors."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     if recipe.lora is None:
         trainer.save_model(str(output))
     else:
         trainer.save_model(str(output / "adapter"))
+        unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]  # under ZeRO-3 all ranks would have to load
         ranks.wait_for_everyone()
         if ranks.is_main_process:  # merged into a fresh copy, whatever wraps the trained one
             from peft import PeftModel

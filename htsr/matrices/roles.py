@@ -142,6 +142,7 @@ _FAMILIES = [
 ]
 
 _NO_BLOCK = re.compile(rf"embed|experts?$|(^|\.)stem|{_PROJECTOR}|{_HEAD}")
+_PART = re.compile(r"(\[[^\]]*\])+$")
 _NUMBERED = re.compile(r"(?:layer|stage|block|level|cell|inception|mixed|transition|^s)_?(\d+)[a-e]?$")
 _STACKS = {
     "vision": re.compile(r"vision|visual|image|^vit$|^v$"),
@@ -171,6 +172,11 @@ def stem(name: str) -> str:
         if not name.endswith("in_proj_weight"):
             name = name.removesuffix(suffix)
     return name
+
+
+def whole_name(name: str) -> str:
+    """The tensor that the matrix `name` is or is part of: the name without what stands in brackets at its end."""
+    return _PART.sub("", name)
 
 
 def role_of(name: str, kind: str | None = None) -> str:

@@ -7,14 +7,14 @@ the same order, and which only the rank that asked for it keeps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from htsr.matrices.entries import Entry, base_name, unshared
 from htsr.matrices.modules import module_config, module_entries
 from htsr.matrices.quantized import dequantized
-from htsr.matrices.roles import stem
+from htsr.matrices.roles import stem, whole_name
 from htsr.matrices.sources import WeightMatrix, matrices_of
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ class Shard:
     def gather(self, *, keep: bool) -> None:
         """Put the tensor together. A collective: every rank calls it, those with `keep` can read it afterwards."""
         if hasattr(self.tensor, "ds_id"):
-            from deepspeed.zero import GatheredParameters
+            import deepspeed  # its `zero` is an attribute, no module
 
-            with GatheredParameters([self.tensor]):
+            with deepspeed.zero.GatheredParameters([self.tensor]):
                 self._whole = self.tensor.detach().clone() if keep else None
             return
         whole = self.tensor.detach().full_tensor()
@@ -93,6 +93,36 @@ def open_live(module: torch.nn.Module, view: View | None = None) -> LiveModel:
         entries.append(entry)
     matrices = tuple(matrices_of(unshared(dequantized(entries)), module_config(module)))
     return LiveModel(matrices, shards)
+
+
+def by_tensor(matrices: Iterable[WeightMatrix]) -> list[list[WeightMatrix]]:
+    """The `matrices` that are parts of one tensor together; the costliest tensors first."""
+    tensors: dict[str, list[WeightMatrix]] = {}
+    for matrix in matrices:
+        tensors.setdefault(whole_name(matrix.name), []).append(matrix)
+    return sorted(tensors.values(), key=lambda parts: -sum(matrix.cost for matrix in parts))
+
+
+def in_rounds(
+    tensors: Sequence[list[WeightMatrix]], shards: Mapping[str, Shard], rank: int, size: int
+) -> Iterator[list[WeightMatrix]]:
+    """What this rank can read, one tensor at a time; a round gathers one for each rank, so all ranks go on together.
+
+    Args:
+        tensors: the matrices in each, the same on all ranks; every `size`-th from the `rank`-th is this rank's.
+        shards: of the tensors, by name.
+        rank: of this process.
+        size: number of processes that share the work.
+    """
+    for first in range(0, len(tensors), size):
+        mine: list[WeightMatrix] = []
+        for owner, parts in enumerate(tensors[first : first + size]):
+            shards[whole_name(parts[0].name)].gather(keep=owner == rank)
+            if owner == rank:
+                mine = parts
+        if mine:
+            yield mine
+            shards[whole_name(mine[0].name)].release()
 
 
 def _is_sharded(tensor: Any) -> bool:

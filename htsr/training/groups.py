@@ -12,6 +12,7 @@ What is known about a group rides in it as plain numbers and strings, which ever
 ``htsr_event``   step of the last event, 0 before the first
 ``htsr_step``    optimizer steps done
 ``htsr_policy``  the policy, as JSON
+``htsr_place``   index of the group among those of the optimizer
 ``htsr_origin``  index of the group that it was split from
 ``htsr_order``   places of its parameters in that group
 ================ ======================================================================================
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 OWN_KEYS = (
     "name", "role", "multiplier", "score", "htsr_start", "htsr_target", "htsr_event", "htsr_step", "htsr_policy",
-    "htsr_origin", "htsr_order",
+    "htsr_place", "htsr_origin", "htsr_order",
 )  # fmt: skip
 _ORIGINAL_NAME = "htsr_name"  # the user's own `name` of the group that was split
 
@@ -107,14 +108,16 @@ def split_groups(
         )
     sorter = _Sorter(names, slots, pin)
     taken: set[str] = set()
-    groups, assigned = [], []
+    groups: list[dict[str, Any]] = []
+    assigned = []
     for origin, group in enumerate(optimizer.param_groups):
         for share in sorter.shares(group["params"]):
             wanted = f"{group['name']}: {share.name}" if "name" in group else share.name
             alternatives = (wanted if i == 0 else f"{wanted} ({i})" for i in count())
             name = next(name for name in alternatives if name not in taken)
             taken.add(name)
-            groups.append(_new_group(group, share, slots[share.slot].role, name, origin, policy))
+            own = {"name": name, "role": slots[share.slot].role, "htsr_policy": policy}
+            groups.append(_new_group(group, share, own | {"htsr_place": len(groups), "htsr_origin": origin}))
             assigned.append(share.slot)
     optimizer.param_groups[:] = groups
     return assigned
@@ -156,7 +159,7 @@ class _Sorter:
         return own.name if any(stem(name) == own.name for name in names) else names[0]
 
 
-def _new_group(group: dict[str, Any], share: Share, role: str, name: str, origin: int, policy: str) -> dict[str, Any]:
+def _new_group(group: dict[str, Any], share: Share, own: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     new = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in group.items()}
@@ -165,19 +168,19 @@ def _new_group(group: dict[str, Any], share: Share, role: str, name: str, origin
             new[key] = [group[key][place] for place in share.places]
     if "name" in group:
         new[_ORIGINAL_NAME] = group["name"]
-    return new | {
-        "name": name,
-        "role": role,
-        "multiplier": 1.0,
-        "score": float("nan"),
-        "htsr_start": 1.0,
-        "htsr_target": 1.0,
-        "htsr_event": 0,
-        "htsr_step": 0,
-        "htsr_policy": policy,
-        "htsr_origin": origin,
-        "htsr_order": list(share.places),
-    }
+    return (
+        new
+        | own
+        | {
+            "multiplier": 1.0,
+            "score": float("nan"),
+            "htsr_start": 1.0,
+            "htsr_target": 1.0,
+            "htsr_event": 0,
+            "htsr_step": 0,
+            "htsr_order": list(share.places),
+        }
+    )
 
 
 def is_layerwise(groups: Sequence[Mapping[str, Any]]) -> bool:

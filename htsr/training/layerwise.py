@@ -23,17 +23,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from htsr.errors import UsageError
+from htsr.matrices.entries import base_name
 from htsr.matrices.sharded import open_live
 from htsr.training.groups import adapt_state_dict, parameter_names, require_fresh, split_groups
 from htsr.training.policy import Policy, PolicyLike, make_policy
 from htsr.training.scoring import live_scores, view_of
-from htsr.training.slots import decide, fixed, matrix_slots, pinned
+from htsr.training.slots import Outcome, decide, fixed, matrix_slots, pinned, slot_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,6 +87,24 @@ def layerwise(
     return optimizer
 
 
+Groups = list[tuple[int, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What was decided at a step.
+
+    Attributes:
+        step: counted from 1.
+        outcome: by slot.
+        frozen: slots that do not train now, and keep the multipliers that they have.
+    """
+
+    step: int
+    outcome: Outcome
+    frozen: frozenset[int]
+
+
 class Layerwise:
     """What hangs on the optimizer: the policy, which group has which slot, and nothing that a checkpoint would need.
 
@@ -114,10 +134,14 @@ class Layerwise:
         here = {
             slot
             for slot, group in zip(self.of_group, optimizer.param_groups, strict=True)
-            if any(parameter.ndim > 1 for parameter in group["params"])
+            if any(
+                len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+                for parameter in group["params"]  # ZeRO-3's
+            )
         }
         # a matrix in another optimizer takes no part here, and a bias without its matrix stays at 1
         self.settled = [1.0 if v is None and slot not in here else v for slot, v in enumerate(settled)]
+        self._event: Event | None = None
         self._saved: list[tuple[dict[str, Any], str, Any]] = []
         self._outermost: FrameType | None = None
         self.seconds = 0.0
@@ -141,39 +165,42 @@ class Layerwise:
             return True
         return step <= self.policy.active_fraction * self.total_steps + _ROUNDING  # 0.29·100 is 28.999…
 
-    def event(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Measure, decide, and set off towards the new multipliers: the event at `step` of `optimizer`.
+    def event(self, optimizer: torch.optim.Optimizer, step: int) -> Event:
+        """Measure and decide at this `step` of `optimizer`.
 
         Raises:
             HtsrError: the ranks do not hold the same matrices.
         """
         began = time.perf_counter()
-        groups = self._groups(optimizer)
-        trained = {slot for slot, group in groups if any(parameter.requires_grad for parameter in group["params"])}
-        settled = list(self.settled)
-        for index, group in groups:
-            if settled[index] is None and index not in trained:
-                settled[index] = self.multiplier(group, step)  # frozen: nothing to decide, nothing to decompose
+        index = {slot.name: i for i, slot in enumerate(self.slots)}
+        names = ((name, p.requires_grad) for name, p in self.model.named_parameters(remove_duplicate=False))
+        trained = {slot_of(base_name(name), index) for name, trains in names if trains}
+        frozen = frozenset(i for i, value in enumerate(self.settled) if value is None and i not in trained)
+        settled = [1.0 if i in frozen else value for i, value in enumerate(self.settled)]
         wanted = {part for slot, value in zip(self.slots, settled, strict=True) if value is None for part in slot.parts}
         found = live_scores(self.model, self.policy, wanted, view_of(self.policy.spectrum, optimizer)) if wanted else {}
         outcome = decide(self.policy, self.slots, settled, found)
-        for index, group in groups:
-            new = outcome.multipliers[index]
-            group["htsr_start"] = new if step == 1 else self.multiplier(group, step)
-            group["htsr_target"] = new
-            group["score"] = outcome.scores[index]
-        for _, group in groups:
-            group["htsr_event"] = step
         self.seconds += time.perf_counter() - began
         logger.info("step %d: %d matrices scored in %.2f s", step, len(found), time.perf_counter() - began)
+        return Event(step, outcome, frozen)
 
-    def advance(self, optimizer: torch.optim.Optimizer, step: int) -> list[float]:
-        """Hold the event of this `step`, if there is one; the multiplier of every group of the `optimizer`."""
+    def advance(self, optimizer: torch.optim.Optimizer, groups: Groups, step: int) -> None:
+        """Set the multipliers of these `groups` of the `optimizer` at this `step`; at an event decide them anew.
+
+        One event is for all groups, whether they come together or, as under DeepSpeed's ZeRO, one after the other.
+        """
         if self.event_at(step):
-            self.event(optimizer, step)
-        for _, group in self._groups(optimizer):
+            if self._event is None or self._event.step != step:
+                self._event = self.event(optimizer, step)
+            for slot, group in groups:
+                now = self.multiplier(group, step)
+                new = now if slot in self._event.frozen else self._event.outcome.multipliers[slot]
+                group["htsr_start"] = new if step == 1 else now
+                group["htsr_target"] = new
+                group["htsr_event"] = step
+                group["score"] = self._event.outcome.scores[slot]
+        for _, group in groups:
             group["multiplier"] = self.multiplier(group, step)
-        return [group.get("multiplier", 1.0) for group in optimizer.param_groups]
 
     def before_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         """Multiply, in the groups of `optimizer`. The step pre-hook."""
@@ -182,10 +209,10 @@ class Layerwise:
             return  # the step of a subclass has called its parent's, and torch runs the hooks for both
         self.restore()  # where the last step raised
         self._outermost = running[0]
-        groups = self._groups(optimizer)
+        groups = self._stepped(optimizer)
         if not groups or _skipped_by_scaler(optimizer):
             return
-        self.advance(optimizer, groups[0][1]["htsr_step"] + 1)
+        self.advance(optimizer, groups, groups[0][1]["htsr_step"] + 1)
         for _, group in groups:
             if (m := group["multiplier"]) == 1.0:
                 continue
@@ -200,7 +227,7 @@ class Layerwise:
         self._outermost = None
         self.restore()
         if not _skipped_by_scaler(optimizer):
-            for _, group in self._groups(optimizer):
+            for _, group in self._stepped(optimizer):
                 group["htsr_step"] += 1
 
     def restore(self) -> None:
@@ -221,9 +248,21 @@ class Layerwise:
             self._saved.append((group, key, value))
             group[key] = value * factor
 
-    def _groups(self, optimizer: torch.optim.Optimizer) -> list[tuple[int, dict[str, Any]]]:
-        """Slot and group of each group that was split here; loading a checkpoint makes new ones, so none is kept."""
-        return [(slot, g) for slot, g in zip(self.of_group, optimizer.param_groups, strict=False) if "htsr_step" in g]
+    def groups(self, optimizer: torch.optim.Optimizer) -> Groups:
+        """Slot and group of those of `optimizer` that were split here; loading a checkpoint makes new ones, so none is kept."""
+        return [(self.of_group[g["htsr_place"]], g) for g in optimizer.param_groups if "htsr_step" in g]
+
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> Groups:
+        """Those that a step of the `optimizer` moves now.
+
+        DeepSpeed's ZeRO calls a step for each: stages 1 and 2 show the optimizer one group, stage 3 empties the others.
+        """
+        return [(slot, group) for slot, group in self.groups(optimizer) if group["params"]]
+
+    def forget(self) -> None:
+        """A checkpoint is loaded: what was decided before does not hold."""
+        self.restore()
+        self._event = None
 
 
 def attach(engine: Layerwise, optimizer: torch.optim.Optimizer) -> None:
@@ -232,6 +271,7 @@ def attach(engine: Layerwise, optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_pre_hook(untraced(engine.before_step))
     optimizer.register_step_post_hook(untraced(engine.after_step))
     optimizer.register_state_dict_pre_hook(lambda _: engine.restore())
+    optimizer.register_load_state_dict_pre_hook(lambda *_: engine.forget())
     optimizer.register_load_state_dict_pre_hook(adapt_state_dict)
     setattr(optimizer, _ENGINE, engine)
 

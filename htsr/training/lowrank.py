@@ -323,6 +323,11 @@ class LowRankAdamW(torch.optim.Optimizer):
         """The parameter's gradient in its subspace, which is computed anew where that is due."""
         state, G = self.state[parameter], parameter.grad
         assert G is not None
+        if G.ndim != 2:
+            raise UsageError(
+                f"parameter {index} of a group with rank has become flat, {tuple(G.shape)}: DeepSpeed's ZeRO and FSDP1 "
+                "leave no matrix to project; take DDP or FSDP2"
+            )
         step = int(state["step"].item()) if "step" in state else 0
         old = state.get("projector")
         if old is None or (step % group["refresh_every"] == 0 and parameter not in self._projected):

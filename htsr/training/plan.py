@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from htsr.errors import UsageError
+from htsr.matrices.roles import whole_name
 from htsr.matrices.sources import Source, open_model
 from htsr.training.policy import Policy, PolicyLike, make_policy
 from htsr.training.scoring import scores
-from htsr.training.slots import Slot, decide, fixed, matrix_slots, whole_name
+from htsr.training.slots import Slot, decide, fixed, matrix_slots
 
 
 @dataclass(frozen=True)

@@ -289,6 +289,12 @@ class LayerSampler:
         assert self._optimizer is not None
         if not self._optimizer.state:
             return  # an optimizer without state, such as plain SGD, does not tell
+        held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        if not any(id(parameter) in held for parameters in self._parameters for parameter in parameters):
+            raise UsageError(
+                "the optimizer holds other parameters than when the sampler was attached: DeepSpeed's ZeRO and FSDP1 "
+                "flatten them, and no block can be trained alone; take DDP or FSDP2"
+            )
         for index in self._active:
             if not any(parameter in self._optimizer.state for parameter in self._parameters[index]):
                 raise HtsrError(

@@ -53,13 +53,15 @@ class LayerwiseLR(LRScheduler):
             raise UsageError("a learning-rate scheduler sets no weight decay; use htsr.layerwise for this policy")
         self._engine = Layerwise(optimizer, model, chosen, total_steps)
         self._schedule = schedule
+        optimizer.register_load_state_dict_pre_hook(lambda *_: self._engine.forget())
         optimizer.register_load_state_dict_pre_hook(adapt_state_dict)
         super().__init__(optimizer)
 
     def get_lr(self) -> list[Any]:
         """The rates of the step to come, one for each group."""
         step = self.last_epoch + 1
-        multipliers = self._engine.advance(self.optimizer, step)
+        self._engine.advance(self.optimizer, self._engine.groups(self.optimizer), step)
+        multipliers = [group.get("multiplier", 1.0) for group in self.optimizer.param_groups]
         factor = 1.0 if self._schedule is None else self._schedule(self.last_epoch)
         return [base * factor * m for base, m in zip(self.base_lrs, multipliers, strict=True)]
 

@@ -11,12 +11,12 @@ import numpy as np
 
 from htsr.errors import HtsrError, MatrixError
 from htsr.execution import for_each, share
-from htsr.matrices.sharded import LiveModel, open_live
+from htsr.matrices.roles import whole_name
+from htsr.matrices.sharded import by_tensor, in_rounds, open_live
 from htsr.matrices.sources import WeightMatrix
 from htsr.spectra.esd import Array, esd_batch
 from htsr.spectra.scores import null_of_shape, score
 from htsr.training.policy import Policy, Spectrum
-from htsr.training.slots import whole_name
 
 if TYPE_CHECKING:
     import torch
@@ -75,9 +75,11 @@ def live_scores(
     if policy.score == "alpha_null":
         return scores(todo, policy)
     rank, size = _ranks()
+    sharded = [matrix for matrix in todo if whole_name(matrix.name) in model.shards]
     whole = [matrix for matrix in todo if whole_name(matrix.name) not in model.shards]
-    mine = [whole[i] for i in share([matrix.cost for matrix in whole], size)[rank]]
-    found = scores(mine, policy) | _sharded_scores(model, todo, policy, rank, size)
+    found = scores([whole[i] for i in share([matrix.cost for matrix in whole], size)[rank]], policy)
+    for mine in in_rounds(by_tensor(sharded), model.shards, rank, size):
+        found |= scores(mine, policy)
     if size > 1:
         found = _gather(found, size)
     if missing := sorted(matrix.name for matrix in todo if matrix.name not in found):
@@ -127,26 +129,6 @@ def _work(policy: Policy, matrices: Sequence[WeightMatrix]) -> list[float]:
 def _device(loaded: Mapping[int, Array]) -> str:
     first = next(iter(loaded.values()))
     return "cpu" if isinstance(first, np.ndarray) else str(first.device)
-
-
-def _sharded_scores(
-    model: LiveModel, todo: Sequence[WeightMatrix], policy: Policy, rank: int, size: int
-) -> dict[str, float]:
-    tensors: dict[str, list[WeightMatrix]] = {}
-    for matrix in todo:
-        if whole_name(matrix.name) in model.shards:
-            tensors.setdefault(whole_name(matrix.name), []).append(matrix)
-    order = sorted(tensors, key=lambda name: -sum(matrix.cost for matrix in tensors[name]))
-    found: dict[str, float] = {}
-    for first in range(0, len(order), size):
-        this_round = order[first : first + size]
-        for owner, name in enumerate(this_round):
-            model.shards[name].gather(keep=owner == rank)
-        if rank < len(this_round):
-            name = this_round[rank]
-            found |= scores(tensors[name], policy)
-            model.shards[name].release()
-    return found
 
 
 def _ranks() -> tuple[int, int]:

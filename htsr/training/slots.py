@@ -10,10 +10,10 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from htsr import allocate
+from htsr.matrices.roles import whole_name
 from htsr.matrices.sources import WeightMatrix
 from htsr.training.policy import Policy
 
-_PART = re.compile(r"(\[[^\]]*\])+$")
 _NORM = re.compile(r"norm|(^|[._])ln(_|\d|\.|$)|layer_?norm|(^|\.)bn\d*\.", re.IGNORECASE)
 _FOLLOWS = ("lora_", "base_layer.", "parametrizations.")
 
@@ -55,11 +55,6 @@ class Outcome:
 
     scores: tuple[float, ...]
     multipliers: tuple[float, ...]
-
-
-def whole_name(name: str) -> str:
-    """The tensor that the matrix `name` is or is part of: the name without what stands in brackets at its end."""
-    return _PART.sub("", name)
 
 
 def matrix_slots(matrices: Iterable[WeightMatrix]) -> list[Slot]:

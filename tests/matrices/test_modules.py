@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -238,12 +240,23 @@ def test_what_is_no_model():
         htsr.describe(nn.Sequential(nn.LayerNorm(4)))
 
 
-def test_sharded_parameters_have_rows_that_say_so(process_group):
+def test_sharded_parameters_are_gathered_one_by_one(process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_module
+
+    plain = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64))
+    expected = [replace(row, seconds=0.0) for row in htsr.analyze(plain, device="cpu")]
+    model = distribute_module(plain, init_device_mesh("cpu", (1,)))
+    assert [replace(row, seconds=0.0) for row in htsr.analyze(model, device="cpu")] == expected
+    assert len(htsr.analyze(model, device="cpu", where=htsr.Filter(include=("1",)))) == 1
+
+
+def test_a_difference_to_sharded_parameters_has_rows_that_say_so(process_group):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_module
 
     model = distribute_module(nn.Sequential(nn.Linear(8, 8)), init_device_mesh("cpu", (1,)))
-    (row,) = htsr.analyze(model, device="cpu")
+    (row,) = htsr.analyze(model, device="cpu", against=nn.Sequential(nn.Linear(8, 8)))
     assert (row.status, row.rows, row.columns) == ("sharded", 8, 8)
     assert row.warning == "0.weight is sharded over processes; analyze the gathered model or its checkpoint"
 

@@ -1,0 +1,232 @@
+"""DeepSpeed's ZeRO in two gloo processes: the multipliers of one process, to the last digit; resuming; recipes.
+
+ZeRO-1 and -2 show the inner optimizer one flattened group at a time, ZeRO-3 one group's partition and no parameters of
+the model at all. Both ranks see the same batch, as in test_distributed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import multiprocessing
+
+import htsr
+from tests.processes import leave
+from tests.training.models import TinyLM, loss
+from tests.transformer import llama, word_tokenizer
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: CI installs it for this file alone")
+
+STEPS = 7
+POLICY = {"interval": 3, "ramp": 2}
+KINDS = ("zero-1", "zero-2", "zero-3", "zero-3, made in parts")
+
+
+def layerwise(model):
+    return htsr.layerwise(torch.optim.AdamW(model.parameters(), lr=3e-3), model, **POLICY)
+
+
+def settings(stage):
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def engine_of(kind):
+    import deepspeed
+
+    config = settings(int(kind[5]))
+    if "parts" in kind:
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = TinyLM()
+    else:
+        model = TinyLM()
+    return deepspeed.initialize(model=model, optimizer=layerwise(model), config=config)[0]
+
+
+def train(engine, steps):
+    found = []
+    for step in steps:
+        engine.backward(loss(engine, step))
+        engine.step()
+        found.append(htsr.multipliers(engine.optimizer))
+    return found
+
+
+def low_rank(model):
+    return htsr.LowRankAdamW(htsr.low_rank_groups(model, 4), lr=1e-3)
+
+
+def sampled(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    htsr.LayerSampler(model, active=1).attach(optimizer)
+    return optimizer
+
+
+def refusal(make, stage):
+    """What a step of ZeRO on the optimizer of `make` says."""
+    import deepspeed
+
+    model = TinyLM()
+    engine = deepspeed.initialize(model=model, optimizer=make(model), config=settings(stage))[0]
+    engine.backward(loss(engine, 0))
+    try:
+        engine.step()
+    except htsr.UsageError as error:
+        return str(error)
+    return ""
+
+
+def _worker(rank, folder):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_SIZE="2", DS_ACCELERATOR="cpu")
+    os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    import deepspeed
+
+    deepspeed.init_distributed(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, auto_mpi_discovery=False
+    )
+    results = {}
+    for kind in KINDS:
+        engine = engine_of(kind)
+        first = train(engine, range(4))
+        engine.save_checkpoint(str(folder / kind))
+        whole = first + train(engine, range(4, STEPS))
+        analysis = htsr.analyze(engine)
+        alphas = {layer.name: layer.alpha for layer in analysis}
+        resumed = engine_of(kind)
+        resumed.load_checkpoint(str(folder / kind))
+        results[kind] = {"whole": whole, "resumed": first + train(resumed, range(4, STEPS)), "alphas": alphas}
+    for make in (low_rank, sampled):
+        for stage in (1, 2, 3):
+            results[f"{make.__name__}, zero-{stage}"] = refusal(make, stage)
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+    leave()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zero")
+    multiprocessing.spawn(_worker, (folder,), nprocs=2)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = TinyLM()
+    optimizer = layerwise(model)
+    found = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss(model, step).backward()
+        optimizer.step()
+        found.append(htsr.multipliers(optimizer))
+    torch.set_num_threads(threads)
+    return found, {layer.name: layer.alpha for layer in htsr.analyze(model)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_multipliers_are_those_of_one_process(two_processes, alone, kind):
+    assert alone[0][0] != alone[0][-1]
+    for rank in two_processes:
+        assert rank[kind]["whole"] == alone[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_repeats_the_uninterrupted_one(two_processes, kind):
+    for rank in two_processes:
+        assert rank[kind]["resumed"] == rank[kind]["whole"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_engine_can_be_analyzed(two_processes, alone, kind):
+    for rank in two_processes:
+        assert rank[kind]["alphas"] == pytest.approx(alone[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("what", ["low_rank", "sampled"])
+def test_methods_that_need_whole_matrices_refuse_flat_ones(two_processes, what, stage):
+    for rank in two_processes:
+        assert "DeepSpeed's ZeRO and FSDP1" in rank[f"{what}, zero-{stage}"]
+
+
+def finetuned(folder, name, stage=None, **more):
+    """The folder of a fine-tuning in two processes."""
+    output = folder / name
+    training = {"max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_length": 32}
+    training |= {"logging_steps": 100, "disable_tqdm": True}
+    if stage is not None:
+        auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_clipping"), "auto")
+        (folder / f"{name}.json").write_text(json.dumps(settings(stage) | auto))
+        training["deepspeed"] = str(folder / f"{name}.json")
+    data = {"train": str(folder / "train.jsonl"), "evaluation_share": 0.1}
+    recipe = {"model": str(folder / "model"), "output": str(output), "data": data, "training": training, **more}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    command = (
+        "-m torch.distributed.run --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:0 -m htsr.finetune"
+    )
+    done = subprocess.run(
+        [sys.executable, *command.split(), "--config", str(folder / f"{name}.yaml")],
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "LOCAL_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return output, done
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetune")
+    llama(4).save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    lines = [{"text": " ".join(f"w{4 + (i + j) % 60}" for j in range(12))} for i in range(0, 120, 3)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "method", [{"method": "full", "layerwise": "llr"}, {"method": "lora", "lora": {"rank": 4}}], ids=["full", "lora"]
+)
+def test_a_recipe_ends_with_the_weights_of_data_parallel_training(work, method):
+    name = method["method"]
+    start = load_file(work / "model" / "model.safetensors")
+    expected, done = finetuned(work, f"{name}-ddp", **method)
+    assert done.returncode == 0, done.stderr
+    weights = load_file(expected / "model.safetensors")
+    assert any((weights[key] - start[key]).abs().max() > 1e-2 for key in start)
+    for stage in (2, 3):
+        output, done = finetuned(work, f"{name}-{stage}", stage, **method)
+        assert done.returncode == 0, done.stderr
+        found = load_file(output / "model.safetensors")
+        assert found.keys() == weights.keys()
+        for key, value in weights.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5, msg=f"{key}, ZeRO-{stage}")
+        theirs, ours = (json.loads((f / "results.json").read_text())["metrics"] for f in (expected, output))
+        assert ours["trainable_parameters"] == theirs["trainable_parameters"]
+        before = [htsr.Analysis.load(f / "spectra_before.npz").to_pandas() for f in (expected, output)]
+        assert before[0].alpha.tolist() == pytest.approx(before[1].alpha.tolist(), nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "sentence"),
+    [
+        (2, {"method": "lisa", "sampling": {"active": 1}}, "method: lisa needs the model's own matrices"),
+        (3, {"method": "galore", "low_rank": {"rank": 4}}, "method: galore needs the model's own matrices"),
+    ],
+)
+def test_recipes_that_zero_cannot_run_are_refused_before_anything(work, stage, more, sentence):
+    output, done = finetuned(work, f"refused-{stage}", stage, **more)
+    assert done.returncode != 0
+    assert sentence in done.stderr
+    assert not output.exists()
