@@ -220,17 +220,16 @@ def _trainer(
     held_out: list[Record],
     sampler: Any,
 ) -> Any:
-    from htsr.training.callbacks import LayerSamplerCallback
     from htsr.training.trainer import FinetuneTrainer
 
     return FinetuneTrainer(
         recipe=recipe,
+        sampler=sampler,
         model=model,
         args=arguments,
         processing_class=tokenizer,
         train_dataset=as_dataset(train),
         eval_dataset=as_dataset(held_out) if held_out else None,
-        callbacks=[LayerSamplerCallback(sampler)] if sampler else None,
     )
 
 
@@ -238,6 +237,8 @@ def _save(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks: Any
     """The model as plain transformers loads it, in safetensors."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    if trainer.is_fsdp_enabled:  # whatever its checkpoints are
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     if recipe.lora is None:
         trainer.save_model(str(output))
     else:

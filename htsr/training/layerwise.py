@@ -249,7 +249,7 @@ class Layerwise:
             group[key] = value * factor
 
     def groups(self, optimizer: torch.optim.Optimizer) -> Groups:
-        """Slot and group of those of `optimizer` that were split here; loading a checkpoint makes new ones, so none is kept."""
+        """Slot and group of those of `optimizer` that were split here; a loaded checkpoint makes new ones."""
         return [(self.of_group[g["htsr_place"]], g) for g in optimizer.param_groups if "htsr_step" in g]
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> Groups:

@@ -15,7 +15,8 @@ Sources: LISA (arXiv 2403.17919), OwLore (arXiv 2405.18380), Spectrum (arXiv 240
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -141,7 +142,7 @@ class LayerSampler:
         self.embedding, self.frozen_state, self.seed, self._gamma = embedding, frozen_state, seed, active
         self._optimizer: torch.optim.Optimizer | None = None
         self._parameters: list[list[torch.nn.Parameter]] = []
-        self._steps, self._active = 0, self.draw(0)
+        self._steps, self._active, self._loading = 0, self.draw(0), False
         self._counts = np.zeros(len(self.names), dtype=np.int64)
 
     @property
@@ -238,6 +239,30 @@ class LayerSampler:
         if self._optimizer is not None:
             self._apply()
 
+    @contextmanager
+    def loading(self, steps: int) -> Iterator[None]:
+        """To load a checkpoint into sharded parameters under it, after `attach`.
+
+        torch loads the state of those parameters only that require gradients, and insists on one for each of them.
+
+        Args:
+            steps: optimizer steps that were done when the checkpoint was saved.
+        """
+        now, before = steps // self.interval, max(steps - 1, 0) // self.interval
+        if self.frozen_state == "drop":
+            known = set(self.draw(now)) & set(self.draw(before))
+        else:
+            known = {member for number in range(before + 1) for member in self.draw(number)}
+        for index, parameters in enumerate(self._parameters):
+            for parameter in parameters:
+                parameter.requires_grad_(index in known)
+        self._loading = True  # torch makes a step without gradients, so that there is state to be filled
+        try:
+            yield
+        finally:
+            self._loading = False
+            self._apply()
+
     def coverage(self) -> tuple[Coverage, ...]:
         """How often each member was drawn so far, and how often to expect; one `Coverage` for each of `names`."""
         share: Vector = np.array([float(i in self._active) for i in range(len(self.names))])
@@ -250,6 +275,8 @@ class LayerSampler:
         )
 
     def _after_step(self) -> None:
+        if self._loading:
+            return
         if self._steps % self.interval == 0:
             self._insist_on_updates()
             self._counts[list(self._active)] += 1

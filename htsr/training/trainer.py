@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.sft_trainer import SFTTrainer
 
 from htsr.errors import UsageError
+from htsr.training.callbacks import LayerSamplerCallback
 from htsr.training.layerwise import layerwise
 from htsr.training.lowrank import LowRankAdamW
 from htsr.training.lowrank_groups import low_rank_groups
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from htsr.recipe import Recipe
+    from htsr.training.sampling import LayerSampler
 
 
 class FinetuneTrainer(SFTTrainer):
@@ -23,12 +28,13 @@ class FinetuneTrainer(SFTTrainer):
 
     Args:
         recipe: method, low_rank, layerwise and seed are read.
+        sampler: of the model's blocks, where they are sampled.
         arguments: of SFTTrainer.
     """
 
-    def __init__(self, *, recipe: Recipe, **arguments: Any) -> None:
-        self.recipe = recipe
-        super().__init__(**arguments)
+    def __init__(self, *, recipe: Recipe, sampler: LayerSampler | None = None, **arguments: Any) -> None:
+        self.recipe, self.sampler = recipe, sampler
+        super().__init__(callbacks=[LayerSamplerCallback(sampler)] if sampler else None, **arguments)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer over all trainable parameters; made before blocks are frozen.
@@ -70,6 +76,17 @@ class FinetuneTrainer(SFTTrainer):
         if isinstance(optimizer, LowRankAdamW) and optimizer.gradients == "project":
             return optimizer.clip_grad_norm_(self.args.max_grad_norm)
         return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The state of blocks that were frozen is in no checkpoint, and FSDP2 has to be told."""
+        if checkpoint is None or self.sampler is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[no-untyped-call]
+            return
+        done = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+        assert self.optimizer is not None
+        self.sampler.attach(self.optimizer)
+        with self.sampler.loading(done):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[no-untyped-call]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing yet: htsr writes its own card at the end."""
