@@ -243,9 +243,8 @@ def memory(
         typer.Option(help="Embedding and head: freeze (default of lisa and owlore), train, lowrank (galore, owlore)."),
     ] = None,
     gradients: Annotated[
-        str | None,
-        typer.Option(help="keep, project or update; by default update with galore and owlore, else keep."),
-    ] = None,
+        str, typer.Option(help="Of galore and owlore, as in a recipe: keep, project or update.")
+    ] = "keep",
     revision: Revision = None,
     format: Format = None,
     output: Output = None,

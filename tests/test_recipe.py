@@ -1,8 +1,13 @@
+import re
+import shlex
+
 import pytest
 import yaml
+from htsr_cli.main import main
 
 import htsr
 from htsr.recipe import FOLDER, read_recipe
+from tests.transformer import llama
 
 pytest.importorskip("trl")
 
@@ -63,6 +68,19 @@ def test_a_method_from_the_command_line_leaves_the_sections_of_others_out(tmp_pa
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_hold(path):
     assert read_recipe(path.stem) == read_recipe(str(path))
+
+
+def test_commands_in_shipped_recipes_run(tmp_path, capsys):
+    llama(8).save_pretrained(tmp_path)
+    commands = re.findall(
+        r"^# +(htsr memory .*?)(?: +#.*)?$", "\n".join(p.read_text() for p in FOLDER.glob("*.yaml")), re.MULTILINE
+    )
+    assert commands
+    for command in commands:
+        arguments = shlex.split(command)[1:]
+        arguments[1] = str(tmp_path)  # for a model of the hub
+        assert main(arguments) == 0
+        assert "owlore" in capsys.readouterr().out
 
 
 def test_a_recipe_has_keys_and_values(tmp_path):

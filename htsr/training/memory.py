@@ -122,7 +122,7 @@ def predict_memory(
     checkpointing: bool = False,
     state_dtype: StateDtype | None = None,
     embeddings: Embeddings | None = None,
-    gradients: Gradients | None = None,
+    gradients: Gradients = "keep",
     revision: str | None = None,
 ) -> MemoryPlan:
     """Peak memory of training a causal language model, without loading it.
@@ -143,7 +143,7 @@ def predict_memory(
             `LowRankAdamW`.
         embeddings: embedding and head under ``lisa`` and ``owlore``: ``freeze``, the default as in `LayerSampler`, or
             ``train`` as in the papers; under ``galore`` and ``owlore`` also ``lowrank``, with low-rank states.
-        gradients: as in `LowRankAdamW`; by default ``update`` with ``galore`` and ``owlore``, else ``keep``.
+        gradients: as in `LowRankAdamW` and in a recipe.
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -177,7 +177,7 @@ def predict_memory(
         checkpointing=checkpointing,
         state_dtype=state_dtype or ("float32" if method in LOW_RANK else None),
         embeddings=embeddings or ("freeze" if method in SAMPLED else "train"),
-        gradients=gradients or ("update" if method in LOW_RANK else "keep"),
+        gradients=gradients,
     )
     from htsr.training.simulation import simulate
 

@@ -37,23 +37,24 @@ MODELS: dict[str, dict[str, Any]] = {
         "dtype": "bfloat16",
     },
 }
+PUBLISHED = {"rank": 128, "active_blocks": 2, "embeddings": "train"}
+UPDATE = {"gradients": "update"}  # during backward
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
     "LoRA": ("lora", {"rank": 16}),
-    "GaLore": ("galore", {"rank": 128}),
-    "GaLore, gradients kept": ("galore", {"rank": 128, "gradients": "keep"}),
+    "GaLore": ("galore", {"rank": 128, **UPDATE}),
+    "GaLore, gradients kept": ("galore", {"rank": 128}),
     "LISA, embeddings trained": ("lisa", {"active_blocks": 2, "embeddings": "train"}),
     "LISA": ("lisa", {"active_blocks": 2}),
-    "OwLore, embeddings trained": ("owlore", {"rank": 128, "active_blocks": 2, "embeddings": "train"}),
-    "OwLore": ("owlore", {"rank": 128, "active_blocks": 2}),
+    "OwLore, embeddings trained": ("owlore", PUBLISHED | UPDATE),
+    "OwLore": ("owlore", {"rank": 128, "active_blocks": 2, **UPDATE}),
 }
-PUBLISHED = {"rank": 128, "active_blocks": 2, "embeddings": "train"}
 SMOLLM2_ARMS = ARMS | {
     "QLoRA": ("qlora", {"rank": 16}),
-    "GaLore, 8-bit moments": ("galore", {"rank": 128, "state_dtype": "8bit"}),
-    "OwLore, embeddings trained, gradients kept": ("owlore", PUBLISHED | {"gradients": "keep"}),
-    "OwLore, embeddings trained, 8-bit moments": ("owlore", PUBLISHED | {"state_dtype": "8bit"}),
-    "OwLore, 8-bit moments": ("owlore", {"rank": 128, "active_blocks": 2, "state_dtype": "8bit"}),
+    "GaLore, 8-bit moments": ("galore", {"rank": 128, "state_dtype": "8bit", **UPDATE}),
+    "OwLore, embeddings trained, gradients kept": ("owlore", PUBLISHED),
+    "OwLore, embeddings trained, 8-bit moments": ("owlore", PUBLISHED | UPDATE | {"state_dtype": "8bit"}),
+    "OwLore, 8-bit moments": ("owlore", {"rank": 128, "active_blocks": 2, "state_dtype": "8bit", **UPDATE}),
 }
 SMOLLM2_SETTINGS: tuple[dict[str, Any], ...] = (
     {"batch": 1, "sequence": 512, "dtype": "float32", "checkpointing": False},
@@ -138,7 +139,7 @@ def predict(config: dict[str, Any], method: str, **options: Any) -> dict[str, An
 def seven_b() -> list[dict[str, Any]]:
     """What each measure saves on the way from full fine-tuning to OwLore on LLaMA-2-7B; predicted."""
     base: dict[str, Any] = {"batch": 1, "sequence": 1024}
-    low = {"checkpointing": True, "rank": 128, "active_blocks": 5}
+    low = {"checkpointing": True, "rank": 128, "active_blocks": 5, **UPDATE}
     papers = low | {"embeddings": "train"}
     steps: list[tuple[str, str, dict[str, Any]]] = [
         ("full fine-tuning, bf16", "full", {}),
@@ -150,7 +151,7 @@ def seven_b() -> list[dict[str, Any]]:
         ("+ low-rank embedding and head", "owlore", papers | {"state_dtype": "8bit", "embeddings": "lowrank"}),
         ("OwLore by default, γ=5: embedding and head frozen, update during backward", "owlore", low),
         ("the same, γ=2", "owlore", low | {"active_blocks": 2}),
-        ("GaLore, r=128, update during backward", "galore", {"checkpointing": True, "rank": 128}),
+        ("GaLore, r=128, update during backward", "galore", {"checkpointing": True, "rank": 128, **UPDATE}),
         ("LoRA, r=16", "lora", {"checkpointing": True, "rank": 16}),
         ("QLoRA, r=16", "qlora", {"checkpointing": True, "rank": 16}),
     ]
@@ -166,10 +167,10 @@ def papers() -> list[dict[str, Any]]:
         for active in (2, 5):
             published = base | PUBLISHED | {"active_blocks": active}
             variants = {
-                "published": published | {"gradients": "keep"},
-                "update": published,
-                "8bit": published | {"state_dtype": "8bit"},
-                "default": base | {"active_blocks": active, "rank": 128},
+                "published": published,
+                "update": published | UPDATE,
+                "8bit": published | UPDATE | {"state_dtype": "8bit"},
+                "default": base | {"active_blocks": active, "rank": 128, **UPDATE},
             }
             totals = {v: predict(MODELS["LLaMA-2-7B"], "owlore", **o)["total"] for v, o in variants.items()}
             rows.append({"sequence": sequence, "active_blocks": active, "full": full, **totals})

@@ -57,7 +57,7 @@ def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, war
         low = options.get("embeddings") == "lowrank"
         groups = low_rank_groups(model, rank, embeddings=low, refresh_every=1)
         state_dtype = options.get("state_dtype", "float32")
-        optimizer: Any = LowRankAdamW(groups, gradients=options.get("gradients", "update"), state_dtype=state_dtype)
+        optimizer: Any = LowRankAdamW(groups, gradients=options.get("gradients", "keep"), state_dtype=state_dtype)
     else:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     generator = torch.Generator().manual_seed(0)

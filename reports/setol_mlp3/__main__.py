@@ -36,26 +36,30 @@ LR_FACTORS = (8, 16, 32, 24, 4, 2, 1)
 BATCHES = (16, 8, 4, 2, 1)
 ADAM_LR = 0.001
 ADAM = ((1, 32), (1, 16), (1, 8), (4, 32))  # multiple of 0.001, images per step
+NUDGED = ((1, 0.05), (8, 0.05), (16, 0.05), (32, 0.05), (1, 0.2), (8, 0.2))  # multiple of 0.01, strength
 LONG_PATIENCE = 12
 TOO_FAR = 256  # lr 8× on the *summed* loss at batch 32
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One run: learning rate as a multiple of 0.01 (Adam: 0.001), images per step, patience, seed of weights and order."""
+    """One run: learning rate as a multiple of 0.01 (Adam: 0.001), images per step, patience, seed of weights and order.
+
+    `nudge` is the strength of the projection towards α = 2 that FC1 and FC2 get every 100 steps.
+    """
 
     factor: int
     batch: int
     patience: int
     seed: int
     optimizer: str = "sgd"
+    nudge: float = 0.0
 
     @property
     def key(self) -> str:
         """Its name in the cache."""
-        return (
-            f"{'adam-' if self.optimizer == 'adam' else ''}lr{self.factor}-b{self.batch}-p{self.patience}-s{self.seed}"
-        )
+        before, after = "adam-" if self.optimizer == "adam" else "", f"-n{self.nudge}" if self.nudge else ""
+        return f"{before}lr{self.factor}-b{self.batch}-p{self.patience}-s{self.seed}{after}"
 
 
 def settings(seeds: int) -> list[Setting]:
@@ -74,12 +78,16 @@ def settings(seeds: int) -> list[Setting]:
     def adam(seed: int) -> list[Setting]:
         return [Setting(f, b, PATIENCE, seed, "adam") for f, b in ADAM]
 
+    def nudged(seed: int) -> list[Setting]:
+        return [Setting(f, BASE_BATCH, PATIENCE, seed, nudge=strength) for f, strength in NUDGED]
+
     first = range(min(seeds, 2))
     order = [s for seed in first for s in rates(seed)] + [s for seed in first for s in long(seed)]
     order += [s for seed in first for s in batches(seed)]
     order += [s for seed in first for s in adam(seed)]
     for seed in range(2, seeds):
         order += [*rates(seed), *long(seed), *batches(seed), *adam(seed)]
+    order += [s for seed in range(seeds) for s in nudged(seed)]
     return [*order, Setting(TOO_FAR, BASE_BATCH, PATIENCE, 0)]
 
 
@@ -113,7 +121,8 @@ def run(setting: Setting, digits: Any, max_epochs: int = 400) -> dict[str, Any]:
     start, cpu = time.perf_counter(), time.process_time()
     history = train(
         network, digits, lr=(BASE_LR if setting.optimizer == "sgd" else ADAM_LR) * setting.factor, batch=setting.batch,
-        seed=setting.seed, optimizer=setting.optimizer, patience=setting.patience, max_epochs=max_epochs, on_epoch=on_epoch,
+        seed=setting.seed, optimizer=setting.optimizer, patience=setting.patience, nudge=setting.nudge,
+        max_epochs=max_epochs, on_epoch=on_epoch,
     )  # fmt: skip
     result: dict[str, Any] = {
         "key": setting.key, **asdict(setting), "epochs": len(history), "diverged": diverged(history),
@@ -135,7 +144,7 @@ def cached(work: Path) -> dict[str, dict[str, Any]]:
                 row = json.loads(line)
             except ValueError:
                 continue
-            found[row["key"]] = {"optimizer": "sgd"} | row
+            found[row["key"]] = {"optimizer": "sgd", "nudge": 0.0} | row
     return found
 
 
@@ -177,14 +186,17 @@ def main() -> None:
 def keep(work: Path) -> None:
     """results.json of every finished run, without the paths of those that are not drawn."""
     rows = [
-        row if row["batch"] == BASE_BATCH and row["seed"] == 0 and row["optimizer"] == "sgd" else row | {"path": []}
+        row
+        if row["batch"] == BASE_BATCH and row["seed"] == 0 and row["optimizer"] == "sgd" and not row["nudge"]
+        else row | {"path": []}
         for row in cached(work).values()
     ]
     common.keep(
         HERE,
         {
             "runs": sorted(
-                rows, key=lambda r: (r["optimizer"] != "sgd", r["factor"], -r["batch"], r["patience"], r["seed"])
+                rows,
+                key=lambda r: (r["nudge"], r["optimizer"] != "sgd", r["factor"], -r["batch"], r["patience"], r["seed"]),
             )
         },
     )

@@ -14,10 +14,14 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg.blas import sgemm
 
+from htsr.errors import MatrixError
+from htsr.spectra.nudge import nudge as nudged
+
 SIZES = (784, 300, 100, 10)
 HELD_OUT = 6000  # of the 60,000 training images, as SETOL trains on 54,000
 MIN_FALL = 1e-4
 PATIENCE = 3
+NUDGE_EVERY = 100  # steps, the default of htsr.spectral_projection
 
 Floats = npt.NDArray[np.float32]
 Network = list[tuple[Floats, Floats]]
@@ -94,6 +98,7 @@ def train(
     seed: int,
     optimizer: str = "sgd",
     patience: int = PATIENCE,
+    nudge: float = 0.0,
     max_epochs: int = 400,
     on_epoch: Callable[[int, Epoch], None] | None = None,
 ) -> list[Epoch]:
@@ -107,6 +112,7 @@ def train(
         seed: of the order of the images.
         optimizer: "sgd" or "adam" (β 0.9 and 0.999, ε 1e-8).
         patience: epochs without a fall before training stops.
+        nudge: strength of the projection towards α = 2, every 100 steps, as `htsr.spectral_projection` has it.
         max_epochs: training stops then at the latest.
         on_epoch: called after each epoch.
     """
@@ -114,7 +120,7 @@ def train(
     x, y = digits.train
     update = _Sgd(lr / batch) if optimizer == "sgd" else _Adam(network, lr)
     history: list[Epoch] = []
-    best, idle = np.inf, 0
+    best, idle, steps = np.inf, 0, 0
     for number in range(max_epochs):
         order = random.permutation(len(x))
         total = 0.0
@@ -125,6 +131,9 @@ def train(
             for i in range(0, len(chosen), batch):
                 loss, factors = _backward(network, images[i : i + batch], labels[i : i + batch])
                 update(factors)
+                steps += 1
+                if nudge and steps % NUDGE_EVERY == 0:
+                    project(network, nudge)
                 total += loss
         epoch = Epoch(total / len(x), loss_and_error(network, *digits.held_out)[0])
         history.append(epoch)
@@ -137,6 +146,15 @@ def train(
         if idle >= patience:
             break
     return history
+
+
+def project(network: Network, strength: float) -> None:
+    """Nudge the spectra of all layers but the last, in place; those that cannot go towards α = 2 are left."""
+    for W, _ in network[:-1]:
+        try:
+            W[:] = nudged(W, strength)[0]
+        except MatrixError:
+            continue
 
 
 Factors = list[tuple[Floats, Floats, Floats, Floats]]
