@@ -65,10 +65,10 @@ def adam_update(
 class LowRankAdamW(torch.optim.Optimizer):
     """AdamW on projected gradients.
 
-    A group with the key ``rank`` holds matrices and is projected; a group without is plain AdamW. All options but
-    `gradients` and `process_group` can differ by group and are part of the state dict, as are step, projector
-    (`projector`: (min(m, n), r)) and moments, all plain tensors: it loads with ``torch.load(weights_only=True)``, and a
-    resumed run repeats the uninterrupted one bit for bit.
+    A group with the key ``rank`` holds matrices, or stacks (E, m, n) of them, and is projected; a group without is
+    plain AdamW. All options but `gradients` and `process_group` can differ by group and are part of the state dict, as
+    are step, projector (`projector`: (min(m, n), r), of a stack (E, min(m, n), r)) and moments, all plain tensors: it
+    loads with ``torch.load(weights_only=True)``, and a resumed run repeats the uninterrupted one bit for bit.
 
     With exact SVD and kept moments the update is that of galore-torch's AdamW, but that weights decay before the update
     and eps is added after the bias correction, both as in torch.optim.AdamW.
@@ -323,7 +323,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         """The parameter's gradient in its subspace, which is computed anew where that is due."""
         state, G = self.state[parameter], parameter.grad
         assert G is not None
-        if G.ndim != 2:
+        if G.ndim < 2:
             raise UsageError(
                 f"parameter {index} of a group with rank has become flat, {tuple(G.shape)}: DeepSpeed's ZeRO and FSDP1 "
                 "leave no matrix to project; take DDP or FSDP2"
@@ -336,7 +336,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             try:
                 state["projector"] = new = projector(G, group["rank"], group["method"], old, generator)
             except HtsrError as error:
-                where = f"parameter {index} ({G.shape[0]}×{G.shape[1]}) at step {step + 1}"
+                where = f"parameter {index} ({'×'.join(map(str, G.shape))}) at step {step + 1}"
                 raise type(error)(f"{where}: {error}") from error
             if group["moments"] == "rotate" and old is not None and "exp_avg" in state:
                 moments = stored.read(state, "exp_avg"), stored.read(state, "exp_avg_sq")
@@ -403,5 +403,8 @@ def _check(group: Group) -> None:
         if group[name] < 1:
             raise UsageError(f"{name} is {group[name]}; it is at least 1")
     for parameter in group["params"]:
-        if parameter.ndim != 2:
-            raise UsageError(f"a group with rank holds matrices, and one of its parameters is {tuple(parameter.shape)}")
+        if parameter.ndim not in (2, 3):
+            raise UsageError(
+                "a group with rank holds matrices and stacks of them, and one of its parameters is "
+                f"{tuple(parameter.shape)}"
+            )

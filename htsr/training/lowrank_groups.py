@@ -16,18 +16,19 @@ _IN_BLOCKS = {"attn", "cross_attn", "mlp", "expert", "shared_expert"}
 
 
 def is_low_rank(name: str, shape: Sequence[int], rank: int, embeddings: bool = False) -> bool:
-    """Whether `low_rank_groups` gives a parameter a rank: a matrix of a block's attention or MLP that is larger.
+    """Whether `low_rank_groups` gives a parameter a rank: a matrix, or stack of experts, of a block that is larger.
 
     Args:
         name: of the parameter, wrapped or not.
-        shape: of it.
+        shape: of it; a stack has the experts on its first axis.
         rank: r; the smaller side must exceed it.
         embeddings: embedding and head, too.
     """
     name = clean_name(name)
     role = role_of(name)
     chosen = role.split(".")[0] in _IN_BLOCKS and block_of(name) is not None
-    return len(shape) == 2 and min(shape) > rank and (chosen or (embeddings and role in ("embed", "head")))
+    matrices = len(shape) == 2 or (len(shape) == 3 and role.startswith("expert."))
+    return matrices and min(shape[-2:]) > rank and (chosen or (embeddings and role in ("embed", "head")))
 
 
 def low_rank_groups(
@@ -36,8 +37,8 @@ def low_rank_groups(
     """Parameter groups for `LowRankAdamW`: attention and MLP matrices of the blocks at low rank, the rest in full.
 
     Frozen parameters are in the groups too, so that they can be thawed later. A matrix whose smaller side is at most
-    `rank` stays full-rank, where it is smaller and cheaper; so do tensors of three and more dimensions. Vectors (norms,
-    biases) have no weight decay.
+    `rank` stays full-rank, where it is smaller and cheaper; so do tensors of three and more dimensions, but for
+    stacks of experts, where each expert has a subspace of its own. Vectors (norms, biases) have no weight decay.
 
     Args:
         model: any module whose parameter names tell their roles (`htsr.matrices.roles`).

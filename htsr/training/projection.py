@@ -1,8 +1,9 @@
 """Low-rank projection of a gradient (GaLore, arXiv 2403.03507): the subspace, the way in, the way back.
 
 G is m×n. Where m ≥ n it is projected on the right, R = G·P with P the top r right singular vectors (n×r), so R is m×r;
-else on the left, R = Pᵀ·G with the top r left singular vectors (m×r), so R is r×n. All functions take plain tensors and
-DTensors; of a DTensor gradient, P is sharded as the side of G that it multiplies.
+else on the left, R = Pᵀ·G with the top r left singular vectors (m×r), so R is r×n. A stack of E matrices (the experts
+of a mixture) is E such projections, with E in front of every shape. All functions take plain tensors and DTensors; of a
+DTensor gradient, P is sharded as the side of G that it multiplies, and by matrices where G is.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ _COLD_ITERATIONS, _WARM_ITERATIONS = 3, 1
 
 
 def projects_right(shape: torch.Size) -> bool:
-    """Whether a gradient of this `shape`, (m, n), is projected on the right: m ≥ n."""
-    return shape[0] >= shape[1]
+    """Whether a gradient of this `shape`, (m, n) or (E, m, n), is projected on the right: m ≥ n."""
+    return shape[-2] >= shape[-1]
 
 
 def projector(
@@ -39,15 +40,15 @@ def projector(
     three from a Gaussian start; each direction takes the sign that agrees with the previous one at its place.
 
     Args:
-        G: (m, n) gradient; a DTensor is gathered.
+        G: (m, n) gradient, or (E, m, n) stack; a DTensor is gathered, but for a stack that is sharded by matrices.
         rank: r, cut to min(m, n).
         method: ``svd`` or ``randomized``.
-        previous: the last basis, (min(m, n), any rank), for a warm start of ``randomized``.
+        previous: the last basis, (min(m, n), any rank) or a stack of them, for a warm start of ``randomized``.
         generator: of the Gaussian numbers of ``randomized``, on the CPU.
 
     Returns:
-        (min(m, n), r), in the dtype of G. Inside float32 at least, but for the products with a bfloat16 gradient, which
-        is not copied.
+        (min(m, n), r), or (E, min(m, n), r), in the dtype of G. Inside float32 at least, but for the products with a
+        bfloat16 gradient, which is not copied.
 
     Raises:
         HtsrError: G has NaN or Inf.
@@ -55,6 +56,8 @@ def projector(
 
     Source: GaLore (arXiv 2403.03507), §3; Halko, Martinsson & Tropp (SIAM Rev. 53, 2011), algorithm 4.4.
     """
+    if G.ndim == 3:
+        return _projectors(G, rank, method, previous, generator)
     whole = _whole(G)
     if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(whole)):
         raise HtsrError("a gradient has NaN or Inf, so it has no singular vectors; lower the learning rate or clip")
@@ -70,6 +73,51 @@ def projector(
     else:
         raise UsageError(f"unknown method {method!r}: a projector is computed by svd or randomized")
     return _sharded_like(P.to(G.dtype).contiguous(), G, side=1 if right else 0)
+
+
+def _projectors(
+    G: Tensor, rank: int, method: Method, previous: Tensor | None, generator: torch.Generator | None
+) -> Tensor:
+    """Those of a stack. Noise depends on the place in the stack alone, not on how it is sharded."""
+    seed = None if generator is None else int(torch.randint(2**62, (1,), generator=generator))
+    first = _first_slice(G)
+    read = _whole if first is None else local
+    slices, known = read(G), None if previous is None else read(previous)
+    found = [
+        projector(
+            matrix,
+            rank,
+            method,
+            None if known is None else known[i],
+            None if seed is None else torch.Generator().manual_seed(seed + i + (first or 0)),
+        )
+        for i, matrix in enumerate(slices)
+    ]
+    small, rank = min(G.shape[-2:]), min(rank, *G.shape[-2:])
+    P = torch.stack(found) if found else slices.new_empty(0, small, rank)
+    if first is None:
+        return _sharded_like(P, G, side=2 if projects_right(G.shape) else 1)
+    if not is_distributed(G):
+        return P
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = G.device_mesh, G.placements  # type: ignore[attr-defined]
+    shape = torch.Size((G.shape[0], small, rank))
+    return DTensor.from_local(P, mesh, placements, run_check=False, shape=shape, stride=(small * rank, rank, 1))
+
+
+def _first_slice(G: Tensor) -> int | None:
+    """Index in the stack of the first matrix that this process holds; None where it holds no whole matrices."""
+    if not is_distributed(G):
+        return 0
+    mesh, placements = G.device_mesh, G.placements  # type: ignore[attr-defined]
+    split = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
+    if any(not placements[axis].is_shard(0) for axis in split) or len(split) > 1:
+        return None
+    if not split:
+        return 0
+    each = -(-G.shape[0] // mesh.size(split[0]))
+    return min(each * mesh.get_local_rank(split[0]), G.shape[0])
 
 
 def _subspace_iteration(A: Tensor, rank: int, previous: Tensor | None, generator: torch.Generator | None) -> Tensor:
@@ -125,7 +173,8 @@ def add_projected_back(W: Tensor, R: Tensor, P: Tensor, factor: float) -> None:
     """
     right = projects_right(W.shape)
     W, R, P = local(W), local(R), local(P)
-    W.addmm_(*((R, P.mT) if right else (P, R)), alpha=factor)
+    add = W.addmm_ if W.ndim == 2 else W.baddbmm_
+    add(*((R, P.mT) if right else (P, R)), alpha=factor)
 
 
 def rotated(exp_avg: Tensor, exp_avg_sq: Tensor, old: Tensor, new: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -173,7 +222,11 @@ def _sharded_like(P: Tensor, G: Tensor, side: int) -> Tensor:
         return P
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    placements = [Shard(0) if placement.is_shard(side) else Replicate() for placement in G.placements]  # type: ignore[attr-defined]
+    own = P.ndim - 2  # the axis of P that goes with that side of G
+    placements = [
+        Shard(own) if placement.is_shard(side) else placement if placement.is_shard(own - 1) else Replicate()
+        for placement in G.placements  # type: ignore[attr-defined]
+    ]
     return distribute_tensor(P, G.device_mesh, placements)  # type: ignore[attr-defined]
 
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from htsr.errors import SourceError
+from htsr.errors import SourceError, UsageError
 from htsr.matrices.roles import block_of, role_of
 from htsr.training.lowrank_groups import is_low_rank
 from htsr.training.memory import LOW_RANK, PARTS, SAMPLED, MemoryPlan, Setting
@@ -92,6 +92,7 @@ def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
 
     Raises:
         SourceError: transformers knows no causal language model of this configuration.
+        UsageError: torch cannot simulate its experts in this dtype.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on the names of transformers' and peft's own options
@@ -114,7 +115,13 @@ def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
             parameter.register_post_accumulate_grad_hook(_Arrived(ledger, name in low_rank, released, setting))
         tokens = torch.zeros(setting.batch, setting.sequence, dtype=torch.long)
         with ledger:
-            loss = model(input_ids=tokens, labels=tokens).loss
+            try:
+                loss = model(input_ids=tokens, labels=tokens).loss
+            except RuntimeError as error:
+                if "BF16" not in str(error):  # of torch's grouped matrix product
+                    raise
+                sentence = f"torch can simulate the experts of {label} in bfloat16 only: ask for that dtype"
+                raise UsageError(sentence) from None
             ledger.now = "backward"
             loss.backward()
         del loss
@@ -214,19 +221,19 @@ def _states(trained: dict[str, Tensor], low_rank: set[str], setting: Setting) ->
             dtype = getattr(torch, setting.state_dtype) if setting.state_dtype else parameter.dtype
             moments += 2 * entries * dtype.itemsize
         if name in low_rank:
-            projectors += min(parameter.shape) * setting.rank * parameter.element_size()
+            projectors += parameter.numel() // max(parameter.shape[-2:]) * setting.rank * parameter.element_size()
     return {"optimizer": moments, "projectors": projectors}
 
 
 def _projected_size(parameter: Tensor, setting: Setting) -> int:
-    return max(parameter.shape) * setting.rank
+    return parameter.numel() // min(parameter.shape[-2:]) * setting.rank
 
 
 def _workspace(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
     """Temporaries of the update of one parameter by `LowRankAdamW`; torch's fused AdamW has none.
 
     Adam's direction, and float32 copies of what is narrower. A randomised refresh: a float32 copy of a float16
-    gradient, the products with the basis, and four bases (start, QR, next, Ritz vectors).
+    gradient, the products with the basis, and four bases (start, QR, next, Ritz vectors), matrix by matrix in a stack.
     """
     from htsr.training.lowrank import _PIECE
 
@@ -235,10 +242,16 @@ def _workspace(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
     narrow = parameter.dtype not in (torch.float32, torch.float64)
     if not low_rank:
         return 4 * (1 + narrow + 2 * (setting.state_dtype != "float32")) * min(parameter.numel(), _PIECE)
-    small, large = sorted(parameter.shape)
+    small, large = sorted(parameter.shape[-2:])
     width = min(small, setting.rank + _OVERSAMPLING)
-    wide = 4 * parameter.numel() if parameter.dtype == torch.float16 else 0
-    return wide + 4 * width * (2 * large + 4 * small)
+    wide = 4 * small * large if parameter.dtype == torch.float16 else 0
+    refresh = wide + 4 * width * (2 * large + 4 * small)
+    stack = parameter.numel() // (small * large)
+    if stack == 1:
+        return refresh
+    bases = 2 * stack * small * setting.rank * parameter.element_size()  # one by one, and together
+    copies = 1 + narrow + 2 * (setting.state_dtype != "float32")
+    return max(bases + refresh, 4 * copies * _projected_size(parameter, setting))
 
 
 def _quantised(model: Any) -> list[Tensor]:

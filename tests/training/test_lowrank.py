@@ -40,10 +40,23 @@ def take(optimizer, params, grads):
     optimizer.step()
 
 
+class Experts(nn.Module):
+    """Stacked, as transformers has them; all see every token."""
+
+    def __init__(self, number, width):
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(number, 2 * width, width) / width**0.5)
+        self.down_proj = nn.Parameter(torch.randn(number, width, 2 * width) / width**0.5)
+
+    def forward(self, x):
+        inner = torch.einsum("eij,btj->ebti", self.up_proj, x).relu()
+        return torch.einsum("eij,ebtj->bti", self.down_proj, inner) / len(self.up_proj)
+
+
 class Block(nn.Module):
     """Parts named as a decoder names them."""
 
-    def __init__(self, width):
+    def __init__(self, width, experts=0):
         super().__init__()
         self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(width, width)})
         self.mlp = nn.ModuleDict(
@@ -52,17 +65,20 @@ class Block(nn.Module):
                 "down_proj": nn.Linear(3 * width, width, bias=False),
             }
         )
+        if experts:
+            self.mlp["experts"] = Experts(experts, width)
 
     def forward(self, x):
         x = x + self.self_attn["q_proj"](x).tanh()
-        return x + self.mlp["down_proj"](self.mlp["up_proj"](x).relu())
+        x = x + self.mlp["down_proj"](self.mlp["up_proj"](x).relu())
+        return x + self.mlp["experts"](x) if "experts" in self.mlp else x
 
 
 class Net(nn.Module):
-    def __init__(self, blocks=2, width=16):
+    def __init__(self, blocks=2, width=16, experts=0):
         super().__init__()
         self.embed_tokens = nn.Embedding(40, width)
-        self.layers = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.layers = nn.ModuleList(Block(width, experts) for _ in range(blocks))
         self.lm_head = nn.Linear(width, 40, bias=False)
 
     def forward(self, tokens):
@@ -72,9 +88,9 @@ class Net(nn.Module):
         return self.lm_head(x)
 
 
-def make(seed=0, dtype=torch.float32):
+def make(seed=0, dtype=torch.float32, **parts):
     torch.manual_seed(seed)
-    return Net().to(dtype)
+    return Net(**parts).to(dtype)
 
 
 def batch(step, part=0, size=6):
@@ -486,3 +502,49 @@ def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned():
     assert float(W.detach().square().sum()) < 24.0
     with pytest.raises(UsageError, match="kept gradients are averaged by DDP"):
         LowRankAdamW([W], process_group=object())
+
+
+@pytest.mark.parametrize("method", ["svd", "randomized"])
+@pytest.mark.parametrize("moments", ["keep", "rotate"])
+def test_a_stack_is_trained_as_its_matrices_one_by_one(method, moments):
+    random = np.random.default_rng(3)
+    wide = {"rank": 4, "method": method, "refresh_every": 3, "weight_decay": 0.1, "moments": moments}
+    for shape in ((5, 24, 16), (5, 16, 24)):
+        stack = nn.Parameter(torch.from_numpy(random.standard_normal(shape)))
+        matrices = [nn.Parameter(matrix.detach().clone()) for matrix in stack]
+        together = LowRankAdamW([{"params": [stack], **wide}], lr=0.05)
+        apart = [LowRankAdamW([{"params": [matrix], **wide}], lr=0.05) for matrix in matrices]
+        for _ in range(8):
+            left, right = (random.standard_normal((5, side, 4)) for side in shape[1:])  # randomised bases are exact
+            G = torch.from_numpy(left * [8, 4, 2, 1] @ right.swapaxes(1, 2))
+            take(together, [stack], [G])
+            for optimizer, matrix, part in zip(apart, matrices, G, strict=True):
+                take(optimizer, [matrix], [part])
+        torch.testing.assert_close(stack, torch.stack(matrices), rtol=0, atol=1e-6)
+        assert together.state[stack]["projector"].shape == (5, 16, 4)
+
+
+def test_experts_of_a_mixture_get_a_rank():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    small = {"hidden_size": 32, "moe_intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 40, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**small, **heads))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    low, full, _ = low_rank_groups(model, 8)
+    stacked = [names[id(p)] for p in low["params"] if p.ndim == 3]
+    assert stacked == [
+        f"model.layers.{i}.mlp.experts.{part}" for i in range(2) for part in ("gate_up_proj", "down_proj")
+    ]
+    assert not any("experts" in names[id(p)] for p in full["params"])
+    optimizer = LowRankAdamW([low, full], lr=1e-2, gradients="project")
+    tokens = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(15):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        assert all(p.grad is None for p in low["params"])
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]

@@ -16,8 +16,8 @@ STEPS = 5
 OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "refresh_every": 2, "moments": "rotate"}
 
 
-def alone(clip, **options):
-    model = make(dtype=torch.float64)
+def alone(clip, experts=0, **options):
+    model = make(dtype=torch.float64, experts=experts)
     optimizer = LowRankAdamW(low_rank_groups(model, 4), **OPTIONS, **options)
     for step in range(STEPS):
         loss_of(model, batch(step)).backward()
@@ -88,7 +88,7 @@ def taken_back(rank):
         optimizer.step()
 
 
-def fsdp(rank, mode, method, clip):
+def fsdp(rank, mode, method, clip, experts=0):
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_optimizer_state_dict,
@@ -100,7 +100,7 @@ def fsdp(rank, mode, method, clip):
     mesh = init_device_mesh("cpu", (2,))
 
     def start():
-        model = make(dtype=torch.float64)
+        model = make(dtype=torch.float64, experts=experts)
         for block in model.layers:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -126,7 +126,8 @@ def fsdp(rank, mode, method, clip):
         optimizer.zero_grad()
     q = model.layers[0].mlp["down_proj"].weight
     assert optimizer.state[q]["exp_avg"].to_local().numel() <= 4 * 48
-    check({name: value.full_tensor() for name, value in model.state_dict().items()}, clip, method=method)
+    whole = {name: value.full_tensor() for name, value in model.state_dict().items()}
+    check(whole, clip, method=method, experts=experts)
 
 
 @pytest.mark.parametrize(("method", "clip"), [("svd", None), ("randomized", 0.05)])
@@ -148,3 +149,9 @@ def test_gradients_that_ddp_writes_back_are_an_error(tmp_path):
 )
 def test_fsdp(tmp_path, mode, method, clip):
     both(functools.partial(fsdp, mode=mode, method=method, clip=clip), tmp_path)
+
+
+@pytest.mark.parametrize("experts", [2, 3])
+def test_fsdp_with_stacked_experts(tmp_path, experts):
+    """Two experts are one for each rank, of three one rank has two."""
+    both(functools.partial(fsdp, mode="keep", method="randomized", clip=0.05, experts=experts), tmp_path)

@@ -3,13 +3,15 @@
 import csv
 import io
 import json
+from contextlib import suppress
 
 import pytest
 import torch
 from htsr_cli.main import main
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3MoeConfig
 
 import htsr
+from htsr.errors import UsageError
 from htsr.training.memory import METHODS, PARTS, predict_memory
 from reports.memory.measure import peak_allocated, train
 
@@ -57,6 +59,30 @@ def test_within_ten_percent_of_what_torch_allocates(folder, method, options, bat
     plan = predict_memory(folder, method, batch=batch, sequence=sequence, rank=16, **options)
     measured = peak_allocated(lambda: train(LLAMA, method, batch, sequence, rank=16, **options))
     assert plan.total == pytest.approx(measured, rel=0.1)
+
+
+MIXTURE = Qwen3MoeConfig(
+    hidden_size=128, moe_intermediate_size=96, num_hidden_layers=3, vocab_size=1000, head_dim=32, num_attention_heads=4,
+    num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, dtype="bfloat16",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("full", {}), ("galore", {}), ("galore", {"gradients": "project", "checkpointing": True})],
+)
+@pytest.mark.parametrize(("batch", "sequence"), [(1, 32), (4, 128)])
+def test_mixtures_of_experts(tmp_path, method, options, batch, sequence):
+    MIXTURE.save_pretrained(tmp_path)
+    options = {"rank": 16, "dtype": "bfloat16", **options}
+    plan = predict_memory(tmp_path, method, batch=batch, sequence=sequence, **options)
+    measured = peak_allocated(lambda: train(MIXTURE, method, batch, sequence, **options))
+    assert plan.total == pytest.approx(measured, rel=0.1)
+    if method == "galore":
+        stacks = 3 * 8 * (2 * 96 * 128 + 96 * 128)
+        assert plan.optimizer < predict_memory(tmp_path, "full", **options).optimizer - 2 * stacks
+    with suppress(UsageError):  # torch 2.13 cannot simulate that, and says so
+        assert predict_memory(tmp_path, method, **(options | {"dtype": "float32"})).total > plan.total
 
 
 def test_parts_are_what_arithmetic_says(folder):
