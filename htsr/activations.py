@@ -1,4 +1,8 @@
-"""Norms of the input features of every linear layer, over texts that run through a model."""
+"""Norms of the input features of every linear layer, over texts that run through a model.
+
+Stacked experts are parameters of three dimensions, which no module of their own applies: their products are watched for
+instead, while transformers runs them one by one.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import numpy.typing as npt
 
 from htsr.errors import HtsrError
 from htsr.matrices.entries import base_name
+from htsr.matrices.roles import role_of
 
 if TYPE_CHECKING:
     import torch
@@ -19,10 +24,15 @@ Vector = npt.NDArray[np.float64]
 
 
 class InputNorms:
-    """Sums of squares of every Linear's input features, in float64, while texts run through the model."""
+    """Sums of squares of every Linear's input features, in float64, while texts run through the model.
+
+    Attributes:
+        transposed: names of stacked experts that are stored (in_features, out_features).
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
+        self.transposed: set[str] = set()
         self._squares: dict[str, torch.Tensor] = {}
         self._mask: torch.Tensor | None = None  # None where the batch has no padding
 
@@ -44,6 +54,8 @@ class InputNorms:
 
         if self._mask is not None:
             X = self._real_tokens(name, X)
+        if X.numel() == 0:
+            return
         wide = torch.float32 if X.device.type == "mps" else torch.float64
         squares = torch.linalg.vector_norm(X.reshape(-1, X.shape[-1]), dim=0, dtype=wide).square_()
         if name in self._squares:
@@ -89,10 +101,60 @@ def input_norms(model: torch.nn.Module) -> Iterator[InputNorms]:
 
         handles.append(module.register_forward_pre_hook(hook))
     try:
-        yield norms
+        with _expert_inputs(model, norms):
+            yield norms
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _expert_inputs(model: torch.nn.Module, norms: InputNorms) -> Iterator[None]:
+    """Every product with a stacked expert is noted, and transformers runs the experts one by one."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    stacks = {p.untyped_storage().data_ptr(): (name, p) for name, p in stacked_experts(model).items()}
+    if not stacks:
+        yield
+        return
+    by_linear = torch.nn.functional.linear
+    products = {by_linear, torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__}
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in products and len(args) > 1:
+                X, W = args[:2]
+                name, stack = stacks.get(W.untyped_storage().data_ptr(), ("", W))
+                if name:
+                    note(X.detach(), W, name, stack, transposed=func is not by_linear)
+            return func(*args, **(kwargs or {}))
+
+    def note(X: Any, W: Any, name: str, stack: Any, transposed: bool) -> None:
+        if (W.stride(-1) == 1) != (stack.stride(-1) == 1):
+            transposed = not transposed  # a product with the transpose of what is stored
+        first = W.storage_offset() // stack[0].numel()
+        for place, inputs in enumerate(X if W.ndim == 3 else [X], first):
+            norms.add(f"{name}[{place}]", inputs)
+            if transposed:
+                norms.transposed.add(f"{name}[{place}]")
+
+    switch: Any = model if hasattr(model, "set_experts_implementation") else None
+    before = None if switch is None else switch.get_experts_implementation()
+    try:
+        if switch is not None:
+            switch.set_experts_implementation("eager")
+        with Watch():
+            yield
+    finally:
+        if switch is not None:
+            switch.set_experts_implementation(before)
+
+
+def stacked_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters (experts, …, …) of `model` by name, wrappers' prefixes removed."""
+    parameters = ((base_name(name), parameter) for name, parameter in model.named_parameters())
+    return {name: p for name, p in parameters if p.ndim == 3 and role_of(name).startswith("expert.")}
 
 
 def linear_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:

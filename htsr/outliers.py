@@ -17,8 +17,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from htsr._version import __version__
-from htsr.activations import evaluating, input_norms, linear_modules
+from htsr.activations import evaluating, input_norms, linear_modules, stacked_experts
 from htsr.errors import HtsrError, SourceError, UsageError
 from htsr.files import written
 from htsr.matrices import roles
@@ -194,7 +195,7 @@ def measure_outliers(
         tokenizer: its tokenizer.
         texts: the calibration set. Texts are cut after `length` tokens.
         thresholds: τ, any number of them at no cost.
-        batch_size: texts at a time; it changes nothing but rounding errors.
+        batch_size: texts at a time; it changes nothing but rounding errors. Models with stacked experts take one.
         length: longest sample in tokens.
         progress: called with samples done and their number.
 
@@ -214,6 +215,8 @@ def measure_outliers(
         raise UsageError("thresholds are positive multiples of the mean score, at least one")
     if not texts:
         raise UsageError("the calibration set is empty")
+    if stacked_experts(model):
+        batch_size = 1  # which of the tokens that reach an expert are padding cannot be told
     tokens = 0
     with evaluating(model), input_norms(model) as norms:
         for start in range(0, len(texts), batch_size):
@@ -227,21 +230,26 @@ def measure_outliers(
             tokens += norms.forward(batch["input_ids"], batch["attention_mask"])
             if progress:
                 progress(min(start + batch_size, len(texts)), len(texts))
-    found = score_weights(model, norms.result(), thresholds)
+    found = score_weights(model, norms.result(), thresholds, norms.transposed)
     return replace(found, samples=len(texts), tokens=tokens)
 
 
 def score_weights(
-    model: torch.nn.Module, norms: Mapping[str, Vector], thresholds: Sequence[float], label: str | None = None
+    model: torch.nn.Module,
+    norms: Mapping[str, Vector],
+    thresholds: Sequence[float],
+    transposed: Collection[str] = (),
+    label: str | None = None,
 ) -> Outliers:
     """Count the entries of each weight with ``|W_ij|·‖X_j‖₂ > τ·mean``.
 
     Scores are formed in float32 in chunks of rows, their sums in float64.
 
     Args:
-        model: whose Linear (and Conv1D) modules are scored.
+        model: whose Linear (and Conv1D) modules and stacked experts are scored.
         norms: ‖X_j‖₂, (in_features,) float64, by module name.
         thresholds: τ, ascending.
+        transposed: names of experts that are stored (in_features, out_features).
         label: of the model; its class by default.
 
     Returns:
@@ -252,9 +260,9 @@ def score_weights(
         HtsrError: weights that are not finite, or no norms of a matrix inside the blocks.
     """
     blocks = find_blocks(model)
-    modules = dict(linear_modules(model))
-    _insist_on_tokens(blocks, modules, norms)
-    seen = {name: _Matrix(name, modules[name], norms[name]) for name in modules if name in norms}
+    weights = _weights(model, transposed)
+    _insist_on_tokens(blocks, weights, norms)
+    seen = {name: _Matrix(name, read(), norms[name]) for name, read in weights.items() if name in norms}
     block_of = {name: blocks.index_of(f"{name}.weight") for name in seen}
     totals, sizes = np.zeros(len(blocks)), np.zeros(len(blocks))
     for name, matrix in seen.items():
@@ -270,7 +278,7 @@ def score_weights(
         of_block: tuple[int, ...] = ()
         if block is not None:
             of_block = matrix.counts([tau * totals[block] / sizes[block] for tau in thresholds])
-        row = OutlierRow(name, roles.role_of(name), block, matrix.parameters, mean, counted, of_block)
+        row = OutlierRow(name, roles.role_of(roles.whole_name(name)), block, matrix.parameters, mean, counted, of_block)
         rows.append(row)
     return Outliers(
         label=label or type(model).__name__,
@@ -283,8 +291,24 @@ def score_weights(
     )
 
 
-def _insist_on_tokens(blocks: Blocks, modules: Mapping[str, torch.nn.Module], norms: Mapping[str, Vector]) -> None:
-    unseen = [name for name in modules if name not in norms and blocks.index_of(f"{name}.weight") is not None]
+def _weights(model: torch.nn.Module, transposed: Collection[str]) -> dict[str, Callable[[], torch.Tensor]]:
+    """Readers of (out_features, in_features) weights by name, those of a block together."""
+    found: dict[str, Callable[[], torch.Tensor]] = {}
+    for name, module in linear_modules(model):
+        found[name] = partial(_plain_weight, module)
+    for name, stack in stacked_experts(model).items():
+        for i in range(len(stack)):
+            found[f"{name}[{i}]"] = partial(_expert_weight, stack, i, f"{name}[{i}]" in transposed)
+    return found
+
+
+def _expert_weight(stack: torch.nn.Parameter, index: int, transposed: bool) -> torch.Tensor:
+    W = stack.detach()[index]
+    return W.t() if transposed else W
+
+
+def _insist_on_tokens(blocks: Blocks, weights: Collection[str], norms: Mapping[str, Vector]) -> None:
+    unseen = [name for name in weights if name not in norms and blocks.index_of(f"{name}.weight") is not None]
     if unseen:
         logger.warning("%d matrices saw no token of the calibration set, %s first", len(unseen), unseen[0])
     if not any(blocks.index_of(f"{name}.weight") is not None for name in norms):
@@ -294,12 +318,10 @@ def _insist_on_tokens(blocks: Blocks, modules: Mapping[str, torch.nn.Module], no
 class _Matrix:
     """Scores of one weight, formed chunk by chunk and never held whole."""
 
-    def __init__(self, name: str, module: torch.nn.Module, norm: Vector) -> None:
+    def __init__(self, name: str, weight: torch.Tensor, norm: Vector) -> None:
         import torch
 
-        weight = _plain_weight(module)
-        transposed = type(module).__name__ == "Conv1D"  # stored (in, out)
-        self._weight = weight.t() if transposed else weight
+        self._weight = weight
         self._norm = torch.from_numpy(norm).to(weight.device, torch.float32)
         self.parameters = weight.numel()
         self.total = sum(float(chunk.sum(dtype=_wide(chunk))) for chunk in self._chunks())
@@ -331,4 +353,5 @@ def _plain_weight(module: torch.nn.Module) -> torch.Tensor:
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
         weight = dequantize_bnb_weight(weight, state=getattr(module, "state", None))
-    return weight.detach()  # type: ignore[no-any-return]
+    weight = weight.detach()
+    return weight.t() if type(module).__name__ == "Conv1D" else weight  # type: ignore[no-any-return]  # stored (in, out)

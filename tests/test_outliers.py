@@ -5,6 +5,7 @@ import pytest
 import torch
 from htsr_cli.main import main
 from torch import nn
+from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import htsr
 from htsr.activations import input_norms
@@ -65,6 +66,72 @@ def test_distribution_is_the_definition(make, texts):
         assert len(set(shares)) > 1
     for name, share in found.of_matrices(2.0).items():
         assert share == pytest.approx(of_matrix[name][1], abs=1e-3)
+
+
+def mixture(kind):
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    if kind == "gpt_oss":  # stored (in, out), with biases and a gate of its own
+        return GptOssForCausalLM(
+            GptOssConfig(**sizes, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2, vocab_size=64)
+        )
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**sizes, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, vocab_size=64)
+    )
+
+
+class Apart(nn.Module):
+    """Stacked experts as Linear modules."""
+
+    def __init__(self, stacked):
+        super().__init__()
+        self.gate = stacked._apply_gate
+        for name in ("gate_up_proj", "down_proj"):
+            linears = []
+            for i, W in enumerate(getattr(stacked, name).detach()):
+                W = W.t() if stacked.is_transposed else W
+                linear = nn.Linear(W.shape[1], W.shape[0], bias=stacked.has_bias)
+                linear.weight = nn.Parameter(W.clone())
+                if stacked.has_bias:
+                    linear.bias = nn.Parameter(getattr(stacked, f"{name}_bias")[i].detach().clone())
+                linears.append(linear)
+            setattr(self, name, nn.ModuleList(linears))
+
+    def forward(self, x, chosen, weights):
+        result = torch.zeros_like(x)
+        for i in chosen.unique().tolist():
+            token, place = torch.where(chosen == i)
+            inner = self.gate(self.gate_up_proj[i](x[token]))
+            result.index_add_(0, token, self.down_proj[i](inner) * weights[token, place, None])
+        return result
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_stacked_experts_are_scored_as_linear_modules_are(kind, texts):
+    model, tokenizer, thresholds = mixture(kind), word_tokenizer(), (1.5, 2.0, 4.0)
+    implementation = model.get_experts_implementation()
+    found = htsr.measure_outliers(model, tokenizer, texts, thresholds=thresholds)
+    assert model.get_experts_implementation() == implementation
+    for layer in model.model.layers:
+        layer.mlp.experts = Apart(layer.mlp.experts)
+    apart = htsr.measure_outliers(model, tokenizer, texts, thresholds=thresholds, batch_size=1)
+    twins = {row.name.replace("[", ".").rstrip("]"): row for row in found.rows}
+    assert twins.keys() == {row.name for row in apart.rows}
+    assert sum("experts" in name for name in twins) == 2 * 2 * 4
+    for row in apart.rows:
+        twin = twins[row.name]
+        assert (twin.role, twin.block, twin.parameters) == (row.role, row.block, row.parameters)
+        assert twin.mean_score == pytest.approx(row.mean_score, rel=1e-4)
+        np.testing.assert_allclose(twin.counts, row.counts, atol=2)
+        np.testing.assert_allclose(twin.block_counts, row.block_counts, atol=2)
+    for threshold in thresholds:
+        np.testing.assert_allclose(found.distribution(threshold), apart.distribution(threshold), rtol=1e-3)
 
 
 def test_batch_size_and_padding_do_not_matter(texts):
