@@ -6,6 +6,9 @@ The optimizer stays what it is. After every `interval` of its steps the weights 
 exponent of each power-law tail moves towards 2 as far as the trace-log (ERG) condition allows, at constant norm.
 Like decoupled weight decay it acts on the weights alone and leaves moments as they are.
 
+On SETOL's perceptron (``reports/setol_mlp3``) it brings α and the trace-log number to (2, 0) at every learning rate,
+and the test error does not fall with them: an instrument, not a regularizer.
+
 The only state is a count of steps, in the param groups, so `optimizer.state_dict()` carries it through any checkpoint.
 In a data-parallel run every rank does the same arithmetic on the same weights.
 """

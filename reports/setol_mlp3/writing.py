@@ -177,7 +177,7 @@ def write_up(results: dict[str, Any]) -> None:
     runs = [run for run in results["runs"] if not run["nudge"]]
     nudged = [run for run in results["runs"] if run["nudge"]]
     found = groups(runs)
-    plot(runs)
+    plot(runs, nudged)
     correlations, count = correlation_table(runs)
     seeds = sorted({r["seed"] for r in runs})
     best = min(found.items(), key=lambda item: np.mean([error("test")(r) for r in item[1]]))
@@ -247,7 +247,7 @@ def far(runs: list[Run]) -> str:
     return f"diverges in epoch {row['epochs']}" if row["diverged"] else "does not diverge"
 
 
-def plot(runs: list[Run]) -> None:
+def plot(runs: list[Run], nudged: list[Run]) -> None:
     """FC1's march in the (α, Δλ_min) plane, test error against α, and the paths of training."""
     import matplotlib
 
@@ -262,11 +262,13 @@ def plot(runs: list[Run]) -> None:
         ("lr 1×, batch 1–16", "s", [r for r in sgd if r["batch"] < 32]),
         ("patience 12", "^", [r for r in sgd if r["patience"] > 3]),
         ("Adam", "x", [r for r in finished if r["optimizer"] == "adam"]),
+        ("SGD, nudged towards α = 2", "+", [r for r in nudged if not r["diverged"]]),
     ):
         if not chosen:
             continue
         alpha = [layer("FC1", "alpha")(r) for r in chosen]
-        axes[0].plot(alpha, [layer("FC1", "delta_lambda_min")(r) for r in chosen], marker, label=name, alpha=0.8)
+        deltas = [layer("FC1", "delta_lambda_min")(r) for r in chosen]
+        axes[0].plot(alpha, [np.nan if d is None else d for d in deltas], marker, label=name, alpha=0.8)
         axes[1].plot(alpha, [error("test")(r) for r in chosen], marker, label=name, alpha=0.8)
     axes[0].axhline(0, color="k", lw=0.6)
     axes[0].set(xlabel="α of FC1", ylabel="Δλ_min of FC1", title="α and ERG march together")
