@@ -103,8 +103,8 @@ def split_groups(
     """
     if not any(id(parameter) in names for group in optimizer.param_groups for parameter in group["params"]):
         raise UsageError(
-            "the optimizer has no parameter of this model: give both the same module (FSDP1's flat parameters have no "
-            "matrices; fully_shard keeps them)"
+            "the optimizer has no parameter of this model: give both the same module, before deepspeed.initialize "
+            "(FSDP1's flat parameters have no matrices; fully_shard keeps them)"
         )
     sorter = _Sorter(names, slots, pin)
     taken: set[str] = set()

@@ -282,9 +282,10 @@ class LayerSampler:
             self._counts[list(self._active)] += 1
         self._steps += 1
         if self._steps % self.interval == 0:
-            self._active = self.draw(self._steps // self.interval)
+            before, self._active = self._active, self.draw(self._steps // self.interval)
             logger.info("step %d: training %s", self._steps, ", ".join(self.names[i] for i in self._active))
             self._apply()
+            _set_up_anew(self.model, {name for i in set(self._active) - set(before) for name in self._members[i]})
         else:
             self._write_state()
 
@@ -329,6 +330,17 @@ class LayerSampler:
                     "wrapper may have been made while it was frozen, or reentrant checkpointing needs "
                     "gradient_checkpointing_kwargs={'use_reentrant': False}"
                 )
+
+
+def _set_up_anew(model: torch.nn.Module, thawed: set[str]) -> None:
+    """FSDP2 settles a unit's dtypes once, by the parameters that require gradients then; have it do so again."""
+    units = {clean_name(f"{name}.") if name else "": m for name, m in model.named_modules() if hasattr(m, "unshard")}
+    if not units:
+        return
+    for prefix in {max((prefix for prefix in units if name.startswith(prefix)), key=len) for name in thawed}:
+        unit: Any = units[prefix]
+        unit.unshard()
+        unit.reshard()
 
 
 def _trainable_names(model: torch.nn.Module, blocks: Blocks) -> tuple[list[list[str]], list[str]]:

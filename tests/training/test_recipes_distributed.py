@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import multiprocessing
 
-from htsr.recipe import read_recipe
+from htsr.recipe import FOLDER, read_recipe
 from tests.processes import leave
 from tests.transformer import llama, word_tokenizer
 
@@ -46,6 +46,19 @@ def write_recipe(folder, method, kind):
     (folder / f"{method}-{kind}.yaml").write_text(yaml.safe_dump(content))
 
 
+def write_shipped_recipe(folder):
+    """several_gpus_fsdp2 as it is, but for model, data and sizes."""
+    content = yaml.safe_load((FOLDER / "several_gpus_fsdp2.yaml").read_text())
+    training = content["training"]
+    del training["num_train_epochs"]
+    training |= {"max_steps": 7, "save_steps": 3, "eval_steps": 3, "max_length": 32, "gradient_accumulation_steps": 2}
+    training |= {"learning_rate": 1e-2, "warmup_steps": 0, "disable_tqdm": True}
+    content |= {"model": str(folder / "model"), "output": str(folder / "shipped")}
+    content["data"] = {"train": str(folder / "train.jsonl"), "evaluation_share": 0.1}
+    content["sampling"] |= {"active": 1, "interval": 2, "threshold": 3.0}
+    (folder / "shipped.yaml").write_text(yaml.safe_dump(content))
+
+
 def call_cpus_accelerators():
     from accelerate import PartialState
     from accelerate.utils import DistributedType
@@ -65,6 +78,8 @@ class KilledError(Exception):
 
 
 def killed_and_resumed(recipe):
+    from accelerate.state import GradientState
+
     from htsr.finetune import finetune
     from htsr.training.trainer import FinetuneTrainer
 
@@ -79,6 +94,7 @@ def killed_and_resumed(recipe):
     with pytest.raises(KilledError):
         finetune(recipe)
     FinetuneTrainer.training_step = original
+    GradientState._reset_state()  # as in a new process
     finetune(recipe, resume=True)
 
 
@@ -107,6 +123,7 @@ def _worker(rank, folder):
     for method in RECIPES:
         killed_and_resumed(read_recipe(f"{folder}/{method}-resumed.yaml"))
         killed_and_resumed(read_recipe(f"{folder}/{method}-resumed-sharded.yaml"))
+    killed_and_resumed(read_recipe(f"{folder}/shipped.yaml"))
     (folder / f"{rank}.json").write_text(json.dumps(kinds))
     leave()
 
@@ -121,6 +138,7 @@ def work(tmp_path_factory):
     for method in RECIPES:
         for kind in ("ddp", *CHECKPOINTS):
             write_recipe(folder, method, kind)
+    write_shipped_recipe(folder)
     multiprocessing.spawn(_worker, (folder,), nprocs=2)
     return folder
 
@@ -145,3 +163,18 @@ def test_a_killed_sharded_run_goes_on_with_the_same_weights(work, method, kind):
     whole, resumed = (load_file(work / f"{method}-{name}" / "model.safetensors") for name in ("fsdp2", kind))
     for key, value in whole.items():
         torch.testing.assert_close(resumed[key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_the_shipped_recipe_trains_the_blocks_that_it_draws(work):
+    """In mixed precision FSDP2 has to be told of each block that is thawed."""
+    start, found = (load_file(work / name / "model.safetensors") for name in ("model", "shipped"))
+    moved = {
+        ".".join(key.split(".")[:3]) for key in start if ".layers." in key and not torch.equal(start[key], found[key])
+    }
+    results = json.loads((work / "shipped" / "results.json").read_text())
+    drawn = {row["name"] for row in results["coverage"] if row["intervals"]}
+    assert len(drawn) > 1
+    assert moved == drawn
+    assert all(value.isfinite().all() for value in found.values())
+    assert results["metrics"]["eval_loss"] < 4
+    assert torch.equal(start["model.embed_tokens.weight"], found["model.embed_tokens.weight"])
