@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import htsr
 from htsr.multiple_choice import log_likelihoods, multiple_choice_accuracy
-from htsr.recipe import read_recipe
+from htsr.recipe import FOLDER, read_recipe
 from htsr.records import read_records
 from tests.transformer import llama, word_tokenizer
 
@@ -97,6 +97,26 @@ def test_killed_and_resumed_is_uninterrupted(work, tmp_path, monkeypatch, method
         assert {".".join(name.split(".")[:3]) for name in moved if ".layers." in name} == trained
         assert "model.embed_tokens.weight" not in moved
     torch.load(next((tmp_path / "whole").glob("checkpoint-7")) / "optimizer.pt", weights_only=True)
+
+
+def test_the_shipped_recipe_for_one_gpu_runs(work, tmp_path):
+    content = yaml.safe_load((FOLDER / "one_gpu_24gb.yaml").read_text())
+    del content["training"]["num_train_epochs"]
+    content["training"] |= {"max_steps": 5, "eval_steps": 2, "max_length": 32, "gradient_accumulation_steps": 2}
+    content["training"] |= {"learning_rate": 1e-2, "warmup_steps": 0, "disable_tqdm": True}
+    content |= {"model": str(work / "model"), "output": str(tmp_path / "run")}
+    content["data"] = {"train": str(work / "train.jsonl"), "evaluation_share": 0.1}
+    content["sampling"] |= {"active": 1, "interval": 2, "threshold": 3.0}
+    content["low_rank"] |= {"rank": 8, "refresh_every": 2}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    assert main(["finetune", "--quiet", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["metrics"]["steps"] == 5
+    start, found = (load_file(folder / "model.safetensors") for folder in (work / "model", tmp_path / "run"))
+    moved = {
+        ".".join(k.split(".")[:3]) for k in start if ".layers." in k and not torch.equal(start[k].bfloat16(), found[k])
+    }
+    assert moved == {row["name"] for row in results["coverage"] if row["intervals"]}
 
 
 def test_report_of_a_run(work, tmp_path, capsys):

@@ -38,6 +38,16 @@ def _sharded(model):
     return fully_shard(model)
 
 
+def _tensor_parallel(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.layers:
+        parallelize_module(layer, mesh, {"mlp.up_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel()})
+    return model
+
+
 def _worker(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -45,7 +55,7 @@ def _worker(rank, folder):
     inner = scoring.scores
     scoring.scores = lambda matrices, policy: decomposed.extend(m.name for m in matrices) or inner(matrices, policy)
     results = {}
-    for kind, wrap in {"ddp": _data_parallel, "fsdp2": _sharded}.items():
+    for kind, wrap in {"ddp": _data_parallel, "fsdp2": _sharded, "tp": _tensor_parallel}.items():
         decomposed.clear()
         results[kind] = {"rates": run(wrap), "decomposed": list(decomposed)}
     (folder / f"{rank}.json").write_text(json.dumps(results))
@@ -70,7 +80,18 @@ def test_ranks_agree_with_each_other_and_with_one_process(two_processes, kind):
     assert alone[0] != alone[-1]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_tensor_parallel_ranks_agree_with_one_process(two_processes):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = run()
+    torch.set_num_threads(threads)
+    first, second = (result["tp"]["rates"] for result in two_processes)
+    assert first == second
+    for mine, expected in zip(first, alone, strict=True):
+        assert mine == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "tp"])
 def test_each_matrix_is_decomposed_once(two_processes, kind):
     first, second = (result[kind]["decomposed"] for result in two_processes)
     events = 3

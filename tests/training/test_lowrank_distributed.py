@@ -130,6 +130,31 @@ def fsdp(rank, mode, method, clip, experts=0):
     check(whole, clip, method=method, experts=experts)
 
 
+def tensor_parallel(rank, method, mode, clip):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2,))
+    model = make(dtype=torch.float64)
+    plan = {
+        "self_attn.q_proj": ColwiseParallel(output_layouts=Replicate()),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(),
+    }
+    for block in model.layers:
+        parallelize_module(block, mesh, plan)
+    optimizer = LowRankAdamW(low_rank_groups(model, 4), method=method, gradients=mode, **OPTIONS)
+    for step in range(STEPS):
+        loss_of(model, batch(step)).backward()
+        if clip:
+            optimizer.clip_grad_norm_(clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in model.state_dict().items()}
+    check(whole, clip, method=method)
+
+
 @pytest.mark.parametrize(("method", "clip"), [("svd", None), ("randomized", 0.05)])
 def test_ddp(tmp_path, method, clip):
     both(functools.partial(ddp, method=method, clip=clip), tmp_path)
@@ -155,3 +180,10 @@ def test_fsdp(tmp_path, mode, method, clip):
 def test_fsdp_with_stacked_experts(tmp_path, experts):
     """Two experts are one for each rank, of three one rank has two."""
     both(functools.partial(fsdp, mode="keep", method="randomized", clip=0.05, experts=experts), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "mode", "clip"), [("svd", "keep", 0.05), ("randomized", "project", 0.05), ("randomized", "update", None)]
+)
+def test_tensor_parallel(tmp_path, method, mode, clip):
+    both(functools.partial(tensor_parallel, method=method, mode=mode, clip=clip), tmp_path)
