@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from htsr.errors import UsageError
 from htsr.matrices.entries import Entry, base_name, unshared
 from htsr.matrices.modules import module_config, module_entries
 from htsr.matrices.quantized import dequantized
@@ -93,6 +94,16 @@ def open_live(module: torch.nn.Module, view: View | None = None) -> LiveModel:
         entries.append(entry)
     matrices = tuple(matrices_of(unshared(dequantized(entries)), module_config(module)))
     return LiveModel(matrices, shards)
+
+
+def refuse_flat(module: torch.nn.Module) -> None:
+    """What needs whole matrices calls this with the `module` it is to train.
+
+    Raises:
+        UsageError: FSDP1 has wrapped it or a part of it, and its parameters are flat.
+    """
+    if any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
+        raise UsageError("FSDP1 flattens parameters, and no matrix is left: take FSDP2 (fully_shard, fsdp_version 2)")
 
 
 def by_tensor(matrices: Iterable[WeightMatrix]) -> list[list[WeightMatrix]]:

@@ -31,7 +31,7 @@ import torch
 
 from htsr.errors import UsageError
 from htsr.matrices.entries import base_name
-from htsr.matrices.sharded import open_live
+from htsr.matrices.sharded import open_live, refuse_flat
 from htsr.training.groups import adapt_state_dict, parameter_names, require_fresh, split_groups
 from htsr.training.policy import Policy, PolicyLike, make_policy
 from htsr.training.scoring import live_scores, view_of
@@ -122,6 +122,7 @@ class Layerwise:
         self, optimizer: torch.optim.Optimizer, model: nn.Module, policy: Policy, total_steps: int | None
     ) -> None:
         require_fresh(optimizer)
+        refuse_flat(model)
         if total_steps is not None and total_steps < 1:
             raise UsageError(f"total_steps is at least 1, not {total_steps}")
         self.model, self.policy, self.total_steps = model, policy, total_steps

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from htsr.errors import UsageError
 from htsr.matrices.entries import clean_name
 from htsr.matrices.roles import block_of, role_of
+from htsr.matrices.sharded import refuse_flat
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +51,9 @@ def low_rank_groups(
         Up to three groups, those without parameters left out: low rank, full rank, vectors.
 
     Raises:
-        UsageError: no matrix of the model gets a low rank.
+        UsageError: no matrix of the model gets a low rank, or FSDP1 has flattened them.
     """
+    refuse_flat(model)
     low: list[Any] = []
     full: list[Any] = []
     vectors: list[Any] = []

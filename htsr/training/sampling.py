@@ -25,6 +25,7 @@ import numpy as np
 from htsr.errors import HtsrError, UsageError
 from htsr.matrices.blocks import Blocks, find_blocks
 from htsr.matrices.entries import clean_name
+from htsr.matrices.sharded import refuse_flat
 from htsr.outliers import OWLORE_THRESHOLD
 from htsr.training.block_scores import Scores, Strategy, Vector, block_probabilities, inclusion_probabilities
 
@@ -182,11 +183,12 @@ class LayerSampler:
 
         Raises:
             UsageError: the sampler has another optimizer already, the optimizer lacks parameters of the blocks, DDP
-                would wait for frozen ones, or sharded state is to be offloaded.
+                would wait for frozen ones, FSDP1 has flattened them, or sharded state is to be offloaded.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         if optimizer is self._optimizer:
             return
+        refuse_flat(self.model)
         if self._optimizer is not None:
             raise UsageError("this sampler is attached to an optimizer already; make another for another run")
         by_name = {clean_name(name): parameter for name, parameter in self.model.named_parameters()}

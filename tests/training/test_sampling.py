@@ -207,6 +207,28 @@ def test_coverage():
     assert sum(row.expected for row in rows) == pytest.approx(10)
 
 
+class FullyShardedDataParallel(torch.nn.Module):
+    """A stand-in: FSDP1 itself wants an accelerator."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+
+def test_what_fsdp1_has_flattened_is_refused():
+    model = llama(3)
+    sampler = LayerSampler(model, active=1)
+    model.model.layers[1] = FullyShardedDataParallel(model.model.layers[1])
+    optimizer = torch.optim.AdamW(model.parameters())
+    for use in (
+        lambda: sampler.attach(optimizer),
+        lambda: htsr.layerwise(optimizer, model),
+        lambda: htsr.low_rank_groups(model, 4),
+    ):
+        with pytest.raises(htsr.UsageError, match="FSDP1 flattens parameters"):
+            use()
+
+
 def test_gradient_accumulation_counts_optimizer_steps():
     model = llama(3)
     optimizer = torch.optim.AdamW(model.parameters())
