@@ -35,7 +35,7 @@ def work(tmp_path_factory):
 
 def recipe_file(work, output, method, **more):
     training = {"max_steps": 7, "save_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
-    training |= {"logging_steps": 100, "max_length": 32, "disable_tqdm": True} | more.pop("training", {})
+    training |= {"logging_steps": 2, "max_length": 32, "disable_tqdm": True} | more.pop("training", {})
     content = {
         "model": str(work / "model"),
         "output": str(output),
@@ -97,6 +97,9 @@ def test_killed_and_resumed_is_uninterrupted(work, tmp_path, monkeypatch, method
         assert {".".join(name.split(".")[:3]) for name in moved if ".layers." in name} == trained
         assert "model.embed_tokens.weight" not in moved
     torch.load(next((tmp_path / "whole").glob("checkpoint-7")) / "optimizer.pt", weights_only=True)
+    state = json.loads((tmp_path / "whole" / "checkpoint-7" / "trainer_state.json").read_text())
+    logged = any("layerwise/multiplier_median" in log for log in state["log_history"])
+    assert logged == (layerwise == "llr")  # the matrices here are too small for AlphaDecay
 
 
 def test_the_shipped_recipe_for_one_gpu_runs(work, tmp_path):

@@ -11,7 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.sft_trainer import SFTTrainer
 
 from htsr.errors import UsageError
-from htsr.training.callbacks import LayerSamplerCallback
+from htsr.training.callbacks import LayerSamplerCallback, LayerwiseCallback
 from htsr.training.layerwise import layerwise
 from htsr.training.lowrank import LowRankAdamW
 from htsr.training.lowrank_groups import low_rank_groups
@@ -35,6 +35,8 @@ class FinetuneTrainer(SFTTrainer):
     def __init__(self, *, recipe: Recipe, sampler: LayerSampler | None = None, **arguments: Any) -> None:
         self.recipe, self.sampler = recipe, sampler
         super().__init__(callbacks=[LayerSamplerCallback(sampler)] if sampler else None, **arguments)
+        if recipe.layerwise != "none":
+            self.add_callback(LayerwiseCallback(self))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer over all trainable parameters; made before blocks are frozen.
