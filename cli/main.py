@@ -310,7 +310,7 @@ def outliers(
 def finetune(
     config: Annotated[str, typer.Option(help="The recipe: a YAML file, or one of one_cpu, one_gpu_24gb …")],
     method: Annotated[
-        str | None, typer.Option(help="Instead of the recipe's: full, lora, lisa, owlore, galore.")
+        str | None, typer.Option(help="Instead of the recipe's: full, lora, qlora, lisa, owlore, galore.")
     ] = None,
     layerwise: Annotated[
         str | None, typer.Option(help="Instead of the recipe's: none, llr, tempbalance, alphadecay.")

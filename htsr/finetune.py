@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model from a recipe: full, LoRA, LISA, OwLore or GaLore, with spectra before and after.
+"""Fine-tune a causal language model by a recipe: full, (Q)LoRA, LISA, OwLore or GaLore, with spectra before and after.
 
     accelerate launch -m htsr.finetune --config recipe.yaml
     htsr finetune --config one_cpu
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from htsr.analysis import Analysis, analyze
 from htsr.errors import UsageError
 from htsr.files import written
-from htsr.loading import load_model, load_tokenizer
+from htsr.loading import load_model, load_tokenizer, resolve
 from htsr.multiple_choice import Accuracy, multiple_choice_accuracy
 from htsr.recipe import Recipe
 from htsr.records import Record, as_dataset, read_records, split
@@ -80,7 +80,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
 
     output = Path(recipe.output)
     arguments = _arguments(recipe)
-    _prepare_deepspeed(recipe, arguments)
+    _prepare_sharding(recipe, arguments)
     ranks = PartialState()
     checkpoint = _last_checkpoint(output)
     if not resume and output.is_dir() and any(output.iterdir()):
@@ -95,9 +95,12 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
     held_out = read_records(recipe.data.evaluation) if recipe.data.evaluation else held_out
     questions = read_records(recipe.data.multiple_choice) if recipe.data.multiple_choice else []
     say(f"{len(train)} training records, {len(held_out)} held out, {len(questions)} questions")
-    model = load_model(recipe.model, revision=recipe.revision, dtype=_dtype(recipe), causal=True).to(arguments.device)
+    four_bit = recipe.method == "qlora"
+    how: dict[str, Any] = {"dtype": _dtype(recipe), "causal": True, "four_bit": four_bit}
+    model = load_model(recipe.model, revision=recipe.revision, **how).to(arguments.device)
 
-    before = _spectra(recipe, model, output / "spectra_before.npz", say)
+    whole = resolve(recipe.model) if four_bit else model  # adapters are merged into the weights as they are stored
+    before = _spectra(recipe, whole, output / "spectra_before.npz", say)
     accuracy_before = _accuracy(model, tokenizer, questions, output / "accuracy_before.json", say)
     model, sampler = prepare(recipe, model, tokenizer, train, before, output, say)
     trainer = _trainer(recipe, model, tokenizer, arguments, train, held_out, sampler)
@@ -123,7 +126,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
     del trainer, model
     gc.collect()
     if questions:
-        trained = load_model(str(output), dtype=_dtype(recipe), causal=True).to(arguments.device)
+        trained = load_model(str(output), **how).to(arguments.device)
         accuracy = multiple_choice_accuracy(trained, tokenizer, questions)
         metrics |= {f"before_{k}": v for k, v in (accuracy_before or {}).items()} | asdict(accuracy)
         del trained
@@ -161,8 +164,8 @@ def _arguments(recipe: Recipe) -> Any:
         raise UsageError(f"training: {error}") from error
 
 
-def _prepare_deepspeed(recipe: Recipe, arguments: Any) -> None:
-    """Refuse what ZeRO's flat parameters cannot do, and have ZeRO-3 save whole weights."""
+def _prepare_sharding(recipe: Recipe, arguments: Any) -> None:
+    """Refuse what the method cannot do sharded, and have ZeRO-3 save whole weights."""
     plugin: Any = getattr(arguments, "deepspeed_plugin", None)
     stage = plugin.zero_stage if plugin is not None else 0
     if stage and (recipe.sampling is not None or recipe.low_rank is not None):
@@ -170,6 +173,8 @@ def _prepare_deepspeed(recipe: Recipe, arguments: Any) -> None:
             f"method: {recipe.method} needs the model's own matrices, and DeepSpeed's ZeRO flattens them: take DDP or "
             "FSDP2"
         )
+    if recipe.method == "qlora" and (stage == 3 or arguments.fsdp):
+        raise UsageError("method: qlora keeps a copy of the model in 4 bits on each process: take DDP or ZeRO-2")
     if stage == 3:
         if recipe.data.multiple_choice:
             raise UsageError("data.multiple_choice: ZeRO-3 holds no whole model to ask; ask the saved one afterwards")
@@ -184,11 +189,14 @@ def _spectra(recipe: Recipe, source: torch.nn.Module | str, path: Path, say: Cal
     if not recipe.spectra:
         return None
     ranks = PartialState()
-    if path.name == "spectra_before.npz" and path.exists():
+    is_before = path.name == "spectra_before.npz"
+    if is_before and path.exists():
         return Analysis.load(path)
     say(f"analyzing the spectra {path.stem.removeprefix('spectra_')}")
     needs_bulk = recipe.sampling is not None and recipe.sampling.strategy == "snr"
-    found = replace(analyze(source, bulk=needs_bulk), label=recipe.model if not isinstance(source, str) else source)
+    revision = recipe.revision if is_before and isinstance(source, str) else None
+    found = analyze(source, revision=revision, bulk=needs_bulk)
+    found = replace(found, label=recipe.model if is_before else recipe.output)
     ranks.wait_for_everyone()
     if ranks.is_main_process:
         found.save(path)

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from htsr.errors import SourceError
+from htsr.errors import MissingDependencyError, SourceError
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,12 @@ def resolve(name: str) -> str:
 
 
 def load_model(
-    name: str, *, revision: str | None = None, dtype: torch.dtype | None = None, causal: bool = False
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    causal: bool = False,
+    four_bit: bool = False,
 ) -> torch.nn.Module:
     """A transformers model with the weights and the class that its configuration names.
 
@@ -40,14 +45,18 @@ def load_model(
         revision: branch, tag or commit of a hub id.
         dtype: of the weights; as stored when None.
         causal: insist on a causal language model.
+        four_bit: linear layers but the head in NF4 with double quantisation, computed in `dtype` (QLoRA).
 
     Raises:
         SourceError: it cannot be loaded.
+        MissingDependencyError: four bits want bitsandbytes.
     """
     import transformers
 
     folder, more = _where(name, revision)
     more["dtype"] = dtype or "auto"
+    if four_bit:
+        more["quantization_config"] = _four_bit(name, dtype, more)
     try:
         if causal or "gguf_file" in more:  # that format holds language models, and does not name their class
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **more)
@@ -59,7 +68,25 @@ def load_model(
         raise SourceError(f"{name} could not be loaded: {str(error).splitlines()[0]}") from error
     if "gguf_file" in more:  # it holds plain floats now, and may be saved and trained as such
         model.hf_quantizer.remove_quantization_config(model)
+    for module in model.modules() if four_bit else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # what an evaluation packs for it lets no gradient through
     return model  # type: ignore[no-any-return]
+
+
+def _four_bit(name: str, dtype: torch.dtype | None, more: dict[str, Any]) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingDependencyError("weights in 4 bits need bitsandbytes: pip install bitsandbytes")
+    if "gguf_file" in more:
+        raise SourceError(f"{name} is GGUF, which transformers does not quantise anew: convert it to safetensors first")
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> Any:

@@ -14,7 +14,7 @@ from htsr.errors import MissingDependencyError, SourceError, UsageError
 from htsr.training.block_scores import Strategy
 from htsr.training.sampling import Embedding, FrozenState
 
-Method = Literal["full", "lora", "lisa", "owlore", "galore"]
+Method = Literal["full", "lora", "qlora", "lisa", "owlore", "galore"]
 LayerwisePolicy = Literal["none", "llr", "tempbalance", "alphadecay"]
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -22,6 +22,7 @@ FOLDER = Path(__file__).parent / "recipes"
 _SECTIONS_OF: Mapping[str, tuple[str, ...]] = {
     "full": (),
     "lora": ("lora", "sampling"),
+    "qlora": ("lora", "sampling"),
     "lisa": ("sampling",),
     "owlore": ("sampling", "low_rank"),
     "galore": ("low_rank",),
@@ -107,7 +108,7 @@ class LowRank:
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """LoRA on all linear layers of the blocks.
+    """LoRA on all linear layers of the blocks; with qlora over weights in 4 bits.
 
     Attributes:
         rank: of each adapter, or the average by parameters with `score`.
@@ -130,15 +131,15 @@ class Recipe:
         model: folder, hub id, .gguf file, or ``package:MODULE/PATH``.
         output: folder of the result.
         data: see `Data`.
-        method: ``full``, ``lora``, ``lisa``, ``owlore`` or ``galore``.
+        method: ``full``, ``lora``, ``qlora`` (LoRA over weights in 4 bits), ``lisa``, ``owlore`` or ``galore``.
         layerwise: policy of `htsr.layerwise`, or ``none``.
         revision: of a hub id.
         dtype: of the weights.
         seed: of everything random.
         spectra: analyze the model before and after.
-        sampling: for lisa, owlore, and for adapters sampled by block with lora.
+        sampling: for lisa, owlore, and for adapters sampled by block with lora and qlora.
         low_rank: for owlore and galore.
-        lora: for lora.
+        lora: for lora and qlora.
         training: any argument of TRL's ``SFTConfig``: learning_rate, max_steps, max_length, packing, report_to …
 
     Raises:
@@ -164,11 +165,13 @@ class Recipe:
         for section, make in (("sampling", Sampling), ("low_rank", LowRank), ("lora", Lora)):
             if getattr(self, section) is not None and section not in wanted:
                 raise UsageError(f"the section {section} has no meaning for the method {self.method}")
-            needed = section in wanted and not (self.method == "lora" and section == "sampling")
+            needed = section in wanted and not ("lora" in wanted and section == "sampling")
             if getattr(self, section) is None and needed:
                 object.__setattr__(self, section, make())
-        if self.layerwise != "none" and self.method == "lora":
-            raise UsageError("layerwise sets learning rates of whole matrices, which the method lora does not train")
+        if self.layerwise != "none" and self.lora is not None:
+            raise UsageError(
+                f"layerwise sets learning rates of whole matrices, which the method {self.method} does not train"
+            )
 
 
 def read_recipe(path: str, changes: Mapping[str, Any] | None = None) -> Recipe:

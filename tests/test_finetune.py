@@ -8,9 +8,11 @@ import pytest
 import torch
 import yaml
 from htsr_cli.main import main
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import htsr
+from htsr.loading import load_model
 from htsr.multiple_choice import log_likelihoods, multiple_choice_accuracy
 from htsr.recipe import FOLDER, read_recipe
 from htsr.records import read_records
@@ -76,9 +78,18 @@ def run_killed(monkeypatch, path, at):
 
 @pytest.mark.parametrize(
     ("method", "layerwise"),
-    [("full", "none"), ("lora", "none"), ("lisa", "llr"), ("owlore", "none"), ("galore", "alphadecay")],
+    [
+        ("full", "none"),
+        ("lora", "none"),
+        ("qlora", "none"),
+        ("lisa", "llr"),
+        ("owlore", "none"),
+        ("galore", "alphadecay"),
+    ],
 )
 def test_killed_and_resumed_is_uninterrupted(work, tmp_path, monkeypatch, method, layerwise):
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
     whole = recipe_file(work, tmp_path / "whole", method, layerwise=layerwise)
     assert main(["finetune", "--quiet", "--config", whole]) == 0
     broken = recipe_file(work, tmp_path / "broken", method, layerwise=layerwise)
@@ -100,6 +111,27 @@ def test_killed_and_resumed_is_uninterrupted(work, tmp_path, monkeypatch, method
     state = json.loads((tmp_path / "whole" / "checkpoint-7" / "trainer_state.json").read_text())
     logged = any("layerwise/multiplier_median" in log for log in state["log_history"])
     assert logged == (layerwise == "llr")  # the matrices here are too small for AlphaDecay
+
+
+def test_evaluating_leaves_the_gradients_of_qlora_alone(work):
+    pytest.importorskip("bitsandbytes")
+    model = load_model(str(work / "model"), dtype=torch.bfloat16, causal=True, four_bit=True)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(model, config)
+    tokens = torch.arange(4, 20)[None]
+
+    def gradients():
+        model.train()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        model.zero_grad()
+        return found
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=tokens)
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True))
+    assert all(gradient.abs().max() > 0 for gradient in before)
 
 
 def test_the_shipped_recipe_for_one_gpu_runs(work, tmp_path):

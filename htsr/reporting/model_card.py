@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _METHODS = {
     "full": "full fine-tuning",
     "lora": "LoRA on all linear layers of the blocks",
+    "qlora": "LoRA on all linear layers of the blocks, over weights in 4 bits, merged into those in full precision",
     "lisa": "layer sampling (LISA): a few blocks train at a time",
     "owlore": "outlier-weighted layer sampling with low-rank optimizer state (OwLore)",
     "galore": "low-rank optimizer state (GaLore)",

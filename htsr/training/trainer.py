@@ -35,6 +35,11 @@ class FinetuneTrainer(SFTTrainer):
     def __init__(self, *, recipe: Recipe, sampler: LayerSampler | None = None, **arguments: Any) -> None:
         self.recipe, self.sampler = recipe, sampler
         super().__init__(callbacks=[LayerSamplerCallback(sampler)] if sampler else None, **arguments)
+        if recipe.method == "qlora":  # TRL has put adapters in bfloat16, where small updates are lost
+            assert self.model is not None
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
         if recipe.layerwise != "none":
             self.add_callback(LayerwiseCallback(self))
 
