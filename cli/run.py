@@ -103,6 +103,13 @@ class Target:
             temporary.write_text(text, encoding="utf-8")
 
 
+class _Formatter(logging.Formatter):
+    """Who says it, and what: other packages speak here, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.name.split('.')[0]}: {super().format(record)}"
+
+
 @dataclass(frozen=True)
 class Words:
     """How much is said on stderr."""
@@ -112,7 +119,9 @@ class Words:
 
     def __post_init__(self) -> None:
         level = logging.ERROR if self.quiet else logging.INFO if self.verbose else logging.WARNING
-        logging.basicConfig(level=level, format="htsr: %(message)s", stream=sys.stderr)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Formatter())
+        logging.basicConfig(level=level, handlers=[handler])
         logging.getLogger("htsr").setLevel(level)
 
     def say(self, text: str) -> None:
