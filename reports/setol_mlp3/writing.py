@@ -182,6 +182,7 @@ def write_up(results: dict[str, Any]) -> None:
     seeds = sorted({r["seed"] for r in runs})
     best = min(found.items(), key=lambda item: np.mean([error("test")(r) for r in item[1]]))
     minutes = sum(r["cpu_seconds"] for r in results["runs"]) / 60
+    verdict = HERE / "verdict.md"
     text = f"""# SETOL's three-layer perceptron on MNIST
 
 `python -m reports.setol_mlp3 --work DIR` makes this page. {common.facts(results["machine"])}
@@ -198,6 +199,7 @@ be the same at every batch size, so that batch size could hardly matter. With th
 come out as they are printed (next table), so that is what was done there. It also says why the two sweeps look alike: lr 32× at
 batch 32 and lr 1× at batch 1 take the same step per image.
 
+{verdict.read_text() if verdict.exists() else ""}
 ## Against the published numbers (FC1, batch 32)
 
 {target_table(found)}
@@ -228,9 +230,6 @@ factor 1 - strength as far as the trace-log condition allows. Differences are to
 
 {nudge_table(runs, nudged)}
 """
-    verdict = HERE / "verdict.md"
-    if verdict.exists():
-        text += verdict.read_text()
     best_key = f"{best[0][0]}, lr {best[0][1]}×, batch {best[0][2]}, patience {best[0][3]}"
     text += f"\nLowest mean test error: {best_key}, {spread([error('test')(r) for r in best[1]])} % over {len(best[1])} seed(s).\n"
     (HERE / "README.md").write_text(text)
