@@ -1,6 +1,6 @@
 """Time of a whole training step by method: OwLore beside LISA.
 
-    python -m reports.step_time            the whole study, about 5 minutes on one core
+    python -m reports.step_time            the whole study, about 30 minutes on one core
     python -m reports.step_time --quick    two blocks, one round
 
 One thread, float32, processor time of the process (which other work on the machine does not change much): forward,
@@ -24,9 +24,20 @@ HERE = Path(__file__).parent
 INTERVALS = (10, 50)  # of the recipes for a CPU and for a GPU
 REFRESH_EVERY = 200
 SHORT = 4  # steps of an interval here: the first, and three more
-MODELS = {"SmolLM2-135M": common.SMOLLM2}
+MODELS = {
+    "SmolLM2-135M": common.SMOLLM2,
+    "six blocks of TinyLlama-1.1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
+}
 SETTINGS: list[tuple[str, int, int, int, int]] = [  # model, γ, r, batch, sequence
     ("SmolLM2-135M", 4, 128, 1, 512),
+    ("six blocks of TinyLlama-1.1B", 2, 128, 1, 512),
 ]
 ARMS = ("LISA", "OwLore", "LISA, embeddings trained", "OwLore, embeddings trained")
 

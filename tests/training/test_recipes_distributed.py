@@ -24,6 +24,7 @@ RECIPES = {
     "full": {"method": "full", "layerwise": "llr"},
     "lora": {"method": "lora", "lora": {"rank": 4}},
     "lisa": {"method": "lisa", "layerwise": "llr", "sampling": SAMPLING},
+    "lisa, state kept": {"method": "lisa", "sampling": SAMPLING | {"frozen_state": "keep"}},
     "owlore": {"method": "owlore", "low_rank": LOW_RANK, "sampling": SAMPLING},
     "galore": {"method": "galore", "low_rank": LOW_RANK},
 }
