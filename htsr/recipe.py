@@ -33,6 +33,15 @@ _OWN = {
     "model_init_kwargs": "model and dtype",
     "resume_from_checkpoint": "--resume",
 }
+_LORA_OWN = {
+    "r": "lora.rank",
+    "lora_alpha": "lora.scaling",
+    "lora_dropout": "lora.dropout",
+    "rank_pattern": "lora.score",
+    "alpha_pattern": "lora.score",
+    "target_modules": "htsr",
+    "task_type": "htsr",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +124,14 @@ class Lora:
         scaling: lora_alpha/r.
         dropout: of the adapters' input.
         score: ranks follow this metric of the model's analysis, see `htsr.lora_config`; None for equal ranks.
+        options: any other argument of PEFT's ``LoraConfig``: use_rslora, use_dora, bias …
     """
 
     rank: int = 8
     scaling: float = 2.0
     dropout: float = 0.0
     score: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +217,8 @@ def read_recipe(path: str, changes: Mapping[str, Any] | None = None) -> Recipe:
         }
     recipe: Recipe = _made(Recipe, content, file.name)
     check_training(recipe.training)
+    if recipe.lora is not None:
+        check_lora(recipe.lora.options)
     return recipe
 
 
@@ -226,6 +239,27 @@ def check_training(training: Mapping[str, Any]) -> None:
             raise UsageError(f"training.{key} is set by {_OWN[key]}")
         if key not in known:
             raise UsageError(f"training.{key} is no argument of SFTConfig{_nearest(key, known)}")
+
+
+def check_lora(options: Mapping[str, Any]) -> None:
+    """Insist that every key is an argument of LoraConfig that the recipe does not set elsewhere, and that W stays.
+
+    Raises:
+        UsageError: it is not, or the adapters' start would change the weights that they are merged into at the end.
+    """
+    from peft import LoraConfig
+
+    known = {f.name for f in fields(LoraConfig)}
+    for key in options:
+        if key in _LORA_OWN:
+            raise UsageError(f"lora.options.{key} is set by {_LORA_OWN[key]}")
+        if key not in known:
+            raise UsageError(f"lora.options.{key} is no argument of LoraConfig{_nearest(key, known)}")
+    start = options.get("init_lora_weights", True)
+    if start not in (True, "gaussian", "orthogonal"):
+        raise UsageError(
+            f"lora.options.init_lora_weights: {start} changes the weights or wants a step of its own; take PEFT itself"
+        )
 
 
 def _load_yaml(text: str) -> Any:

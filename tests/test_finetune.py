@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from htsr_cli.main import main
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import htsr
@@ -229,6 +229,22 @@ def test_forms_of_data(work, tmp_path, form):
     result = finetune(read_recipe(path))
     assert result.metrics["steps"] == 2
     assert result.metrics["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True, "init_lora_weights": "gaussian"}])
+def test_options_of_lora_are_in_the_merged_model(work, tmp_path, options):
+    path = recipe_file(work, tmp_path / "run", "lora", lora={"rank": 4, "options": options})
+    assert main(["finetune", "--quiet", "--config", path]) == 0
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert options.items() <= config.items()
+    base, merged = (load_model(str(folder), causal=True) for folder in (work / "model", tmp_path / "run"))
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter"))
+    tokens = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        expected, found = adapted(input_ids=tokens).logits, merged(input_ids=tokens).logits
+        with adapted.disable_adapter():
+            assert (adapted(input_ids=tokens).logits - expected).abs().max() > 1e-2
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("score", ["alpha", None])

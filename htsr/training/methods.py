@@ -110,7 +110,7 @@ def _with_adapters(recipe: Recipe, model: torch.nn.Module, before: Analysis | No
 
     lora = recipe.lora
     assert lora is not None
-    common: dict[str, Any] = {"lora_dropout": lora.dropout, "task_type": "CAUSAL_LM"}
+    common: dict[str, Any] = {"lora_dropout": lora.dropout, "task_type": "CAUSAL_LM", **lora.options}
     if lora.score is None:
         alpha: Any = lora.scaling * lora.rank
         config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules="all-linear", **common)
