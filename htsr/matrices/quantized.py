@@ -8,42 +8,49 @@ bitsandbytes 4-bit  ``weight`` uint8, ``quant_state``      bitsandbytes, where i
 FP8                 ``weight`` float8, ``weight_scale``    weight · scale (per tensor, row or block)
                     or ``weight_scale_inv``
 MXFP4               ``*_blocks``, ``*_scales``             transformers' reader
-GPTQ, AWQ, packed   ``qweight`` / ``weight_packed``        not read: status ``quantized``
+GPTQ, AWQ, packed   ``qweight`` / ``weight_packed``        `htsr.matrices.packed`; 3 bits and what a kernel has
+                                                           rearranged not: status ``quantized``
 =================== ====================================== =========================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from htsr.matrices.entries import Entry
+from htsr.matrices.packed import compressed, gptq_or_awq
 from htsr.spectra.esd import Array, as_numpy
 
 PACKED = (".qweight", ".weight_packed")
 _COMPANIONS = (
     ".SCB", ".weight_format", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".weight_scale",
-    ".weight_scale_inv", ".input_scale", ".weight_shape", ".weight_zero_point", ".qzeros", ".scales", ".g_idx",
-    ".scale_weight", "_scale_inv", "_scales",
+    ".weight_scale_inv", ".input_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx", ".qzeros", ".scales",
+    ".g_idx", ".scale_weight", "_scale_inv", "_scales",
 )  # fmt: skip
 
 
-def dequantized(entries: list[Entry]) -> list[Entry]:
-    """`entries` with quantised tensors and their companions replaced by one entry each that reads as floats."""
+def dequantized(entries: list[Entry], config: Mapping[str, Any] | None = None) -> list[Entry]:
+    """`entries` with quantised tensors and their companions replaced by one entry each that reads as floats.
+
+    Args:
+        entries: of a model.
+        config: of the model; it says which GPTQ this is.
+    """
     by_name = {entry.name: entry for entry in entries}
     result = []
     for entry in entries:
         if entry.name.endswith(_COMPANIONS) or ".quant_state." in entry.name:
             continue
-        result.append(_dequantized(entry, by_name))
+        result.append(_dequantized(entry, by_name, config or {}))
     return result
 
 
-def _dequantized(entry: Entry, by_name: dict[str, Entry]) -> Entry:
+def _dequantized(entry: Entry, by_name: dict[str, Entry], config: Mapping[str, Any]) -> Entry:
     name, stem = entry.name, entry.name.removesuffix(".weight")
     if name.endswith(PACKED):
-        return _unreadable(entry, "a packed format (GPTQ, AWQ, compressed-tensors) that htsr does not unpack")
+        return _unpacked(entry, by_name, config)
     scale: Entry | None
     if entry.dtype == "int8" and (scale := by_name.get(f"{stem}.SCB")):
         return _scaled(entry, scale, lambda W, s: W * s.reshape(-1, 1) / 127.0, "8-bit")
@@ -60,6 +67,21 @@ def _dequantized(entry: Entry, by_name: dict[str, Entry]) -> Entry:
     if name.endswith("_blocks") and (scale := by_name.get(name.removesuffix("_blocks") + "_scales")):
         return _mxfp4(entry, scale)
     return entry
+
+
+def _unpacked(entry: Entry, by_name: dict[str, Entry], config: Mapping[str, Any]) -> Entry:
+    stem = entry.name.rsplit(".", 1)[0]
+    parts = {c[1:]: by_name[stem + c] for c in _COMPANIONS if c[0] == "." and stem + c in by_name}
+    found = gptq_or_awq(entry, parts, config) if entry.name.endswith(".qweight") else compressed(entry, parts)
+    if found is None:
+        return _unreadable(entry, "a packed format (GPTQ, AWQ, compressed-tensors) that htsr does not unpack")
+
+    def read(index: int | None = None) -> Array:
+        W = found.read()
+        return W if index is None else W[index]  # type: ignore[no-any-return]
+
+    more: dict[str, Any] = {"dtype": f"{found.bits}-bit", "warning": f"de-quantised from {found.bits}-bit"}
+    return replace(entry, name=found.name, shape=found.shape, read=read, **more)
 
 
 def _scaled(entry: Entry, scale: Entry, combine: Callable[[Any, Any], Array], what: str) -> Entry:

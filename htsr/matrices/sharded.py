@@ -92,7 +92,8 @@ def open_live(module: torch.nn.Module, view: View | None = None) -> LiveModel:
         elif shown is not parameter:
             entry = _viewed(entry, shown)
         entries.append(entry)
-    matrices = tuple(matrices_of(unshared(dequantized(entries)), module_config(module)))
+    config = module_config(module)
+    matrices = tuple(matrices_of(unshared(dequantized(entries, config)), config))
     return LiveModel(matrices, shards)
 
 

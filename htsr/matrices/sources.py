@@ -185,7 +185,7 @@ def open_model(
         entries = _difference(entries, other)
         label = f"{label} - {other_label}"
         fingerprint = fingerprint and other_fingerprint and f"{fingerprint}-{other_fingerprint}"
-    matrices = tuple(matrices_of(unshared(dequantized(entries)), config))
+    matrices = tuple(matrices_of(unshared(entries), config))
     if not matrices:
         raise SourceError(f"{label} has no weight matrices")
     return Model(label, matrices, fingerprint)
@@ -195,6 +195,12 @@ Opened: TypeAlias = tuple[str, list[Entry], dict[str, Any], str | None]
 
 
 def _open(source: Source, revision: str | None) -> Opened:
+    """Label, de-quantised entries, configuration and fingerprint."""
+    label, entries, config, fingerprint = _stored(source, revision)
+    return label, dequantized(entries, config), config, fingerprint
+
+
+def _stored(source: Source, revision: str | None) -> Opened:
     if isinstance(source, (str, os.PathLike)):
         return _open_path(os.fspath(source), revision)
     if isinstance(source, Mapping):
@@ -263,14 +269,14 @@ def _on_base(
         if not base:
             raise UsageError(f"{path} names no base model; say which one it is")
     _, base_entries, config, base_fingerprint = _open(base, None)
-    merged = adapters.merged_with_base(entries, dequantized(base_entries))
+    merged = adapters.merged_with_base(entries, base_entries)
     return merged, config, fingerprint and base_fingerprint and f"{fingerprint}-{base_fingerprint}"
 
 
 def _difference(entries: list[Entry], other: list[Entry]) -> list[Entry]:
-    by_name = {entry.name: entry for entry in dequantized(other)}
+    by_name = {entry.name: entry for entry in other}
     result = []
-    for entry in dequantized(entries):
+    for entry in entries:
         match = by_name.get(entry.name)
         if match is None:
             result.append(

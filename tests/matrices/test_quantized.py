@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -114,20 +116,111 @@ def test_mxfp4_experts(tmp_path):
         assert matrix.warning == "de-quantised from MXFP4"
 
 
+def words_of(numbers: np.ndarray, bits: int, order=None) -> np.ndarray:
+    """Rows of numbers in 32-bit words, by the definition; a word's numbers may be put in another order first."""
+    each = 32 // bits
+    rows = []
+    for row in numbers:
+        words = []
+        for start in range(0, len(row), each):
+            group = [int(x) for x in row[start : start + each]]
+            group += [0] * (each - len(group))
+            word = sum(x << (bits * i) for i, x in enumerate(group[k] for k in order or range(each)))
+            words.append(word - 2**32 if word >= 2**31 else word)
+        rows.append(words)
+    return np.array(rows, dtype=np.int32)
+
+
+def quantised(random, out, inputs, bits, groups):
+    """Numbers (out, in), zero points and scales (out, groups), the group of each input, and the weight."""
+    q = random.integers(0, 2**bits, (out, inputs))
+    z = random.integers(0, 2**bits, (out, groups))
+    s = random.random((out, groups)).astype(np.float16)
+    group = np.arange(inputs) // (inputs // groups)
+    return q, z, s, group, (q - z[:, group]) * s[:, group].astype(np.float32)
+
+
+def read_packed(tmp_path, parts, config=None):
+    tensors = {f"model.layers.0.mlp.up_proj.{k}": torch.from_numpy(np.ascontiguousarray(v)) for k, v in parts.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config or {}))
+    (matrix,) = htsr.describe(str(tmp_path)).matrices
+    return matrix
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq(tmp_path, random, bits, version, act_order):
+    q, z, s, group, W = quantised(random, 32, 64, bits, 4)
+    if act_order:
+        group = random.permutation(group)
+        W = (q - z[:, group]) * s[:, group].astype(np.float32)
+    stored = z if version == 2 else (z - 1) % 2**bits
+    parts = {"qweight": words_of(q, bits).T, "qzeros": words_of(stored.T, bits), "scales": s.T}
+    if act_order:
+        parts["g_idx"] = group.astype(np.int32)
+    config = {"quantization_config": {"checkpoint_format": "gptq_v2"}} if version == 2 else None
+    matrix = read_packed(tmp_path, parts, config)
+    assert (matrix.name, matrix.shape, matrix.role, matrix.dtype) == (
+        "model.layers.0.mlp.up_proj", (32, 64), "mlp.up", f"{bits}-bit",
+    )  # fmt: skip
+    assert matrix.warning == f"de-quantised from {bits}-bit"
+    np.testing.assert_allclose(matrix.read(), W, rtol=1e-6)
+
+
+def test_awq(tmp_path, random):
+    q, z, s, _, W = quantised(random, 32, 64, 4, 2)
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    parts = {"qweight": words_of(q.T, 4, order), "qzeros": words_of(z.T, 4, order), "scales": s.T}
+    matrix = read_packed(tmp_path, parts)
+    assert matrix.shape == (32, 64)
+    np.testing.assert_allclose(matrix.read(), W, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_compressed_tensors(tmp_path, random, bits, symmetric):
+    pack = pytest.importorskip("compressed_tensors.compressors.pack_quantized").pack_to_int32
+    q, z, s, group, _ = quantised(random, 36, 60, bits, 3)
+    q, z = q - 2 ** (bits - 1), z - 2 ** (bits - 1)
+    W = (q - (0 if symmetric else z[:, group])) * s[:, group].astype(np.float32)
+    parts = {
+        "weight_packed": pack(torch.from_numpy(q).to(torch.int8), bits).numpy(),
+        "weight_scale": s,
+        "weight_shape": np.array([36, 60]),
+    }
+    if not symmetric:
+        parts["weight_zero_point"] = pack(torch.from_numpy(z).to(torch.int8), bits, packed_dim=0).numpy()
+    matrix = read_packed(tmp_path, parts)
+    assert (matrix.name, matrix.shape) == ("model.layers.0.mlp.up_proj", (36, 60))
+    np.testing.assert_allclose(matrix.read(), W, rtol=1e-6)
+
+
+def test_a_packed_model_is_compared_with_its_original(tmp_path, random):
+    q, z, s, _, W = quantised(random, 64, 64, 4, 2)
+    parts = {"qweight": words_of(q, 4).T, "qzeros": words_of((z.T - 1) % 16, 4), "scales": s.T}
+    read_packed(tmp_path, parts)
+    original = {"model.layers.0.mlp.up_proj.weight": torch.from_numpy(W)}
+    (row,) = htsr.analyze(str(tmp_path), against=original, device="cpu")
+    assert row.status == "zero"
+
+
 PACKED = {
-    "gptq": {
-        "qweight": torch.ones(4, 32, dtype=torch.int32),
-        "qzeros": torch.ones(1, 4, dtype=torch.int32),
+    "gptq, 3 bits": {
+        "qweight": torch.ones(3, 32, dtype=torch.int32),
+        "qzeros": torch.ones(1, 3, dtype=torch.int32),
         "scales": torch.ones(1, 32, dtype=torch.float16),
         "g_idx": torch.zeros(32, dtype=torch.int32),
     },
-    "awq": {
-        "qweight": torch.ones(32, 4, dtype=torch.int32),
+    "rearranged": {
+        "qweight": torch.ones(2, 64, dtype=torch.int32),
         "qzeros": torch.ones(1, 4, dtype=torch.int32),
         "scales": torch.ones(1, 32, dtype=torch.float16),
     },
-    "compressed-tensors": {
-        "weight_packed": torch.ones(32, 4, dtype=torch.int32),
+    "without scales": {"qweight": torch.ones(32, 4, dtype=torch.int32)},
+    "compressed-tensors of another width": {
+        "weight_packed": torch.ones(32, 3, dtype=torch.int32),
         "weight_scale": torch.ones(32, 1),
         "weight_shape": torch.tensor([32, 32]),
     },

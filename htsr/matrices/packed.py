@@ -1,0 +1,136 @@
+"""Weights of 2, 4 or 8 bits in 32-bit words: GPTQ, AWQ, compressed-tensors.
+
+A word holds p = 32/bits numbers, the first in its lowest bits (AWQ: of eight, in the order 0 2 4 6 1 3 5 7). Groups of
+input features share scale s and zero point z, and the weight is s·(q - z):
+
+================== =============================== ============================ ======================================
+format             words                           zero points                  scales
+================== =============================== ============================ ======================================
+GPTQ               ``qweight`` (in/p, out)         ``qzeros`` (groups, out/p),  ``scales`` (groups, out); the group of
+                                                   stored less 1 but for        each input in ``g_idx``, where there
+                                                   ``gptq_v2``                  is one
+AWQ                ``qweight`` (in, out/p)         ``qzeros`` (groups, out/p)   ``scales`` (groups, out)
+compressed-tensors ``weight_packed`` (out, in/p)   ``weight_zero_point``        ``weight_scale`` (out, groups);
+                   of q + 2^(bits-1)               (out/p, groups), likewise,   ``weight_g_idx``
+                                                   or none
+================== =============================== ============================ ======================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from htsr.matrices.entries import Entry
+from htsr.spectra.esd import as_numpy
+
+Numbers = npt.NDArray[Any]
+
+_AWQ = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
+_BITS = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How to read a packed weight.
+
+    Attributes:
+        name: of the weight, ending in ``.weight``.
+        shape: (out_features, in_features).
+        bits: of a number.
+        read: the weight, float32.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    read: Callable[[], Numbers]
+
+
+def unpacked(words: Numbers, bits: int, axis: int) -> Numbers:
+    """The numbers in 32-bit words, one after the other along an axis.
+
+    Args:
+        words: (rows, columns) int32.
+        bits: of a number: 2, 4 or 8.
+        axis: 0 or 1, which becomes 32/bits times as long.
+
+    Returns:
+        uint8.
+    """
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    shifts = shifts[None, :, None] if axis == 0 else shifts
+    numbers = (np.expand_dims(words.view(np.uint32), axis + 1) >> shifts) & np.uint32(2**bits - 1)
+    rows, columns = words.shape
+    shape = (rows * shifts.size, columns) if axis == 0 else (rows, columns * shifts.size)
+    return numbers.astype(np.uint8).reshape(shape)
+
+
+def gptq_or_awq(words: Entry, parts: Mapping[str, Entry], config: Mapping[str, Any]) -> Packed | None:
+    """The weight in ``qweight``, or None where its parts do not fit one another.
+
+    Args:
+        words: the entry of ``qweight``.
+        parts: ``scales``, ``qzeros`` and ``g_idx``, those that there are.
+        config: the model's; its `quantization_config` may say ``gptq_v2``.
+    """
+    if not {"scales", "qzeros"} <= parts.keys() or len(words.shape) != 2:
+        return None
+    scales, zeros, order = parts["scales"], parts["qzeros"], parts.get("g_idx")
+    groups, out = scales.shape
+    bits = next((b for b in _BITS if b * out == 32 * zeros.shape[1]), 0)
+    if not bits:
+        return None
+    is_awq = words.shape[1] != out
+    inputs = words.shape[0] if is_awq else words.shape[0] * 32 // bits
+    if is_awq and (bits != 4 or words.shape[1] * 8 != out):
+        return None
+    if inputs % groups if order is None else order.shape != (inputs,):
+        return None
+    quantization = config.get("quantization_config") or {}
+    stored_less_one = not is_awq and quantization.get("checkpoint_format") != "gptq_v2"
+
+    def read() -> Numbers:
+        s, z = as_numpy(scales.read()).astype(np.float32), unpacked(as_numpy(zeros.read()), bits, 1)
+        q = unpacked(as_numpy(words.read()), bits, 1 if is_awq else 0)
+        if is_awq:
+            z, q = (x.reshape(len(x), -1, 8)[:, :, _AWQ].reshape(x.shape) for x in (z, q))
+        if stored_less_one:
+            z = (z + 1) & np.uint8(2**bits - 1)
+        group = np.arange(inputs) // (inputs // groups) if order is None else as_numpy(order.read())
+        return np.ascontiguousarray((s[group] * (q.astype(np.float32) - z[group])).T)
+
+    return Packed(words.name.removesuffix(".qweight") + ".weight", (out, inputs), bits, read)
+
+
+def compressed(words: Entry, parts: Mapping[str, Entry]) -> Packed | None:
+    """The weight in ``weight_packed``, or None where its parts do not fit one another.
+
+    Args:
+        words: the entry of ``weight_packed``.
+        parts: ``weight_scale``, ``weight_shape``, ``weight_zero_point`` and ``weight_g_idx``, those that there are.
+    """
+    if not {"weight_scale", "weight_shape"} <= parts.keys() or len(words.shape) != 2:
+        return None
+    scale, zero, order = parts["weight_scale"], parts.get("weight_zero_point"), parts.get("weight_g_idx")
+    out, inputs = (int(size) for size in as_numpy(parts["weight_shape"].read()))
+    bits = next((b for b in (4, 8) if words.shape == (out, -(-inputs * b // 32))), 0)
+    if not bits or len(scale.shape) != 2 or scale.shape[0] != out or (order is None and inputs % scale.shape[1]):
+        return None
+    middle = 2 ** (bits - 1)
+
+    def read() -> Numbers:
+        s = as_numpy(scale.read()).astype(np.float32)
+        q = unpacked(as_numpy(words.read()), bits, 1)[:, :inputs].astype(np.float32) - middle
+        group = np.arange(inputs) // (inputs // s.shape[1]) if order is None else as_numpy(order.read())
+        if zero is None:
+            return np.ascontiguousarray(q * s[:, group])
+        z = as_numpy(zero.read())
+        z = unpacked(z, bits, 0)[:out].astype(np.float32) - middle if z.dtype == np.int32 else z.astype(np.float32)
+        return np.ascontiguousarray((q - z[:, group]) * s[:, group])
+
+    return Packed(words.name.removesuffix("_packed"), (out, inputs), bits, read)
