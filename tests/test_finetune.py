@@ -311,3 +311,10 @@ def test_update_during_backward_is_refused_where_it_cannot_be(work, tmp_path, ca
     possible = training == {"max_grad_norm": 0}
     assert main(["finetune", "--quiet", "--config", path]) == (0 if possible else 2)
     assert possible or "low_rank.gradients: update takes one backward" in capsys.readouterr().err
+
+
+def test_what_qlora_cannot_be_is_refused_before_anything(work, tmp_path, capsys):
+    path = recipe_file(work, tmp_path / "run", "qlora", training={"fsdp": True, "fsdp_config": {"version": 2}})
+    assert main(["finetune", "--quiet", "--config", path]) == 2
+    assert "method: qlora keeps a copy of the model in 4 bits on each process" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

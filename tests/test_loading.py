@@ -66,3 +66,9 @@ def test_gguf_becomes_plain_floats_that_can_be_saved_and_trained(tmp_path, rando
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(again.model.layers[0].mlp.up_proj.weight, up)
+
+
+def test_four_bits():
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(htsr.SourceError, match=r"some\.gguf is GGUF, which transformers does not quantise anew"):
+        load_model("some.gguf", causal=True, four_bit=True)
