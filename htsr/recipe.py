@@ -233,12 +233,7 @@ def check_training(training: Mapping[str, Any]) -> None:
         from trl.trainer.sft_config import SFTConfig
     except ImportError as error:
         raise MissingDependencyError("fine-tuning needs TRL: pip install 'htsr[finetune]'") from error
-    known = {f.name for f in fields(SFTConfig)}
-    for key in training:
-        if key in _OWN:
-            raise UsageError(f"training.{key} is set by {_OWN[key]}")
-        if key not in known:
-            raise UsageError(f"training.{key} is no argument of SFTConfig{_nearest(key, known)}")
+    _insist_on_arguments("training", training, SFTConfig, _OWN)
 
 
 def check_lora(options: Mapping[str, Any]) -> None:
@@ -249,17 +244,21 @@ def check_lora(options: Mapping[str, Any]) -> None:
     """
     from peft import LoraConfig
 
-    known = {f.name for f in fields(LoraConfig)}
-    for key in options:
-        if key in _LORA_OWN:
-            raise UsageError(f"lora.options.{key} is set by {_LORA_OWN[key]}")
-        if key not in known:
-            raise UsageError(f"lora.options.{key} is no argument of LoraConfig{_nearest(key, known)}")
+    _insist_on_arguments("lora.options", options, LoraConfig, _LORA_OWN)
     start = options.get("init_lora_weights", True)
     if start not in (True, "gaussian", "orthogonal"):
         raise UsageError(
             f"lora.options.init_lora_weights: {start} changes the weights or wants a step of its own; take PEFT itself"
         )
+
+
+def _insist_on_arguments(section: str, given: Mapping[str, Any], kind: Any, own: Mapping[str, str]) -> None:
+    known = {f.name for f in fields(kind)}
+    for key in given:
+        if key in own:
+            raise UsageError(f"{section}.{key} is set by {own[key]}")
+        if key not in known:
+            raise UsageError(f"{section}.{key} is no argument of {kind.__name__}{_nearest(key, known)}")
 
 
 def _load_yaml(text: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -55,3 +57,11 @@ def word_tokenizer(vocabulary: int = 64):
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def save_work(folder) -> None:
+    """What a recipe needs: a small LLaMA with its tokenizer under ``model``, and texts in ``train.jsonl``."""
+    llama(4).save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    lines = [{"text": " ".join(f"w{4 + (i + j) % 60}" for j in range(12))} for i in range(0, 120, 3)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -18,7 +18,7 @@ from torch import multiprocessing
 import htsr
 from tests.processes import leave
 from tests.training.models import TinyLM, loss
-from tests.transformer import llama, word_tokenizer
+from tests.transformer import save_work
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: CI installs it for this file alone")
 
@@ -188,10 +188,7 @@ def finetuned(folder, name, stage=None, **more):
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetune")
-    llama(4).save_pretrained(folder / "model")
-    word_tokenizer().save_pretrained(folder / "model")
-    lines = [{"text": " ".join(f"w{4 + (i + j) % 60}" for j in range(12))} for i in range(0, 120, 3)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_work(folder)
     return folder
 
 

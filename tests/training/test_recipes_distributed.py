@@ -14,7 +14,7 @@ from torch import multiprocessing
 
 from htsr.recipe import FOLDER, read_recipe
 from tests.processes import leave
-from tests.transformer import llama, word_tokenizer
+from tests.transformer import save_work
 
 pytest.importorskip("trl")
 
@@ -132,10 +132,7 @@ def _worker(rank, folder):
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")
-    llama(4).save_pretrained(folder / "model")
-    word_tokenizer().save_pretrained(folder / "model")
-    lines = [{"text": " ".join(f"w{4 + (i + j) % 60}" for j in range(12))} for i in range(0, 120, 3)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_work(folder)
     for method in RECIPES:
         for kind in ("ddp", *CHECKPOINTS):
             write_recipe(folder, method, kind)
