@@ -24,11 +24,10 @@ import numpy.typing as npt
 
 from htsr._version import __version__
 from htsr.errors import SourceError, UsageError
-from htsr.execution import Ranks, measure_all, pick_device, share
+from htsr.execution import Ranks, measure_all, pick_device, shared_out
 from htsr.files import written
 from htsr.journal import Journal
-from htsr.matrices.roles import whole_name
-from htsr.matrices.sharded import Shard, by_tensor, in_rounds, open_live
+from htsr.matrices.sharded import Shard, in_rounds, open_live
 from htsr.matrices.sources import Filter, Model, Source, open_model
 from htsr.spectra.esd import Windows
 from htsr.spectra.measure import Measured
@@ -292,9 +291,7 @@ def analyze_model(
     ranks = Ranks()
     done = journal.load() if journal else {}
     todo = [matrix for matrix in model if matrix.name not in done]
-    whole = [matrix for matrix in todo if whole_name(matrix.name) not in shards]
-    whole = [whole[i] for i in share([matrix.cost for matrix in whole], ranks.size)[ranks.rank]]
-    tensors = by_tensor(matrix for matrix in todo if whole_name(matrix.name) in shards)
+    whole, tensors = shared_out(todo, shards, ranks.rank, ranks.size)
     own = [*whole, *chain.from_iterable(tensors[ranks.rank :: ranks.size])]
     total, spent = sum(matrix.cost for matrix in own) or 1.0, 0.0
     costs, finished = {matrix.name: matrix.cost for matrix in own}, len(done)

@@ -6,14 +6,15 @@ import atexit
 import heapq
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 from htsr.errors import UsageError
-from htsr.matrices.sources import WeightMatrix
+from htsr.matrices.roles import whole_name
+from htsr.matrices.sources import WeightMatrix, by_tensor
 from htsr.spectra.esd import BATCH_UP_TO
 from htsr.spectra.measure import Measured, measure_batch
 from htsr.spectra.metrics import LayerMetrics, Options
@@ -142,6 +143,27 @@ def share(costs: Sequence[float], ranks: int) -> list[list[int]]:
         shares[rank].append(index)
         heapq.heappush(loads, (load + costs[index], rank))
     return [sorted(indices) for indices in shares]
+
+
+def shared_out(
+    matrices: Sequence[WeightMatrix], shards: Collection[str], rank: int, size: int
+) -> tuple[list[WeightMatrix], list[list[WeightMatrix]]]:
+    """How `size` processes share the work, some of it on tensors that are spread over them.
+
+    Args:
+        matrices: all of them, the same on every rank.
+        shards: names of the tensors that are spread.
+        rank: of this process.
+        size: number of processes.
+
+    Returns:
+        What this rank reads where it is, and the matrices of each spread tensor, the costliest first, for
+        `htsr.matrices.sharded.in_rounds`.
+    """
+    whole = [matrix for matrix in matrices if whole_name(matrix.name) not in shards]
+    spread = by_tensor(matrix for matrix in matrices if whole_name(matrix.name) in shards)
+    mine = [whole[i] for i in share([matrix.cost for matrix in whole], size)[rank]]
+    return mine, sorted(spread, key=lambda parts: -sum(matrix.cost for matrix in parts))
 
 
 class Ranks:

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from htsr.analysis import Analysis, analyze
 from htsr.errors import UsageError
 from htsr.files import written
 from htsr.loading import load_model, load_tokenizer, resolve
+from htsr.matrices.modules import whole_shape
 from htsr.multiple_choice import Accuracy, multiple_choice_accuracy
 from htsr.recipe import Recipe
 from htsr.records import Record, as_dataset, read_records, split
@@ -114,9 +116,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
         "train_loss": outcome.training_loss,
         "steps": outcome.global_step,
         "seconds_per_step": seconds / max(outcome.global_step - first_step, 1),
-        "trainable_parameters": sum(
-            getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad
-        ),
+        "trainable_parameters": sum(prod(whole_shape(p)) for p in trainer.model.parameters() if p.requires_grad),
         **_peak(),
     }
     if held_out:

@@ -16,6 +16,7 @@ from htsr.loading import load_model
 from htsr.multiple_choice import log_likelihoods, multiple_choice_accuracy
 from htsr.recipe import FOLDER, read_recipe
 from htsr.records import read_records
+from tests.training.runs import killed_after
 from tests.transformer import llama, word_tokenizer
 
 pytest.importorskip("trl")
@@ -55,27 +56,6 @@ def recipe_file(work, output, method, **more):
     return str(path)
 
 
-class KilledError(Exception):
-    pass
-
-
-def run_killed(monkeypatch, path, at):
-    """Run until an optimizer step of number `at` is done, then stop as a crash would."""
-    from htsr.training.trainer import FinetuneTrainer
-
-    original = FinetuneTrainer.training_step
-
-    def step(self, *args, **kwargs):
-        if self.state.global_step == at:
-            raise KilledError
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(FinetuneTrainer, "training_step", step)
-        with pytest.raises(KilledError):
-            main(["finetune", "--quiet", "--config", path])
-
-
 @pytest.mark.parametrize(
     ("method", "layerwise"),
     [
@@ -87,13 +67,14 @@ def run_killed(monkeypatch, path, at):
         ("galore", "alphadecay"),
     ],
 )
-def test_killed_and_resumed_is_uninterrupted(work, tmp_path, monkeypatch, method, layerwise):
+def test_killed_and_resumed_is_uninterrupted(work, tmp_path, method, layerwise):
     if method == "qlora":
         pytest.importorskip("bitsandbytes")
     whole = recipe_file(work, tmp_path / "whole", method, layerwise=layerwise)
     assert main(["finetune", "--quiet", "--config", whole]) == 0
     broken = recipe_file(work, tmp_path / "broken", method, layerwise=layerwise)
-    run_killed(monkeypatch, broken, at=5)
+    with killed_after(5):
+        main(["finetune", "--quiet", "--config", broken])
     assert main(["finetune", "--quiet", "--config", broken]) == 2  # not into a folder with a run in it
     assert main(["finetune", "--quiet", "--config", broken, "--resume"]) == 0
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
@@ -289,14 +270,15 @@ def test_released_gradients_train_alike(work, tmp_path, gradients, norm):
         assert all(norm < ours < full for ours, full in zip(norms["project"], norms["keep"], strict=True))
 
 
-def test_released_gradients_resume(work, tmp_path, monkeypatch):
+def test_released_gradients_resume(work, tmp_path):
     ends = []
     for name in ("whole", "broken"):
         low_rank = {"rank": 8, "scale": 1.0, "refresh_every": 2, "gradients": "project"}
         training = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
         path = recipe_file(work, tmp_path / name, "owlore", low_rank=low_rank, training=training)
         if name == "broken":
-            run_killed(monkeypatch, path, at=5)
+            with killed_after(5):
+                main(["finetune", "--quiet", "--config", path])
         assert main(["finetune", "--quiet", "--config", path, "--resume"]) == 0
         ends.append(load_file(tmp_path / name / "model.safetensors"))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

@@ -42,6 +42,16 @@ def unwrapped(module: Any) -> Any:
     return module
 
 
+def is_sharded(tensor: Any) -> bool:
+    """Whether `tensor` is spread over processes: a DTensor, or a parameter under DeepSpeed's ZeRO-3."""
+    return type(tensor).__name__ == "DTensor" or hasattr(tensor, "ds_id")
+
+
+def whole_shape(parameter: Any) -> tuple[int, ...]:
+    """The shape of a `parameter`; under ZeRO-3, which leaves an empty one in its place, that of the whole."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def _entries(module: Any, prefix: str, seen: set[int]) -> Iterator[Entry]:
     """The weights of `module` and of what is inside, named from `prefix` on."""
     from torch.nn.utils.parametrize import is_parametrized
@@ -84,11 +94,10 @@ def _kind(module: Any) -> str | None:
 def _parameter(name: str, parameter: Any, kind: str | None) -> Entry:
     from torch import nn
 
-    if type(parameter).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
+    if is_sharded(parameter):
         why = f"{clean_name(name)} is sharded over processes; analyze the gathered model or its checkpoint"
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         dtype = str(parameter.dtype).removeprefix("torch.")
-        return Entry(name, shape, dtype, lambda: parameter, kind=kind, problem=("sharded", why))
+        return Entry(name, whole_shape(parameter), dtype, lambda: parameter, kind=kind, problem=("sharded", why))
     if hasattr(parameter, "dequantize") and type(parameter) is not nn.Parameter:
 
         def read(index: int | None = None) -> Array:

@@ -101,7 +101,7 @@ def gptq_or_awq(words: Entry, parts: Mapping[str, Entry], config: Mapping[str, A
             z, q = (x.reshape(len(x), -1, 8)[:, :, _AWQ].reshape(x.shape) for x in (z, q))
         if stored_less_one:
             z = (z + 1) & np.uint8(2**bits - 1)
-        group = np.arange(inputs) // (inputs // groups) if order is None else as_numpy(order.read())
+        group = _groups(inputs, groups, order)
         return np.ascontiguousarray((s[group] * (q.astype(np.float32) - z[group])).T)
 
     return Packed(words.name.removesuffix(".qweight") + ".weight", (out, inputs), bits, read)
@@ -126,7 +126,7 @@ def compressed(words: Entry, parts: Mapping[str, Entry]) -> Packed | None:
     def read() -> Numbers:
         s = as_numpy(scale.read()).astype(np.float32)
         q = unpacked(as_numpy(words.read()), bits, 1)[:, :inputs].astype(np.float32) - middle
-        group = np.arange(inputs) // (inputs // s.shape[1]) if order is None else as_numpy(order.read())
+        group = _groups(inputs, s.shape[1], order)
         if zero is None:
             return np.ascontiguousarray(q * s[:, group])
         z = as_numpy(zero.read())
@@ -134,3 +134,8 @@ def compressed(words: Entry, parts: Mapping[str, Entry]) -> Packed | None:
         return np.ascontiguousarray((q - z[:, group]) * s[:, group])
 
     return Packed(words.name.removesuffix("_packed"), (out, inputs), bits, read)
+
+
+def _groups(inputs: int, groups: int, order: Entry | None) -> Numbers:
+    """The group of each input: as `order` has it, else equal runs."""
+    return np.arange(inputs) // (inputs // groups) if order is None else as_numpy(order.read())

@@ -23,7 +23,7 @@ In a model with several stacks (encoder-decoder, vision-language) the roles of t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def _table(**parts: str) -> dict[str, str]:
@@ -177,6 +177,11 @@ def stem(name: str) -> str:
 def whole_name(name: str) -> str:
     """The tensor that the matrix `name` is or is part of: the name without what stands in brackets at its end."""
     return _PART.sub("", name)
+
+
+def is_stack_of_experts(name: str, shape: Sequence[int]) -> bool:
+    """Whether the tensor `name`, of this `shape`, holds the matrices of a mixture's experts along its first axis."""
+    return len(shape) == 3 and role_of(name).startswith("expert.")
 
 
 def role_of(name: str, kind: str | None = None) -> str:

@@ -7,13 +7,13 @@ the same order, and which only the rank that asked for it keeps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from htsr.errors import UsageError
 from htsr.matrices.entries import Entry, base_name, unshared
-from htsr.matrices.modules import module_config, module_entries
+from htsr.matrices.modules import is_sharded, module_config, module_entries
 from htsr.matrices.quantized import dequantized
 from htsr.matrices.roles import stem, whole_name
 from htsr.matrices.sources import WeightMatrix, matrices_of
@@ -86,7 +86,7 @@ def open_live(module: torch.nn.Module, view: View | None = None) -> LiveModel:
         shown = parameter if view is None or parameter is None else view(parameter)
         if parameter is not None and shown is None:
             entry = replace(entry, problem=("absent", f"{entry.name} has nothing of the kind yet"))
-        elif _is_sharded(shown):
+        elif is_sharded(shown):
             shard = shards[stem(entry.name)] = Shard(shown)
             entry = replace(entry, read=shard.read, problem=None, storage=("sharded", id(parameter)))
         elif shown is not parameter:
@@ -105,14 +105,6 @@ def refuse_flat(module: torch.nn.Module) -> None:
     """
     if any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
         raise UsageError("FSDP1 flattens parameters, and no matrix is left: take FSDP2 (fully_shard, fsdp_version 2)")
-
-
-def by_tensor(matrices: Iterable[WeightMatrix]) -> list[list[WeightMatrix]]:
-    """The `matrices` that are parts of one tensor together; the costliest tensors first."""
-    tensors: dict[str, list[WeightMatrix]] = {}
-    for matrix in matrices:
-        tensors.setdefault(whole_name(matrix.name), []).append(matrix)
-    return sorted(tensors.values(), key=lambda parts: -sum(matrix.cost for matrix in parts))
 
 
 def in_rounds(
@@ -135,10 +127,6 @@ def in_rounds(
         if mine:
             yield mine
             shards[whole_name(mine[0].name)].release()
-
-
-def _is_sharded(tensor: Any) -> bool:
-    return type(tensor).__name__ == "DTensor" or hasattr(tensor, "ds_id")
 
 
 def _viewed(entry: Entry, tensor: Any) -> Entry:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -90,6 +90,14 @@ class WeightMatrix:
             raise
         except Exception as error:
             raise MatrixError("unreadable", f"{self.name} could not be read: {error}") from error
+
+
+def by_tensor(matrices: Iterable[WeightMatrix]) -> list[list[WeightMatrix]]:
+    """The `matrices` that are parts of one tensor together, in their order."""
+    tensors: dict[str, list[WeightMatrix]] = {}
+    for matrix in matrices:
+        tensors.setdefault(roles.whole_name(matrix.name), []).append(matrix)
+    return list(tensors.values())
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ OWN_KEYS = (
     "name", "role", "multiplier", "score", "htsr_start", "htsr_target", "htsr_event", "htsr_step", "htsr_policy",
     "htsr_place", "htsr_origin", "htsr_order",
 )  # fmt: skip
+_AT_START = {"multiplier": 1.0, "htsr_start": 1.0, "htsr_target": 1.0, "htsr_event": 0, "htsr_step": 0}
 _ORIGINAL_NAME = "htsr_name"  # the user's own `name` of the group that was split
 
 
@@ -168,19 +169,7 @@ def _new_group(group: dict[str, Any], share: Share, own: dict[str, Any]) -> dict
             new[key] = [group[key][place] for place in share.places]
     if "name" in group:
         new[_ORIGINAL_NAME] = group["name"]
-    return (
-        new
-        | own
-        | {
-            "multiplier": 1.0,
-            "score": float("nan"),
-            "htsr_start": 1.0,
-            "htsr_target": 1.0,
-            "htsr_event": 0,
-            "htsr_step": 0,
-            "htsr_order": list(share.places),
-        }
-    )
+    return new | own | _AT_START | {"score": float("nan"), "htsr_order": list(share.places)}
 
 
 def is_layerwise(groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -255,6 +244,5 @@ def adapt_state_dict(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, 
             if key in source:
                 state[key] = [source[key][place] for place in group["htsr_order"]]
         fresh = {key: group[key] for key in (*OWN_KEYS, _ORIGINAL_NAME) if key in group}
-        restart = {"htsr_step": 0, "htsr_event": 0, "htsr_start": 1.0, "htsr_target": 1.0, "multiplier": 1.0}
-        groups.append(state | fresh | restart)
+        groups.append(state | fresh | _AT_START)
     return {**state_dict, "param_groups": groups + saved[len(sizes) :]}

@@ -31,6 +31,7 @@ import torch
 
 from htsr.errors import UsageError
 from htsr.matrices.entries import base_name
+from htsr.matrices.modules import whole_shape
 from htsr.matrices.sharded import open_live, refuse_flat
 from htsr.training.groups import adapt_state_dict, parameter_names, require_fresh, split_groups
 from htsr.training.policy import Policy, PolicyLike, make_policy
@@ -135,10 +136,7 @@ class Layerwise:
         here = {
             slot
             for slot, group in zip(self.of_group, optimizer.param_groups, strict=True)
-            if any(
-                len(getattr(parameter, "ds_shape", parameter.shape)) > 1
-                for parameter in group["params"]  # ZeRO-3's
-            )
+            if any(len(whole_shape(parameter)) > 1 for parameter in group["params"])
         }
         # a matrix in another optimizer takes no part here, and a bias without its matrix stays at 1
         self.settled = [1.0 if v is None and slot not in here else v for slot, v in enumerate(settled)]
@@ -260,10 +258,11 @@ class Layerwise:
         """
         return [(slot, group) for slot, group in self.groups(optimizer) if group["params"]]
 
-    def forget(self) -> None:
-        """A checkpoint is loaded: what was decided before does not hold."""
+    def before_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        """What `optimizer` is to load in place of `state_dict`, if anything; what was decided before does not hold."""
         self.restore()
         self._event = None
+        return adapt_state_dict(optimizer, state_dict)
 
 
 def attach(engine: Layerwise, optimizer: torch.optim.Optimizer) -> None:
@@ -272,8 +271,7 @@ def attach(engine: Layerwise, optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_pre_hook(untraced(engine.before_step))
     optimizer.register_step_post_hook(untraced(engine.after_step))
     optimizer.register_state_dict_pre_hook(lambda _: engine.restore())
-    optimizer.register_load_state_dict_pre_hook(lambda *_: engine.forget())
-    optimizer.register_load_state_dict_pre_hook(adapt_state_dict)
+    optimizer.register_load_state_dict_pre_hook(engine.before_load)
     setattr(optimizer, _ENGINE, engine)
 
 

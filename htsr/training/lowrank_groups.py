@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from htsr.errors import UsageError
 from htsr.matrices.entries import clean_name
-from htsr.matrices.roles import block_of, role_of
+from htsr.matrices.roles import block_of, is_stack_of_experts, role_of
 from htsr.matrices.sharded import refuse_flat
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def is_low_rank(name: str, shape: Sequence[int], rank: int, embeddings: bool = F
     name = clean_name(name)
     role = role_of(name)
     chosen = role.split(".")[0] in _IN_BLOCKS and block_of(name) is not None
-    matrices = len(shape) == 2 or (len(shape) == 3 and role.startswith("expert."))
+    matrices = len(shape) == 2 or is_stack_of_experts(name, shape)
     return matrices and min(shape[-2:]) > rank and (chosen or (embeddings and role in ("embed", "head")))
 
 

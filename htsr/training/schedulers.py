@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from htsr.errors import UsageError
-from htsr.training.groups import adapt_state_dict
 from htsr.training.layerwise import Layerwise
 from htsr.training.policy import PolicyLike, make_policy
 
@@ -53,8 +52,7 @@ class LayerwiseLR(LRScheduler):
             raise UsageError("a learning-rate scheduler sets no weight decay; use htsr.layerwise for this policy")
         self._engine = Layerwise(optimizer, model, chosen, total_steps)
         self._schedule = schedule
-        optimizer.register_load_state_dict_pre_hook(lambda *_: self._engine.forget())
-        optimizer.register_load_state_dict_pre_hook(adapt_state_dict)
+        optimizer.register_load_state_dict_pre_hook(self._engine.before_load)
         super().__init__(optimizer)
 
     def get_lr(self) -> list[Any]:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from htsr.errors import HtsrError, MatrixError
-from htsr.execution import for_each, share
-from htsr.matrices.roles import whole_name
-from htsr.matrices.sharded import by_tensor, in_rounds, open_live
+from htsr.execution import for_each, shared_out
+from htsr.matrices.sharded import in_rounds, open_live
 from htsr.matrices.sources import WeightMatrix
 from htsr.spectra.esd import Array, esd_batch
 from htsr.spectra.scores import null_of_shape, score
@@ -75,11 +74,10 @@ def live_scores(
     if policy.score == "alpha_null":
         return scores(todo, policy)
     rank, size = _ranks()
-    sharded = [matrix for matrix in todo if whole_name(matrix.name) in model.shards]
-    whole = [matrix for matrix in todo if whole_name(matrix.name) not in model.shards]
-    found = scores([whole[i] for i in share([matrix.cost for matrix in whole], size)[rank]], policy)
-    for mine in in_rounds(by_tensor(sharded), model.shards, rank, size):
-        found |= scores(mine, policy)
+    whole, tensors = shared_out(todo, model.shards, rank, size)
+    found = scores(whole, policy)
+    for parts in in_rounds(tensors, model.shards, rank, size):
+        found |= scores(parts, policy)
     if size > 1:
         found = _gather(found, size)
     if missing := sorted(matrix.name for matrix in todo if matrix.name not in found):

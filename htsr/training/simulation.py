@@ -240,8 +240,9 @@ def _workspace(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
     if setting.method not in LOW_RANK:
         return 0
     narrow = parameter.dtype not in (torch.float32, torch.float64)
+    copies = 4 * (1 + narrow + 2 * (setting.state_dtype != "float32"))
     if not low_rank:
-        return 4 * (1 + narrow + 2 * (setting.state_dtype != "float32")) * min(parameter.numel(), _PIECE)
+        return copies * min(parameter.numel(), _PIECE)
     small, large = sorted(parameter.shape[-2:])
     width = min(small, setting.rank + _OVERSAMPLING)
     wide = 4 * small * large if parameter.dtype == torch.float16 else 0
@@ -250,8 +251,7 @@ def _workspace(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
     if stack == 1:
         return refresh
     bases = 2 * stack * small * setting.rank * parameter.element_size()  # one by one, and together
-    copies = 1 + narrow + 2 * (setting.state_dtype != "float32")
-    return max(bases + refresh, 4 * copies * _projected_size(parameter, setting))
+    return max(bases + refresh, copies * _projected_size(parameter, setting))
 
 
 def _quantised(model: Any) -> list[Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from htsr import allocate
 from htsr.matrices.roles import whole_name
-from htsr.matrices.sources import WeightMatrix
+from htsr.matrices.sources import WeightMatrix, by_tensor
 from htsr.training.policy import Policy
 
 _NORM = re.compile(r"norm|(^|[._])ln(_|\d|\.|$)|layer_?norm|(^|\.)bn\d*\.", re.IGNORECASE)
@@ -63,19 +63,16 @@ def matrix_slots(matrices: Iterable[WeightMatrix]) -> list[Slot]:
     Args:
         matrices: of a model, in its order.
     """
-    tensors: dict[str, list[WeightMatrix]] = {}
-    for matrix in matrices:
-        tensors.setdefault(whole_name(matrix.name), []).append(matrix)
     return [
         Slot(
-            name=name,
+            name=whole_name(parts[0].name),
             role=_common_role([matrix.role for matrix in parts]),
             block=parts[0].block,
             parts=tuple(matrix.name for matrix in parts),
             part_roles=tuple(matrix.role for matrix in parts),
             size=min(min(matrix.shape) for matrix in parts),
         )
-        for name, parts in tensors.items()
+        for parts in by_tensor(matrices)
     ]
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.processes import leave
@@ -30,6 +33,28 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: list[t
         loss_of(model, tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+class KilledError(Exception):
+    """Of `killed_after`."""
+
+
+@contextmanager
+def killed_after(steps: int) -> Iterator[None]:
+    """The fine-tuning inside stops after that many optimizer steps, as a crash would stop it."""
+    from htsr.training.trainer import FinetuneTrainer
+
+    original = FinetuneTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        if self.state.global_step == steps:
+            raise KilledError
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(FinetuneTrainer, "training_step", step)
+        with pytest.raises(KilledError):
+            yield
 
 
 def run_distributed(folder: Path, ranks: int) -> list[dict]:

@@ -13,11 +13,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from torch import multiprocessing
 
 import htsr
-from tests.processes import leave
+from tests.processes import in_two_processes, leave_with, one_thread
 from tests.training.models import TinyLM, loss
+from tests.training.models import train as train_alone
 from tests.transformer import save_work
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: CI installs it for this file alone")
@@ -107,30 +107,21 @@ def _worker(rank, folder):
     for make in (low_rank, sampled):
         for stage in (1, 2, 3):
             results[f"{make.__name__}, zero-{stage}"] = refusal(make, stage)
-    (folder / f"{rank}.json").write_text(json.dumps(results))
-    leave()
+    leave_with(results, rank, folder)
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("zero")
-    multiprocessing.spawn(_worker, (folder,), nprocs=2)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return in_two_processes(_worker, tmp_path_factory.mktemp("zero"))
 
 
 @pytest.fixture(scope="module")
 def alone():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     model = TinyLM()
     optimizer = layerwise(model)
     found = []
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        loss(model, step).backward()
-        optimizer.step()
-        found.append(htsr.multipliers(optimizer))
-    torch.set_num_threads(threads)
+    with one_thread():
+        train_alone(model, optimizer, range(STEPS), after=lambda _: found.append(htsr.multipliers(optimizer)))
     return found, {layer.name: layer.alpha for layer in htsr.analyze(model)}
 
 

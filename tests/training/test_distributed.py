@@ -3,15 +3,13 @@
 Both ranks see the same batch, so that the mean of their gradients is the gradient of one process exactly.
 """
 
-import json
-
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 import htsr
 from htsr.training import scoring
-from tests.processes import leave
+from tests.processes import in_two_processes, leave_with, one_thread
 from tests.training.models import MATRICES, SpyingAdamW, TinyLM, train
 
 STEPS = 7
@@ -58,33 +56,28 @@ def _worker(rank, folder):
     for kind, wrap in {"ddp": _data_parallel, "fsdp2": _sharded, "tp": _tensor_parallel}.items():
         decomposed.clear()
         results[kind] = {"rates": run(wrap), "decomposed": list(decomposed)}
-    (folder / f"{rank}.json").write_text(json.dumps(results))
-    leave()
+    leave_with(results, rank, folder)
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(_worker, (folder,), nprocs=2)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return in_two_processes(_worker, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with one_thread():
+        return run()
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_ranks_agree_with_each_other_and_with_one_process(two_processes, kind):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    alone = run()
-    torch.set_num_threads(threads)
+def test_ranks_agree_with_each_other_and_with_one_process(two_processes, alone, kind):
     first, second = (result[kind] for result in two_processes)
     assert first["rates"] == second["rates"] == alone
     assert alone[0] != alone[-1]
 
 
-def test_tensor_parallel_ranks_agree_with_one_process(two_processes):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    alone = run()
-    torch.set_num_threads(threads)
+def test_tensor_parallel_ranks_agree_with_one_process(two_processes, alone):
     first, second = (result["tp"]["rates"] for result in two_processes)
     assert first == second
     for mine, expected in zip(first, alone, strict=True):

@@ -16,15 +16,20 @@ STEPS = 5
 OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "refresh_every": 2, "moments": "rotate"}
 
 
-def alone(clip, experts=0, **options):
-    model = make(dtype=torch.float64, experts=experts)
-    optimizer = LowRankAdamW(low_rank_groups(model, 4), **OPTIONS, **options)
+def train(model, optimizer, data, clip):
+    """On data(step) of every step, with the gradient clipped to a norm of `clip` unless that is None."""
     for step in range(STEPS):
-        loss_of(model, batch(step)).backward()
+        loss_of(model, data(step)).backward()
         if clip:
             optimizer.clip_grad_norm_(clip)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def alone(clip, experts=0, **options):
+    model = make(dtype=torch.float64, experts=experts)
+    optimizer = LowRankAdamW(low_rank_groups(model, 4), **OPTIONS, **options)
+    train(model, optimizer, batch, clip)
     return {name: value.detach() for name, value in model.state_dict().items()}
 
 
@@ -52,12 +57,7 @@ def check(state, clip, **options):
 def ddp(rank, method, clip):
     model = torch.nn.parallel.DistributedDataParallel(make(dtype=torch.float64))
     optimizer = LowRankAdamW(low_rank_groups(model, 4), method=method, **OPTIONS)
-    for step in range(STEPS):
-        loss_of(model, half(step, rank)).backward()
-        if clip:
-            optimizer.clip_grad_norm_(clip)
-        optimizer.step()
-        optimizer.zero_grad()
+    train(model, optimizer, functools.partial(half, rank=rank), clip)
     check(model.state_dict(), clip, method=method)
 
 
@@ -145,12 +145,7 @@ def tensor_parallel(rank, method, mode, clip):
     for block in model.layers:
         parallelize_module(block, mesh, plan)
     optimizer = LowRankAdamW(low_rank_groups(model, 4), method=method, gradients=mode, **OPTIONS)
-    for step in range(STEPS):
-        loss_of(model, batch(step)).backward()
-        if clip:
-            optimizer.clip_grad_norm_(clip)
-        optimizer.step()
-        optimizer.zero_grad()
+    train(model, optimizer, batch, clip)
     whole = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in model.state_dict().items()}
     check(whole, clip, method=method)
 

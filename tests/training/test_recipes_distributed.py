@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from torch import multiprocessing
 
 from htsr.recipe import FOLDER, read_recipe
-from tests.processes import leave
+from tests.processes import in_two_processes, leave_with
+from tests.training.runs import killed_after
 from tests.transformer import save_work
 
 pytest.importorskip("trl")
@@ -74,27 +74,13 @@ def call_cpus_accelerators():
     PartialState.__init__ = patched
 
 
-class KilledError(Exception):
-    pass
-
-
 def killed_and_resumed(recipe):
     from accelerate.state import GradientState
 
     from htsr.finetune import finetune
-    from htsr.training.trainer import FinetuneTrainer
 
-    original = FinetuneTrainer.training_step
-
-    def step(self, *args, **kwargs):
-        if self.state.global_step == 5:
-            raise KilledError
-        return original(self, *args, **kwargs)
-
-    FinetuneTrainer.training_step = step
-    with pytest.raises(KilledError):
+    with killed_after(5):
         finetune(recipe)
-    FinetuneTrainer.training_step = original
     GradientState._reset_state()  # as in a new process
     finetune(recipe, resume=True)
 
@@ -125,8 +111,7 @@ def _worker(rank, folder):
         killed_and_resumed(read_recipe(f"{folder}/{method}-resumed.yaml"))
         killed_and_resumed(read_recipe(f"{folder}/{method}-resumed-sharded.yaml"))
     killed_and_resumed(read_recipe(f"{folder}/shipped.yaml"))
-    (folder / f"{rank}.json").write_text(json.dumps(kinds))
-    leave()
+    leave_with(kinds, rank, folder)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +122,7 @@ def work(tmp_path_factory):
         for kind in ("ddp", *CHECKPOINTS):
             write_recipe(folder, method, kind)
     write_shipped_recipe(folder)
-    multiprocessing.spawn(_worker, (folder,), nprocs=2)
+    in_two_processes(_worker, folder)
     return folder
 
 
