@@ -4,10 +4,15 @@ import importlib.util
 import os
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# no test depends on how busy the machine is
+hypothesis.settings.register_profile("htsr", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("htsr")
 
 
 @pytest.fixture(autouse=True)

@@ -70,7 +70,7 @@ def test_an_older_pickle_without_the_zip_container(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=st.lists(st.integers(1, 5), min_size=1, max_size=4), seed=st.integers(0, 99), half=st.booleans())
 def test_a_slice_is_what_the_whole_has_there(tmp_path, suffix, shape, seed, half):
     torch.manual_seed(seed)
@@ -173,7 +173,7 @@ def test_truncated_files(tmp_path, suffix, part):
         htsr.describe(str(file))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(min_size=1, max_size=200), suffix=st.sampled_from(["safetensors", "bin", "pt", "gguf"]))
 def test_any_bytes_are_a_sentence(tmp_path, content, suffix):
     file = tmp_path / f"noise.{suffix}"

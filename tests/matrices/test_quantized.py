@@ -35,7 +35,7 @@ def test_llm_int8():
     assert (matrix.role, matrix.warning) == ("mlp.up", "de-quantised from 8-bit")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=st.integers(1, 300), columns=st.integers(1, 300), seed=st.integers(0, 99))
 def test_fp8_in_blocks_of_128(rows, columns, seed):
     torch.manual_seed(seed)

@@ -176,7 +176,7 @@ class TestFilter:
         if blocks := wanted.get("blocks"):
             assert {m.block for m in model} == blocks
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(
         roles=st.sets(st.sampled_from(["attn.*", "mlp.*", "embed", "*.q"])),
         blocks=st.none() | st.frozensets(st.integers(0, 2), min_size=1),
@@ -193,7 +193,7 @@ class TestFilter:
             htsr.describe(state_dict(), where=htsr.Filter(roles=("conv",)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=st.lists(st.integers(1, 6), min_size=3, max_size=5), seed=st.integers(0, 99))
 def test_a_kernel_is_one_matrix_per_position(shape, seed):
     torch.manual_seed(seed)
@@ -207,7 +207,7 @@ def test_a_kernel_is_one_matrix_per_position(shape, seed):
         np.testing.assert_array_equal(piece, kernel[(..., *where)])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(experts=st.integers(2, 5), rows=st.integers(2, 9), columns=st.integers(2, 9), seed=st.integers(0, 99))
 def test_a_stack_is_its_experts(experts, rows, columns, seed):
     torch.manual_seed(seed)

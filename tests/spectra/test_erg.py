@@ -10,7 +10,7 @@ from tests.reference import statistics as plain
 seeds = st.integers(0, 2**32 - 1)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seeds, st.integers(3, 200), st.floats(0.1, 3.0), st.floats(-6, 6))
 def test_count_is_where_the_product_falls_below_one(seed, size, spread, exponent):
     values = np.sort(np.random.default_rng(seed).lognormal(0.0, spread, size)) * 10**exponent
@@ -21,7 +21,7 @@ def test_count_is_where_the_product_falls_below_one(seed, size, spread, exponent
         assert found.lambda_erg_rescaled == pytest.approx(values[-found.num] * size / values.sum())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seeds, st.integers(20, 200), st.floats(0.05, 0.95))
 def test_sign_of_the_trace_log_is_that_of_the_gap(seed, size, where):
     values = np.sort(np.random.default_rng(seed).lognormal(0.0, 1.0, size))

@@ -14,7 +14,7 @@ def exact(matrix):
     return np.sort(np.linalg.svd(np.asarray(matrix, dtype=np.float64), compute_uv=False) ** 2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shapes, st.integers(0, 2**32 - 1), st.sampled_from(["auto", "gram", "svd"]))
 def test_eigenvalues_are_squared_singular_values(shape, seed, route):
     W = np.random.default_rng(seed).standard_normal(shape)
@@ -80,7 +80,7 @@ def test_pieces_are_pooled(random, shape):
     assert esd(torch.from_numpy(stack), device="cpu:0", dtype="float64").eigenvalues == pytest.approx(found.eigenvalues)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(shapes, st.integers(1, 80), st.integers(1, 6), st.sampled_from([0.5, 1.0, 2.0]))
 def test_windows_are_equal_inside_and_reach_the_edges(shape, rows, count, aspect):
     slices = Windows(rows, count, aspect).slices(shape)

@@ -36,7 +36,7 @@ def same(a, b, fields=SHIFT_FREE):
         assert getattr(a, field) == pytest.approx(getattr(b, field), rel=1e-6, abs=1e-9), field
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds, shapes, st.floats(-5, 5))
 def test_scale_changes_no_shape_number(seed, shape, exponent):
     W = heavy(seed, shape)
@@ -46,7 +46,7 @@ def test_scale_changes_no_shape_number(seed, shape, exponent):
     assert scaled.lambda_min == pytest.approx(row.lambda_min * 100**exponent)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds, shapes)
 def test_transpose_and_permutations_change_nothing(seed, shape):
     W = heavy(seed, shape)
@@ -56,7 +56,7 @@ def test_transpose_and_permutations_change_nothing(seed, shape):
     same(row, row_of(W[random.permutation(shape[0])][:, random.permutation(shape[1])]), (*SHIFT_FREE, "norm"))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds, shapes)
 def test_rotations_change_nothing(seed, shape):
     W = heavy(seed, shape)

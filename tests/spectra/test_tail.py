@@ -21,7 +21,7 @@ def body_and_tail(random, size=400, alpha=2.5):
     return np.concatenate([random.random(size // 2), pareto(random, size // 2, alpha)])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seeds, st.integers(2, 150), st.floats(1.2, 6.0))
 def test_ks_is_the_plain_scan(seed, size, alpha):
     values = pareto(np.random.default_rng(seed), size, alpha)
@@ -40,7 +40,7 @@ def test_scan_spans_several_blocks_of_tails(random):
 
 
 @pytest.mark.parametrize("method", ["hill", "hill_paper"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=seeds, size=st.integers(4, 200))
 def test_hill_is_its_formula(method, seed, size):
     values = np.random.default_rng(seed).lognormal(size=size)
@@ -80,7 +80,7 @@ def test_ks_finds_where_the_tail_begins(random):
 
 
 @pytest.mark.parametrize("method", ["ks", "hill", "hill_paper", "fix_fingers", "clip_xmax"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=seeds, exponent=st.integers(-12, 12))
 def test_scale_changes_nothing_but_the_unit(method, seed, exponent):
     values = body_and_tail(np.random.default_rng(seed), 120)

@@ -147,7 +147,7 @@ def test_exact_svd_takes_the_steps_of_galore_torch(weight_decay):
             torch.testing.assert_close(a - before, b - before, rtol=2e-5, atol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.integers(2, 14),
     columns=st.integers(2, 14),

@@ -19,7 +19,7 @@ def gradient(rows, columns, seed=0, decay=0.7, dtype=torch.float64):
     return (U * decay ** torch.arange(small) @ V.T).to(dtype)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 40),
