@@ -74,7 +74,7 @@ def identity(matrix: WeightMatrix) -> LayerMetrics:
 
 
 def _measure(options: Options, matrices: Sequence[WeightMatrix]) -> list[Measured]:
-    return measure_batch([(matrix.read, identity(matrix)) for matrix in matrices], options)
+    return measure_batch([(matrix.opened, identity(matrix)) for matrix in matrices], options)
 
 
 def _footprint(matrix: WeightMatrix) -> int:

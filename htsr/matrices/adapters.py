@@ -11,10 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from htsr.errors import SourceError
 from htsr.matrices.entries import Entry
 from htsr.matrices.files import file_entries, read_json
 from htsr.spectra.esd import Array, as_numpy
+from htsr.spectra.product import Numbers, Product
 
 _PREFIX = "base_model.model."
 
@@ -136,10 +139,22 @@ class _Delta:
         return shape[::-1] if self.transposed else shape
 
     def __call__(self, index: int | None = None) -> Array:
-        a, b = (as_numpy(x.read()).astype("float32") for x in (self.A, self.B))
-        product = self.scaling * (b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1))
+        a, b = self._read()
+        product = self.scaling * (b @ a.reshape(a.shape[0], -1))
         product = product.T if self.transposed else product.reshape(self.shape)
         return product if index is None else product[index]
+
+    def factors(self) -> Product:
+        """ΔW as its factors; a kernel's as (positions, out, r) and (positions, r, in)."""
+        a, b = self._read()
+        if a.ndim > 2:
+            a = np.moveaxis(a.reshape(*a.shape[:2], -1), 2, 0)
+            b = np.broadcast_to(b, (len(a), *b.shape))
+        return Product(a.T, self.scaling * b.T) if self.transposed else Product(self.scaling * b, a)
+
+    def _read(self) -> tuple[Numbers, Numbers]:
+        a, b = (as_numpy(x.read()).astype("float32") for x in (self.A, self.B))
+        return a, b.reshape(b.shape[0], -1)
 
 
 def _under_adapter(name: str, stored: dict[str, Entry]) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union
 
 from htsr.errors import MatrixError, SourceError, UsageError
 from htsr.matrices import adapters, fused, hub, roles
@@ -19,10 +19,12 @@ from htsr.matrices.files import PICKLES, file_entries, folder_entries, read_conf
 from htsr.matrices.positions import Position
 from htsr.matrices.quantized import dequantized
 from htsr.spectra.esd import Array, as_numpy
+from htsr.spectra.product import Product
 
 if TYPE_CHECKING:
     import torch
 
+Read = TypeVar("Read")
 Source: TypeAlias = Union[str, "os.PathLike[str]", "torch.nn.Module", Mapping[str, Any]]
 
 # floats of two and more dimensions that are no weights
@@ -51,6 +53,8 @@ class WeightMatrix:
         position: where it stands in its stored tensor.
         problem: (status, sentence) where it cannot be read.
         warning: what a reader of its row should know.
+        factors: reads the two factors that it is the product of, such as B and A of a LoRA adapter; None where there
+            are none.
     """
 
     name: str
@@ -64,6 +68,7 @@ class WeightMatrix:
     position: Position = field(repr=False, compare=False)
     problem: tuple[str, str] | None = None
     warning: str = ""
+    factors: Callable[[], Product] | None = field(default=None, repr=False, compare=False)
 
     @property
     def parameters(self) -> int:
@@ -82,10 +87,21 @@ class WeightMatrix:
         Raises:
             MatrixError: it cannot be read; the message names the tensor.
         """
+        return self._attempt(self.load)
+
+    def opened(self) -> Array | Product:
+        """As `read`, but a product of factors as those.
+
+        Raises:
+            MatrixError: as `read`.
+        """
+        return self._attempt(self.factors or self.load)
+
+    def _attempt(self, load: Callable[[], Read]) -> Read:
         if self.problem:
             raise MatrixError(*self.problem)
         try:
-            return self.load()
+            return load()
         except MatrixError:
             raise
         except Exception as error:
@@ -460,6 +476,7 @@ class _Place:
         problem = entry.problem
         if problem is None and entry.dtype not in FLOATS and not entry.warning:
             problem = ("quantized", f"{name} is stored as {entry.dtype} without a scale that htsr knows")
+        factors = getattr(entry.read, "factors", None)  # a reader that has no such method reads whole matrices
         return WeightMatrix(
             name=name,
             shape=(shape[0], shape[1]),
@@ -472,7 +489,15 @@ class _Place:
             position=position,
             problem=problem,
             warning=entry.warning,
+            factors=factors and partial(_factors, factors, position),
         )
+
+
+def _factors(read: Callable[[], Product], position: Position) -> Product:
+    product = read()
+    if position.element is not None and product.ndim == 3:
+        product = product[position.element]
+    return product if position.index is None else product[position.index]
 
 
 def _part(read: Callable[[], Array], index: Any) -> Array:

@@ -12,8 +12,9 @@ The routes to it:
             precision.
 ``lanczos`` stochastic Lanczos quadrature (`htsr.spectra.lanczos`), for matrices too large for the others; an
             approximation that states its error.
-``auto``    ``gram``; then ``svd`` where a matrix of M ≤ 1024 has eigenvalues that the Gram matrix cannot resolve;
-            and ``lanczos`` where M > 16384. The row of a matrix names the route that was taken.
+``factors`` of a matrix that is known as a product (`htsr.spectra.product`): exact, and only its rank many are not 0.
+``auto``    ``factors`` where there are some; else ``gram``, then ``svd`` where a matrix of M ≤ 1024 has eigenvalues
+            that the Gram matrix cannot resolve; and ``lanczos`` where M > 16384. The row names the route taken.
 =========== ========================================================================================================
 
 On a CPU the work is done by NumPy's LAPACK up to M = 2048 and by torch's beyond, whose reduction to tridiagonal form is
@@ -30,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from htsr.errors import MatrixError, UsageError
+from htsr.spectra.product import Product
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +136,7 @@ def _starts(length: int, window: int, count: int) -> list[int]:
 
 
 def esd(
-    matrix: Array,
+    matrix: Array | Product,
     *,
     route: Route = "auto",
     dtype: Precision = "auto",
@@ -145,7 +147,8 @@ def esd(
     """Eigenvalues of the smaller Gram matrix of `matrix`.
 
     Args:
-        matrix: (m, n) real, or (pieces, m, n) whose ESDs are pooled. Any float dtype; up-cast as `dtype` says.
+        matrix: (m, n) real, or (pieces, m, n) whose ESDs are pooled. Any float dtype; up-cast as `dtype` says. Of a
+            `Product` the route ``auto`` takes the factors; the others, and windows, multiply it out.
         route: see the module's text.
         dtype: precision of the computation; ``auto`` is float64 on a CPU and float32 on an accelerator.
         device: where it runs: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
@@ -169,6 +172,14 @@ def esd(
     if dtype == "auto":
         dtype = "float64" if device == "cpu" else "float32"
 
+    if isinstance(matrix, Product):
+        if route == "auto" and windows is None:
+            values = matrix.eigenvalues()
+            _require_finite(values.sum())
+            M, N = sorted(matrix.shape[-2:])
+            return ESD(values, M=M, N=N, pieces=values.size // M, route="factors/float64")
+        matrix = matrix.dense()
+
     parts = _pieces(matrix, windows)
     M, N = sorted(parts[0].shape[-2:])
     if route == "auto":
@@ -191,7 +202,7 @@ def esd(
 
 
 def esd_batch(
-    matrices: Sequence[Array],
+    matrices: Sequence[Array | Product],
     *,
     route: Route = "auto",
     dtype: Precision = "auto",
@@ -224,6 +235,7 @@ def esd_batch(
         and windows is None
         and route in ("auto", "gram")
         and matrices[0].ndim == 2
+        and not any(isinstance(matrix, Product) for matrix in matrices)
     ):
         kind: Precision = "float64" if dtype == "auto" else dtype
         grams = np.stack([gram(as_numpy(matrix), kind) for matrix in matrices])
@@ -233,7 +245,7 @@ def esd_batch(
             if route == "gram" or (values[:, 0] > 0).all():
                 return [ESD(row, M=M, N=N, pieces=1, route=f"gram/{kind}") for row in values]
 
-    def attempt(matrix: Array) -> ESD | MatrixError:
+    def attempt(matrix: Array | Product) -> ESD | MatrixError:
         try:
             return esd(matrix, route=route, dtype=dtype, device=device, windows=windows, seed=seed)
         except MatrixError as error:
@@ -330,8 +342,10 @@ def _require_finite(total: float) -> None:
         raise MatrixError("nan", "the matrix has NaN, infinite or overflowing entries")
 
 
-def as_numpy(array: Array) -> npt.NDArray[Any]:
+def as_numpy(array: Array | Product) -> npt.NDArray[Any]:
     """`array`, of any shape, as NumPy on the CPU; dtypes that NumPy lacks (bfloat16, float8) become float32."""
+    if isinstance(array, Product):
+        return array.dense()
     if isinstance(array, np.ndarray):
         return array
     tensor = array.detach().cpu()

@@ -19,6 +19,7 @@ from htsr.spectra.erg import erg
 from htsr.spectra.esd import ESD, LANCZOS_FROM, Array, Route, as_numpy, esd, esd_batch
 from htsr.spectra.metrics import LayerMetrics, Options
 from htsr.spectra.null import DRAWS, ShapeNull, shape_null
+from htsr.spectra.product import Product
 from htsr.spectra.quality import quality
 from htsr.spectra.tail import FitMethod, PowerLawFit, bootstrap_alpha, fit_power_law
 
@@ -45,11 +46,11 @@ class Measured:
     permuted: Vector | None = None
 
 
-def measure(load: Callable[[], Array], identity: LayerMetrics, options: Options) -> Measured:
+def measure(load: Callable[[], Array | Product], identity: LayerMetrics, options: Options) -> Measured:
     """Fill in the numbers of one matrix.
 
     Args:
-        load: returns the matrix, (m, n), or (pieces, m, n) to be pooled.
+        load: returns the matrix, (m, n), or (pieces, m, n) to be pooled; or its factors.
         identity: a row with name, role and so on, whose numbers are still empty.
         options: what to compute.
 
@@ -59,7 +60,9 @@ def measure(load: Callable[[], Array], identity: LayerMetrics, options: Options)
     return measure_batch([(load, identity)], options)[0]
 
 
-def measure_batch(jobs: Sequence[tuple[Callable[[], Array], LayerMetrics]], options: Options) -> list[Measured]:
+def measure_batch(
+    jobs: Sequence[tuple[Callable[[], Array | Product], LayerMetrics]], options: Options
+) -> list[Measured]:
     """`measure` for several matrices of one shape, decomposed together (`htsr.spectra.esd.esd_batch`).
 
     Args:
@@ -89,11 +92,15 @@ def measure_batch(jobs: Sequence[tuple[Callable[[], Array], LayerMetrics]], opti
         results[index] = Measured(replace(identity, status=status, warning=why))
         return None
 
-    matrices = {i: W for i, (load, _) in enumerate(jobs) if (W := attempt(i, load)) is not None}
+    matrices: dict[int, Array | Product] = {
+        i: W for i, (load, _) in enumerate(jobs) if (W := attempt(i, load)) is not None
+    }
     spectra = _decompose(matrices, attempt, options)
     others: dict[int, ESD] = {}
     if options.permuted:
-        noise = {i: _noise(W, jobs[i][1].name, options) for i, W in matrices.items() if i in spectra}
+        noise: dict[int, Array | Product] = {
+            i: _noise(W, jobs[i][1].name, options) for i, W in matrices.items() if i in spectra
+        }
         route: Route = "lanczos" if any(s.error is not None for s in spectra.values()) else "gram"
         others = _decompose(noise, attempt, replace(options, route=route, dtype="float32"))
     for i, spectrum in spectra.items():
@@ -112,7 +119,7 @@ def measure_batch(jobs: Sequence[tuple[Callable[[], Array], LayerMetrics]], opti
 
 
 def _decompose(
-    matrices: dict[int, Array], attempt: Callable[[int, Callable[[], Any]], Any], options: Options
+    matrices: dict[int, Array | Product], attempt: Callable[[int, Callable[[], Any]], Any], options: Options
 ) -> dict[int, ESD]:
     """ESDs by index; `attempt` takes down what fails."""
     if not matrices:
@@ -320,12 +327,12 @@ def _alternative_numbers(positive: Vector, fit: PowerLawFit) -> dict[str, Any]:
     return numbers
 
 
-def _noise(matrix: Array, name: str, options: Options) -> Array:
+def _noise(matrix: Array | Product, name: str, options: Options) -> Array:
     """The permuted matrix; the permutation depends on the seed and the name alone, not on the order of the work."""
     return permute_entries(as_numpy(matrix), (options.seed, zlib.crc32(name.encode())))
 
 
-def _permuted_numbers(matrix: Array, spectrum: ESD, other: ESD, options: Options) -> dict[str, Any]:
+def _permuted_numbers(matrix: Array | Product, spectrum: ESD, other: ESD, options: Options) -> dict[str, Any]:
     """Traps, distance to random and mean shift, `other` being the ESD of the permuted matrix.
 
     That one is computed in float32: it has no tail to fit.
