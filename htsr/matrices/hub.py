@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from typing import Literal
 
 from htsr.errors import SourceError
 from htsr.matrices.files import shards_of
@@ -12,14 +13,60 @@ from htsr.matrices.files import shards_of
 logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_FILES = (
+    ".safetensors",
+    ".gguf",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".npz",
+    ".json",
+    ".jsonl",
+    ".txt",
+    ".csv",
+    ".parquet",
+)
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WHOLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
 _SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "*.tiktoken")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form of a hub id: ``owner/model`` or ``model``."""
-    return bool(_HUB_ID.match(name)) and ".." not in name
+    """Whether `name` has the form of a hub id: ``owner/model`` or ``model``, and not that of a path to a file."""
+    looks_local = name.startswith(".") or ".." in name or name.endswith(_FILES)
+    return bool(_HUB_ID.match(name)) and not looks_local
+
+
+def answers(repo: str, revision: str | None = None, kind: Literal["model", "dataset"] = "model") -> bool:
+    """Whether the hub answers that it has `repo`: one question without retries, before anything is loaded from it.
+
+    Args:
+        repo: ``owner/name`` or ``name``.
+        revision: branch, tag or commit; the default branch if None.
+        kind: model or data set.
+
+    Returns:
+        False where the hub cannot be reached, so that only the cache is left.
+
+    Raises:
+        SourceError: the hub has no such repository or revision.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    what = {"model": "model", "dataset": "data set"}[kind]
+    try:
+        HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=10)
+    except GatedRepoError:
+        return True  # who may have what is for the download to say
+    except RepositoryNotFoundError as error:
+        raise SourceError(f"{repo} is neither a file or folder here nor a {what} on the hub") from error
+    except RevisionNotFoundError as error:
+        raise SourceError(f"{repo} has no revision {revision}") from error
+    except Exception:  # offline by choice, no network, an ill server: each HTTP library has errors of its own
+        return False
+    return True
 
 
 def fetch(repo: str, revision: str | None = None) -> Path:

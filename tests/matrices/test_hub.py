@@ -13,7 +13,7 @@ from unittest.mock import MagicMock
 import pytest
 
 import htsr
-from htsr.matrices.hub import fetch_rest, is_hub_id
+from htsr.matrices.hub import answers, fetch_rest, is_hub_id
 from tests.models import save_folder, state_dict
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -158,3 +158,46 @@ def test_a_hub_model_is_projected_offline(cache, tmp_path):
 def test_small_files_that_cannot_be_had_are_left_out(cache, caplog):
     fetch_rest("owner/none")
     assert "owner/none: tokenizer and other small files could not be fetched" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ["./typo", "../typo", "runs/typo/x", "model.gguf", "data/train.jsonl", "~/typo", "/typo"]
+)
+def test_a_path_is_no_hub_id(name):
+    assert not is_hub_id(name)
+    assert is_hub_id("runs/typo")
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (None, True),
+        ("GatedRepoError", True),
+        ("RepositoryNotFoundError", "owner/data is neither a file or folder here nor a data set on the hub"),
+        ("RevisionNotFoundError", "owner/data has no revision v9"),
+        ("HfHubHTTPError", False),
+        ("OfflineModeIsEnabled", False),
+    ],
+)
+def test_the_hub_is_asked_once(monkeypatch, error, outcome):
+    from huggingface_hub import HfApi, errors
+
+    asked = []
+
+    def answer(*args, **kwargs):
+        asked.append(kwargs)
+        if error is not None:
+            kind = getattr(errors, error)
+            more = (
+                {"response": MagicMock(status_code=404, headers={})} if issubclass(kind, errors.HfHubHTTPError) else {}
+            )
+            raise kind("sorry", **more)
+
+    monkeypatch.setattr(HfApi, "repo_info", answer)
+    if isinstance(outcome, str):
+        with pytest.raises(htsr.SourceError, match=outcome):
+            answers("owner/data", "v9", "dataset")
+    else:
+        assert answers("owner/data", "v9", "dataset") is outcome
+    assert len(asked) == 1
+    assert asked[0]["timeout"] <= 10
