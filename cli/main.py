@@ -36,6 +36,7 @@ Include = Annotated[
 ]
 Exclude = Annotated[list[str] | None, typer.Option(help="No matrices whose name matches. Repeatable.")]
 Role = Annotated[list[str] | None, typer.Option(help="Only these roles, as in attn.q or 'mlp.*'. Repeatable.")]
+ExcludeRole = Annotated[list[str] | None, typer.Option(help="Not these roles. Repeatable.")]
 Block = Annotated[str | None, typer.Option(help="Only these blocks, as in 0-3,7.")]
 MinSize = Annotated[int, typer.Option(min=0, help="Least size of the smaller side.")]
 MaxSize = Annotated[int | None, typer.Option(min=1, help="Largest size of the smaller side.")]
@@ -99,6 +100,7 @@ def analyze(
     include: Include = None,
     exclude: Exclude = None,
     role: Role = None,
+    exclude_role: ExcludeRole = None,
     block: Block = None,
     min_size: MinSize = 0,
     max_size: MaxSize = None,
@@ -132,7 +134,7 @@ def analyze(
     """
     from htsr_cli import run
 
-    chosen = run.Choice(include, exclude, role, block, min_size, max_size)
+    chosen = run.Choice(include, exclude, role, block, min_size, max_size, exclude_role)
     options = {
         "fit": fit,
         "xmin": xmin,
@@ -166,6 +168,7 @@ def compare(
     include: Include = None,
     exclude: Exclude = None,
     role: Role = None,
+    exclude_role: ExcludeRole = None,
     block: Block = None,
     min_size: MinSize = 0,
     max_size: MaxSize = None,
@@ -186,7 +189,7 @@ def compare(
     """
     from htsr_cli import run
 
-    chosen = run.Choice(include, exclude, role, block, min_size, max_size)
+    chosen = run.Choice(include, exclude, role, block, min_size, max_size, exclude_role)
     options = {"fit": fit, "full": full, "route": route, "dtype": dtype, "device": device, "seed": seed}
     run.compare(a, b, chosen, options, run.Words(quiet, verbose), run.Target(format, output))
 
@@ -198,6 +201,7 @@ def describe(
     include: Include = None,
     exclude: Exclude = None,
     role: Role = None,
+    exclude_role: ExcludeRole = None,
     block: Block = None,
     min_size: MinSize = 0,
     max_size: MaxSize = None,
@@ -210,7 +214,7 @@ def describe(
     """
     from htsr_cli import run
 
-    chosen = run.Choice(include, exclude, role, block, min_size, max_size)
+    chosen = run.Choice(include, exclude, role, block, min_size, max_size, exclude_role)
     run.describe(model, chosen, run.Target(format, output), revision=revision)
 
 
@@ -346,6 +350,7 @@ def project(
     include: Include = None,
     exclude: Exclude = None,
     role: Role = None,
+    exclude_role: ExcludeRole = None,
     block: Block = None,
     min_size: MinSize = 1,
     max_size: MaxSize = None,
@@ -360,7 +365,7 @@ def project(
     """
     from htsr_cli import run
 
-    chosen = run.Choice(include, exclude, role, block, min_size, max_size)
+    chosen = run.Choice(include, exclude, role, block, min_size, max_size, exclude_role)
     run.project(
         model, output, run.parse_keep(keep), chosen, run.Words(quiet, verbose),
         traps=remove_traps, fit=fit, seed=seed, revision=revision,

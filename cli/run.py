@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from htsr.analysis import Analysis, Progress, analyze_model, make_options
-from htsr.comparison import Comparison, compare_analyses
+from htsr.comparison import Comparison, compare_analyses, filtered_together
 from htsr.errors import HtsrError, UsageError
 from htsr.execution import Ranks
 from htsr.files import written
@@ -40,6 +40,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
 }
 _PLAIN_WIDTH = 200
+_MOST_BLOCKS = 100_000
 
 
 class Choice:
@@ -53,6 +54,7 @@ class Choice:
         blocks: str | None,
         min_size: int,
         max_size: int | None,
+        exclude_roles: list[str] | None = None,
     ) -> None:
         self.filter = Filter(
             tuple(include or ()),
@@ -61,6 +63,7 @@ class Choice:
             parse_blocks(blocks),
             min_size,
             max_size,
+            tuple(exclude_roles or ()),
         )
 
 
@@ -210,17 +213,15 @@ def analyze(
 def compare(a: str, b: str, choice: Choice, options: dict[str, Any], words: Words, target: Target) -> None:
     """`htsr compare`."""
     settings = make_options(**options)
-    models: list[Model | None] = []
+    saved = {name: Analysis.load(name) for name in (a, b) if name.endswith(".npz")}
+    models = filtered_together([None if name in saved else open_model(name) for name in (a, b)], choice.filter)
     analyses = []
-    for name in (a, b):
-        if name.endswith(".npz"):
-            models.append(None)
-            analyses.append(Analysis.load(name))
-        else:
-            model = open_model(name).filtered(choice.filter)
-            models.append(model)
-            with words.progress(name) as progress:
-                analyses.append(analyze_model(model, settings, progress=progress))
+    for name, model in zip((a, b), models, strict=True):
+        if model is None:
+            analyses.append(saved[name])
+            continue
+        with words.progress(name) as progress:
+            analyses.append(analyze_model(model, settings, progress=progress))
     comparison = compare_analyses(analyses[0], analyses[1], models[0], models[1])
     for label, only in ((a, comparison.only_a), (b, comparison.only_b)):
         if only:
@@ -390,10 +391,13 @@ def parse_blocks(text: str | None) -> frozenset[int] | None:
         return None
     found: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,99})(?:-(\d{1,99}))?\s*", part)
         if not match:
             raise UsageError(f"--block takes numbers and ranges such as 0-3,7, not {text!r}")
-        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < _MOST_BLOCKS:
+            raise UsageError(f"--block {part.strip()} is no range of blocks: it ascends, below {_MOST_BLOCKS}")
+        found.update(range(first, last + 1))
     return frozenset(found)
 
 

@@ -135,12 +135,28 @@ def compare(
         UsageError: an option without meaning, or a filter that nothing passes.
     """
     settings = make_options(full=full, **options)
-    models = [None if isinstance(x, Analysis) else open_model(x).filtered(where or Filter()) for x in (a, b)]
+    models = filtered_together([None if isinstance(x, Analysis) else open_model(x) for x in (a, b)], where or Filter())
     analyses = [x if model is None else analyze_model(model, settings) for x, model in zip((a, b), models, strict=True)]
     first, second = analyses
     assert isinstance(first, Analysis)
     assert isinstance(second, Analysis)
     return compare_analyses(first, second, models[0], models[1])
+
+
+def filtered_together(models: Sequence[Model | None], where: Filter) -> list[Model | None]:
+    """The wanted matrices of each of `models`; what `where` names need be in one of them only.
+
+    Args:
+        models: to be compared; None for one whose analysis exists.
+        where: which matrices.
+
+    Raises:
+        UsageError: a pattern or block that none has, or a model of which nothing is left.
+    """
+    there = [model for model in models if model is not None]
+    if there:
+        where.check([matrix for model in there for matrix in model], " and ".join(model.label for model in there))
+    return [model and model.filtered(where, checked=True) for model in models]
 
 
 def compare_analyses(

@@ -138,6 +138,8 @@ def project(
     place = locate(name, revision)
     if not Path(name).expanduser().exists():
         hub.fetch_rest(name, revision)
+    if place.is_dir() and goal.resolve().is_relative_to(place.resolve()):
+        raise UsageError(f"{goal} lies inside the model {name}, and would become part of it; take an output beside it")
     if place.is_dir() and adapters.is_adapter(place):
         raise UsageError(f"{name} is an adapter: merge it into its base model first (merge_and_unload of PEFT)")
     model = open_model(place)

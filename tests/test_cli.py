@@ -73,6 +73,9 @@ def test_filters(capsys, folder):
     assert names("--include", "*.q_proj", "--exclude", "*.1.*") == [
         f"model.layers.{i}.self_attn.q_proj" for i in (0, 2)
     ]
+    assert names("--exclude-role", "mlp.*", "--exclude-role", "*.k", "--block", "1") == [
+        "model.layers.1.self_attn.q_proj"
+    ]
     assert names("--max-size", "16") == [f"model.layers.{i}.self_attn.k_proj" for i in range(3)]
     assert names("--block", "1-2", "--role", "attn.q")[-1] == "model.layers.2.self_attn.q_proj"
 
@@ -102,7 +105,12 @@ def test_fail_on(capsys, folder, condition, code):
         (["analyze", "{folder}", "--fail-on", "alpha>six"], 2, "'six' is no number"),
         (["analyze", "{folder}", "--windows", "big"], 2, "ROWSxCOUNT such as 2000x10"),
         (["analyze", "{folder}", "--block", "a"], 2, "numbers and ranges such as 0-3,7"),
-        (["analyze", "{folder}", "--role", "conv"], 2, "no matrix of"),
+        (["analyze", "{folder}", "--role", "conv"], 2, "matches 'conv'; there are attn.k"),
+        (["analyze", "{folder}", "--exclude", "*.q_porj"], 2, "the nearest is *.q_proj"),
+        (["analyze", "{folder}", "--min-size", "9999"], 2, "no matrix of"),
+        (["analyze", "{folder}", "--block", "0-3000000000"], 2, "is no range of blocks"),
+        (["analyze", "{folder}", "--block", "3-1"], 2, "is no range of blocks"),
+        (["analyze", "{folder}", "--block", "7"], 2, "no block 7; its blocks are 0-2"),
         (["analyze", "{folder}", "--revision", "main"], 2, "a revision belongs to a hub id"),
         (["analyze", "{folder}", "--base", "auto"], 2, "a base belongs to an adapter folder"),
         (["analyze", "{folder}", "--route", "qr"], 2, "unknown route 'qr'"),

@@ -90,6 +90,15 @@ def test_models_that_name_things_differently_are_matched():
     assert all(pair.distance.frobenius == 0 for pair in comparison)
 
 
+def test_a_filter_names_what_is_in_one_of_the_two():
+    a, b = state_dict(blocks=2), state_dict(blocks=1)
+    b["extra.weight"] = torch.randn(40, 40)
+    wanted = htsr.Filter(exclude=("extra", "*.1.*"))
+    assert len(htsr.compare(a, b, where=wanted, device="cpu")) == 5
+    with pytest.raises(htsr.UsageError, match="no name of state dict and state dict matches 'extar'"):
+        htsr.compare(a, b, where=htsr.Filter(exclude=("extar",)), device="cpu")
+
+
 def test_nothing_in_common_is_an_error():
     with pytest.raises(htsr.SourceError, match="no matrix in common"):
         htsr.compare(state_dict(), {"other.thing.weight": torch.randn(30, 40)}, device="cpu")

@@ -194,3 +194,11 @@ def test_command_line(capsys, tmp_path):
     assert main(["project", folder, "--keep", "most", "-o", str(tmp_path / "other")]) == 2
     assert "--keep takes" in capsys.readouterr().err
     assert main(["project", folder, "-o", str(tmp_path / "other")]) == 2
+
+
+def test_an_output_inside_of_the_model_is_refused(tmp_path):
+    folder = save_folder(tmp_path / "model", state_dict(blocks=1))
+    for inside in ("projected", "some/where"):
+        with pytest.raises(UsageError, match="lies inside the model"):
+            project(folder, tmp_path / "model" / inside, 3)
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["model.safetensors"]

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union
@@ -16,6 +15,7 @@ from htsr.errors import MatrixError, SourceError, UsageError
 from htsr.matrices import adapters, fused, hub, roles
 from htsr.matrices.entries import FLOATS, Entry, unshared
 from htsr.matrices.files import PICKLES, file_entries, folder_entries, read_config, state_dict_entries
+from htsr.matrices.patterns import matches, require
 from htsr.matrices.positions import Position
 from htsr.matrices.quantized import dequantized
 from htsr.spectra.esd import Array, as_numpy
@@ -120,6 +120,8 @@ def by_tensor(matrices: Iterable[WeightMatrix]) -> list[list[WeightMatrix]]:
 class Filter:
     """Which matrices are wanted. Patterns are shell-style and match whole names, as in ``*.q_proj`` or ``mlp.*``.
 
+    ``*`` and ``?`` are wildcards, brackets stand for themselves: ``*.c_attn[q]`` is the query in a fused tensor.
+
     Attributes:
         include: name patterns, any of which must match; empty for all.
         exclude: name patterns, none of which may match.
@@ -127,6 +129,7 @@ class Filter:
         blocks: block indices; None for all matrices, also those outside of blocks.
         min_size: least M, the smaller side.
         max_size: largest M; None for any.
+        exclude_roles: role patterns, none of which may match.
     """
 
     include: tuple[str, ...] = ()
@@ -135,18 +138,45 @@ class Filter:
     blocks: frozenset[int] | None = None
     min_size: int = 0
     max_size: int | None = None
+    exclude_roles: tuple[str, ...] = ()
 
     def __call__(self, matrix: WeightMatrix) -> bool:
         """Whether `matrix` is wanted."""
         M = min(matrix.shape)
         return (
-            (not self.include or any(fnmatchcase(matrix.name, pattern) for pattern in self.include))
-            and not any(fnmatchcase(matrix.name, pattern) for pattern in self.exclude)
-            and (not self.roles or any(fnmatchcase(matrix.role, pattern) for pattern in self.roles))
+            (not self.include or matches(matrix.name, self.include))
+            and not matches(matrix.name, self.exclude)
+            and (not self.roles or matches(matrix.role, self.roles))
+            and not matches(matrix.role, self.exclude_roles)
             and (self.blocks is None or matrix.block in self.blocks)
             and self.min_size <= M
             and (self.max_size is None or self.max_size >= M)
         )
+
+    def check(self, matrices: Iterable[WeightMatrix], of: str) -> None:
+        """Refuse what can only be a mistake: a pattern or block that no matrix has.
+
+        Args:
+            matrices: of the model or models that it is meant for, before it is applied.
+            of: what to call them.
+
+        Raises:
+            UsageError: the pattern with the nearest name, or the block with those there are.
+        """
+        matrices = list(matrices)
+        require(self.include + self.exclude, {m.name for m in matrices}, of)
+        require(self.roles + self.exclude_roles, {m.role for m in matrices}, of, "role")
+        known = {m.block for m in matrices} - {None}
+        if unknown := sorted((self.blocks or frozenset()) - known):
+            there = f"its blocks are {_ranges(sorted(b for b in known if b is not None))}" if known else "it has none"
+            raise UsageError(f"{of} has no block {_ranges(unknown)}; {there}")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending `numbers` as text, as in ``0-3, 7``."""
+    starts = [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n - 1]
+    ends = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or numbers[i + 1] != n + 1]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 @dataclass(frozen=True)
@@ -166,15 +196,18 @@ class Model:
     def __iter__(self) -> Iterator[WeightMatrix]:
         return iter(self.matrices)
 
-    def filtered(self, wanted: Filter) -> Model:
+    def filtered(self, wanted: Filter, *, checked: bool = False) -> Model:
         """The same model with the wanted matrices only.
 
         Args:
             wanted: decides on each.
+            checked: whether `wanted.check` was called before, on several models together.
 
         Raises:
-            UsageError: none is left.
+            UsageError: none is left, or a pattern or block of `wanted` is not in the model.
         """
+        if self.matrices and not checked:
+            wanted.check(self.matrices, self.label)
         kept = tuple(matrix for matrix in self.matrices if wanted(matrix))
         if self.matrices and not kept:
             known = ", ".join(sorted({m.role for m in self.matrices}))

@@ -106,7 +106,8 @@ def project_tail(matrix: Array, keep: Keep, *, fit: FitMethod = "ks") -> Project
 
     Raises:
         MatrixError: no eigenvalue differs from 0 (status ``zero``), NaN or infinite entries (``nan``), none at all
-            (``empty``), no power law (``degenerate``), or a trace-log condition without crossing (``no_ecs``).
+            (``empty``), no power law (``degenerate``), a trace-log condition without crossing (``no_ecs``), or fewer
+            directions, M, than are to be kept (``too_small``).
         UsageError: `keep` is neither of these, or below 1; or a matrix of other dimensions.
 
     Source: SETOL (arXiv 2507.17912) for the test; Eckart & Young (Psychometrika 1, 1936) for the projection.
@@ -139,7 +140,9 @@ def _threshold(values: Vector, keep: Keep, fit: FitMethod) -> Any:
         return pooled[-num]
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise UsageError(f"keep is 'erg', 'tail' or a number of directions, not {keep!r}")
-    return np.maximum(values[:, -min(keep, values.shape[1])], positive[0])[:, None]
+    if keep > (M := values.shape[1]):
+        raise MatrixError("too_small", f"the matrix has {M} directions, fewer than the {keep} to be kept")
+    return np.maximum(values[:, -keep], positive[0])[:, None]
 
 
 def decompose(matrix: Array) -> Decomposition:

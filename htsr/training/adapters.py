@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -22,12 +21,15 @@ from htsr import allocate
 from htsr.analysis import Analysis
 from htsr.errors import UsageError
 from htsr.matrices.blocks import find_blocks
+from htsr.matrices.patterns import matches, require
 from htsr.matrices.roles import role_of
 from htsr.spectra.metrics import NUMERIC
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
+
+_ROLES = ("attn.*", "mlp.*")
 
 
 def lora_config(
@@ -36,7 +38,7 @@ def lora_config(
     *,
     rank: int = 8,
     score: str = "alpha",
-    roles: Sequence[str] = ("attn.*", "mlp.*"),
+    roles: Sequence[str] = _ROLES,
     minimum: int = 1,
     maximum: int | None = None,
     reverse: bool = False,
@@ -91,7 +93,7 @@ def adapter_ranks(
     *,
     rank: int,
     score: str = "alpha",
-    roles: Sequence[str] = ("attn.*", "mlp.*"),
+    roles: Sequence[str] = _ROLES,
     minimum: int = 1,
     maximum: int | None = None,
     reverse: bool = False,
@@ -117,10 +119,13 @@ def adapter_ranks(
     if score not in NUMERIC:
         raise UsageError(f"rows have no metric {score!r}; alpha, stable_rank and entropy are usual")
     blocks = find_blocks(model)
+    inside = {name: module for name, module in linear_modules(model) if blocks.index_of(name) is not None}
+    if tuple(roles) != _ROLES:
+        require(roles, {role_of(name) for name in inside}, type(model).__name__, "role of a Linear inside the blocks")
     modules = {
         name: cast("torch.Tensor", module.weight).shape
-        for name, module in linear_modules(model)
-        if blocks.index_of(name) is not None and any(fnmatchcase(role_of(name), pattern) for pattern in roles)
+        for name, module in inside.items()
+        if matches(role_of(name), roles)
     }
     if not modules:
         raise UsageError(f"no Linear inside the blocks of {type(model).__name__} has a role among {', '.join(roles)}")

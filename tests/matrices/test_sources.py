@@ -190,7 +190,35 @@ class TestFilter:
 
     def test_a_filter_that_leaves_nothing_names_the_roles(self):
         with pytest.raises(htsr.UsageError, match="no matrix of state dict passes the filter; its roles are attn"):
-            htsr.describe(state_dict(), where=htsr.Filter(roles=("conv",)))
+            htsr.describe(state_dict(), where=htsr.Filter(min_size=999))
+
+    def test_names_as_printed_are_patterns(self):
+        state = {f"h.{i}.attn.c_attn.weight": torch.randn(8, 24) for i in range(2)}
+        names = [m.name for m in htsr.describe(state)]
+        assert names[0] == "h.0.attn.c_attn[q]"
+        for name in names:
+            assert [m.name for m in htsr.describe(state, where=htsr.Filter(include=(name,)))] == [name]
+            left = [m.name for m in htsr.describe(state, where=htsr.Filter(exclude=(name,)))]
+            assert left == [other for other in names if other != name]
+        assert {m.role for m in htsr.describe(state, where=htsr.Filter(exclude_roles=("*.q", "*.k")))} == {"attn.v"}
+
+    @pytest.mark.parametrize(
+        ("wanted", "sentence"),
+        [
+            (
+                {"include": ("*.q_proj", "*.q_porj")},
+                r"no name of state dict matches '\*.q_porj'; the nearest is \*.q_proj",
+            ),
+            ({"exclude": ("*.up_prj",)}, r"the nearest is \*.up_proj"),
+            ({"roles": ("atn.q",)}, "no role of state dict matches 'atn.q'; the nearest is attn.q"),
+            ({"roles": ("conv",)}, "there are attn.k, attn.q, embed, mlp.down, mlp.up"),
+            ({"exclude_roles": ("emebd",)}, "the nearest is embed"),
+            ({"blocks": frozenset({1, 3, 5, 6, 7})}, "state dict has no block 3, 5-7; its blocks are 0-2"),
+        ],
+    )
+    def test_what_matches_nothing_is_a_mistake(self, wanted, sentence):
+        with pytest.raises(htsr.UsageError, match=sentence):
+            htsr.describe(state_dict(), where=htsr.Filter(**wanted))
 
 
 @settings(max_examples=40)

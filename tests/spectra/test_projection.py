@@ -71,11 +71,11 @@ def test_a_stack_shares_one_tail_and_keeps_k_of_each_piece():
         np.testing.assert_allclose(projected, project_tail(piece, 4).matrix, atol=1e-10)
 
 
-def test_more_directions_than_there_are_keep_the_matrix():
+def test_more_directions_than_there_are_cannot_be_kept():
     W = matrix(5, 10, 14)
-    found = project_tail(W, 99)
-    assert found.kept == 10
-    np.testing.assert_allclose(found.matrix, W, atol=1e-12)
+    np.testing.assert_allclose(project_tail(W, 10).matrix, W, atol=1e-12)
+    with pytest.raises(MatrixError, match="has 10 directions, fewer than the 11 to be kept"):
+        project_tail(W, 11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -39,7 +39,7 @@ def test_what_has_no_meaning_is_refused():
     analysis = htsr.analyze(model)
     for arguments, message in (
         ({"score": "beta"}, "no metric 'beta'"),
-        ({"roles": ["conv"]}, "has a role among conv"),
+        ({"roles": ["conv"]}, "inside the blocks of LlamaForCausalLM matches 'conv'; there are attn.k"),
         ({"score": "num_spikes"}, "has no num_spikes of these modules"),
         ({"minimum": 9}, "less than the minimum"),
     ):
