@@ -1,0 +1,1 @@
+"""What htsr does on an accelerator."""
