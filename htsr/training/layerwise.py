@@ -36,7 +36,7 @@ from htsr.matrices.sharded import open_live, refuse_flat
 from htsr.training.groups import adapt_state_dict, parameter_names, require_fresh, split_groups
 from htsr.training.policy import Policy, PolicyLike, make_policy
 from htsr.training.scoring import live_scores, view_of
-from htsr.training.slots import Outcome, decide, fixed, matrix_slots, pinned, slot_of
+from htsr.training.slots import Outcome, decide, fixed, has_tied_head, matrix_slots, pinned, slot_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -128,7 +128,8 @@ class Layerwise:
             raise UsageError(f"total_steps is at least 1, not {total_steps}")
         self.model, self.policy, self.total_steps = model, policy, total_steps
         matrices = matrix_slots(open_live(model).matrices)
-        moving = [(slot, value) for slot, value in zip(matrices, fixed(policy, matrices), strict=True) if value != 1.0]
+        values = fixed(policy, matrices, tied=has_tied_head(model))
+        moving = [(slot, value) for slot, value in zip(matrices, values, strict=True) if value != 1.0]
         self.slots = [slot for slot, _ in moving]
         self.of_group = split_groups(optimizer, parameter_names(model), self.slots, policy.pin, policy.describe())
         others = [pinned(slot, policy.pin) for slot in self.slots[len(moving) :]]

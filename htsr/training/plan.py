@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from htsr.matrices.roles import whole_name
 from htsr.matrices.sources import Source, open_model
 from htsr.training.policy import Policy, PolicyLike, make_policy
 from htsr.training.scoring import scores
-from htsr.training.slots import Slot, decide, fixed, matrix_slots
+from htsr.training.slots import Slot, decide, fixed, has_tied_head, matrix_slots
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class PlanRow:
         parts: matrices in it: 1, or more of a fused or stacked tensor.
         score: mean over the parts; None where not measured.
         multiplier: of the learning rate or weight decay.
-        why: ``measured``, ``embedding``, ``small`` (M < `min_size`), ``fixed`` (pinned, excluded, or nothing is
-            measured), or ``no score``.
+        why: ``measured``, ``embedding``, ``small`` (fewer eigenvalues than `min_size`), ``fixed`` (pinned, excluded, or
+            nothing is measured), or ``no score``.
     """
 
     name: str
@@ -80,7 +81,11 @@ def layerwise_plan(source: Source, policy: PolicyLike = "llr", *, revision: str 
         raise UsageError(f"{chosen.spectrum} are not in a checkpoint; a plan can be made of weights only")
     model = open_model(source, revision=revision)
     slots = matrix_slots(model)
-    settled = fixed(chosen, slots)
+    if isinstance(source, (str, os.PathLike, Mapping)):  # without a head: of a language model whose embedding is it
+        tied = any(slot.role == "embed" for slot in slots)
+    else:
+        tied = has_tied_head(source)
+    settled = fixed(chosen, slots, tied=tied)
     wanted = {part for slot, value in zip(slots, settled, strict=True) if value is None for part in slot.parts}
     found = scores([matrix for matrix in model if matrix.name in wanted], chosen)
     outcome = decide(chosen, slots, settled, found)

@@ -28,7 +28,9 @@ class Policy:
     """How multipliers come from spectra. The defaults are LLR's, as published.
 
     A matrix that is neither pinned nor excluded nor too small is *measured*: its score is computed at every event and
-    mapped to a multiplier. Patterns are shell-style and match a role (``attn.q``, ``mlp.*``, ``norm``) or a name.
+    mapped to a multiplier. A score without meaning gives 1. Of 10 scores or more, one that lies more than 10 quartile
+    ranges outside of the quartiles counts as the nearest that does not, so that it cannot squeeze all others together.
+    Patterns are shell-style and match a role (``attn.q``, ``mlp.*``, ``norm``) or a name.
 
     Attributes:
         score: of a matrix, see `htsr.spectra.scores`: ``alpha``, ``alpha_null`` (static by shape), ``alpha_minus_null``
@@ -47,10 +49,10 @@ class Policy:
         active_fraction: share of `total_steps` in which events happen, its last step included.
         embeddings: multiplier of input embeddings and output head: a number, ``max`` (the largest that any measured
             matrix gets; the upper bound where none is measured), ``measured`` (like any matrix), ``leave`` (1).
-        min_size: matrices whose smaller side is less stay at 1.
+        min_size: matrices with fewer eigenvalues stay at 1; the slices of a kernel count together.
         exclude: patterns of matrices that stay at 1.
-        exclude_ends: leave out the first and the last layer: embeddings and head where there are, else the first and
-            the last matrix.
+        exclude_ends: leave out the first and the last layer: embeddings and the head, and where there are none (or no
+            head, unless the embedding is tied to one) the first or the last matrix in the order of the modules.
         pin: multipliers by pattern. The first that matches counts; it goes before all other rules.
         decouple_weight_decay: divide weight decay by the lr multiplier, for optimizers that decay by lr·wd (AdamW).
         dtype: precision of the eigenvalues, ``float32`` or ``float64``.

@@ -6,16 +6,23 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from htsr import allocate
 from htsr.matrices.roles import whole_name
 from htsr.matrices.sources import WeightMatrix, by_tensor
 from htsr.training.policy import Policy
 
+if TYPE_CHECKING:
+    from torch import nn
+
 _NORM = re.compile(r"norm|(^|[._])ln(_|\d|\.|$)|layer_?norm|(^|\.)bn\d*\.", re.IGNORECASE)
 _FOLLOWS = ("lora_", "base_layer.", "parametrizations.")
+_WILD = 10.0  # quartile ranges beyond the quartiles; scores of trained and of new models reach 4.4
+_FEW = 10  # scores whose quartiles say little
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Slot:
         block: index of its block.
         parts: names of the matrices in it: one, several of a fused or stacked tensor, none for vectors.
         part_roles: their roles.
-        size: smaller side of the smallest part; 0 without parts.
+        size: eigenvalues of the smallest part, those of a kernel's slices together; 0 without parts.
     """
 
     name: str
@@ -70,7 +77,7 @@ def matrix_slots(matrices: Iterable[WeightMatrix]) -> list[Slot]:
             block=parts[0].block,
             parts=tuple(matrix.name for matrix in parts),
             part_roles=tuple(matrix.role for matrix in parts),
-            size=min(min(matrix.shape) for matrix in parts),
+            size=min(min(matrix.shape) * matrix.pieces for matrix in parts),
         )
         for parts in by_tensor(matrices)
     ]
@@ -137,29 +144,53 @@ def _first(pin: Mapping[str, float], *subjects: str) -> float | None:
     return None
 
 
-def fixed(policy: Policy, slots: Sequence[Slot]) -> list[float | None]:
+def ends(slots: Sequence[Slot], *, tied: bool = False) -> set[int]:
+    """Indices of the first and the last layer: what embeds and what is a head, and where there is none, the matrix
+    that stands there.
+
+    Args:
+        slots: all of the model, in its order.
+        tied: the embedding is the head, too.
+    """
+    matrices = [i for i, slot in enumerate(slots) if slot.parts]
+    if not matrices:
+        return set()
+    found = {i for i in matrices if slots[i].is_embedding}
+    if not any(slots[i].role.split(".")[-1] == "embed" for i in found):
+        found.add(matrices[0])
+    if not tied and not any("head" in slots[i].role.split(".") for i in found):
+        found.add(matrices[-1])
+    return found
+
+
+def has_tied_head(model: nn.Module) -> bool:
+    """Whether a table of embeddings of `model` is the weight of another module, too."""
+    from torch import nn
+
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    others = (module for module in model.modules() if not isinstance(module, nn.Embedding))
+    return any(id(parameter) in tables for module in others for parameter in module.parameters(recurse=False))
+
+
+def fixed(policy: Policy, slots: Sequence[Slot], *, tied: bool = False) -> list[float | None]:
     """The multiplier of every slot that needs no measuring.
 
     Args:
         policy: the rules.
-        slots: all of the model.
+        slots: all of the model, in its order.
+        tied: the embedding is the head, too.
 
     Returns:
         In the order of `slots`: a multiplier; None where the slot is to be measured; NaN where it is the embeddings'
         ``max``, which the others decide.
     """
-    if policy.exclude_ends:
-        ends = {i for i, slot in enumerate(slots) if slot.is_embedding}
-        matrices = [i for i, slot in enumerate(slots) if slot.parts]
-        ends = ends or {matrices[0], matrices[-1]} if matrices else ends
-    else:
-        ends = set()
+    left_out = ends(slots, tied=tied) if policy.exclude_ends else set()
 
     def of(index: int, slot: Slot) -> float | None:
         if (value := pinned(slot, policy.pin)) is not None:
             return value
         unwanted = any(_first({pattern: 1.0}, slot.role, slot.name) for pattern in policy.exclude)
-        if not slot.parts or unwanted or index in ends:
+        if not slot.parts or unwanted or index in left_out:
             return 1.0
         if slot.is_embedding and policy.embeddings != "measured":
             rules = {"leave": 1.0, "max": np.nan}
@@ -178,13 +209,15 @@ def decide(
         policy: the rules.
         slots: all of them.
         multipliers: what is settled already, as `fixed` returns it.
-        scores: by matrix; a tensor's score is the mean over its parts. Missing and NaN scores give 1.
+        scores: by matrix; a tensor's score is the mean over its parts. Missing and NaN scores give 1. One that lies
+            far outside of the others is `bounded`.
     """
     means = [_mean([scores.get(part, np.nan) for part in slot.parts]) for slot in slots]
     measured = [value is None for value in multipliers]
+    counted = bounded([mean if free else np.nan for mean, free in zip(means, measured, strict=True)])
     labels = [_label(policy, slot) for slot in slots]
     result = allocate.multipliers(
-        [mean if free else np.nan for mean, free in zip(means, measured, strict=True)],
+        counted,
         map=policy.map,
         bounds=policy.bounds,
         reverse=policy.reverse,
@@ -195,6 +228,27 @@ def decide(
     largest = max(known) if known else (1.0 if any(measured) else policy.bounds[1])
     final = tuple(largest if np.isnan(m) else float(m) for m in result)
     return Outcome(tuple(mean if free else np.nan for mean, free in zip(means, measured, strict=True)), final)
+
+
+def bounded(scores: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """`scores` in which one that is wild counts as the nearest that is not, lest it squeeze all others together.
+
+    Wild is what lies more than 10 quartile ranges outside of the quartiles. Fewer than 10 scores, whose quartiles say
+    little, and those of which half are equal stay what they are.
+
+    Args:
+        scores: (n,); NaN is not known, and stays.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    known = values[np.isfinite(values)]
+    if known.size < _FEW:
+        return values
+    first, third = np.quantile(known, [0.25, 0.75])
+    reach = _WILD * (third - first)
+    if not reach > 0:
+        return values
+    tame = known[(known >= first - reach) & (known <= third + reach)]
+    return np.clip(values, tame.min(), tame.max())
 
 
 def _mean(values: Sequence[float]) -> float:

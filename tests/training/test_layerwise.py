@@ -193,6 +193,38 @@ class TestPolicies:
         optimizer.step()
         assert sorted(rates(optimizer.seen[0])) == ["1", "2", "rest"]
 
+    @pytest.mark.parametrize("last", ["fc4", "head"])
+    def test_tempbalance_does_not_go_by_names(self, last):
+        torch.manual_seed(0)
+        sizes = {"fc1": (784, 300), "fc2": (300, 200), "fc3": (200, 100), last: (100, 60)}
+        model = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
+        alphas = {name: hill_alpha(model[name].weight.detach().numpy()) for name in ("fc2", "fc3")}
+        optimizer = htsr.layerwise(SpyingSGD(model.parameters(), lr=1.0), model, "tempbalance", interval=1)
+        optimizer.step()
+        assert rates(optimizer.seen[0]) == pytest.approx(linear(alphas, 0.5, 1.5) | {"rest": 1}, abs=1e-3)
+
+    def test_tempbalance_counts_the_eigenvalues_of_a_kernel_together(self):
+        """As its code does: those with fewer than 50 are left out, and a kernel of 9 slices of 16 has 144."""
+        torch.manual_seed(0)
+        convs = [
+            nn.Conv2d(*channels, kernel_size=3, bias=False) for channels in ((3, 16), (16, 16), (16, 24), (24, 24))
+        ]
+        model = nn.Sequential(*convs, nn.Flatten(), nn.Linear(24, 5))
+        alphas = {}
+        for i in (1, 2, 3):
+            slices = convs[i].weight.detach().flatten(2).permute(2, 0, 1).double()
+            values = torch.linalg.svdvals(slices).flatten().sort().values.square()
+            tail = values[len(values) // 2 :]
+            alphas[str(i)] = float(1 + len(tail) / (tail / tail[0]).log().sum())
+        optimizer = htsr.layerwise(SpyingSGD(model.parameters(), lr=1.0), model, "tempbalance", interval=1)
+        optimizer.step()
+        assert rates(optimizer.seen[0]) == pytest.approx(linear(alphas, 0.5, 1.5) | {"rest": 1}, abs=1e-3)
+
+    def test_tempbalance_of_tied_embeddings(self):
+        """The table is the head, too, and the last matrix before it is measured."""
+        found = rates(multipliers_at_start("tempbalance", TinyLM(tied=True), interval=10))
+        assert found == pytest.approx(linear(alphas(), 0.5, 1.5) | {"rest": 1}, abs=1e-3)
+
     def test_model_balancing_by_block(self):
         means = [np.mean([a for name, a in alphas().items() if name.startswith(f"layers.{i}.")]) for i in range(2)]
         found = rates(multipliers_at_start("model_balancing"))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from htsr.training.policy import Policy
-from htsr.training.slots import Slot, decide, fixed, pinned, slot_of, vector_role
+from htsr.training.slots import Slot, bounded, decide, ends, fixed, pinned, slot_of, vector_role
 
 NAMES = {"h.0.attn": 0, "h.0.attn.in_proj_weight": 1, "experts.gate_up_proj": 2, "emb": 3}
 
@@ -87,3 +87,49 @@ def test_llr_does_not_depend_on_the_scale_of_the_spread(scores, stretch):
             for f in (lambda s: s, lambda s: 2 + stretch * s)
         ]
         assert both[0] == pytest.approx(both[1], rel=1e-6)
+
+
+class TestEnds:
+    """The first and the last layer, whatever their names say."""
+
+    def slots(self, *roles):
+        return [Slot(f"{i}", role, None, (f"{i}",), (role,), 64) for i, role in enumerate(roles)]
+
+    @pytest.mark.parametrize("last", ["other", "head"])
+    @pytest.mark.parametrize("first", ["other", "conv", "embed"])
+    def test_names_do_not_matter(self, first, last):
+        assert ends(self.slots(first, "mlp.up", "mlp.down", last)) == {0, 3}
+
+    def test_tables_of_positions_are_no_first_layer(self):
+        assert ends(self.slots("embed", "embed.position", "mlp.up", "mlp.down", "head")) == {0, 1, 4}
+        assert ends(self.slots("conv", "embed.position", "mlp.up", "head")) == {0, 1, 3}
+
+    def test_tied_embeddings_are_both(self):
+        slots = self.slots("embed", "attn.q", "mlp.down")
+        assert ends(slots, tied=True) == {0}
+        assert ends(slots) == {0, 2}  # an encoder
+
+    def test_vectors_have_no_place(self):
+        vector = Slot("norm", "norm")
+        assert ends([vector, *self.slots("conv", "conv"), vector]) == {1, 2}
+        assert ends([vector]) == set()
+
+
+def test_one_wild_score_does_not_squeeze_the_others():
+    tame = [2.0 + i / 20 for i in range(13)]
+    slots = [Slot(str(i), "mlp.up", i, (str(i),), ("mlp.up",), 64) for i in range(14)]
+    for wild in (4e6, np.inf, 60.0, -4e6):
+        scores = {str(i): score for i, score in enumerate([*tame, wild])}
+        found = decide(Policy(), slots, [None] * 14, scores).multipliers
+        assert found[:13] == pytest.approx([1 + 4 * i / 12 for i in range(13)])
+        assert found[13] == (5.0 if wild > 0 else 1.0)
+
+
+def test_scores_of_real_models_are_not_bounded():
+    """Quantiles of SmolLM2's α (hill), and those of layers of two shapes."""
+    for scores in (
+        [1.45, 1.6, 1.8, 2.0, 2.2, 2.44, 2.5, 2.6, 2.66, 3.07, 4.12],
+        [2.1] * 6 + [3.5] * 5,
+        [2.0] * 11 + [9.0],
+    ):
+        assert list(bounded(scores)) == scores
