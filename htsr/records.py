@@ -1,118 +1,95 @@
-"""Records of text to calibrate, train and test on: read, split, and written as text."""
+"""Records of text to calibrate, train and test on: read, checked, and split."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from htsr.errors import MissingDependencyError, SourceError, UsageError
 from htsr.loading import resolve
+from htsr.matrices.hub import is_hub_id, reached
+from htsr.record_forms import Record, as_dataset, checked, question_of, text_of
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-Record = dict[str, Any]
+__all__ = ["Record", "as_dataset", "question_of", "read_records", "split", "text_of"]
 
 
 def read_records(source: str, limit: int | None = None) -> list[Record]:
-    """The records of a data file or data set, in its order.
+    """The records of a data file or data set, in its order, each of a form that `htsr.record_forms` knows.
 
     Args:
-        source: a .jsonl file (one object a line), a .txt file (one record ``{"text": …}`` a paragraph), or an id of
-            the `datasets` hub with an optional split, as in ``org/name:train`` (the split ``train`` by default).
+        source: a .jsonl file (one object a line), a .json file (an array of objects, or as .jsonl), a .txt file (one
+            record ``{"text": …}`` a paragraph), each also as ``package:MODULE/PATH``, or an id of the `datasets` hub
+            with an optional split, as in ``org/name:train`` (the split ``train`` by default).
         limit: the first so many only.
 
     Raises:
-        SourceError: it cannot be read, or holds no records.
+        SourceError: it cannot be read, holds no records, or one that has no form; with file and line.
+        MissingDependencyError: a data set of the hub wants datasets.
     """
-    path = Path(resolve(source)).expanduser()
-    is_file = path.suffix in (".jsonl", ".json", ".txt")
-    records = _read_file(path)[:limit] if is_file else _read_dataset(source, limit)
+    records = []
+    for place, record in islice(_read(source, streaming=limit is not None), limit):
+        records.append(checked(record, place))
     if not records:
         raise SourceError(f"{source} holds no records")
     return records
 
 
-def _read_file(path: Path) -> list[Record]:
+def _read(source: str, streaming: bool) -> Iterator[tuple[str, Any]]:
+    """Each record, with its place."""
+    if source.startswith("package:") or source.lower().endswith((".jsonl", ".json", ".txt")):
+        return _read_file(Path(resolve(source)))
+    return _read_dataset(source, streaming)
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, ValueError, RuntimeError) as error:  # no such file, no UTF-8, no such user
         raise SourceError(f"{path} cannot be read: {error}") from error
     if path.suffix == ".txt":
-        return [{"text": part.strip()} for part in content.split("\n\n") if part.strip()]
-    records = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SourceError(f"{path}, line {number}: no JSON object: {error.msg}") from error
-        if not isinstance(record, dict):
-            raise SourceError(f"{path}, line {number}: one JSON object a line is wanted, not a {type(record).__name__}")
-        records.append(record)
-    return records
+        parts = (part.strip() for part in content.split("\n\n"))
+        yield from ((f"{path}, paragraph {i}", {"text": part}) for i, part in enumerate(parts, 1) if part)
+    elif path.suffix == ".json" and content.lstrip().startswith("["):
+        yield from ((f"{path}, record {i}", found) for i, found in enumerate(_parsed(content, str(path)), 1))
+    else:
+        for i, line in enumerate(content.split("\n"), 1):  # JSON texts may hold other separators of lines
+            if line.strip():
+                yield f"{path}, line {i}", _parsed(line, f"{path}, line {i}")
 
 
-def _read_dataset(source: str, limit: int | None) -> list[Record]:
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise SourceError(f"{place}: JSON of a depth without reason") from None
+    except ValueError as error:
+        raise SourceError(f"{place}: no JSON: {error}") from error
+
+
+def _read_dataset(source: str, streaming: bool) -> Iterator[tuple[str, Any]]:
+    name, _, split = source.partition(":")
+    folder = Path(name)
+    if not folder.is_dir() and not is_hub_id(name):
+        raise SourceError(f"{source} is no .jsonl, .json or .txt file, nor a data set of the hub")
     try:
         import datasets
     except ImportError as error:
         raise MissingDependencyError("a data set of the hub needs datasets: pip install 'htsr[finetune]'") from error
-    name, _, split = source.partition(":")
+    where = nullcontext() if folder.is_dir() else reached(name, kind="dataset")
     try:
-        data = datasets.load_dataset(name, split=split or "train", streaming=limit is not None)
-        return list(data.take(limit) if limit is not None else data)
+        with where:
+            data = datasets.load_dataset(name, split=split or "train", streaming=streaming)
+            yield from ((f"{source}, record {i}", record) for i, record in enumerate(data, 1))
+    except SourceError:
+        raise
     except Exception as error:  # the library lets through whatever its file systems raise
-        raise SourceError(f"{source} is no .jsonl or .txt file, nor a data set that can be had: {error}") from error
-
-
-def text_of(record: Record, tokenizer: Any = None) -> str:
-    """The text of a record: ``text``, ``prompt`` + ``completion``, chat ``messages``, or a multiple-choice question.
-
-    A chat is written by the tokenizer's template; without one its contents stand below each other.
-
-    Raises:
-        SourceError: none of these fields.
-    """
-    if isinstance(record.get("text"), str):
-        return str(record["text"])
-    if "messages" in record:
-        return _chat(record["messages"], tokenizer)
-    if "prompt" in record and "completion" in record:
-        if isinstance(record["prompt"], str):
-            return f"{record['prompt']}{record['completion']}"
-        return _chat([*record["prompt"], *record["completion"]], tokenizer)
-    if {"question", "choices", "answer"} <= record.keys():
-        prompt, choices = question_of(record)
-        return prompt + choices[record["answer"]]
-    raise SourceError(
-        f"a record has text, messages, prompt and completion, or question, choices and answer, not {sorted(record)}"
-    )
-
-
-def question_of(record: Record) -> tuple[str, list[str]]:
-    """Prompt and continuations of a multiple-choice record with ``question``, ``choices`` and ``answer`` (an index).
-
-    Raises:
-        SourceError: a field is missing or has no meaning.
-    """
-    try:
-        question, choices, answer = record["question"], record["choices"], record["answer"]
-    except KeyError as error:
-        raise SourceError(f"a multiple-choice record has question, choices and answer; {error} is missing") from error
-    if not isinstance(choices, list) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise SourceError(f"answer {answer!r} is no index of the choices of {question!r}")
-    return f"Question: {question}\nAnswer:", [f" {choice}" for choice in choices]
-
-
-def _chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
-    if getattr(tokenizer, "chat_template", None):
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    return "\n".join(message["content"] for message in messages)
+        reason = str(error).strip() or type(error).__name__
+        raise SourceError(f"{source} is a data set that cannot be had: {reason.splitlines()[0]}") from error
 
 
 def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
@@ -128,26 +105,3 @@ def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Reco
     if held == len(records):
         raise UsageError(f"of {len(records)} records none is left to train on")
     return shuffled[held:], shuffled[:held]
-
-
-def as_dataset(records: Sequence[Record]) -> Dataset:
-    """The columns that TRL reads: text, messages, or prompt and completion (which questions are turned into).
-
-    Raises:
-        SourceError: a record of no known form.
-        UsageError: records of several forms.
-    """
-    from datasets import Dataset
-
-    rows: list[Record] = []
-    for record in records:
-        if {"question", "choices", "answer"} <= record.keys():
-            prompt, choices = question_of(record)
-            rows.append({"prompt": prompt, "completion": choices[record["answer"]]})
-        else:
-            text_of(record)  # says what is missing
-            kept = ("messages",) if "messages" in record else ("prompt", "completion")
-            rows.append({key: record[key] for key in (("text",) if "text" in record else kept)})
-    if len({tuple(row) for row in rows}) > 1:
-        raise UsageError("the records of a data set are all of one form: text, messages, or prompt and completion")
-    return Dataset.from_list(rows)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -67,6 +69,28 @@ def answers(repo: str, revision: str | None = None, kind: Literal["model", "data
     except Exception:  # offline by choice, no network, an ill server: each HTTP library has errors of its own
         return False
     return True
+
+
+@contextmanager
+def reached(repo: str, revision: str | None = None, kind: Literal["model", "dataset"] = "model") -> Iterator[None]:
+    """Where the hub does not answer for `repo`, what happens inside goes by the cache, without a word or a retry.
+
+    Args:
+        repo: as for `answers`.
+        revision: likewise.
+        kind: likewise.
+
+    Raises:
+        SourceError: as `answers`.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = not answers(repo, revision, kind)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def fetch(repo: str, revision: str | None = None) -> Path:
