@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from htsr.matrices.adapters import dora_factor
 from htsr.matrices.entries import Entry, base_name, clean_name, tensor_entry
 from htsr.matrices.quantized import PACKED
+from htsr.matrices.tuners import is_tuner, model_in_peft, tuner_entries, wrapped_by_peft
 from htsr.spectra.esd import Array
 
 if TYPE_CHECKING:
@@ -52,19 +53,24 @@ def whole_shape(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _entries(module: Any, prefix: str, seen: set[int]) -> Iterator[Entry]:
-    """The weights of `module` and of what is inside, named from `prefix` on."""
+def _entries(module: Any, prefix: str, seen: set[int], mixture: bool = False) -> Iterator[Entry]:
+    """The weights of `module` and of what is inside, named from `prefix` on; `mixture` inside of X-LoRA."""
     from torch.nn.utils.parametrize import is_parametrized
 
     if id(module) in seen:
         return
     seen.add(id(module))
-    if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer"):
-        yield from _lora(module, prefix, seen)
+    if (model := model_in_peft(module)) is not None:
+        mixture = type(module.base_model).__name__ == "XLoraModel"
+        yield from _entries(model, f"{prefix}base_model.model.", seen, mixture)
+        if hasattr(module, "prompt_encoder"):
+            yield from _entries(module.prompt_encoder, f"{prefix}prompt_encoder.", seen)
         return
-    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):  # PEFT's
-        active = None if module.disable_adapters else next(iter(module.active_adapters), None)
-        yield from _entries(module.modules_to_save[active] if active else module.original_module, prefix, seen)
+    if is_tuner(module):
+        yield from tuner_entries(module, prefix, partial(_entries, seen=seen, mixture=mixture), mixture)
+        return
+    if (wrapped := wrapped_by_peft(module)) is not None:
+        yield from _entries(wrapped, prefix, seen, mixture)
         return
     if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
         yield _bitsandbytes(f"{prefix}weight", module)
@@ -78,7 +84,7 @@ def _entries(module: Any, prefix: str, seen: set[int]) -> Iterator[Entry]:
         yield from _parametrized(module, prefix)
     for name, child in module.named_children():
         if not (name == "parametrizations" and is_parametrized(module)):
-            yield from _entries(child, f"{prefix}{name}.", seen)
+            yield from _entries(child, f"{prefix}{name}.", seen, mixture)
 
 
 def _kind(module: Any) -> str | None:
@@ -121,40 +127,6 @@ def _parametrized(module: Any, prefix: str) -> Iterator[Entry]:
 
         entry = replace(tensor_entry(prefix + name, original, kind=_kind(module)), shape=tuple(shape))
         yield entry if entry.problem else replace(entry, read=read, storage=None)
-
-
-def _lora(layer: Any, prefix: str, seen: set[int]) -> Iterator[Entry]:
-    """The weights under a LoRA layer, W + ΔW of its active adapters in place of W."""
-    name = getattr(layer, "parameter_name", "weight")  # PEFT can also adapt a bare parameter
-    for entry in _entries(layer.base_layer, prefix, seen):
-        yield _adapted(entry, layer) if clean_name(entry.name) == clean_name(prefix + name) else entry
-
-
-def _adapted(entry: Entry, layer: Any) -> Entry:
-    names = [] if layer.disable_adapters else layer.active_adapters
-    adapters = [a for a in names if a in layer.scaling and a not in layer.merged_adapters]
-    variants = getattr(layer, "lora_variant", {})
-    unknown = [a for a in adapters if a in variants and not layer.use_dora.get(a)]
-    if unknown:
-        why = f"{entry.name} has a LoRA variant that htsr does not know; merge it first"
-        return replace(entry, problem=("unmerged", why), storage=None)
-    if entry.problem or not adapters:
-        return entry
-
-    def read(index: int | None = None) -> Array:
-        import torch
-
-        base = W = torch.as_tensor(entry.read())
-        for adapter in adapters:
-            delta = layer.get_delta_weight(adapter).detach()
-            W = W + delta.to(W)
-            if layer.use_dora.get(adapter):
-                magnitude = layer.lora_magnitude_vector[adapter].weight.detach()
-                transposed = entry.kind == "embedding" or bool(getattr(layer, "fan_in_fan_out", False))
-                W = W * dora_factor(base + delta.to(base), magnitude, transposed)
-        return W if index is None else W[index]
-
-    return replace(entry, read=read, storage=None)
 
 
 def _bitsandbytes(name: str, layer: Any) -> Entry:

@@ -90,7 +90,7 @@ class WeightMatrix:
         return self._attempt(self.load)
 
     def opened(self) -> Array | Product:
-        """As `read`, but a product of factors as those.
+        """As `read`, (rows, columns) or (pieces, rows, columns), but a product of factors as those.
 
         Raises:
             MatrixError: as `read`.

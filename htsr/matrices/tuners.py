@@ -1,0 +1,159 @@
+"""Layers that PEFT has put an adapter on: the weight that they compute with.
+
+Plain LoRA and DoRA are W + ΔW from the layer's own `get_delta_weight`. Every other kind is merged by PEFT itself, on a
+copy of the one layer; a kind whose change depends on the input has no weight to speak of, and its row says so.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from htsr.errors import MatrixError
+from htsr.matrices.adapters import dora_factor
+from htsr.matrices.entries import Entry, base_name, clean_name
+from htsr.spectra.esd import Array
+
+Entries = Callable[[Any, str], Iterator[Entry]]
+
+
+def is_tuner(module: Any) -> bool:
+    """Whether `module` is a layer that PEFT has wrapped, of whatever kind."""
+    return hasattr(module, "base_layer") and hasattr(module, "active_adapters") and hasattr(module, "merge")
+
+
+def model_in_peft(module: Any) -> Any:
+    """The model inside a `module` that is a PeftModel or PeftMixedModel, without what all layers share; else None."""
+    if not any(cls.__name__ in ("PeftModel", "PeftMixedModel") for cls in type(module).__mro__):
+        return None
+    return module.get_base_model() if hasattr(module, "get_base_model") else module.base_model.model
+
+
+def wrapped_by_peft(module: Any) -> Any:
+    """What stands for `module` where PEFT has wrapped it whole, `modules_to_save` or `trainable_token_indices`;
+    else None.
+    """
+    if hasattr(module, "token_adapter"):
+        return module.token_adapter
+    if type(module).__name__ in ("AdaptedAttention", "AdaptedAttentionGPT"):  # prompts beside an untouched attention
+        return module.model
+    if not (hasattr(module, "modules_to_save") and hasattr(module, "original_module")):
+        return None
+    saved = () if module.disable_adapters else module.active_adapters
+    active = next((name for name in saved if name in module.modules_to_save), None)
+    return module.original_module if active is None else module.modules_to_save[active]
+
+
+def tuner_entries(layer: Any, prefix: str, entries: Entries, mixture: bool = False) -> Iterator[Entry]:
+    """The weights of a `layer` that PEFT has wrapped, as it computes with them.
+
+    Args:
+        layer: the tuner's.
+        prefix: of the names.
+        entries: the entries of a plain module under a prefix.
+        mixture: whether adapters are mixed anew for each input (X-LoRA).
+    """
+    if layer.disable_adapters and not getattr(layer, "merged", False):
+        yield from entries(layer.base_layer, prefix)
+        return
+    if _is_plain_lora(layer) and not mixture:
+        adapted = clean_name(prefix + getattr(layer, "parameter_name", "weight"))  # also bare parameters are adapted
+        for entry in entries(layer.base_layer, prefix):
+            yield _lora(entry, layer) if clean_name(entry.name) == adapted else entry
+        return
+    plain = dict.fromkeys(name for name, _ in _bare(layer).named_parameters())
+    for entry in entries(_bare(layer), prefix):
+        relative = entry.name.removeprefix(clean_name(prefix))
+        if entry.problem:
+            yield entry
+        elif relative not in plain or entry.warning:
+            yield _refused(entry, layer, "its base is quantised, or computed from other parameters")
+        elif mixture:
+            yield _refused(entry, layer, "its adapters are mixed anew for each input")
+        else:
+            yield replace(entry, read=_Merged(layer, relative, base_name(entry.name)), storage=None)
+
+
+def _bare(layer: Any) -> Any:
+    """The module that the tuners on `layer` adapt, be they one on another."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.base_layer
+
+
+def _refused(entry: Entry, layer: Any, why: str) -> Entry:
+    kind = type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
+    problem = ("unmerged", f"{base_name(entry.name)} has an adapter of PEFT's {kind} whose weight cannot be had: {why}")
+    return replace(entry, problem=problem, storage=None)
+
+
+def _is_plain_lora(layer: Any) -> bool:
+    """Whether W + ΔW is all there is to the active adapters, times DoRA's factor."""
+    if layer.disable_adapters or not (hasattr(layer, "lora_A") and hasattr(layer, "scaling")):
+        return False
+    variants = getattr(layer, "lora_variant", {})
+    unknown = [a for a in layer.active_adapters if a in variants and not layer.use_dora.get(a)]
+    return not unknown and not hasattr(layer.base_layer, "in_proj_weight")
+
+
+class _Merged:
+    """Reads a parameter of the base layer after PEFT has merged the active adapters into a copy of it."""
+
+    def __init__(self, layer: Any, parameter: str, name: str) -> None:
+        self.layer, self.parameter, self.name = layer, parameter, name
+
+    def __call__(self, index: int | None = None) -> Array:
+        import warnings
+
+        import torch
+
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PEFT says about merging is about models that are kept
+            try:
+                W = self._merge()
+            except Exception as error:
+                why = str(error).splitlines()[0] if str(error) else "PEFT cannot merge it"
+                kind = type(self.layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
+                raise MatrixError("unmerged", f"{self.name} has an adapter of PEFT's {kind}: {why}") from error
+        return W if index is None else W[index]  # type: ignore[no-any-return]
+
+    def _merge(self) -> Any:
+        import torch
+
+        layer = copy.deepcopy(self.layer)
+        halves = (torch.float16, torch.bfloat16)
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            if tensor.dtype in halves:  # or the sum would be rounded to them
+                tensor.data = tensor.data.float()
+        tuners = [part for part in layer.modules() if is_tuner(part)]
+        for part in reversed(tuners):  # from the innermost on
+            if part.disable_adapters:
+                part.unmerge()
+            else:
+                part.merge()
+        W = _bare(layer)
+        for step in self.parameter.split("."):
+            W = getattr(W, step)
+            W = _bare(W) if is_tuner(W) else W
+        return W.detach()
+
+
+def _lora(entry: Entry, layer: Any) -> Entry:
+    adapters = [a for a in layer.active_adapters if a in layer.scaling and a not in layer.merged_adapters]
+    if entry.problem or not adapters:
+        return entry
+
+    def read(index: int | None = None) -> Array:
+        import torch
+
+        base = W = torch.as_tensor(entry.read())
+        for adapter in adapters:
+            delta = layer.get_delta_weight(adapter).detach()
+            W = W + delta.to(W)
+            if layer.use_dora.get(adapter):
+                magnitude = layer.lora_magnitude_vector[adapter].weight.detach()
+                transposed = entry.kind == "embedding" or bool(getattr(layer, "fan_in_fan_out", False))
+                W = W * dora_factor(base + delta.to(base), magnitude, transposed)
+        return W if index is None else W[index]
+
+    return replace(entry, read=read, storage=None)
