@@ -4,7 +4,10 @@ Pure functions of numbers; they know neither models nor optimizers. A larger sco
 `reverse` reflects the scores in the middle of their range, max + min - score, and so turns that around.
 
 What is not a number has a meaning of its own: NaN is "not known" and gets the neutral budget (a multiplier of
-`missing`, an average share), ±inf counts as the largest or smallest finite score.
+`missing`, an average share), ±inf counts as the largest or smallest finite score. In a map to multipliers so does a
+wild score, lest it squeeze all others together: one of at least three that lies farther from their median than 5 times
+the larger of the median size |score| and the range of the middle scores (the outermost tenth on each side, at least
+one score, left out). A minority that differs as layers do, such as α = 2.7 among many of 2.0, is far within.
 
 Maps from scores α to multipliers between the bounds s1 and s2, n scores, σ(x) = 1/(1+e^(-x)):
 
@@ -39,6 +42,8 @@ Bounds: TypeAlias = tuple[float, float]
 
 _EQUAL = 1e-9  # relative differences below it are rounding, not information
 _BISECTIONS = 200
+_WILD = 5.0  # how many times the usual size or range a score may lie from the median
+_OUTER = 0.1  # share of the scores, on each side, that says nothing on what is usual
 
 
 def multipliers(
@@ -54,7 +59,7 @@ def multipliers(
     """A multiplier for each score.
 
     Args:
-        scores: (n,), any sign; NaN and ±inf as the module's text says.
+        scores: (n,), any sign; NaN, ±inf and wild scores as the module's text says.
         map: see the module's text.
         bounds: (s1, s2), s1 ≤ s2; s1 > 0 for ``model_balancing``.
         reverse: the largest score gets what the smallest would get.
@@ -88,7 +93,7 @@ def multipliers(
             members.setdefault(label, []).append(i)
     if members:
         finite = _finite(values)
-        means = np.array([finite[indices].mean() for indices in members.values()])
+        means = _tamed(np.array([finite[indices].mean() for indices in members.values()]))
         if reverse:
             means = means.max() + means.min() - means
         for indices, value in zip(members.values(), _MAPS[map](means, low, high), strict=True):
@@ -108,6 +113,20 @@ def _finite(values: Vector) -> Vector:
     finite = values[np.isfinite(values)]
     largest, smallest = (finite.max(), finite.min()) if finite.size else (1.0, -1.0)
     return np.where(values == np.inf, largest, np.where(values == -np.inf, smallest, values))
+
+
+def _tamed(values: Vector) -> Vector:
+    """`values` with the wild ones, as of the module's text, as the largest or smallest of the others."""
+    n = values.size
+    if n < 3:
+        return values
+    ordered, median = np.sort(values), np.median(values)
+    outer = max(1, int(np.ceil(_OUTER * (n - 1))))
+    usual = max(float(np.median(np.abs(values))), float(ordered[n - 1 - outer] - ordered[outer]))
+    if usual == 0.0:  # nothing to compare with
+        return values
+    others = values[np.abs(values - median) <= _WILD * usual]
+    return np.clip(values, others.min(), others.max())
 
 
 def _spread(values: Vector) -> float:

@@ -61,11 +61,29 @@ def test_multipliers_are_bounded_and_keep_the_order(map, values):
     assert (np.diff(found[np.argsort(values, kind="stable")]) >= -1e-9).all()
 
 
-@given(values=scores)
+@given(values=st.lists(st.floats(1, 5), min_size=1, max_size=12))  # none of them wild
 def test_reversed_linear_is_the_mirror(values):
     if max(values) - min(values) > 1e-6:
         both = allocate.multipliers(values) + allocate.multipliers(values, reverse=True)
         assert both == pytest.approx(np.full(len(values), 6.0))
+
+
+@pytest.mark.parametrize("map", MAPS)
+@pytest.mark.parametrize("wild", [4e6, 60.0])
+def test_one_wild_score_does_not_squeeze_the_others(map, wild):
+    rest = [2.03, 2.06, 2.0, 2.7, 2.65, 2.1]
+    found = allocate.multipliers([*rest, wild], map=map, bounds=(1.0, 5.0))
+    assert found == pytest.approx(allocate.multipliers([*rest, 2.7], map=map, bounds=(1.0, 5.0)))
+    low = allocate.multipliers([*rest, -wild], bounds=(1.0, 5.0))
+    assert low == pytest.approx(allocate.multipliers([*rest, 2.0], bounds=(1.0, 5.0)))
+
+
+def test_a_minority_that_differs_by_its_shape_is_not_wild():
+    alphas = [*np.linspace(2.0, 2.06, 24), 2.7, 2.71]  # T5: 8 attention matrices to 2 of the MLP
+    assert allocate.multipliers(alphas) == pytest.approx(1 + 4 * (np.array(alphas) - 2) / 0.71)
+    wide = [2.05, 2.1, 2.0, 8.0]  # Q = 32 under hill
+    assert allocate.multipliers(wide) == pytest.approx(1 + 4 * (np.array(wide) - 2) / 6)
+    assert allocate.multipliers([0.0, 0.0, 0.0, 1.0]) == pytest.approx([1, 1, 1, 5])
 
 
 @pytest.mark.parametrize("map", ["linear", "sigmoid", "rank", "model_balancing"])
