@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-from htsr_cli.run import Words, console
+from htsr_cli.output import Words, console, is_first
 
 from htsr.recipe import read_recipe
 
@@ -15,7 +14,7 @@ def finetune(config: str, changes: dict[str, Any], words: Words, *, resume: bool
     recipe = read_recipe(config, {key: value for key, value in changes.items() if value is not None})
     from htsr.finetune import finetune as run
 
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first()
     result = run(recipe, resume=resume, say=words.say if first else lambda _: None)
     if first:
         out = console()

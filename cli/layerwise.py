@@ -49,18 +49,25 @@ def plan(
 
     For example:  [bold]htsr layerwise plan ./model --policy llr --bounds 1,3 --picture plan.png[/bold]
     """
-    from htsr_cli.run import console, parse_windows
+    from htsr_cli.output import console
+    from htsr_cli.run import parse_windows
 
     from htsr.errors import UsageError
-    from htsr.files import written
+    from htsr.files import check_writable, written
     from htsr.reporting import plans
+    from htsr.reporting.plots import check_picture
+    from htsr.reporting.text import encodable
     from htsr.training.plan import layerwise_plan
 
     if format is None:
-        format = "table" if output is None else _FORMATS.get(output.suffix, "")
+        format = "table" if output is None else _FORMATS.get(output.suffix.lower(), "")
     render = {"table": plans.as_text, "json": plans.as_json, "csv": plans.as_csv, "markdown": plans.as_markdown}
     if format not in render:
         raise UsageError(f"the format of a plan is one of {', '.join(render)}, told by --format or the output's suffix")
+    if picture is not None:
+        check_picture(picture)
+    if output is not None:
+        check_writable(output)
     changes: dict[str, Any] = {
         "score": score,
         "fit": fit,
@@ -82,13 +89,13 @@ def plan(
         plans.write_picture(result, picture)
     if output is not None:
         with written(output) as temporary:
-            temporary.write_text(render[format](result), encoding="utf-8")
+            temporary.write_text(encodable(render[format](result)), encoding="utf-8")
     elif format == "table":
         to = console()
         to.print(plans.plan_table(result, to.width))
         to.print(plans.closing(result), style="dim")
     else:
-        typer.echo(render[format](result), nl=False)
+        typer.echo(encodable(render[format](result)), nl=False)
 
 
 def _number(text: str) -> float | str:

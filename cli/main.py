@@ -6,6 +6,7 @@ condition is met, 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -56,7 +57,7 @@ Alternatives = Annotated[bool, typer.Option("--alternatives", help="Other laws f
 Quality = Annotated[bool, typer.Option("--quality", help="SETOL's quality estimates (experimental).")]
 Bootstrap = Annotated[int, typer.Option(min=0, metavar="N", help="Bootstrap interval of α from N resamples.")]
 Null = Annotated[bool, typer.Option("--null/--no-null", help="α of pure noise of the same shape.")]
-Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Format = Annotated[str | None, typer.Option("--format", help="table, json, csv, parquet or markdown.")]
 Output = Annotated[
     Path | None,
@@ -66,7 +67,10 @@ Html = Annotated[Path | None, typer.Option(help="Write the report, one self-cont
 Save = Annotated[Path | None, typer.Option(help="Save rows and spectra (.npz) for `htsr compare` and for Python.")]
 FailOn = Annotated[
     list[str] | None,
-    typer.Option(metavar="CONDITION", help="Exit with 3 if any matrix meets it, as in 'alpha>6'."),
+    typer.Option(
+        metavar="CONDITION",
+        help="Exit with 3 if any matrix meets it, as in 'alpha>6' or 'note~random-like' (~: contains). Repeatable.",
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run of the same analysis stopped.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no words.")]
@@ -79,13 +83,20 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+_SHARED = ("analyze", "compare", "finetune")  # what several processes do together; the rest is done by the first
+
+
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    from htsr_cli.output import is_first
+
+    if context.invoked_subcommand not in _SHARED and not is_first():
+        raise typer.Exit
 
 
 @app.command()
@@ -133,6 +144,8 @@ def analyze(
     For example:  [bold]htsr analyze ./model --html report.html --fail-on 'alpha>8'[/bold]
     """
     from htsr_cli import run
+    from htsr_cli.conditions import parse_conditions
+    from htsr_cli.output import Target, Words
 
     chosen = run.Choice(include, exclude, role, block, min_size, max_size, exclude_role)
     options = {
@@ -151,9 +164,9 @@ def analyze(
         "bootstrap": bootstrap,
         "seed": seed,
     }
-    words = run.Words(quiet, verbose)
-    conditions = run.parse_conditions(fail_on)
-    target = run.Target(format, output)
+    words = Words(quiet, verbose)
+    conditions = parse_conditions(fail_on)
+    target = Target(format, output)
     code = run.analyze(
         model, chosen, options, words, target, conditions,
         revision=revision, against=against, base=base, html=html, save=save, resume=resume,
@@ -188,10 +201,11 @@ def compare(
     For example:  [bold]htsr compare ./base ./fine-tuned --role 'attn.*'[/bold]
     """
     from htsr_cli import run
+    from htsr_cli.output import Target, Words
 
     chosen = run.Choice(include, exclude, role, block, min_size, max_size, exclude_role)
     options = {"fit": fit, "full": full, "route": route, "dtype": dtype, "device": device, "seed": seed}
-    run.compare(a, b, chosen, options, run.Words(quiet, verbose), run.Target(format, output))
+    run.compare(a, b, chosen, options, Words(quiet, verbose), Target(format, output))
 
 
 @app.command()
@@ -213,9 +227,10 @@ def describe(
     For example:  [bold]htsr describe ./model --role 'mlp.*'[/bold]
     """
     from htsr_cli import run
+    from htsr_cli.output import Target
 
     chosen = run.Choice(include, exclude, role, block, min_size, max_size, exclude_role)
-    run.describe(model, chosen, run.Target(format, output), revision=revision)
+    run.describe(model, chosen, Target(format, output), revision=revision)
 
 
 @app.command()
@@ -258,6 +273,7 @@ def memory(
     For example:  [bold]htsr memory meta-llama/Llama-2-7b-hf --batch 1 --seq 1024 --checkpointing[/bold]
     """
     from htsr_cli import run
+    from htsr_cli.output import Target
 
     options = {
         "sequence": seq,
@@ -271,7 +287,7 @@ def memory(
         "gradients": gradients,
         "revision": revision,
     }
-    run.memory(model, method, options, run.Target(format, output))
+    run.memory(model, method, options, Target(format, output))
 
 
 @app.command()
@@ -298,13 +314,13 @@ def outliers(
 
     For example:  [bold]htsr outliers ./model --data train.jsonl --threshold 13 --save outliers.json[/bold]
     """
-    from htsr_cli import run
     from htsr_cli.outliers import outliers as measure
+    from htsr_cli.output import Words
 
     from htsr.outliers import THRESHOLDS
 
     measure(
-        model, data, threshold or list(THRESHOLDS), run.Words(quiet, verbose),
+        model, data, threshold or list(THRESHOLDS), Words(quiet, verbose),
         revision=revision, samples=samples, length=length, batch_size=batch_size,
         device=device, seed=seed, save=save, picture=picture,
     )  # fmt: skip
@@ -328,11 +344,11 @@ def finetune(
 
     For example:  [bold]htsr finetune --config recipe.yaml --method lora --output runs/lora[/bold]
     """
-    from htsr_cli import run
     from htsr_cli.finetune import finetune as start
+    from htsr_cli.output import Words
 
     changes = {"method": method, "layerwise": layerwise, "output": output}
-    start(config, changes, run.Words(quiet, verbose), resume=resume)
+    start(config, changes, Words(quiet, verbose), resume=resume)
 
 
 @app.command()
@@ -364,10 +380,11 @@ def project(
     For example:  [bold]htsr project ./model --keep erg --role 'mlp.*' --output ./projected[/bold]
     """
     from htsr_cli import run
+    from htsr_cli.output import Words
 
     chosen = run.Choice(include, exclude, role, block, min_size, max_size, exclude_role)
     run.project(
-        model, output, run.parse_keep(keep), chosen, run.Words(quiet, verbose),
+        model, output, run.parse_keep(keep), chosen, Words(quiet, verbose),
         traps=remove_traps, fit=fit, seed=seed, revision=revision,
     )  # fmt: skip
 
@@ -375,13 +392,17 @@ def project(
 def main(args: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     from htsr.errors import HtsrError, UsageError
+    from htsr.reporting.text import visible
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without α gets an escape, not a traceback
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(args=args, prog_name="htsr")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1 if end.code else 0
     except HtsrError as error:
-        typer.echo(f"htsr: {error}", err=True)
+        typer.echo("\n".join(visible(line) for line in f"htsr: {error}".splitlines()), err=True)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         typer.echo("htsr: interrupted", err=True)

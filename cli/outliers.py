@@ -8,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from htsr_cli.run import Words, console
+from htsr_cli.output import Words, console
 
 from htsr.execution import pick_device
-from htsr.files import written
+from htsr.files import check_writable, written
 from htsr.loading import load_model, load_tokenizer
 from htsr.outliers import Outliers, measure_outliers
 from htsr.records import read_records, text_of
+from htsr.reporting.plots import check_picture
+from htsr.reporting.text import plain_console, visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,6 +38,10 @@ def outliers(
     picture: Path | None,
 ) -> None:
     """Calibrate, score, print the table, and write what was asked for."""
+    if picture:
+        check_picture(picture)
+    if save:
+        check_writable(save)
     tokenizer = load_tokenizer(name, revision=revision)
     records = read_records(data)
     if len(records) > samples:
@@ -60,7 +66,7 @@ def _print(found: Outliers) -> None:
 
     out = console()
     out.print(outlier_table(found))
-    out.print(f"{found.label}: {found.samples} samples, {found.tokens} tokens")
+    out.print(f"{visible(found.label)}: {found.samples} samples, {found.tokens} tokens")
 
 
 @contextmanager
@@ -70,9 +76,8 @@ def _bar(words: Words) -> Iterator[Callable[[int, int], None] | None]:
     if words.quiet or not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=plain_console(stderr=True), transient=True) as bar:
         task = bar.add_task("calibration")
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -9,7 +9,6 @@ Run as a module, also under `accelerate launch`, it is the `htsr analyze` comman
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,13 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from htsr._version import __version__
-from htsr.errors import SourceError, UsageError
+from htsr.errors import UsageError
 from htsr.execution import Ranks, measure_all, pick_device, shared_out
-from htsr.files import written
 from htsr.journal import Journal
 from htsr.matrices.sharded import Shard, in_rounds, open_live
 from htsr.matrices.sources import Filter, Model, Source, open_model
-from htsr.spectra.esd import Windows
+from htsr.saving import read_parts, write_parts
 from htsr.spectra.measure import Measured
 from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
 
@@ -58,7 +56,7 @@ class Progress:
     row: LayerMetrics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Analysis:
     """The rows of a model, in its order, with the spectra they were computed from.
 
@@ -76,9 +74,21 @@ class Analysis:
     label: str
     rows: tuple[LayerMetrics, ...]
     options: Options
-    eigenvalues: Mapping[str, Vector] = field(repr=False)
-    permuted: Mapping[str, Vector] = field(repr=False)
+    eigenvalues: Mapping[str, Vector]
+    permuted: Mapping[str, Vector]
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        means = self.summary()
+        alpha = f", mean alpha {means['alpha']:.3f}" if "alpha" in means else ""
+        return (
+            f"<Analysis of {self.label!r}: {len(self)} matrices, {means['fitted']} fitted by {self.options.fit}{alpha}>"
+        )
+
+    def _repr_html_(self) -> str:
+        from htsr.reporting.html import summary_html
+
+        return summary_html(self)
 
     def __iter__(self) -> Iterator[LayerMetrics]:
         return iter(self.rows)
@@ -161,20 +171,8 @@ class Analysis:
         Raises:
             HtsrError: it cannot be written.
         """
-        header = {
-            "htsr": __version__,
-            "label": self.label,
-            "rows": [asdict(row) for row in self.rows],
-            "options": asdict(self.options),
-            "meta": dict(self.meta),
-        }
-        arrays: dict[str, npt.NDArray[Any]] = {"header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)}
-        for i, row in enumerate(self.rows):
-            for kind, spectra in (("eigenvalues", self.eigenvalues), ("permuted", self.permuted)):
-                if row.name in spectra:
-                    arrays[f"{kind}/{i}"] = spectra[row.name]
-        with written(Path(path)) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+        spectra = {"eigenvalues": self.eigenvalues, "permuted": self.permuted}
+        write_parts(Path(path), self.label, self.rows, self.options, spectra, self.meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Analysis:
@@ -184,23 +182,9 @@ class Analysis:
             path: of the file.
 
         Raises:
-            SourceError: not such a file.
+            SourceError: not such a file, or a damaged one; the message says what does not fit.
         """
-        try:
-            with np.load(Path(path), allow_pickle=False) as arrays:
-                header = json.loads(bytes(arrays["header"]))
-                rows = tuple(LayerMetrics(**row) for row in header["rows"])
-                spectra: dict[str, dict[str, Vector]] = {"eigenvalues": {}, "permuted": {}}
-                for key in arrays.files:
-                    kind, _, index = key.partition("/")
-                    if index:
-                        spectra[kind][rows[int(index)].name] = arrays[key]
-                stored = header["options"]
-                windows = Windows(**stored["windows"]) if stored["windows"] else None
-                options = Options(**(stored | {"windows": windows}))
-                return cls(header["label"], rows, options, **spectra, meta=header["meta"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SourceError(f"{path} is not an analysis that htsr saved: {error}") from error
+        return cls(**read_parts(Path(path)))
 
 
 def analyze(

@@ -43,7 +43,7 @@ class Distance:
     cka: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pair:
     """One matrix in both models.
 
@@ -62,8 +62,11 @@ class Pair:
     distance: Distance | None
     esd_distance: float | None
 
+    def __repr__(self) -> str:
+        return f"<Pair {self.name!r}: alpha {self.a.alpha} and {self.b.alpha}, {self.distance}>"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Two models, matrix by matrix.
 
@@ -80,6 +83,16 @@ class Comparison:
     pairs: tuple[Pair, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        alpha = self.summary().get("alpha")
+        means = f", mean alpha {alpha[0]:.3f} and {alpha[1]:.3f}" if alpha else ""
+        return f"<Comparison of {self.a.label!r} and {self.b.label!r}: {len(self)} matrices in both{means}>"
+
+    def _repr_html_(self) -> str:
+        from htsr.reporting.html import comparison_html
+
+        return comparison_html(self)
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self.pairs)

@@ -68,7 +68,7 @@ class OutlierRow:
     block_counts: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Outliers:
     """Outliers of a model, matrix by matrix and block by block, for several thresholds.
 
@@ -89,6 +89,10 @@ class Outliers:
     samples: int
     tokens: int
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        sizes = f"{len(self.rows)} matrices in {len(self.blocks)} blocks"
+        return f"<Outliers of {self.label!r}: {sizes}, {self.samples} samples, {self.tokens} tokens>"
 
     def distribution(self, threshold: float = OWLORE_THRESHOLD) -> Vector:
         """Layer outlier distribution D_l of every block.

@@ -88,6 +88,26 @@ def test_windows_survive_saving(tmp_path):
     assert {row.Q for row in windowed} == {1.0}
 
 
+def test_results_show_themselves_in_a_line(analysis):
+    model = htsr.describe(state_dict())
+    plan = htsr.layerwise_plan(state_dict())
+    comparison = htsr.compare(analysis, analysis)
+    spectrum = htsr.esd(np.eye(40))
+    measured = measure_all(model.matrices[:1], htsr.Options())
+    for thing in (analysis, comparison, comparison.pairs[0], model, plan, spectrum):
+        assert len(repr(thing)) < 300
+        assert "\n" not in repr(thing)
+    assert "array" not in repr(measured)
+    assert repr(analysis) == (
+        f"<Analysis of 'state dict': 13 matrices, 13 fitted by ks, mean alpha {analysis.summary()['alpha']:.3f}>"
+    )
+    for thing in (analysis, comparison):
+        page = thing._repr_html_()
+        assert page.count("<table>") == 1
+        assert len(page) < 5000
+        assert f"{analysis.summary()['alpha']:.2f}" in page
+
+
 def test_what_is_no_analysis_is_refused(tmp_path):
     (tmp_path / "x.npz").write_bytes(b"PK not a zip")
     with pytest.raises(htsr.SourceError, match=r"x\.npz is not an analysis"):
@@ -103,7 +123,7 @@ def test_a_failed_write_leaves_nothing(analysis, tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "savez", full_disk)
     (tmp_path / "old.npz").write_text("before")
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(htsr.HtsrError, match=r"old\.npz cannot be written: No space left on device"):
         analysis.save(tmp_path / "old.npz")
     assert [f.name for f in tmp_path.iterdir() if f.name != "cache"] == ["old.npz"]
     assert (tmp_path / "old.npz").read_text() == "before"

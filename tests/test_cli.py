@@ -1,10 +1,12 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+from htsr_cli.conditions import NEEDS
 from htsr_cli.main import main
 
 import htsr
@@ -82,13 +84,57 @@ def test_filters(capsys, folder):
 
 @pytest.mark.parametrize(
     ("condition", "code"),
-    [("alpha>1", 3), ("alpha>1e9", 0), ("status!=ok", 0), ("role==attn.q", 3), ("num_traps>0", 0)],
+    [
+        ("alpha>1", 3),
+        ("alpha>1e9", 0),
+        ("status!=ok", 0),
+        ("role==attn.q", 3),
+        ("note~short tail", 3),
+        ("note~no such note", 0),
+        ("erg_crossing==false", 0),
+        ("num_spikes>=0", 3),  # each is computed because it is asked about
+        ("num_traps>=0", 3),
+        ("num_traps>1000", 0),
+        ("best_law~power", 3),
+        ("rand_distance<0", 0),
+        ("quality_log>1e99", 0),
+        ("block>99", 0),
+        ("num_fingers>0", 2),  # of another fit
+        ("alpha_error>1", 2),  # of another route
+    ],
 )
 def test_fail_on(capsys, folder, condition, code):
     found, out, err = run(capsys, "analyze", folder, "--fail-on", condition, "--format", "json")
     assert found == code
     assert json.loads(out)["rows"]  # the result is written all the same
     assert ("holds for" in err) == (code == 3)
+    assert ("cannot be judged: no matrix has" in err) == (code == 2)
+
+
+def test_what_conditions_need_is_all_that_options_add(folder):
+    options = {"bulk": True, "permuted": True, "alternatives": True, "quality": True, "null": True}
+
+    def filled(**options):
+        rows = htsr.analyze(folder, device="cpu", **options)
+        return {name for row in rows for name, value in vars(row).items() if value is not None}
+
+    plain = filled(null=False)
+    assert filled(**options) > plain
+    for option, names in NEEDS.items():
+        added = filled(**({"null": False} | {option: True})) - plain
+        assert added
+        assert all(re.fullmatch(names, name) for name in added)
+        assert not any(re.fullmatch(names, name) for name in plain)
+
+
+def test_rows_that_a_condition_was_not_asked_of_are_named(capsys, tmp_path):
+    state = state_dict()
+    state["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    folder = save_folder(tmp_path / "model", state)
+    code, _, err = run(capsys, "analyze", folder, "--fail-on", "alpha>1e9", "--fail-on", "status==nan")
+    assert code == 3
+    assert "alpha>1e+09 was not asked of model.layers.1.mlp.up_proj, without alpha" in err
+    assert "status==nan holds for model.layers.1.mlp.up_proj: nan" in err
 
 
 @pytest.mark.parametrize(
@@ -103,6 +149,12 @@ def test_fail_on(capsys, folder, condition, code):
         (["analyze", "{folder}", "--fail-on", "alpha"], 2, "conditions such as 'alpha>6'"),
         (["analyze", "{folder}", "--fail-on", "alhpa>6"], 2, "rows have no 'alhpa'"),
         (["analyze", "{folder}", "--fail-on", "alpha>six"], 2, "'six' is no number"),
+        (["analyze", "{folder}", "--fail-on", "alpha>nan"], 2, "'nan' is no number"),
+        (["analyze", "{folder}", "--fail-on", "status>5"], 2, "status is text, which has no order"),
+        (["analyze", "{folder}", "--fail-on", "warning==random-like"], 2, "note~random-like"),
+        (["analyze", "{folder}", "--fail-on", "alpha~5"], 2, "alpha is a number"),
+        (["analyze", "{folder}", "--fail-on", "alpha_low<2"], 2, "--bootstrap 200"),
+        (["analyze", "{folder}", "--fail-on", "alpha_null>9", "--xmin", "1"], 2, "no α of pure noise"),
         (["analyze", "{folder}", "--windows", "big"], 2, "ROWSxCOUNT such as 2000x10"),
         (["analyze", "{folder}", "--block", "a"], 2, "numbers and ranges such as 0-3,7"),
         (["analyze", "{folder}", "--role", "conv"], 2, "matches 'conv'; there are attn.k"),

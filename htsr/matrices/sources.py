@@ -179,7 +179,7 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A model as its matrices.
 
@@ -192,6 +192,9 @@ class Model:
     label: str
     matrices: tuple[WeightMatrix, ...]
     fingerprint: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Model {self.label!r}: {len(self.matrices)} matrices>"
 
     def __iter__(self) -> Iterator[WeightMatrix]:
         return iter(self.matrices)

@@ -132,11 +132,11 @@ class FittedLine:
 
     def density(self, value: float) -> float:
         """Density at λ = `value`, scaled to the tail's share."""
-        return self.share * (self.alpha - 1) / self.low * (value / self.low) ** -self.alpha
+        return self.share * (self.alpha - 1) / self.low * _power(value / self.low, -self.alpha)
 
     def survival(self, value: float) -> float:
         """Share of all eigenvalues above λ = `value`."""
-        return self.share * (value / self.low) ** (1 - self.alpha)
+        return self.share * _power(value / self.low, 1 - self.alpha)
 
 
 def fitted_line(row: LayerMetrics, eigenvalues: Vector, xmax: float | None = None) -> FittedLine | None:
@@ -146,7 +146,10 @@ def fitted_line(row: LayerMetrics, eigenvalues: Vector, xmax: float | None = Non
     if not (math.isfinite(row.alpha) and row.lambda_min > 0):
         return None
     fitted = eigenvalues if xmax is None else eigenvalues[eigenvalues <= xmax]
-    high = float(fitted[-1 - (row.num_fingers or 0)])
+    dropped = row.num_fingers or 0
+    if fitted.size <= dropped:
+        return None
+    high = float(fitted[-1 - dropped])
     return FittedLine(row.alpha, row.lambda_min, high, row.num_pl_tail / eigenvalues.size)
 
 
@@ -227,6 +230,13 @@ def number(row: LayerMetrics, metric: str) -> float | None:
     """A metric of a row as a float, None if it is missing or not finite."""
     value = getattr(row, metric)
     return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _power(base: float, exponent: float) -> float:
+    try:
+        return float(base**exponent)
+    except (OverflowError, ZeroDivisionError):
+        return math.inf
 
 
 def _mean(rows: Sequence[LayerMetrics], metric: str) -> float:

@@ -24,6 +24,7 @@ from typing import Any
 
 from htsr._version import __version__
 from htsr.analysis import Analysis
+from htsr.comparison import Comparison
 from htsr.errors import MissingDependencyError
 from htsr.files import written
 from htsr.reporting import figures, tables
@@ -239,6 +240,25 @@ def _summary(analysis: Analysis) -> str:
         for role, *cells in lines
     )
     return f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+
+
+def summary_html(analysis: Analysis) -> str:
+    """What a notebook shows of an analysis: means by role."""
+    return f"<p>{escape(repr(analysis))}</p><table>{_summary(analysis)}</table>"
+
+
+def comparison_html(comparison: Comparison) -> str:
+    """What a notebook shows of a comparison: means of both, for the metrics that people look at first."""
+    means = comparison.summary()
+    lines = "".join(
+        f'<tr><th scope="row">{escape(label)}</th>'
+        + "".join(f"<td>{value:.4g}</td>" for value in means[name])
+        + "</tr>"
+        for name, label in figures.LABELS.items()
+        if name in means
+    )
+    head = "".join(f'<th scope="col">{text}</th>' for text in ("mean", "a", "b", "b − a"))
+    return f"<p>{escape(repr(comparison))}</p><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
 
 
 def _asset(name: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from htsr.errors import MissingDependencyError
+from htsr.reporting.text import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +34,7 @@ def outlier_table(outliers: Outliers) -> Table:
     table.add_column("")
     for index, name in enumerate(outliers.blocks):
         bar = "█" * round(_BAR * float(p[index] / max(p.max(), 1e-300)))
-        table.add_row(name, *(f"{100 * share[index]:.4f}" for share in shares), f"{p[index]:.4f}", bar)
+        table.add_row(visible(name), *(f"{100 * share[index]:.4f}" for share in shares), f"{p[index]:.4f}", bar)
     return table
 
 
@@ -54,7 +55,8 @@ def plot_outliers(outliers: Outliers, ax: Any = None) -> Any:
         if share.sum() > 0:
             ax.plot(np.arange(len(share)), share / share.sum(), marker="o", markersize=3, label=f"τ = {threshold:g}")
     ax.axhline(1 / len(outliers.blocks), color="grey", linewidth=0.8, linestyle="--", label="uniform")
-    ax.set(xlabel="block", ylabel="$D_l / \\sum D$", title=f"{outliers.label}: outlier distribution")
+    ax.set(xlabel="block", ylabel="$D_l / \\sum D$")
+    ax.set_title(f"{visible(outliers.label)}: outlier distribution", parse_math=False)
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False, fontsize="small")
     return ax

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from htsr.errors import MissingDependencyError
 from htsr.files import written
+from htsr.reporting.plots import check_picture
 from htsr.reporting.tables import _fitted_table
+from htsr.reporting.text import in_markdown, plain_console, visible
 from htsr.training.plan import Plan, PlanRow
 
 if TYPE_CHECKING:
@@ -37,7 +39,9 @@ def plan_table(plan: Plan, width: int) -> Table:
 def closing(plan: Plan) -> str:
     """One line about what is not in the table."""
     what = {"lr": "learning rate", "weight_decay": "weight decay"}[plan.policy.sets]
-    return f"{plan.label}: multipliers of the {what} at step 1; parameters of no matrix stay at 1 unless pinned"
+    return (
+        f"{visible(plan.label)}: multipliers of the {what} at step 1; parameters of no matrix stay at 1 unless pinned"
+    )
 
 
 def as_json(plan: Plan) -> str:
@@ -59,15 +63,13 @@ def as_csv(plan: Plan) -> str:
 def as_markdown(plan: Plan) -> str:
     """The table in Markdown."""
     lines = [list(_CELLS), ["---"] * len(_CELLS), *([cell(row) for cell in _CELLS.values()] for row in plan)]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return "".join("| " + " | ".join(map(in_markdown, line)) + " |\n" for line in lines)
 
 
 def as_text(plan: Plan, width: int = 200) -> str:
     """The terminal's table without colours."""
-    from rich.console import Console
-
     out = io.StringIO()
-    console = Console(file=out, width=width, highlight=False)
+    console = plain_console(file=out, width=width)
     console.print(plan_table(plan, width))
     console.print(closing(plan))
     return out.getvalue()
@@ -106,7 +108,7 @@ def plot_plan(plan: Plan, ax: Any = None) -> Any:
     image = ax.imshow(values, cmap="viridis", aspect="auto", interpolation="nearest")
     step = max(1, len(blocks) // 30)
     ax.set_xticks(range(0, len(blocks), step), ["–" if b is None else str(b) for b in blocks[::step]])
-    ax.set_yticks(range(len(roles)), [role.replace("$", r"\$") for role in roles])
+    ax.set_yticks(range(len(roles)), roles, parse_math=False)
     if len(blocks) <= 16:
         middle = (np.nanmin(values) + np.nanmax(values)) / 2
         for (i, j), value in np.ndenumerate(values):
@@ -120,7 +122,14 @@ def plot_plan(plan: Plan, ax: Any = None) -> Any:
 
 
 def write_picture(plan: Plan, path: Path) -> None:
-    """`plot_plan` as a file; the suffix tells the format (.png, .svg, .pdf)."""
+    """`plot_plan` as a file; the suffix tells the format (.png, .svg, .pdf).
+
+    Raises:
+        UsageError: another suffix.
+        HtsrError: the file cannot be written.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    check_picture(path)
     axes = plot_plan(plan)
     try:
         with written(path) as temporary:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from htsr.errors import MissingDependencyError, UsageError
+from htsr.files import check_writable
 from htsr.reporting import figures
+from htsr.reporting.text import visible
 from htsr.spectra.metrics import NUMERIC
 
 if TYPE_CHECKING:
@@ -22,6 +26,24 @@ _LINES = {
     "lambda_erg": (r"$\lambda_{\mathrm{ERG}}$", _GREEN, "-."),
     "bulk_edge": ("bulk edge", _PURPLE, ":"),
 }
+
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def check_picture(path: Path) -> None:
+    """Know before any work that a picture can be drawn at `path`.
+
+    Raises:
+        UsageError: the suffix tells no format.
+        HtsrError: the file cannot be written.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    if path.suffix.lower() not in PICTURES:
+        raise UsageError(f"the picture {path} is one of {', '.join(PICTURES)}")
+    check_writable(path)
+    if find_spec("matplotlib") is None:
+        raise MissingDependencyError("the picture needs matplotlib: pip install 'htsr[report]'")
 
 
 def plot_esd(analysis: Analysis, name: str, ax: Any = None) -> Axes:
@@ -58,7 +80,7 @@ def plot_esd(analysis: Analysis, name: str, ax: Any = None) -> Axes:
     ax.set(xscale="log", yscale="log", xlabel=r"eigenvalue $\lambda$", ylabel="density")
     ax.set_xlim(min([histogram.edges[1] / 1.5, *(v / 1.2 for v in figures.marks(row).values())]), None)
     ax.set_ylim(shown.min() / 2, shown.max() * 2)
-    ax.set_title(row.name.replace("$", r"\$"), fontsize="medium")
+    ax.set_title(visible(row.name), fontsize="medium", parse_math=False)
     ax.legend(fontsize="small", frameon=False)
     return ax
 
@@ -87,7 +109,7 @@ def plot_heat_map(analysis: Analysis, metric: str = "alpha", ax: Any = None) -> 
     image = ax.imshow(values, cmap=colours, vmin=scale.low, vmax=scale.high, aspect="auto", interpolation="nearest")
     step = max(1, len(cells.blocks) // 30)
     ax.set_xticks(range(0, len(cells.blocks), step), ["–" if b is None else str(b) for b in cells.blocks[::step]])
-    ax.set_yticks(range(len(cells.roles)), [role.replace("$", r"\$") for role in cells.roles])
+    ax.set_yticks(range(len(cells.roles)), cells.roles, parse_math=False)
     label = figures.LABELS.get(metric, metric)
     ax.set(xlabel="block", title=f"{label} by role and block")
     ax.figure.colorbar(image, ax=ax, label=label, extend="both")

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from htsr.comparison import Comparison, Pair
 from htsr.errors import MissingDependencyError
 from htsr.files import written
 from htsr.matrices.sources import Model, WeightMatrix
+from htsr.reporting.text import encodable, in_markdown, visible
 from htsr.spectra.metrics import LayerMetrics
 from htsr.surgery import Operation
 from htsr.training.memory import PARTS, MemoryPlans
@@ -103,7 +105,7 @@ def _fitted_table(
     """A table that never cuts a number: without room whole columns go, and the names in the first lose their middle."""
     from rich.text import Text
 
-    (first, names), *rest = shown
+    (first, names), *rest = ((header, [visible(cell) for cell in cells]) for header, cells in shown)
     longest = max(map(len, names), default=0)
     for header in (*least_telling_first, None):
         room = width - _GAP - sum(max(len(h), *map(len, cells)) + _GAP for h, cells in rest)
@@ -152,7 +154,7 @@ def summary_table(analysis: Analysis) -> Table:
     groups: dict[str, dict[str, float]] = {**analysis.summary_by("role"), "all": whole}
     for role, means in groups.items():
         cells = [f"{means[f]:.{digits}f}" if f in means else "" for _, f, digits in shown]
-        table.add_row(role, f"{means['matrices']:.0f}", *cells, style="bold" if role == "all" else "")
+        table.add_row(visible(role), f"{means['matrices']:.0f}", *cells, style="bold" if role == "all" else "")
     return table
 
 
@@ -318,7 +320,7 @@ def as_markdown(subject: Analysis | Comparison | Model | MemoryPlans) -> str:
             for line in lines
         ]
     rows = [head, ["---"] * len(head), *body]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+    return "".join("| " + " | ".join(map(in_markdown, row)) + " |\n" for row in rows)
 
 
 def write_parquet(subject: Analysis | Comparison | Model | MemoryPlans, path: Path) -> None:
@@ -328,14 +330,25 @@ def write_parquet(subject: Analysis | Comparison | Model | MemoryPlans, path: Pa
         MissingDependencyError: pyarrow is not installed.
         HtsrError: the file cannot be written.
     """
+    require_pyarrow()
     import pandas as pd
 
-    frame = pd.DataFrame(records(subject))
-    try:
-        with written(path) as temporary:
-            frame.to_parquet(temporary, index=False)
-    except ImportError as error:
-        raise MissingDependencyError("parquet needs pyarrow: pip install 'htsr[report]'") from error
+    lines = [
+        {key: encodable(value) if isinstance(value, str) else value for key, value in line.items()}
+        for line in records(subject)
+    ]
+    with written(path) as temporary:
+        pd.DataFrame(lines).to_parquet(temporary, index=False)
+
+
+def require_pyarrow() -> None:
+    """Make sure that Parquet can be written, without importing pyarrow.
+
+    Raises:
+        MissingDependencyError: pyarrow is not installed.
+    """
+    if find_spec("pyarrow") is None:
+        raise MissingDependencyError("parquet needs pyarrow: pip install 'htsr[report]'")
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ faster there where torch has MKL; on an accelerator by torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -63,13 +63,13 @@ class ESD:
         replicates: (probes, K) leave-one-probe-out eigenvalues of the ``lanczos`` route, for jackknife errors.
     """
 
-    eigenvalues: npt.NDArray[np.float64]
+    eigenvalues: npt.NDArray[np.float64] = field(repr=False)
     M: int
     N: int
     pieces: int
     route: str
     error: float | None = None
-    replicates: npt.NDArray[np.float64] | None = None
+    replicates: npt.NDArray[np.float64] | None = field(default=None, repr=False)
 
     @property
     def Q(self) -> float:

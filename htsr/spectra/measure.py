@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -42,8 +42,8 @@ class Measured:
     """
 
     row: LayerMetrics
-    eigenvalues: Vector | None = None
-    permuted: Vector | None = None
+    eigenvalues: Vector | None = field(default=None, repr=False)
+    permuted: Vector | None = field(default=None, repr=False)
 
 
 def measure(load: Callable[[], Array | Product], identity: LayerMetrics, options: Options) -> Measured:

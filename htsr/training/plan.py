@@ -44,7 +44,7 @@ class PlanRow:
     why: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What `layerwise_plan` returns.
 
@@ -58,6 +58,9 @@ class Plan:
     label: str
     policy: Policy
     rows: tuple[PlanRow, ...]
+
+    def __repr__(self) -> str:
+        return f"<Plan of {self.label!r}: {len(self.rows)} tensors>"
 
     def __iter__(self) -> Iterator[PlanRow]:
         return iter(self.rows)
