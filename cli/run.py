@@ -15,7 +15,7 @@ from htsr.errors import UsageError
 from htsr.execution import Ranks
 from htsr.files import check_writable
 from htsr.journal import Journal
-from htsr.matrices.sources import Filter, Model, open_model
+from htsr.matrices.sources import Filter, open_model
 from htsr.reporting import tables
 from htsr.spectra.esd import Windows
 from htsr.training.memory import METHODS, MemoryPlans, TrainingMethod, embeddings_fit, predict_memory
