@@ -7,8 +7,9 @@ maximum-likelihood exponent, its standard error and the Kolmogorov-Smirnov dista
     σ(i) = (α(i) - 1) / √n
     D(i) = max_{j≥i} | 1 - (λ_j/λ_i)^(1-α(i)) - (j-i)/n |
 
-with the one-sided empirical CDF (j-i)/n, as WeightWatcher has it (`powerlaw` takes the larger of both sides).
-The methods differ in the choice of λ_min.
+with the one-sided empirical CDF (j-i)/n, as WeightWatcher has it (`powerlaw` takes the larger of both sides); of equal
+eigenvalues the first stands for all, so it is the share below λ_j. The methods differ in the choice of λ_min, which in
+those that search begins a group of equal eigenvalues (`htsr.spectra.scan`): the tail is all λ ≥ λ_min.
 
 =============== ==================================================================================================
 ``ks``          the λ_min of smallest D (Clauset, Shalizi & Newman 2009); the default of the analyzer
@@ -30,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from htsr.errors import MatrixError, UsageError
+from htsr.spectra.scan import Tails
 
 FitMethod: TypeAlias = Literal["ks", "hill", "hill_paper", "fix_fingers", "clip_xmax"]
 Vector: TypeAlias = npt.NDArray[np.float64]
@@ -39,7 +41,6 @@ FINGER_DROP = 1.0
 PEAK_BINS = 100
 PEAK_WINDOW = (0.95, 1.5)
 _DISTINCT = 1e-6  # closer eigenvalues are equal but for rounding
-_ROWS = 64  # tails whose D is computed together
 
 
 @dataclass(frozen=True)
@@ -67,35 +68,6 @@ class PowerLawFit:
     num_fingers: int = 0
 
 
-@dataclass(frozen=True)
-class TailScan:
-    """α and D of the tail that begins at each of the K-1 first eigenvalues.
-
-    Attributes:
-        eigenvalues: (K,) float64, positive, ascending.
-        alpha: (K-1,) float64; infinite where all eigenvalues of the tail are equal.
-        D: (K-1,) float64; 1 where no exponent exists.
-    """
-
-    eigenvalues: Vector
-    alpha: Vector
-    D: Vector
-
-    def fit(self, start: int, method: str) -> PowerLawFit:
-        """The fit whose tail begins at ascending index `start`, 0 ≤ `start` < K-1; `method` is noted in it."""
-        n = self.eigenvalues.size - start
-        alpha = float(self.alpha[start])
-        return PowerLawFit(
-            alpha=alpha,
-            sigma=(alpha - 1) / n**0.5,
-            D=float(self.D[start]),
-            lambda_min=float(self.eigenvalues[start]),
-            lambda_max=float(self.eigenvalues[-1]),
-            num_tail=n,
-            method=method,
-        )
-
-
 def fit_power_law(
     eigenvalues: npt.ArrayLike,
     method: FitMethod = "ks",
@@ -116,7 +88,8 @@ def fit_power_law(
         The `PowerLawFit`, computed in float64.
 
     Raises:
-        MatrixError: fewer than two distinct positive eigenvalues (status ``degenerate``).
+        MatrixError: fewer than two distinct positive eigenvalues (status ``degenerate``), or some that are NaN or
+            infinite (``nan``).
         UsageError: unknown method, or an xmin that is not positive or leaves fewer than two distinct eigenvalues.
 
     Source: Clauset, Shalizi & Newman (SIAM Rev. 51, 2009), §3; LLR (arXiv 2605.22297) for ``hill``; WeightWatcher for
@@ -127,6 +100,8 @@ def fit_power_law(
     if xmin is not None and not xmin > 0:
         raise UsageError(f"xmin is an eigenvalue, a positive number, not {xmin}")
     values = np.sort(np.asarray(eigenvalues, dtype=np.float64).ravel())
+    if not np.isfinite(values).all():
+        raise MatrixError("nan", "NaN or infinite eigenvalues")
     values = values[values > 0]
     if xmax is not None:
         values = values[values <= xmax]
@@ -145,45 +120,20 @@ def fit_power_law(
         return _hill_paper(values)
     if method == "clip_xmax":
         return _clip_xmax(values)
-    scan = scan_tails(values)
+    tails = Tails.of(values)
     if method == "fix_fingers":
-        peak = histogram_peak(values)
-        inside = (values[:-1] >= PEAK_WINDOW[0] * peak) & (values[:-1] <= PEAK_WINDOW[1] * peak) & (scan.D < 1)
-        if inside.any():
-            return scan.fit(int(np.argmin(np.where(inside, scan.D, np.inf))), method)
-    return scan.fit(int(np.argmin(scan.D)), method)
+        peak, begins = histogram_peak(values), values[tails.starts[:-1]]
+        inside = np.flatnonzero((begins >= PEAK_WINDOW[0] * peak) & (begins <= PEAK_WINDOW[1] * peak))
+        D = tails.distances(inside)
+        if (D < 1).any():
+            return _found(values, tails, int(inside[np.argmin(D)]), float(D.min()), method)
+    return _found(values, tails, *tails.best(), method)
 
 
-def scan_tails(eigenvalues: Vector) -> TailScan:
-    """α and D of every tail of at least two eigenvalues, by the formulas of the module's text.
-
-    Args:
-        eigenvalues: (K,) float64, positive, ascending, not all equal. Time is K², memory K.
-    """
-    log = np.log(eigenvalues)
-    log -= log[-1]  # α depends on ratios only; small numbers keep the sums exact
-    K = log.size
-    n = K - np.arange(K - 1, dtype=np.float64)
-    spread = np.cumsum(log[::-1])[::-1][:-1] - n * log[:-1]
-    defined = spread > 1e-12 * n
-    alpha = np.full(K - 1, np.inf)
-    np.divide(n, spread, out=alpha, where=defined)
-    alpha += 1.0
-    decay = np.where(defined, 1.0 - alpha, 0.0)
-
-    D = np.empty(K - 1)
-    for first in range(0, K - 1, _ROWS):
-        last = min(first + _ROWS, K - 1)
-        gap = log[None, first:] - log[first:last, None]
-        gap *= decay[first:last, None]
-        np.exp(np.minimum(gap, 0.0, out=gap), out=gap)  # above 0 only left of the tail
-        rank = np.arange(K - first, dtype=np.float64)[None] - np.arange(last - first, dtype=np.float64)[:, None]
-        gap += rank / n[first:last, None] - 1.0
-        np.abs(gap, out=gap)
-        gap[rank < 0] = 0.0
-        D[first:last] = gap.max(axis=1)
-    D[~defined] = 1.0
-    return TailScan(eigenvalues, alpha, D)
+def _found(values: Vector, tails: Tails, index: int, D: float, method: str) -> PowerLawFit:
+    """The fit of one tail of `values`."""
+    start, n, alpha = int(tails.starts[index]), int(tails.size[index]), float(tails.alpha[index])
+    return PowerLawFit(alpha, (alpha - 1) / n**0.5, D, float(values[start]), float(values[-1]), n, method)
 
 
 def _fit_tail(tail: Vector, lambda_min: float, method: str) -> PowerLawFit:
@@ -191,8 +141,14 @@ def _fit_tail(tail: Vector, lambda_min: float, method: str) -> PowerLawFit:
     ratio = np.log(tail / lambda_min)
     n = tail.size
     alpha = float(1.0 + n / ratio.sum())
-    D = float(np.abs(1.0 - np.exp((1.0 - alpha) * ratio) - np.arange(n) / n).max())
+    D = _distance(ratio, alpha)
     return PowerLawFit(alpha, (alpha - 1) / n**0.5, D, float(lambda_min), float(tail[-1]), n, method)
+
+
+def _distance(ratio: Vector, alpha: float) -> float:
+    """D from (n,) ln(λ/λ_min), ascending."""
+    first = np.flatnonzero(np.diff(ratio, prepend=-np.inf) > 0)
+    return float(np.abs(1.0 - np.exp((1.0 - alpha) * ratio[first]) - first / ratio.size).max())
 
 
 def _hill_paper(values: Vector) -> PowerLawFit:
@@ -202,7 +158,7 @@ def _hill_paper(values: Vector) -> PowerLawFit:
     fit = _fit_tail(values[start:], values[start], "hill_paper")
     alpha = 1.0 + (fit.alpha - 1.0) * k / (k + 1)
     ratio = np.log(values[start + 1 :] / values[start])
-    D = float(np.abs(1.0 - np.exp((1.0 - alpha) * ratio) - np.arange(k) / k).max())
+    D = _distance(ratio, alpha)
     return replace(fit, alpha=alpha, sigma=(alpha - 1) / k**0.5, D=D, num_tail=k)
 
 
@@ -214,10 +170,10 @@ def _nearest_distinct(values: Vector, start: int) -> int:
 def _clip_xmax(values: Vector) -> PowerLawFit:
     def best(dropped: int) -> PowerLawFit | None:
         kept = values[: values.size - dropped]
-        if kept.size < 2 or not kept[0] < kept[-1]:
+        if kept.size < 2 or kept[-1] <= kept[0] * (1 + _DISTINCT):
             return None
-        scan = scan_tails(kept)
-        return replace(scan.fit(int(np.argmin(scan.D)), "clip_xmax"), num_fingers=dropped)
+        tails = Tails.of(kept)
+        return replace(_found(kept, tails, *tails.best(), "clip_xmax"), num_fingers=dropped)
 
     whole = best(0)
     assert whole is not None  # the caller has seen two distinct values

@@ -13,7 +13,7 @@ from htsr.spectra.esd import Windows, esd
 from htsr.spectra.product import Product
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     m=st.integers(1, 40), n=st.integers(1, 40), r=st.integers(1, 12), pieces=st.integers(0, 3), seed=st.integers(0, 99)
 )

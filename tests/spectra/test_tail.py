@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import powerlaw
 import pytest
@@ -6,7 +8,8 @@ from hypothesis import strategies as st
 
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.esd import esd
-from htsr.spectra.tail import bootstrap_alpha, fit_power_law, histogram_peak, scan_tails
+from htsr.spectra.scan import Tails
+from htsr.spectra.tail import bootstrap_alpha, fit_power_law, histogram_peak
 from tests.reference import statistics as plain
 
 seeds = st.integers(0, 2**32 - 1)
@@ -30,13 +33,54 @@ def test_ks_is_the_plain_scan(seed, size, alpha):
     assert (fit.alpha, fit.D, fit.lambda_min, fit.num_tail) == pytest.approx(expected, rel=1e-9)
 
 
-def test_scan_spans_several_blocks_of_tails(random):
+def test_tails_are_their_formulas(random):
     values = np.sort(body_and_tail(random, 500))
-    scan = scan_tails(values)
+    tails = Tails.of(values)
+    D = tails.distances(np.arange(499))
     for start in (0, 63, 64, 65, 300, 498):
         alpha = plain.tail_exponent(values[start:])
-        assert scan.alpha[start] == pytest.approx(alpha, rel=1e-10)
-        assert scan.D[start] == pytest.approx(plain.one_sided_distance(values[start:], alpha), rel=1e-9)
+        assert tails.alpha[start] == pytest.approx(alpha, rel=1e-10)
+        assert D[start] == pytest.approx(plain.one_sided_distance(values[start:], alpha), rel=1e-9)
+
+
+@settings(max_examples=30)
+@given(seeds, st.integers(300, 900), st.sampled_from([0.0, 0.05, 0.3]))
+def test_the_search_finds_the_least_of_all_distances(seed, size, grid):
+    values = np.sort(body_and_tail(np.random.default_rng(seed), size))
+    values = np.exp(np.round(np.log(values) / grid) * grid) if grid else values
+    tails = Tails.of(values)
+    D = tails.distances(np.arange(tails.alpha.size))
+    assert tails.best() == (int(np.argmin(D)), D.min())
+
+
+def reference_data(name):
+    return np.loadtxt(Path(powerlaw.__file__).parent / "reference_data" / name)
+
+
+@pytest.mark.parametrize(("name", "alpha", "tail"), [("quakes", 1.95, 2659), ("terrorism", 2.45, 547)])
+def test_ties_begin_no_tail_as_in_the_powerlaw_package(name, alpha, tail):
+    values = reference_data(f"{name}.txt")  # 19,302 values, 70 of them distinct; 9,101 and 101
+    values = values[values > 0] / 1000
+    fit = fit_power_law(values)
+    theirs = powerlaw.Fit(values, verbose=False).power_law
+    assert fit.alpha == pytest.approx(theirs.alpha, rel=1e-9)
+    assert (round(fit.alpha, 2), fit.num_tail, fit.lambda_min) == (alpha, tail, theirs.xmin)
+
+
+@settings(max_examples=40)
+@given(seeds, st.integers(10, 200), st.sampled_from(["ks", "fix_fingers", "clip_xmax"]))
+def test_the_tail_is_all_from_lambda_min_on(seed, size, method):
+    values = np.ceil(pareto(np.random.default_rng(seed), size, 2.0))
+    if np.unique(values).size > 1:
+        fit = fit_power_law(values, method)
+        assert fit.num_tail == np.count_nonzero((values >= fit.lambda_min) & (values <= fit.lambda_max))
+
+
+def test_two_hundred_thousand_points():
+    values = reference_data("fires.txt")  # 203,785, of which 2,826 are distinct
+    fit = fit_power_law(values)
+    tail = values[values >= fit.lambda_min]
+    assert (fit.num_tail, fit.alpha) == (tail.size, pytest.approx(1 + tail.size / np.log(tail / tail.min()).sum()))
 
 
 @pytest.mark.parametrize("method", ["hill", "hill_paper"])
@@ -95,9 +139,8 @@ def test_fix_fingers_stays_at_the_peak(random):
     peak = histogram_peak(values)
     fit = fit_power_law(values, "fix_fingers")
     assert 0.95 * peak <= fit.lambda_min <= 1.5 * peak
-    scan = scan_tails(values)
-    inside = (values[:-1] >= 0.95 * peak) & (values[:-1] <= 1.5 * peak)
-    assert scan.D[inside].min() == fit.D
+    inside = np.flatnonzero((values[:-1] >= 0.95 * peak) & (values[:-1] <= 1.5 * peak))
+    assert Tails.of(values).distances(inside).min() == fit.D
 
 
 def test_clip_xmax_drops_the_fewest_that_free_the_tail():
@@ -141,6 +184,12 @@ def test_ties_do_not_divide_by_zero(method):
     fit = fit_power_law([1.0, 2.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0], method)
     assert np.isfinite(fit.alpha)
     assert fit.lambda_min < fit.lambda_max
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_that_are_none_are_refused(bad):
+    with pytest.raises(MatrixError, match="NaN or infinite"):
+        fit_power_law([1.0, 2.0, bad, 5.0])
 
 
 def test_bad_arguments_are_usage_errors(random):
