@@ -22,9 +22,12 @@ from htsr._version import __version__
 from htsr.errors import HtsrError, MatrixError, SourceError, UsageError
 from htsr.matrices import adapters, hub
 from htsr.matrices.entries import FLOATS
-from htsr.matrices.files import file_entries, folder_entries, read_config, weight_files
-from htsr.matrices.sources import Filter, WeightMatrix, locate, open_model, tied_tensors
-from htsr.matrices.writing import Stored, copy_checkpoint
+from htsr.matrices.files import file_entries, folder_entries
+from htsr.matrices.folders import ModelFiles, model_files
+from htsr.matrices.sources import Filter, WeightMatrix, locate, open_model
+from htsr.matrices.stored import Stored
+from htsr.matrices.tying import repeated, tied
+from htsr.matrices.writing import copy_checkpoint
 from htsr.spectra.projection import Keep, project_tail, remove_traps
 from htsr.spectra.tail import FitMethod
 
@@ -144,21 +147,20 @@ def project(
         raise UsageError(f"{name} is an adapter: merge it into its base model first (merge_and_unload of PEFT)")
     model = open_model(place)
     wanted = model.filtered(where or Filter()).matrices
-    config = read_config(place if place.is_dir() else place.parent)
-    repeated = tied_tensors(folder_entries(place) if place.is_dir() else file_entries(place), config)
+    copies = repeated(tied(folder_entries(place) if place.is_dir() else file_entries(place)))
 
     try:
         folder = Path(tempfile.mkdtemp(dir=goal.absolute().parent, prefix=f".{goal.name}."))
     except OSError as error:
         raise HtsrError(f"{goal} cannot be written: {error.strerror}") from error
     try:
-        stored = copy_checkpoint(place, weight_files(place) if place.is_dir() else [place], folder)
+        stored = copy_checkpoint(place, model_files(place) if place.is_dir() else ModelFiles((place,)), folder)
         surgeon = _Surgeon(keep, traps, fit, seed)
         operations = _operate(wanted, stored, surgeon, progress)
         if all(operation.status == "quantized" for operation in operations):
             raise SourceError(f"the matrices of {name} are quantised: de-quantise it first, and take that")
         changed = {m.position.tensor for m, o in zip(wanted, operations, strict=True) if o.status == "ok"}
-        for other, original in repeated.items():
+        for other, original in copies.items():
             if original in changed and stored[other].shape == stored[original].shape:
                 stored[other].write(stored[original].read().to(stored[other].read().dtype))
         surgery = Surgery(name, goal, tuple(operations))

@@ -15,7 +15,8 @@ import numpy as np
 
 from htsr.errors import SourceError
 from htsr.matrices.entries import Entry
-from htsr.matrices.files import file_entries, read_json
+from htsr.matrices.files import file_entries
+from htsr.matrices.folders import read_json
 from htsr.spectra.esd import Array, as_numpy
 from htsr.spectra.product import Numbers, Product
 

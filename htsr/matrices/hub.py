@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from htsr.errors import SourceError
-from htsr.matrices.files import shards_of
+from htsr.matrices.folders import TRANSFORMERS_ORDER, shards_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,7 @@ _FILES = (
     ".csv",
     ".parquet",
 )
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_WHOLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "*.tiktoken")
 
 
@@ -129,16 +128,14 @@ def fetch(repo: str, revision: str | None = None) -> Path:
     at = f" at revision {revision}" if revision else ""
     try:
         get("config.json")
-        get("adapter_config.json")
-        for index in _INDEXES:
-            if (file := get(index)) is not None:
-                missing = [shard for shard in shards_of(file) if get(shard) is None]
-                if missing:
-                    raise SourceError(f"{repo}{at}: {missing[0]} is neither on the hub nor in the cache")
-                return file.parent
-        for name in _WHOLE:
-            if (file := get(name)) is not None:
-                return file.parent
+        is_adapter = get("adapter_config.json") is not None
+        for name in (*_ADAPTERS, *TRANSFORMERS_ORDER) if is_adapter else (*TRANSFORMERS_ORDER, *_ADAPTERS):
+            if (file := get(name)) is None:
+                continue
+            missing = [shard for shard in shards_of(file) if get(shard) is None] if file.suffix == ".json" else []
+            if missing:
+                raise SourceError(f"{repo}{at}: {missing[0]} is neither on the hub nor in the cache")
+            return file.parent
     except GatedRepoError as error:
         raise SourceError(f"{repo} is gated: accept its licence on the hub and log in (hf auth login)") from error
     except RepositoryNotFoundError as error:
@@ -151,7 +148,7 @@ def fetch(repo: str, revision: str | None = None) -> Path:
         raise SourceError(
             f"{repo} is neither a file or folder here nor{at} in the local cache, and the hub cannot be reached"
         )
-    raise SourceError(f"{repo}{at} has no {', '.join(_WHOLE[:2])} or index of shards on the hub")
+    raise SourceError(f"{repo}{at} has no model.safetensors, pytorch_model.bin or index of shards on the hub")
 
 
 def fetch_rest(repo: str, revision: str | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union
 
 from htsr.errors import MatrixError, SourceError, UsageError
-from htsr.matrices import adapters, fused, hub, roles
+from htsr.matrices import adapters, fused, hub, roles, tying
 from htsr.matrices.entries import FLOATS, Entry, unshared
-from htsr.matrices.files import PICKLES, file_entries, folder_entries, read_config, state_dict_entries
+from htsr.matrices.files import file_entries, folder_entries, state_dict_entries
+from htsr.matrices.folders import SUFFIXES, read_config
 from htsr.matrices.patterns import matches, require
 from htsr.matrices.positions import Position
 from htsr.matrices.quantized import dequantized
@@ -33,7 +35,6 @@ _NOT_WEIGHTS = re.compile(
     r"relative_coords_table|rotary_emb|A_log|running_mean|running_var|lora_magnitude_vector)(\.|$)|_bias$"
 )
 _MAX_KERNEL = 64  # a longer last axis of a 3-D tensor is no kernel
-_OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
@@ -264,7 +265,7 @@ def _stored(source: Source, revision: str | None) -> Opened:
     if isinstance(source, (str, os.PathLike)):
         return _open_path(os.fspath(source), revision)
     if isinstance(source, Mapping):
-        return "state dict", state_dict_entries(dict(source)), {}, None
+        return "state dict", tying.tied(state_dict_entries(source)), {}, None
     if hasattr(source, "named_parameters"):
         from htsr.matrices.modules import module_config, module_entries, unwrapped
 
@@ -283,13 +284,13 @@ def locate(name: str, revision: str | None = None) -> Path:
         SourceError: there is none, or the hub does not give it.
         UsageError: a revision of a local path.
     """
-    path = Path(name).expanduser()
-    if not path.exists():
-        looks_local = (
-            name.startswith((".", "/", "~"))
-            or name.count("/") > 1
-            or path.suffix in (*PICKLES, ".safetensors", ".gguf")
-        )
+    try:
+        path = Path(name).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # longer than the file system takes; no such user
+        raise SourceError(f"{name if len(name) < 200 else name[:200] + '…'} does not exist: {error}") from error
+    if not there:
+        looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in SUFFIXES
         if looks_local or not hub.is_hub_id(name):
             raise SourceError(f"{name} does not exist")
         path = hub.fetch(name, revision)
@@ -300,11 +301,14 @@ def locate(name: str, revision: str | None = None) -> Path:
 
 def _open_path(name: str, revision: str | None) -> Opened:
     path = locate(name, revision)
-    if path.is_file():
-        return name, file_entries(path), read_config(path.parent), _fingerprint([path])
-    if adapters.is_adapter(path):
-        return name, adapters.adapter_entries(path), {}, _fingerprint(path.iterdir())
-    return name, folder_entries(path), read_config(path), _fingerprint(path.iterdir())
+    try:
+        if path.is_file():
+            return name, tying.tied(file_entries(path)), read_config(path.parent), _fingerprint([path])
+        if adapters.is_adapter(path):
+            return name, adapters.adapter_entries(path), {}, _fingerprint(path.iterdir())
+        return name, tying.tied(folder_entries(path)), read_config(path), _fingerprint(path.iterdir())
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _fingerprint(files: Any) -> str:
@@ -346,7 +350,9 @@ def _difference(entries: list[Entry], other: list[Entry]) -> list[Entry]:
             sizes = f"{entry.shape} here and {match.shape} there"
             result.append(replace(entry, problem=("unmatched", f"{entry.name} is {sizes}")))
         else:
-            result.append(replace(entry, read=_Minus(entry, match), problem=entry.problem or match.problem))
+            both = (entry.storage, match.storage) if entry.storage and match.storage else None
+            read, problem = _Minus(entry, match), entry.problem or match.problem
+            result.append(replace(entry, read=read, storage=both, problem=problem))
     if not any(entry.name in by_name for entry in entries):
         raise SourceError("the two models have no tensor name in common")
     return result
@@ -374,42 +380,23 @@ def matrices_of(entries: list[Entry], config: dict[str, Any]) -> Iterator[Weight
     weights = [entry for entry in entries if _is_weight(entry)]
     found = [roles.role_of(entry.name, entry.kind) for entry in weights]
     stacks = roles.stack_prefixes(entry.name for entry in weights)
-    repeated = tied_tensors(weights, config)
     blocks = [roles.block_of(entry.name) for entry in weights]
     if not any(block is not None for block in blocks):
         blocks = [roles.number_of(entry.name) for entry in weights]
+    stems = Counter(roles.stem(entry.name) for entry in weights)
     for entry, role, block in zip(weights, found, blocks, strict=True):
-        if entry.name in repeated:
-            continue  # stored twice, used once
         stack = roles.stack_of(entry.name, stacks)
-        yield from _Place(entry, role, stack, block, _part_config(config, stack)).matrices()
-
-
-def tied_tensors(entries: Sequence[Entry], config: dict[str, Any]) -> dict[str, str]:
-    """Tensors that are stored but are the same weight as another: name → name of the other.
-
-    They share memory with it (in a PyTorch file), or are the head of a model whose configuration ties it to the
-    embedding.
-
-    Args:
-        entries: of a model, in its order.
-        config: its ``config.json``, empty where not known.
-    """
-    found: dict[str, str] = {}
-    by_storage: dict[Any, str] = {}
-    embedding: str | None = None
-    tied = bool(_text(config).get("tie_word_embeddings", config.get("tie_word_embeddings")))
-    for entry in entries:
-        first = by_storage.setdefault(entry.storage, entry.name) if entry.storage is not None else entry.name
-        role = roles.role_of(entry.name, entry.kind)
-        if first != entry.name:
-            found[entry.name] = first
-        elif role == "embed":
-            embedding = embedding or entry.name
-    if tied and embedding is not None:
-        heads = (e.name for e in entries if roles.role_of(e.name, e.kind) == "head")
-        found |= {name: embedding for name in heads if name.endswith(_OUTPUT_EMBEDDINGS)}
-    return found
+        name, place = roles.stem(entry.name), _Place(entry, role, stack, block, config)
+        if entry.problem is not None and 0 in entry.shape:
+            yield place.unread(entry.problem[1])
+            continue
+        try:
+            matrices = list(replace(place, config=_part_config(config, stack)).matrices())
+        except Exception as error:  # a configuration that does not fit: this tensor's row says so
+            matrices = [place.unread(f"{entry.name} could not be taken apart by the model's configuration: {error}")]
+        if stems[name] > 1 and entry.name != f"{name}.weight":  # lin_weight beside lin.weight
+            matrices = [replace(m, name=entry.name + m.name.removeprefix(name)) for m in matrices]
+        yield from matrices
 
 
 def _text(config: dict[str, Any]) -> dict[str, Any]:
@@ -430,7 +417,7 @@ def _is_weight(entry: Entry) -> bool:
     if len(entry.shape) < 2:
         return False
     if empty or _NOT_WEIGHTS.search(name):
-        return empty and entry.name.endswith("weight")
+        return empty and (entry.name.endswith("weight") or not (entry.problem is None or _NOT_WEIGHTS.search(name)))
     if sum(size > 1 for size in entry.shape) < 2 and entry.kind is None and len(entry.shape) > 2:
         return False  # a vector with axes of one: class tokens, scales
     numeric = entry.dtype in FLOATS or entry.problem is not None or bool(entry.warning)
@@ -470,6 +457,12 @@ class _Place:
         else:
             for i in range(shape[0]):
                 yield from self._parts(f"{name}[{i}]", shape[1:], partial(entry.read, i), i)
+
+    def unread(self, why: str) -> WeightMatrix:
+        """One row for the tensor that says `why` it was not read."""
+        shape, problem = self.entry.shape, self.entry.problem or ("unreadable", why)
+        place = replace(self, entry=replace(self.entry, problem=problem))
+        return place._matrix(roles.stem(self.entry.name), shape, self.entry.read, Position(self.entry.name))
 
     def _parts(
         self, name: str, shape: tuple[int, ...], read: Callable[[], Array], element: int | None = None

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import htsr
-from htsr.matrices.files import file_entries, folder_entries, read_json
+from htsr.matrices.files import file_entries, folder_entries
+from htsr.matrices.folders import read_json
 from tests.models import state_dict
 
 

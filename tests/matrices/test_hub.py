@@ -16,6 +16,7 @@ import htsr
 from htsr.matrices.hub import answers, fetch_rest, is_hub_id, reached
 from tests.models import save_folder, state_dict
 
+NAME = "model.layers.0.self_attn.q_proj"
 OLD, NEW = "a" * 40, "b" * 40
 
 
@@ -81,9 +82,9 @@ def test_shards_and_one_that_is_missing(cache):
     snapshot = cache / "models--owner--model" / "snapshots" / NEW
     (snapshot / "model.safetensors").rename(snapshot / "part-1.safetensors")
     index = snapshot / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "part-1.safetensors"}}))
+    index.write_text(json.dumps({"weight_map": {f"{NAME}.weight": "part-1.safetensors"}}))
     assert len(htsr.describe("owner/model").matrices) == 5
-    index.write_text(json.dumps({"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}))
+    index.write_text(json.dumps({"weight_map": {f"{NAME}.weight": "part-1.safetensors", "b": "part-2.safetensors"}}))
     with pytest.raises(htsr.SourceError, match=r"owner/model: part-2\.safetensors is neither on the hub nor in the"):
         htsr.describe("owner/model")
     index.write_text(json.dumps({"weight_map": {"a": "../../../secret"}}))

@@ -1,0 +1,88 @@
+"""Which tensors are one weight under several names: a fact of the tensors, not of a configuration.
+
+Tensors that share memory are one. A file can hold a tied head a second time; then its numbers are those of the
+embedding, and it counts once. A head whose numbers differ is a weight of its own, whatever the configuration says:
+transformers ties neither when it loads such a file (`PreTrainedModel.tie_weights`). Where a tied head is not stored
+there is nothing to count twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from htsr.matrices import roles
+from htsr.matrices.entries import FLOATS, Entry
+from htsr.spectra.esd import Array, as_numpy
+
+_COMPARED = 16 << 20  # bytes at once
+_EMBEDDINGS = ("embed", "head")
+
+
+def tied(entries: Sequence[Entry]) -> list[Entry]:
+    """`entries` of a checkpoint, in which an embedding or head that is stored twice has one `storage`.
+
+    Args:
+        entries: whose tables are read as far as two of them are equal.
+
+    Returns:
+        In the same order, but repeated ones come last: of a tied head the embedding's name is kept.
+    """
+    found = list(entries)
+    tables: list[int] = []
+    copies: set[int] = set()
+    for i in sorted(range(len(found)), key=lambda i: _role(found[i]) == "head"):  # embeddings come first
+        if not _is_table(found[i]):
+            continue
+        first = next((j for j in tables if _equal(found[j], found[i])), None)
+        if first is None:
+            tables.append(i)
+            continue
+        storage = found[first].storage or ("equal", found[first].name)
+        found[first], found[i] = replace(found[first], storage=storage), replace(found[i], storage=storage)
+        copies.add(i)
+    return [found[i] for i in sorted(range(len(found)), key=copies.__contains__)]
+
+
+def repeated(entries: Iterable[Entry]) -> dict[str, str]:
+    """Those of `entries` that are the same weight as an earlier one, by name: the name of the earlier."""
+    first: dict[object, str] = {}
+    found = {}
+    for entry in entries:
+        if entry.storage is not None and first.setdefault(entry.storage, entry.name) != entry.name:
+            found[entry.name] = first[entry.storage]
+    return found
+
+
+def _is_table(entry: Entry) -> bool:
+    plain = len(entry.shape) == 2 and 0 not in entry.shape and entry.dtype in FLOATS and not entry.warning
+    return plain and entry.problem is None and _role(entry) in _EMBEDDINGS
+
+
+def _role(entry: Entry) -> str:
+    return roles.role_of(entry.name, entry.kind)
+
+
+def _equal(a: Entry, b: Entry) -> bool:
+    """Whether two tables hold the same numbers; a few rows tell that they do not."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.storage is not None and a.storage == b.storage:
+        return True
+    try:
+        return all(_same(a.read(rows), b.read(rows)) for rows in _rows(a.shape))
+    except Exception:  # its row will say that it cannot be read
+        return False
+
+
+def _rows(shape: tuple[int, ...]) -> Iterator[slice]:
+    """The first row, then all in pieces."""
+    yield slice(0, 1)
+    step = max(1, _COMPARED // (8 * math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield slice(start, start + step)
+
+
+def _same(a: Array, b: Array) -> bool:
+    return as_numpy(a).tobytes() == as_numpy(b).tobytes()
