@@ -131,7 +131,8 @@ def compare(
 ) -> Comparison:
     """Compare two models, or two saved analyses of them.
 
-    Matrices are matched by name; models that name nothing alike (a GGUF file and its original) by role and block.
+    Matrices are matched by name; models that name nothing alike (a GGUF file and its original) by role and block. What
+    llama.cpp's converter permutes is put back; where that is not known the row's warning says so.
 
     Args:
         a: a source as `htsr.analyze` takes it, or an `Analysis`.

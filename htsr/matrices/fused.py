@@ -55,7 +55,8 @@ def split(leaf: str, part: str, shape: tuple[int, int], config: dict[str, Any], 
         stacked: whether it is one of several experts in a 3-D tensor.
     """
     model_type = str(config.get("model_type", ""))
-    if part == "gate_up" or (leaf, model_type) == ("dense_h_to_4h", "chatglm"):
+    doubled = leaf == "ffn_up" and shape[0] == 2 * int(config.get("intermediate_size") or 0)  # GGUF's of Phi-3, GLM
+    if part == "gate_up" or (leaf, model_type) == ("dense_h_to_4h", "chatglm") or doubled:
         return _gate_up(leaf, shape, config, model_type, stacked)
     if part == "qkv":
         return _qkv(leaf, shape, config, model_type)
@@ -77,11 +78,14 @@ def experts_in_rows(config: dict[str, Any]) -> int:
 
 def _qkv(leaf: str, shape: tuple[int, int], config: dict[str, Any], model_type: str) -> list[Part]:
     heads, groups, head_dim = _head_counts(config)
-    if leaf == "c_attn" and shape[1] == 3 * shape[0]:  # GPT-2's Conv1D stores in × out
+    if leaf in ("c_attn", "attn_qkv") and shape[1] == 3 * shape[0]:  # GPT-2's Conv1D stores in × out
         return _sequential(shape, 1, q=shape[0], k=shape[0], v=shape[0])
     if leaf == "c_attn" and shape[1] == 2 * shape[0]:  # in its cross-attention
         return _sequential(shape, 1, k=shape[0], v=shape[0])
-    if leaf in _ALWAYS_IN_SEQUENCE and shape[0] in (3 * shape[1], 6 * shape[1]):  # 6: Hiera's stages double the width
+    grouped = bool(heads) and groups != heads and shape[0] == (heads + 2 * groups) * head_dim
+    if (
+        leaf in _ALWAYS_IN_SEQUENCE and not grouped and shape[0] in (3 * shape[1], 6 * shape[1])
+    ):  # 6: Hiera's stages double the width
         third = shape[0] // 3
         return _sequential(shape, 0, q=third, k=third, v=third)
     if not heads or shape[0] != (heads + 2 * groups) * head_dim:

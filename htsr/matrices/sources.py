@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union
 
 from htsr.errors import MatrixError, SourceError, UsageError
-from htsr.matrices import adapters, fused, hub, roles, tying
+from htsr.matrices import adapters, fused, gguf_layout, hub, roles, tying
 from htsr.matrices.entries import FLOATS, Entry, unshared
 from htsr.matrices.files import file_entries, folder_entries, state_dict_entries
-from htsr.matrices.folders import SUFFIXES, read_config
+from htsr.matrices.folders import SUFFIXES, model_files, read_config
+from htsr.matrices.gguf_files import gguf_metadata
 from htsr.matrices.patterns import matches, require
 from htsr.matrices.positions import Position
 from htsr.matrices.quantized import dequantized
@@ -32,7 +33,7 @@ Source: TypeAlias = Union[str, "os.PathLike[str]", "torch.nn.Module", Mapping[st
 # floats of two and more dimensions that are no weights
 _NOT_WEIGHTS = re.compile(
     r"(^|[._])(bias|biases|(pos_)?bias_[uv]|mask|inv_freq|freqs_cis|cos_cached|sin_cached|position_ids|relative_position_index|"
-    r"relative_coords_table|rotary_emb|A_log|running_mean|running_var|lora_magnitude_vector)(\.|$)|_bias$"
+    r"relative_coords_table|rotary_emb|A_log|ssm_a|ssm_d|running_mean|running_var|lora_magnitude_vector)(\.|$)|_bias$"
 )
 _MAX_KERNEL = 64  # a longer last axis of a 3-D tensor is no kernel
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -242,8 +243,8 @@ def open_model(
     if base is not None:
         entries, config, fingerprint = _on_base(source, entries, base, fingerprint)
     if against is not None:
-        other_label, other, _, other_fingerprint = _open(against, None)
-        entries = _difference(entries, other)
+        other_label, other, other_config, other_fingerprint = _open(against, None)
+        entries = _difference(entries, gguf_layout.as_named(other, entries, other_config, config))
         label = f"{label} - {other_label}"
         fingerprint = fingerprint and other_fingerprint and f"{fingerprint}-{other_fingerprint}"
     matrices = tuple(matrices_of(unshared(entries), config))
@@ -303,12 +304,21 @@ def _open_path(name: str, revision: str | None) -> Opened:
     path = locate(name, revision)
     try:
         if path.is_file():
-            return name, tying.tied(file_entries(path)), read_config(path.parent), _fingerprint([path])
+            return name, *_converted(path, file_entries(path), read_config(path.parent)), _fingerprint([path])
         if adapters.is_adapter(path):
             return name, adapters.adapter_entries(path), {}, _fingerprint(path.iterdir())
-        return name, tying.tied(folder_entries(path)), read_config(path), _fingerprint(path.iterdir())
+        return name, *_converted(path, folder_entries(path), read_config(path)), _fingerprint(path.iterdir())
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _converted(path: Path, entries: list[Entry], config: dict[str, Any]) -> tuple[list[Entry], dict[str, Any]]:
+    """The entries, and the configuration, of the model at `path`; those of a GGUF file as the original model's."""
+    file = path if path.is_file() else model_files(path).files[0]
+    if file.suffix == ".gguf":
+        metadata = gguf_metadata(file)
+        entries, config = gguf_layout.original_layout(entries, metadata), gguf_layout.gguf_config(metadata)
+    return tying.tied(entries), config
 
 
 def _fingerprint(files: Any) -> str:
@@ -333,6 +343,9 @@ def _on_base(
         if not base:
             raise UsageError(f"{path} names no base model; say which one it is")
     _, base_entries, config, base_fingerprint = _open(base, None)
+    entries = gguf_layout.as_named(entries, base_entries, {}, config)
+    if unmatched := [entry.problem[1] for entry in entries if entry.problem and entry.problem[0] == "unmatched"]:
+        raise SourceError(unmatched[0])
     merged = adapters.merged_with_base(entries, base_entries)
     return merged, config, fingerprint and base_fingerprint and f"{fingerprint}-{base_fingerprint}"
 

@@ -1,0 +1,173 @@
+"""What llama.cpp's converter changed in a model's tensors, undone: they read as the original checkpoint has them.
+
+============== ========================================================================================================
+changed        what
+============== ========================================================================================================
+rows of q, k   its rotary embedding turns neighbouring rows where transformers turns rows half a head apart: within each
+               head the row (half, i) is stored as (i, half)
+transposed     weights of GPT-2's Conv1D, and experts that are stored (in, out)
+flattened      kernels of causal convolutions, (channels, 1, width) as (channels, width)
+============== ========================================================================================================
+
+The spectrum of a matrix does not feel its rows permuted; a difference of two matrices does. Source: `modify_tensors` of
+llama.cpp's conversion classes, and for what is loaded there too transformers' `modeling_gguf_pytorch_utils`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from htsr.matrices.entries import Entry
+from htsr.spectra.esd import Array
+
+Metadata = Mapping[str, Any]
+
+_PERMUTED = (
+    "llama llama-embed mistral3 granite granitemoe granitehybrid smollm3 arcee minicpm deci olmo internlm2 xverse "
+    "baichuan arctic deepseek bailingmoe llada chameleon nanbeige eagle3"
+)
+_AS_THEY_ARE = (
+    "afmoe apertus bailingmoe2 bert bitnet bloom chatglm codeshell cohere2 cogvlm command-r dbrx deepseek2 dots1 dream "
+    "ernie4_5 ernie4_5-moe eurobert exaone exaone4 falcon falcon-h1 gemma gemma-embedding gemma2 gemma3 gemma3n gemma4 "
+    "glm4 glm4moe gpt-oss gpt2 gptj gptneox grok grovemoe hunyuan-dense hunyuan-moe jais jamba jina-bert-v2 lfm2 "
+    "lfm2moe llada-moe llama4 mamba mamba2 minicpm3 minimax-m2 modern-bert mpt nemotron neo-bert nomic-bert "
+    "nomic-bert-moe olmo2 olmoe openelm orion pangu-embedded phi2 phi3 phimoe plm qwen qwen2 qwen2moe qwen2vl qwen3 "
+    "qwen3moe qwen3vl qwen3vlmoe refact rwkv6 rwkv7 seed_oss smallthinker stablelm starcoder starcoder2 t5 t5encoder "
+    "umt5"
+)
+_TRANSPOSED = {
+    "gpt2": "attn_qkv attn_output ffn_up ffn_down",
+    "jais": "attn_qkv attn_output ffn_up ffn_down ffn_gate",
+    "gpt-oss": "ffn_gate_exps ffn_up_exps ffn_down_exps",
+    "llama4": "ffn_gate_exps ffn_up_exps ffn_down_exps",
+    "dbrx": "ffn_down_exps",
+}
+_MOST_BLOCKS = 1000
+_REGROUPED = frozenset({"bloom", "falcon", "gptneox"})  # q, k, v of all heads in sequence, not head by head
+
+
+def original_layout(entries: Iterable[Entry], metadata: Metadata) -> list[Entry]:
+    """The `entries` of a GGUF file as the checkpoint it was made from has them.
+
+    q and k of an architecture of which it is not known whether they were permuted keep their rows, and a warning.
+
+    Args:
+        entries: of the file or its parts.
+        metadata: of the file, by key, as in ``llama.attention.head_count``.
+    """
+    architecture = str(metadata.get("general.architecture"))
+    return [_original(entry, architecture, metadata) for entry in entries]
+
+
+def gguf_config(metadata: Metadata) -> dict[str, Any]:
+    """What a ``config.json`` says of sizes and heads, from the `metadata` of a GGUF file; without a model_type."""
+    architecture = metadata.get("general.architecture")
+    known = {
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
+        "num_hidden_layers": "block_count",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "head_dim": "attention.key_length",
+    }
+    found = {key: metadata.get(f"{architecture}.{theirs}") for key, theirs in known.items()}
+    config = {key: value for key, value in found.items() if isinstance(value, int)}
+    return config | {"gguf_architecture": architecture}
+
+
+def as_named(
+    entries: Iterable[Entry], others: Iterable[Entry], config: Mapping[str, Any], other_config: Mapping[str, Any]
+) -> list[Entry]:
+    """The `entries` of one model under the names of another, where one of the two is a GGUF file.
+
+    Args:
+        entries: those of them that have no counterpart keep their names.
+        others: of the other model.
+        config: of the first; of a GGUF file from `gguf_config`.
+        other_config: of the other.
+    """
+    entries = list(entries)
+    of_gguf = [c for c in (config, other_config) if "gguf_architecture" in c]
+    if len(of_gguf) != 1 or (gguf_name := _gguf_names(of_gguf[0])) is None:
+        return entries
+    ours = {entry.name: gguf_name(entry.name) for entry in entries}
+    theirs = {gguf_name(other.name): other.name for other in others}
+    renamed = {name: theirs[key] for name, key in ours.items() if key in theirs}
+    result = [replace(entry, name=renamed.get(entry.name, entry.name)) for entry in entries]
+    if of_gguf[0]["gguf_architecture"] in _REGROUPED:
+        why = "{} holds q, k and v head by head in the one model and not in the other"
+        result = [
+            replace(new, problem=("unmatched", why.format(new.name))) if ".attn_qkv." in ours[old.name] else new
+            for old, new in zip(entries, result, strict=True)
+        ]
+    return result
+
+
+def _gguf_names(config: Mapping[str, Any]) -> Callable[[str], str] | None:
+    """Gives a tensor of the original checkpoint its name in a GGUF file; a name without one stays."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    number = next((key for key, value in MODEL_ARCH_NAMES.items() if value == config["gguf_architecture"]), None)
+    if number is None:
+        return None
+    known = get_tensor_name_map(number, min(int(config.get("num_hidden_layers", 0)), _MOST_BLOCKS))
+
+    def name_of(name: str) -> str:
+        stem, dot, last = name.rpartition(".")
+        found = known.get_name(stem)
+        return f"{found}{dot}{last}" if found else name
+
+    return name_of
+
+
+def _original(entry: Entry, architecture: str, metadata: Metadata) -> Entry:
+    match = re.fullmatch(r"(?:\w+\.)*?blk\.(\d+)\.(\w+)(?:\.\w+)*?\.weight", entry.name)
+    if match is None or entry.problem is not None or len(entry.shape) < 2:
+        return entry
+    block, leaf = int(match[1]), match[2]
+    if leaf in _TRANSPOSED.get(architecture, "").split():
+        shape = (*entry.shape[:-2], entry.shape[-1], entry.shape[-2])
+        return replace(entry, shape=shape, read=_Changed(entry.read, len(shape), lambda W: W.swapaxes(-1, -2)))
+    if leaf in ("ssm_conv1d", "shortconv") and len(entry.shape) == 2:
+        shape = (entry.shape[0], 1, entry.shape[1])
+        return replace(entry, shape=shape, kind="conv", read=_Changed(entry.read, 0, lambda W: W[:, None]))
+    if leaf in ("attn_q", "attn_k") and architecture in _PERMUTED.split():
+        heads = _heads(leaf, block, architecture, metadata)
+        if heads and entry.shape[0] % (2 * heads) == 0:
+            return replace(entry, read=_Changed(entry.read, 0, lambda W: unpermuted(W, heads)))
+    elif leaf not in ("attn_q", "attn_k") or architecture in _AS_THEY_ARE.split():
+        return entry
+    why = f"its rows may be in llama.cpp's order: that of {architecture} is not known"
+    return replace(entry, warning="; ".join(filter(None, (entry.warning, why))))
+
+
+def _heads(leaf: str, block: int, architecture: str, metadata: Metadata) -> int:
+    """Heads of q or of k in a block; 0 where not known. Some architectures have a number for each block."""
+    keys = ["attention.head_count_kv"] * (leaf == "attn_k") + ["attention.head_count"]
+    count: Any = next((metadata[key] for key in (f"{architecture}.{k}" for k in keys) if key in metadata), 0)
+    if hasattr(count, "__len__"):
+        count = count[block] if block < len(count) else 0
+    return int(count)
+
+
+def unpermuted(W: Array, heads: int) -> Array:
+    """W, (rows, …), with the rows of each of its `heads` from (i, half) back to (half, i)."""
+    return W.reshape(heads, W.shape[0] // heads // 2, 2, *W.shape[1:]).swapaxes(1, 2).reshape(tuple(W.shape))
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """Reads a tensor and changes it; slices of a stack, of `axes` = 3 axes, are read and changed one by one."""
+
+    read: Callable[..., Array]
+    axes: int
+    change: Callable[[Array], Array]
+
+    def __call__(self, index: Any = None) -> Array:
+        if index is not None and self.axes == 3:
+            return self.change(self.read(index))
+        whole = self.change(self.read())
+        return whole if index is None else whole[index]
