@@ -352,9 +352,12 @@ def _on_base(
 
 def _difference(entries: list[Entry], other: list[Entry]) -> list[Entry]:
     by_name = {entry.name: entry for entry in other}
+    again = tying.repeated(entries)
     result = []
     for entry in entries:
         match = by_name.get(entry.name)
+        if match is None and entry.name in again:
+            continue  # a tied weight that the other model stores once
         if match is None:
             result.append(
                 replace(entry, problem=("unmatched", f"{entry.name} is not in the model it is compared against"))
