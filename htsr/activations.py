@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from htsr.errors import HtsrError
-from htsr.matrices.entries import base_name
+from htsr.matrices.entries import base_name, base_names
 from htsr.matrices.roles import is_stack_of_experts
 
 if TYPE_CHECKING:
@@ -153,8 +153,9 @@ def _expert_inputs(model: torch.nn.Module, norms: InputNorms) -> Iterator[None]:
 
 def stacked_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Parameters (experts, …, …) of `model` by name, wrappers' prefixes removed."""
-    parameters = ((base_name(name), parameter) for name, parameter in model.named_parameters())
-    return {name: p for name, p in parameters if is_stack_of_experts(name, p.shape)}
+    parameters = dict(model.named_parameters())
+    names = base_names(parameters)
+    return {names[name]: p for name, p in parameters.items() if is_stack_of_experts(names[name], p.shape)}
 
 
 def linear_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from htsr.matrices.entries import Entry, base_name, clean_name, tensor_entry
+from htsr.matrices.entries import Entry, base_names, clean_name, tensor_entry
 from htsr.matrices.quantized import PACKED
 from htsr.matrices.tuners import is_tuner, model_in_peft, tuner_entries, wrapped_by_peft
 from htsr.spectra.esd import Array
@@ -26,8 +26,9 @@ _WRAPPERS = {
 
 def module_entries(module: torch.nn.Module) -> list[Entry]:
     """The parameters of a `module` as it computes: with its active adapters, parametrizations, and de-quantised."""
-    entries = _entries(module, "", set())
-    return [replace(entry, name=base_name(entry.name)) for entry in entries]
+    entries = list(_entries(module, "", set()))
+    names = base_names(entry.name for entry in entries)
+    return [replace(entry, name=names[entry.name]) for entry in entries]
 
 
 def module_config(module: Any) -> dict[str, Any]:
@@ -103,7 +104,8 @@ def _parameter(name: str, parameter: Any, kind: str | None) -> Entry:
     if is_sharded(parameter):
         why = f"{clean_name(name)} is sharded over processes; analyze the gathered model or its checkpoint"
         dtype = str(parameter.dtype).removeprefix("torch.")
-        return Entry(name, whole_shape(parameter), dtype, lambda: parameter, kind=kind, problem=("sharded", why))
+        memory = ("sharded", id(parameter))
+        return Entry(name, whole_shape(parameter), dtype, lambda: parameter, memory, kind, ("sharded", why))
     if hasattr(parameter, "dequantize") and type(parameter) is not nn.Parameter:
 
         def read(index: int | None = None) -> Array:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from htsr.errors import UsageError
-from htsr.matrices.entries import Entry, base_name, unshared
+from htsr.matrices.entries import Entry, base_names, unshared
 from htsr.matrices.modules import is_sharded, module_config, module_entries
 from htsr.matrices.quantized import dequantized
 from htsr.matrices.roles import stem, whole_name
@@ -78,7 +78,9 @@ def open_live(module: torch.nn.Module, view: View | None = None) -> LiveModel:
         module: wrapped or not.
         view: what to read in place of each parameter, such as its gradient: a tensor of the same shape, or None.
     """
-    parameters = {base_name(name): parameter for name, parameter in module.named_parameters(remove_duplicate=False)}
+    named = dict(module.named_parameters(remove_duplicate=False))
+    names = base_names(named)
+    parameters = {names[name]: parameter for name, parameter in named.items()}
     shards: dict[str, Shard] = {}
     entries = []
     for entry in module_entries(module):

@@ -65,7 +65,7 @@ def tuner_entries(layer: Any, prefix: str, entries: Entries, mixture: bool = Fal
         return
     plain = dict.fromkeys(name for name, _ in _bare(layer).named_parameters())
     for entry in entries(_bare(layer), prefix):
-        relative = entry.name.removeprefix(clean_name(prefix))
+        relative = entry.name.removeprefix(prefix)
         if entry.problem:
             yield entry
         elif relative not in plain or entry.warning:

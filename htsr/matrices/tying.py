@@ -32,7 +32,8 @@ def tied(entries: Sequence[Entry]) -> list[Entry]:
     found = list(entries)
     tables: list[int] = []
     copies: set[int] = set()
-    for i in sorted(range(len(found)), key=lambda i: _role(found[i]) == "head"):  # embeddings come first
+    # embeddings before heads, what is shared (T5's `shared`) before what shares it (`decoder.embed_tokens`)
+    for i in sorted(range(len(found)), key=lambda i: (_role(found[i]) == "head", found[i].name.count("."))):
         if not _is_table(found[i]):
             continue
         first = next((j for j in tables if _equal(found[j], found[i])), None)

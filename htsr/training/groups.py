@@ -27,7 +27,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from htsr.errors import UsageError
-from htsr.matrices.entries import base_name
+from htsr.matrices.entries import base_names
 from htsr.matrices.roles import stem
 from htsr.training.slots import Slot, pinned, slot_of, vector_role
 
@@ -81,7 +81,9 @@ def require_fresh(optimizer: torch.optim.Optimizer) -> None:
 
 def parameter_names(module: torch.nn.Module) -> dict[int, str]:
     """Names of the parameters of `module` by their id, wrappers' prefixes removed; a shared one has its first name."""
-    return {id(parameter): base_name(name) for name, parameter in module.named_parameters()}
+    parameters = dict(module.named_parameters())
+    names = base_names(parameters)
+    return {id(parameter): names[name] for name, parameter in parameters.items()}
 
 
 def split_groups(

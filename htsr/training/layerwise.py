@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from htsr.errors import UsageError
-from htsr.matrices.entries import base_name
+from htsr.matrices.entries import base_names
 from htsr.matrices.modules import whole_shape
 from htsr.matrices.sharded import open_live, refuse_flat
 from htsr.training.groups import adapt_state_dict, parameter_names, require_fresh, split_groups
@@ -173,8 +173,9 @@ class Layerwise:
         """
         began = time.perf_counter()
         index = {slot.name: i for i, slot in enumerate(self.slots)}
-        names = ((name, p.requires_grad) for name, p in self.model.named_parameters(remove_duplicate=False))
-        trained = {slot_of(base_name(name), index) for name, trains in names if trains}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        names = base_names(parameters)
+        trained = {slot_of(names[name], index) for name, p in parameters.items() if p.requires_grad}
         frozen = frozenset(i for i, value in enumerate(self.settled) if value is None and i not in trained)
         settled = [1.0 if i in frozen else value for i, value in enumerate(self.settled)]
         wanted = {part for slot, value in zip(self.slots, settled, strict=True) if value is None for part in slot.parts}

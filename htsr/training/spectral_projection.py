@@ -19,7 +19,7 @@ import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from htsr.errors import MatrixError, UsageError
-from htsr.matrices.entries import base_name
+from htsr.matrices.entries import base_names
 from htsr.matrices.sources import Filter, WeightMatrix, open_model
 from htsr.spectra.nudge import Nudge, nudge
 from htsr.spectra.tail import FitMethod
@@ -124,8 +124,9 @@ def _trained(
 ) -> list[tuple[WeightMatrix, torch.Tensor]]:
     """The wanted matrices that are parameters of the optimizer as they stand (not W + ΔW, nor a parametrization)."""
     mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    names = base_names(name for name, _ in model.named_parameters())
     parameters = {
-        base_name(name): parameter
+        names[name]: parameter
         for name, parameter in model.named_parameters()
         if id(parameter) in mine and parameter.requires_grad
     }
