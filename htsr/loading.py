@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from htsr.errors import MissingDependencyError, SourceError
+from htsr.errors import HtsrError, MissingDependencyError, SourceError, UsageError
+from htsr.matrices.hub import is_hub_id, reached
 
 if TYPE_CHECKING:
     import torch
+
+_MOST = {  # beyond the largest models by far; transformers would begin to build whatever it is told
+    "num_hidden_layers": 10_000,
+    "hidden_size": 1_000_000,
+    "vocab_size": 100_000_000,
+    "num_attention_heads": 100_000,
+}
 
 
 def resolve(name: str) -> str:
@@ -30,6 +40,54 @@ def resolve(name: str) -> str:
     return str(path)
 
 
+def load_config(name: str, *, revision: str | None = None, causal: bool = False) -> Any:
+    """A model's configuration as transformers reads it.
+
+    Args:
+        name: as for `load_model`.
+        revision: likewise.
+        causal: insist on one of a causal language model.
+
+    Raises:
+        SourceError: it cannot be read, has no meaning, or is that of another kind of model.
+    """
+    from transformers import AutoConfig
+
+    with _located(name, revision) as (folder, more), _refused(f"the configuration of {name} cannot be read"):
+        config = AutoConfig.from_pretrained(folder, **more)
+    check_config(name, config, causal)
+    return config
+
+
+def check_config(name: str, config: Any, causal: bool = False) -> None:
+    """Insist on sizes that a model may have, and on a causal language model if wanted.
+
+    Args:
+        name: of the model, for the message.
+        config: of transformers.
+        causal: whether the model has to predict the next token from those before.
+
+    Raises:
+        SourceError: it is not.
+    """
+    from transformers.models.auto import modeling_auto as known
+
+    with _refused(f"the configuration of {name} has no meaning"):
+        text = config.get_text_config()
+        for key, most in _MOST.items():
+            value = getattr(text, key, None)
+            if value is not None and (type(value) is not int or not 0 < value <= most):
+                raise ValueError(f"{key} is {value!r:.80}, and not a whole number from 1 to {most:,}")
+    if not causal:
+        return
+    kind = config.model_type
+    alone = kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "is_encoder_decoder", False)
+    encoder = kind in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if encoder or not alone:
+        why = ", but an encoder, which sees the tokens that it would have to predict" if encoder else ""
+        raise SourceError(f"{name} ({kind}) is no causal language model of transformers{why}")
+
+
 def load_model(
     name: str,
     *,
@@ -48,24 +106,28 @@ def load_model(
         four_bit: linear layers but the head in NF4 with double quantisation, computed in `dtype` (QLoRA).
 
     Raises:
-        SourceError: it cannot be loaded.
+        SourceError: it cannot be loaded, or lacks weights, which transformers would draw at random.
         MissingDependencyError: four bits want bitsandbytes.
     """
     import transformers
 
-    folder, more = _where(name, revision)
-    more["dtype"] = dtype or "auto"
-    if four_bit:
-        more["quantization_config"] = _four_bit(name, dtype, more)
-    try:
-        if causal or "gguf_file" in more:  # that format holds language models, and does not name their class
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **more)
-        else:
-            config = transformers.AutoConfig.from_pretrained(folder, **{k: v for k, v in more.items() if k != "dtype"})
-            named = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-            model = named.from_pretrained(folder, **more)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise SourceError(f"{name} could not be loaded: {str(error).splitlines()[0]}") from error
+    with _located(name, revision) as (folder, more):
+        if four_bit:
+            quantized = _four_bit(name, dtype, more)
+        config = load_config(name, revision=revision, causal=causal)
+        options: dict[str, Any] = {**more, "dtype": dtype or "auto", "output_loading_info": True}
+        if four_bit:
+            options["quantization_config"] = quantized
+        kind: Any = transformers.AutoModelForCausalLM
+        if not causal and "gguf_file" not in more:  # that format holds language models, and does not name their class
+            kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+        with _refused(f"{name} could not be loaded"):
+            model, found = kind.from_pretrained(folder, **options)
+            lacking = sorted(set(found["missing_keys"]) & {key for key, _ in model.named_parameters()})
+            if lacking:
+                raise ValueError(
+                    f"its weights lack {lacking[0]}" + (f" and {len(lacking) - 1} more" if len(lacking) > 1 else "")
+                )
     if "gguf_file" in more:  # it holds plain floats now, and may be saved and trained as such
         model.hf_quantizer.remove_quantization_config(model)
     for module in model.modules() if four_bit else ():
@@ -92,24 +154,56 @@ def _four_bit(name: str, dtype: torch.dtype | None, more: dict[str, Any]) -> Any
 def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     """The tokenizer of a model; a missing padding token is made the end-of-text token, padding is on the right.
 
+    Args:
+        name: as for `load_model`.
+        revision: likewise.
+
     Raises:
         SourceError: it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
-    folder, more = _where(name, revision)
-    try:
+    with _located(name, revision) as (folder, more), _refused(f"the tokenizer of {name} could not be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **more)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise SourceError(f"the tokenizer of {name} could not be loaded: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
 
 
-def _where(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+@contextmanager
+def _located(name: str, revision: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What transformers is to be told of where a model is; a hub that does not answer is not asked again and again.
+
+    Raises:
+        SourceError: neither a path nor a model of the hub.
+        UsageError: a revision of a path.
+    """
     path = resolve(name)
-    if path.endswith(".gguf"):
-        return str(Path(path).parent), {"gguf_file": Path(path).name}
-    return path, {"revision": revision} if revision else {}
+    with _refused(f"{name} cannot be read"):
+        exists = Path(path).expanduser().exists()
+    if exists:
+        if revision is not None:
+            raise UsageError(f"a revision belongs to a hub id, and {name} is a local path")
+        where = Path(path).expanduser()
+        if where.is_file() and where.suffix != ".gguf" and where.name != "config.json":
+            raise SourceError(f"{name} is a file; models are run from a folder, a .gguf file or a hub id")
+        is_gguf = where.suffix == ".gguf" and where.is_file()
+        yield str(where.parent if where.is_file() else where), {"gguf_file": where.name} if is_gguf else {}
+    elif not is_hub_id(path):
+        raise SourceError(f"{name} does not exist")
+    else:
+        with reached(path, revision):
+            yield path, {"revision": revision} if revision else {}
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Whatever a library raises on what others wrote, as one sentence."""
+    try:
+        yield
+    except HtsrError:
+        raise
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        raise SourceError(f"{what}: {reason.splitlines()[0]}") from error

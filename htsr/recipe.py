@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import types
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from htsr.errors import MissingDependencyError, SourceError, UsageError
+from htsr.errors import SourceError, UsageError
+from htsr.recipe_values import load_yaml, made
+from htsr.training.arguments import check_lora, check_training
 from htsr.training.block_scores import Strategy
 from htsr.training.sampling import Embedding, FrozenState
 
@@ -27,21 +27,22 @@ _SECTIONS_OF: Mapping[str, tuple[str, ...]] = {
     "owlore": ("sampling", "low_rank"),
     "galore": ("low_rank",),
 }
-_OWN = {
-    "output_dir": "output",
-    "seed": "seed",
-    "model_init_kwargs": "model and dtype",
-    "resume_from_checkpoint": "--resume",
-}
-_LORA_OWN = {
-    "r": "lora.rank",
-    "lora_alpha": "lora.scaling",
-    "lora_dropout": "lora.dropout",
-    "rank_pattern": "lora.score",
-    "alpha_pattern": "lora.score",
-    "target_modules": "htsr",
-    "task_type": "htsr",
-}
+
+
+def _at_least(section: str, least: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UsageError(f"{section}{name} is {value}; it is at least {least}")
+
+
+def _between(section: str, low: float, high: float, *, closed: bool = False, **values: float) -> None:
+    """Insist on numbers between `low` and `high`, the lower end counted where `closed`."""
+    for name, value in values.items():
+        if not (low <= value if closed else low < value) or not value < high:
+            bounds = f"{'at least' if closed else 'above'} {low:g}" + (
+                f" and below {high:g}" if high < math.inf else ""
+            )
+            raise UsageError(f"{section}{name} is {value}; it is {bounds}{' and finite' * (high == math.inf)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,10 @@ class Data:
     evaluation_share: float = 0.05
     multiple_choice: str | None = None
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("data.", 1, limit=self.limit)
+        _between("data.", 0, 1, closed=True, evaluation_share=self.evaluation_share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +95,12 @@ class Sampling:
     outliers: str | None = None
     calibration_samples: int = 64
 
+    def __post_init__(self) -> None:
+        _at_least(
+            "sampling.", 1, active=self.active, interval=self.interval, calibration_samples=self.calibration_samples
+        )
+        _between("sampling.", 0, math.inf, threshold=self.threshold)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
@@ -114,6 +125,10 @@ class LowRank:
     state_dtype: Literal["float32", "bfloat16", "8bit"] = "float32"
     gradients: Literal["keep", "project", "update"] = "keep"
 
+    def __post_init__(self) -> None:
+        _at_least("low_rank.", 1, rank=self.rank, refresh_every=self.refresh_every)
+        _between("low_rank.", 0, math.inf, scale=self.scale)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
@@ -132,6 +147,17 @@ class Lora:
     dropout: float = 0.0
     score: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        from htsr.spectra.metrics import NUMERIC
+
+        _at_least("lora.", 1, rank=self.rank)
+        _between("lora.", 0, math.inf, scaling=self.scaling)
+        _between("lora.", 0, 1, closed=True, dropout=self.dropout)
+        if self.score is not None and self.score not in NUMERIC:
+            raise UsageError(
+                f"lora.score: rows have no metric {self.score!r}; alpha, stable_rank and entropy are usual"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +180,7 @@ class Recipe:
         training: any argument of TRL's ``SFTConfig``: learning_rate, max_steps, max_length, packing, report_to …
 
     Raises:
-        UsageError: a section or a layerwise policy that has no meaning for the method.
+        UsageError: a section or a layerwise policy that has no meaning for the method, or a number out of its range.
     """
 
     model: str
@@ -179,6 +205,14 @@ class Recipe:
             needed = section in wanted and not ("lora" in wanted and section == "sampling")
             if getattr(self, section) is None and needed:
                 object.__setattr__(self, section, make())
+        _between("", 0, 2**32, closed=True, seed=self.seed)
+        for name in ("model", "output"):
+            if not getattr(self, name).strip() or "\0" in getattr(self, name):
+                raise UsageError(f"{name} is empty")
+        by_spectra = self.sampling is not None and self.sampling.strategy in ("alpha", "erg", "snr")
+        if not self.spectra and (by_spectra or (self.lora is not None and self.lora.score is not None)):
+            what = f"sampling.strategy {self.sampling.strategy}" if self.sampling and by_spectra else "lora.score"
+            raise UsageError(f"{what} needs spectra: true")
         if self.layerwise != "none" and self.lora is not None:
             raise UsageError(
                 f"layerwise sets learning rates of whole matrices, which the method {self.method} does not train"
@@ -194,13 +228,14 @@ def read_recipe(path: str, changes: Mapping[str, Any] | None = None) -> Recipe:
 
     Raises:
         SourceError: no such file, or no YAML.
-        UsageError: an unknown key or a value of the wrong kind, with its place.
+        UsageError: an unknown key, or a value of the wrong kind or out of its range, with its place.
+        MissingDependencyError: TRL is not installed.
     """
     file = Path(path)
-    if not file.exists() and (FOLDER / f"{path}.yaml").exists():
-        file = FOLDER / f"{path}.yaml"
     try:
-        content = _load_yaml(file.read_text(encoding="utf-8"))
+        if not file.exists() and (FOLDER / f"{path}.yaml").exists():
+            file = FOLDER / f"{path}.yaml"
+        content = load_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
         known = ", ".join(sorted(found.stem for found in FOLDER.glob("*.yaml")))
         raise SourceError(f"{path} is neither a file nor one of the recipes {known}") from error
@@ -215,100 +250,8 @@ def read_recipe(path: str, changes: Mapping[str, Any] | None = None) -> Recipe:
             for k, v in content.items()
             if k not in ("sampling", "low_rank", "lora") or k in _SECTIONS_OF.get(str(changes["method"]), ())
         }
-    recipe: Recipe = _made(Recipe, content, file.name)
+    recipe: Recipe = made(Recipe, content, file.name)
     check_training(recipe.training)
     if recipe.lora is not None:
-        check_lora(recipe.lora.options)
+        check_lora(recipe.lora)
     return recipe
-
-
-def check_training(training: Mapping[str, Any]) -> None:
-    """Insist that every key is an argument of SFTConfig that the recipe does not set elsewhere.
-
-    Raises:
-        UsageError: it is not.
-        MissingDependencyError: TRL is not installed.
-    """
-    try:
-        from trl.trainer.sft_config import SFTConfig
-    except ImportError as error:
-        raise MissingDependencyError("fine-tuning needs TRL: pip install 'htsr[finetune]'") from error
-    _insist_on_arguments("training", training, SFTConfig, _OWN)
-
-
-def check_lora(options: Mapping[str, Any]) -> None:
-    """Insist that every key is an argument of LoraConfig that the recipe does not set elsewhere, and that W stays.
-
-    Raises:
-        UsageError: it is not, or the adapters' start would change the weights that they are merged into at the end.
-    """
-    from peft import LoraConfig
-
-    _insist_on_arguments("lora.options", options, LoraConfig, _LORA_OWN)
-    start = options.get("init_lora_weights", True)
-    if start not in (True, "gaussian", "orthogonal"):
-        raise UsageError(
-            f"lora.options.init_lora_weights: {start} changes the weights or wants a step of its own; take PEFT itself"
-        )
-
-
-def _insist_on_arguments(section: str, given: Mapping[str, Any], kind: Any, own: Mapping[str, str]) -> None:
-    known = {f.name for f in fields(kind)}
-    for key in given:
-        if key in own:
-            raise UsageError(f"{section}.{key} is set by {own[key]}")
-        if key not in known:
-            raise UsageError(f"{section}.{key} is no argument of {kind.__name__}{_nearest(key, known)}")
-
-
-def _load_yaml(text: str) -> Any:
-    import yaml
-
-    Loader: Any = type("Loader", (yaml.SafeLoader,), {})  # YAML 1.1 takes 1e-4 for a word; here it is a number
-    number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error).replace("\n", " ")) from error
-
-
-def _made(kind: Any, content: Mapping[str, Any], where: str) -> Any:
-    hints = get_type_hints(kind)
-    for key in content:
-        if key not in hints:
-            raise UsageError(f"{where}: unknown key {key}{_nearest(key, hints)}")
-    for f in fields(kind):
-        missing = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if missing and f.name not in content:
-            raise UsageError(f"{where}: the key {f.name} is missing")
-    return kind(**{key: _value(hints[key], value, f"{where}: {key}") for key, value in content.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        if dataclasses.is_dataclass(option) and isinstance(value, dict):
-            return _made(option, value, where)
-        if get_origin(option) is Literal:
-            if value in get_args(option):
-                return value
-            raise UsageError(f"{where} is one of {', '.join(map(str, get_args(option)))}, not {value!r}")
-        if get_origin(option) is Mapping and isinstance(value, dict):
-            return value
-        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if option in (int, str, bool) and type(value) is option:
-            return value
-    kinds = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
-    wanted = " or ".join(kinds.get(option, "a section of keys") for option in options if option is not type(None))
-    raise UsageError(f"{where} is {wanted}, not {value!r}")
-
-
-def _nearest(key: Any, known: Any) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(str(key), list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}" if len(known) < 20 else ""

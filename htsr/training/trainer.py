@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.sft_trainer import SFTTrainer
 
 from htsr.errors import UsageError
 from htsr.training.callbacks import LayerSamplerCallback, LayerwiseCallback
+from htsr.training.checkpoints import Checkpoint, LossSum
 from htsr.training.layerwise import layerwise
 from htsr.training.lowrank import LowRankAdamW
 from htsr.training.lowrank_groups import low_rank_groups
@@ -29,12 +27,25 @@ class FinetuneTrainer(SFTTrainer):
     Args:
         recipe: method, low_rank, layerwise and seed are read.
         sampler: of the model's blocks, where they are sampled.
+        checkpoint: that training will go on from.
         arguments: of SFTTrainer.
+
+    Attributes:
+        losses: sum of the training loss, over the pieces of an interrupted run.
     """
 
-    def __init__(self, *, recipe: Recipe, sampler: LayerSampler | None = None, **arguments: Any) -> None:
-        self.recipe, self.sampler = recipe, sampler
-        super().__init__(callbacks=[LayerSamplerCallback(sampler)] if sampler else None, **arguments)
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        sampler: LayerSampler | None = None,
+        checkpoint: Checkpoint | None = None,
+        **arguments: Any,
+    ) -> None:
+        self.recipe, self.sampler, self.checkpoint = recipe, sampler, checkpoint
+        self.losses = LossSum(checkpoint)
+        callbacks = [self.losses, *([LayerSamplerCallback(sampler)] if sampler else [])]
+        super().__init__(callbacks=callbacks, **arguments)
         if recipe.method == "qlora":  # TRL has put adapters in bfloat16, where small updates are lost
             assert self.model is not None
             for parameter in self.model.parameters():
@@ -42,6 +53,34 @@ class FinetuneTrainer(SFTTrainer):
                     parameter.data = parameter.data.float()
         if recipe.layerwise != "none":
             self.add_callback(LayerwiseCallback(self))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of one batch.
+
+        Args:
+            args: as in the Trainer.
+            kwargs: likewise.
+
+        Returns:
+            The loss, a scalar on the device.
+        """
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.losses.add(loss)
+        return loss
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's plan; no epoch of it where the checkpoint is as far, or one more step would be trained.
+
+        Args:
+            args: as in the Trainer.
+            kwargs: likewise.
+
+        Returns:
+            Epochs first and steps last.
+        """
+        _, *others = plan = super().set_initial_training_values(*args, **kwargs)
+        done = self.checkpoint is not None and self.checkpoint.step >= plan[-1]
+        return (0, *others) if done else plan
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer over all trainable parameters; made before blocks are frozen.
@@ -89,10 +128,10 @@ class FinetuneTrainer(SFTTrainer):
         if checkpoint is None or self.sampler is None or not self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[no-untyped-call]
             return
-        done = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
         assert self.optimizer is not None
+        assert self.checkpoint is not None
         self.sampler.attach(self.optimizer)
-        with self.sampler.loading(done):
+        with self.sampler.loading(self.checkpoint.step):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[no-untyped-call]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

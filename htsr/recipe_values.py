@@ -1,0 +1,125 @@
+"""YAML into frozen dataclasses: every key known, every value of its kind, sizes bounded."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from htsr.errors import UsageError
+
+MOST_CHARACTERS, MOST_VALUES, MOST_ENTRIES = 30_000, 10_000, 2_000
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML text says, with numbers as in 1e-4 for numbers.
+
+    Raises:
+        ValueError: no YAML, or one of a size that no recipe has, its anchors written out.
+    """
+    import yaml
+
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"a text of more than {MOST_CHARACTERS:,} characters is no recipe")
+    if sum(map(text.count, "[{,\n")) > MOST_ENTRIES:  # the parser is slow, and takes the square of a depth
+        raise ValueError(f"more than {MOST_ENTRIES:,} entries: no recipe has as many")
+    Loader: Any = type("Loader", (yaml.SafeLoader,), {})  # YAML 1.1 takes 1e-4 for a word; here it is a number
+    number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    try:
+        loader = Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is not None:
+                _written_out(node, {})
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError:
+        raise ValueError("sections inside sections without end") from None
+    except Exception as error:  # besides its own errors, those of dates, numbers and keys
+        raise ValueError(" ".join(str(error).split())[:300]) from error
+
+
+def _written_out(node: Any, known: dict[int, int]) -> int:
+    """Values under a node with its anchors written out.
+
+    Raises:
+        ValueError: too many, or a node that holds itself.
+    """
+    if id(node) in known:
+        if known[id(node)] == 0:
+            raise ValueError("an anchor that holds itself")
+        return known[id(node)]
+    known[id(node)] = 0
+    inner = node.value if isinstance(node.value, list) else []
+    parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+    size = 1 + sum(_written_out(part, known) for part in parts)
+    if size > MOST_VALUES:
+        raise ValueError(f"more than {MOST_VALUES:,} values, anchors written out: no recipe has as many")
+    known[id(node)] = size
+    return size
+
+
+def made(kind: Any, content: Mapping[str, Any], where: str) -> Any:
+    """The dataclass `kind` of keys and values.
+
+    Raises:
+        UsageError: an unknown or missing key, or a value of another kind, with its place.
+    """
+    hints = get_type_hints(kind)
+    for key in content:
+        if key not in hints:
+            raise UsageError(f"{where}: unknown key {str(key)[:80]}{nearest(key, hints)}")
+    for f in fields(kind):
+        missing = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if missing and f.name not in content:
+            raise UsageError(f"{where}: the key {f.name} is missing")
+    try:
+        return kind(**{key: _value(hints[key], value, f"{where}: {key}") for key, value in content.items()})
+    except UsageError as error:
+        raise error if str(error).startswith(where) else UsageError(f"{where}: {error}") from None
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, dict):
+            return made(option, value, where)
+        if get_origin(option) is Literal:
+            if isinstance(value, str) and value in get_args(option):
+                return value
+            raise UsageError(f"{where} is one of {', '.join(map(str, get_args(option)))}, not {kind_of(value)}")
+        if get_origin(option) is Mapping and isinstance(value, dict):
+            return value
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except OverflowError:
+                break
+        if option in (int, str, bool) and type(value) is option:
+            return value
+    kinds = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    wanted = " or ".join(kinds.get(option, "a section of keys") for option in options if option is not type(None))
+    raise UsageError(f"{where} is {wanted}, not {kind_of(value)}")
+
+
+def kind_of(value: Any) -> str:
+    """A value for a message: whole where it is short."""
+    if isinstance(value, (dict, list)):
+        return "a section of keys" if isinstance(value, dict) else "a list"
+    text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a number beyond reason"
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def nearest(key: Any, known: Any) -> str:
+    """What may have been meant by `key`."""
+    import difflib
+
+    near = difflib.get_close_matches(str(key)[:80], list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}" if len(known) < 20 else ""

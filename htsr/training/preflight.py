@@ -1,0 +1,164 @@
+"""What can be known before a model is loaded: the folder, the data, the tokenizer, the checkpoint to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from htsr.errors import HtsrError, UsageError
+from htsr.loading import load_config, load_tokenizer
+from htsr.outliers import Outliers
+from htsr.record_forms import Record, form_of
+from htsr.records import read_records, split
+from htsr.training.checkpoints import Checkpoint, last_checkpoint
+from htsr.training.labels import check_labels, check_tokenizer, check_vocabulary, count_labels
+from htsr.training.saving import RESULTS
+
+if TYPE_CHECKING:
+    from htsr.recipe import Recipe
+
+PREPARED = ("spectra_before.npz", "accuracy_before.json", "outliers.json")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run begins with.
+
+    Attributes:
+        tokenizer: of the model.
+        train: records to train on.
+        held_out: records for the evaluation loss.
+        questions: for the accuracy.
+        checkpoint: to go on from.
+    """
+
+    tokenizer: Any
+    train: list[Record]
+    held_out: list[Record]
+    questions: list[Record]
+    checkpoint: Checkpoint | None
+
+
+def check_sharding(recipe: Recipe, arguments: Any) -> None:
+    """Refuse what the method cannot do sharded, and have ZeRO-3 save whole weights.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    plugin: Any = getattr(arguments, "deepspeed_plugin", None)
+    stage = plugin.zero_stage if plugin is not None else 0
+    if stage and (recipe.sampling is not None or recipe.low_rank is not None):
+        raise UsageError(
+            f"method: {recipe.method} needs the model's own matrices, and DeepSpeed's ZeRO flattens them: take DDP or "
+            "FSDP2"
+        )
+    if recipe.method == "qlora" and (stage == 3 or arguments.fsdp):
+        raise UsageError("method: qlora keeps a copy of the model in 4 bits on each process: take DDP or ZeRO-2")
+    if stage == 3:
+        if recipe.data.multiple_choice:
+            raise UsageError("data.multiple_choice: ZeRO-3 holds no whole model to ask; ask the saved one afterwards")
+        zero = plugin.hf_ds_config.config["zero_optimization"]
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Insist on a folder that no run has trained in, or on one to go on with.
+
+    What a run left that ended before its training (`PREPARED`) does not count: the next one makes it anew.
+
+    Raises:
+        UsageError: it is a file, or holds a run or anything else.
+        HtsrError: it cannot be read.
+    """
+    try:
+        if output.exists() and not output.is_dir():
+            raise UsageError(f"output: {output} is a file; name a folder")
+        holder = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+        if not holder.is_dir():
+            raise UsageError(f"output: {output} cannot be a folder, {holder} is a file")
+        found = [path for path in output.iterdir() if path.name not in PREPARED] if output.is_dir() else []
+    except OSError as error:
+        raise HtsrError(f"output: {output} cannot be used: {error.strerror}") from error
+    if found and not resume:
+        raise UsageError(f"{output} is not empty; --resume goes on with the run in it, or name another output")
+
+
+def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[str], None]) -> Prepared:
+    """Read data and tokenizer, and see that they go together with the model's configuration.
+
+    Args:
+        recipe: of the run.
+        arguments: TRL's.
+        resume: whether checkpoints are looked for.
+        say: told how many records there are, and what cutting takes of them.
+
+    Raises:
+        UsageError: nothing to learn from, or nothing to evaluate on where that is asked for.
+        SourceError: model, data or outliers that cannot be had or do not go together.
+    """
+    output = Path(recipe.output)
+    checkpoint = last_checkpoint(output) if resume else None
+    if recipe.sampling is not None and recipe.sampling.outliers:
+        Outliers.load(recipe.sampling.outliers).distribution(recipe.sampling.threshold)
+    data = recipe.data
+    train, held_out = split(read_records(data.train), 0.0 if data.evaluation else data.evaluation_share, recipe.seed)
+    train = train[: data.limit]
+    held_out = read_records(data.evaluation) if data.evaluation else held_out
+    questions = read_records(data.multiple_choice) if data.multiple_choice else []
+    if any(form_of(record) != "question" for record in questions):
+        raise UsageError(
+            f"data.multiple_choice: {data.multiple_choice} holds records without question, choices, answer"
+        )
+    say(f"{len(train)} training records, {len(held_out)} held out, {len(questions)} questions")
+    config = load_config(recipe.model, revision=recipe.revision, causal=True)
+    tokenizer = load_tokenizer(recipe.model, revision=recipe.revision)
+    check_tokenizer(recipe.model, tokenizer, [*train, *held_out], arguments)
+    found = count_labels(train, tokenizer, arguments)
+    check_labels(found, arguments, "training records")
+    highest = found.highest
+    if found.cut:
+        say(f"max_length {arguments.max_length}: {found}")
+    if held_out:
+        held = count_labels(held_out, tokenizer, arguments)
+        highest = max(highest, held.highest)
+        if held.empty == held.records:
+            say(f"max_length {arguments.max_length}: none of the {held.records} held-out records keeps a label")
+            held_out = []
+    if not held_out and (_word(arguments.eval_strategy) != "no" or arguments.eval_on_start):
+        key = "eval_on_start" if arguments.eval_on_start else "eval_strategy"
+        raise UsageError(
+            f"training.{key} wants held-out records: set data.evaluation, data.evaluation_share, max_length"
+        )
+    if questions:
+        whole = _Whole()
+        highest = max(highest, count_labels(questions, tokenizer, whole).highest)
+    check_vocabulary(recipe.model, highest, int(config.get_text_config().vocab_size))
+    return Prepared(tokenizer, train, held_out, questions, checkpoint)
+
+
+def begin_folder(output: Path, ranks: Any, resume: bool) -> None:
+    """Make the folder, on the first process; without `resume` what an earlier start left in it goes.
+
+    Raises:
+        HtsrError: it cannot be made.
+    """
+    if ranks.is_main_process:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            for name in (RESULTS,) if resume else PREPARED:
+                (output / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise HtsrError(f"output: {output} cannot be made: {error.strerror}") from error
+    ranks.wait_for_everyone()
+
+
+class _Whole:
+    """Questions are asked whole."""
+
+    max_length, packing, packing_strategy, truncation_mode, completion_only_loss = None, False, "", "keep_start", None
+
+
+def _word(value: Any) -> str:
+    return str(getattr(value, "value", value))
