@@ -17,7 +17,7 @@ from htsr.files import check_writable
 from htsr.journal import Journal
 from htsr.matrices.sources import Filter, open_model
 from htsr.reporting import tables
-from htsr.spectra.esd import Windows
+from htsr.spectra.windows import Windows
 from htsr.training.memory import METHODS, MemoryPlans, TrainingMethod, embeddings_fit, predict_memory
 
 if TYPE_CHECKING:

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from htsr.errors import HtsrError, MatrixError, MissingDependencyError, SourceError, UsageError
     from htsr.matrices.sources import Filter, Model, WeightMatrix
     from htsr.outliers import OutlierRow, Outliers, measure_outliers
-    from htsr.spectra.esd import ESD, Windows, esd
+    from htsr.spectra.esd import ESD, esd
     from htsr.spectra.metrics import LayerMetrics, Options
     from htsr.spectra.projection import project_tail, remove_traps
     from htsr.spectra.tail import PowerLawFit, fit_power_law
+    from htsr.spectra.windows import Windows
     from htsr.surgery import project
     from htsr.training.adapters import lora_config
     from htsr.training.callbacks import LayerSamplerCallback
@@ -40,10 +41,11 @@ _HOMES = {
     "htsr.errors": ("HtsrError", "MatrixError", "MissingDependencyError", "SourceError", "UsageError"),
     "htsr.matrices.sources": ("Filter", "Model", "WeightMatrix"),
     "htsr.outliers": ("OutlierRow", "Outliers", "measure_outliers"),
-    "htsr.spectra.esd": ("ESD", "Windows", "esd"),
+    "htsr.spectra.esd": ("ESD", "esd"),
     "htsr.spectra.metrics": ("LayerMetrics", "Options"),
     "htsr.spectra.projection": ("project_tail", "remove_traps"),
     "htsr.spectra.tail": ("PowerLawFit", "fit_power_law"),
+    "htsr.spectra.windows": ("Windows",),
     "htsr.surgery": ("project",),
     "htsr.training.adapters": ("lora_config",),
     "htsr.training.callbacks": ("LayerSamplerCallback",),

@@ -5,7 +5,7 @@ Pure functions of numbers; they know neither models nor optimizers. A larger sco
 
 What is not a number has a meaning of its own: NaN is "not known" and gets the neutral budget (a multiplier of
 `missing`, an average share), ±inf counts as the largest or smallest finite score. In a map to multipliers so does a
-wild score, lest it squeeze all others together: one of at least three that lies farther from their median than 5 times
+wild score, lest it squeeze all others together: one of at least three that lies farther from their median than 10 times
 the larger of the median size |score| and the range of the middle scores (the outermost tenth on each side, at least
 one score, left out). A minority that differs as layers do, such as α = 2.7 among many of 2.0, is far within.
 
@@ -42,7 +42,7 @@ Bounds: TypeAlias = tuple[float, float]
 
 _EQUAL = 1e-9  # relative differences below it are rounding, not information
 _BISECTIONS = 200
-_WILD = 5.0  # how many times the usual size or range a score may lie from the median
+_WILD = 10.0  # how many times the usual size or range a score may lie from the median
 _OUTER = 0.1  # share of the scores, on each side, that says nothing on what is usual
 
 

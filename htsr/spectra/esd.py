@@ -12,10 +12,13 @@ The routes to it:
             precision.
 ``lanczos`` stochastic Lanczos quadrature (`htsr.spectra.lanczos`), for matrices too large for the others; an
             approximation that states its error.
-``factors`` of a matrix that is known as a product (`htsr.spectra.product`): exact, and only its rank many are not 0.
-``auto``    ``factors`` where there are some; else ``gram``, then ``svd`` where a matrix of M ≤ 1024 has eigenvalues
-            that the Gram matrix cannot resolve; and ``lanczos`` where M > 16384. The row names the route taken.
+``factors`` a matrix that is known as a product (`htsr.spectra.product`), from its factors; not to be asked for.
+``auto``    ``factors`` where there are some; else ``gram``, again in float64 where float32 has left eigenvalues
+            unresolved; then ``svd`` where numbers stored in float64 have eigenvalues that the Gram matrix cannot
+            resolve; and ``lanczos`` where M > 16384. The row of a matrix names the route that was taken.
 =========== ========================================================================================================
+
+What the stored numbers themselves do not resolve is 0 on every route: see `htsr.spectra.resolution`.
 
 On a CPU the work is done by NumPy's LAPACK up to M = 2048 and by torch's beyond, whose reduction to tridiagonal form is
 faster there where torch has MKL; on an accelerator by torch.
@@ -23,15 +26,19 @@ faster there where torch has MKL; on an accelerator by torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from htsr.errors import MatrixError, UsageError
+from htsr.spectra.attempts import attempted
 from htsr.spectra.product import Product
+from htsr.spectra.resolution import distinct, equal_within, without_rounding
+from htsr.spectra.windows import Windows
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +48,8 @@ Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 Route: TypeAlias = Literal["auto", "gram", "svd", "lanczos"]
 Precision: TypeAlias = Literal["auto", "float32", "float64"]
 
-SVD_REFINES_UP_TO = 1024
 LANCZOS_FROM = 16384
+MIN_EIGENVALUES = 8  # with fewer there is no tail to speak of
 BATCH_UP_TO = 500
 _TORCH_FROM = 2048
 _CHUNK = 1 << 20  # elements that are up-cast at a time while a Gram matrix is accumulated
@@ -54,13 +61,15 @@ class ESD:
     """Eigenvalues of one matrix, or of equal-shape pieces pooled (slices of a kernel, windows).
 
     Attributes:
-        eigenvalues: (K,) float64, ascending, K = M · pieces; exactly 0 where below the route's resolution.
+        eigenvalues: (K,) float64, ascending, K = M · pieces; exactly 0 where below the resolution of the stored
+            numbers or of the route.
         M: smaller side of a piece.
         N: larger side of a piece.
         pieces: matrices pooled in `eigenvalues`.
         route: what computed them, e.g. ``"gram/float64"``.
         error: standard error of the distribution function, largest over λ; None where the route is exact.
         replicates: (probes, K) leave-one-probe-out eigenvalues of the ``lanczos`` route, for jackknife errors.
+        equal_within: relative difference of eigenvalues that are equal but for rounding.
     """
 
     eigenvalues: npt.NDArray[np.float64] = field(repr=False)
@@ -70,69 +79,32 @@ class ESD:
     route: str
     error: float | None = None
     replicates: npt.NDArray[np.float64] | None = field(default=None, repr=False)
+    equal_within: float = 1e-6
 
     @property
     def Q(self) -> float:
         """Aspect ratio N/M ≥ 1."""
         return self.N / self.M
 
+    def require_tail(self) -> None:
+        """Refuse a spectrum that has no tail to speak of, so that no exponent of it would mean anything.
+
+        Raises:
+            MatrixError: fewer than `MIN_EIGENVALUES` eigenvalues above the resolution (status ``tiny``), or of those
+                fewer that differ by more than rounding (``degenerate``), as of an orthogonal matrix.
+        """
+        rank = self.positive.size
+        if rank < MIN_EIGENVALUES:
+            beyond = "" if rank == self.eigenvalues.size else " above the resolution"
+            raise MatrixError("tiny", f"{rank} eigenvalue{'' if rank == 1 else 's'}{beyond}, too few for a fit")
+        if (found := distinct(self.positive, self.equal_within, MIN_EIGENVALUES)) < MIN_EIGENVALUES:
+            are = "all eigenvalues are equal" if found == 1 else f"{found} distinct eigenvalues"
+            raise MatrixError("degenerate", f"{are} but for rounding, so there is no tail to fit")
+
     @property
     def positive(self) -> npt.NDArray[np.float64]:
-        """The eigenvalues above the route's resolution, ascending."""
+        """The eigenvalues above the resolution, ascending."""
         return self.eigenvalues[np.searchsorted(self.eigenvalues, 0.0, side="right") :]
-
-
-@dataclass(frozen=True)
-class Windows:
-    """FARMS windows: equal-shape submatrices that all share one aspect ratio, and so one shape null.
-
-    Up to `count` × `count` windows of `rows` × int(rows · aspect) entries, evenly spread, the last one touching the
-    edge. A window larger than the matrix shrinks to it and keeps its aspect.
-
-    Attributes:
-        rows: rows of a window. Published: 2000 for LLMs, 100 for CNNs.
-        count: windows along each axis. Published: 10-15 for LLMs, 9 for CNNs.
-        aspect: columns per row.
-
-    Raises:
-        UsageError: rows or count below 1, or an aspect that is not positive.
-
-    Source: FARMS (ICML 2025).
-    """
-
-    rows: int
-    count: int
-    aspect: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.rows < 1 or self.count < 1 or not self.aspect > 0:
-            raise UsageError(f"windows need rows ≥ 1, count ≥ 1 and aspect > 0, not {self}")
-
-    def slices(self, shape: tuple[int, int]) -> list[tuple[slice, slice]]:
-        """Row and column slices of the windows, row by row.
-
-        Args:
-            shape: (m, n) of the matrix.
-
-        Returns:
-            Up to `count`² pairs; fewer where the matrix has no room for that many different ones.
-        """
-        m, n = shape
-        rows = max(1, min(self.rows, m, int(n / self.aspect)))
-        columns = max(1, min(int(rows * self.aspect), n))
-        return [
-            (slice(i, i + rows), slice(j, j + columns))
-            for i in _starts(m, rows, self.count)
-            for j in _starts(n, columns, self.count)
-        ]
-
-
-def _starts(length: int, window: int, count: int) -> list[int]:
-    last = length - window
-    if count == 1 or last == 0:
-        return [0]
-    stride = max(1, last // (count - 1))
-    return sorted({min(i * stride, last) for i in range(count - 1)} | {last})
 
 
 def esd(
@@ -143,6 +115,7 @@ def esd(
     device: str = "cpu",
     windows: Windows | None = None,
     seed: int = 0,
+    stored: str | None = None,
 ) -> ESD:
     """Eigenvalues of the smaller Gram matrix of `matrix`.
 
@@ -154,13 +127,15 @@ def esd(
         device: where it runs: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         windows: pool the ESDs of these windows (of each piece) instead.
         seed: of the random probes of the ``lanczos`` route.
+        stored: dtype that the numbers were stored in, as torch names it; that of `matrix` by default.
 
     Returns:
         The `ESD`, in units of squared entries (singular values squared).
 
     Raises:
-        MatrixError: the matrix is empty (status ``empty``), has NaN, infinite or overflowing entries (``nan``), or the
-            route does not apply to it (``unsupported``).
+        MatrixError: the matrix is empty (status ``empty``), has NaN, infinite or overflowing entries (``nan``), or so
+            small ones that their squares vanish (``underflow``), the route does not apply to it (``unsupported``), or
+            the computation fails, as for lack of memory (``failed``).
         UsageError: unknown route, or a matrix that is neither 2-D nor 3-D.
     """
     if matrix.ndim not in (2, 3):
@@ -169,24 +144,23 @@ def esd(
         raise MatrixError("empty", f"the matrix has no entries (shape {tuple(matrix.shape)})")
     if route not in ("auto", "gram", "svd", "lanczos"):
         raise UsageError(f"unknown route {route!r}: auto, gram, svd or lanczos")
-    if dtype == "auto":
-        dtype = "float64" if device == "cpu" else "float32"
+    automatic, dtype = dtype == "auto", _precision(dtype, device)
+    stored = stored or _dtype(matrix)
 
     if isinstance(matrix, Product):
         if route == "auto" and windows is None:
             values = matrix.eigenvalues()
             _require_finite(values.sum())
             M, N = sorted(matrix.shape[-2:])
-            return ESD(values, M=M, N=N, pieces=values.size // M, route="factors/float64")
+            within = equal_within(M, M, stored)
+            return ESD(values, M, N, values.size // M, route="factors/float64", equal_within=within)
         matrix = matrix.dense()
 
     parts = _pieces(matrix, windows)
     M, N = sorted(parts[0].shape[-2:])
+    refine = route == "auto"
     if route == "auto":
         route = "lanczos" if M > LANCZOS_FROM else "gram"
-        refine = M <= SVD_REFINES_UP_TO
-    else:
-        refine = False
     if route == "lanczos":
         from htsr.spectra.lanczos import lanczos_esd
 
@@ -194,11 +168,33 @@ def esd(
             raise MatrixError("unsupported", "the lanczos route takes one whole matrix, without windows or pieces")
         return lanczos_esd(parts[0], device=device, seed=seed)
 
-    values = _eigenvalues(parts, route, dtype, device)
-    if refine and values[0] == 0.0 and values[-1] > 0.0:
+    found = attempted(lambda: _eigenvalues(parts, route, dtype, device, stored))
+    if automatic and dtype == "float32" and (isinstance(found, MatrixError) or _unresolved(found)):
+        dtype = "float64"
+        found = attempted(lambda: _eigenvalues(parts, route, dtype, device, stored))
+    if isinstance(found, MatrixError):
+        raise found
+    values = found
+    if refine and dtype == stored == "float64" and _unresolved(values):
         route = "svd"
-        values = _eigenvalues(parts, route, dtype, device)
-    return ESD(values, M=M, N=N, pieces=values.size // M, route=f"{route}/{dtype}")
+        values = _eigenvalues(parts, route, dtype, device, stored)
+    within = equal_within(M, N, stored)
+    return ESD(values, M, N, values.size // M, route=f"{route}/{dtype}", equal_within=within)
+
+
+def _precision(dtype: Precision, device: str) -> Literal["float32", "float64"]:
+    if dtype == "auto":
+        return "float64" if device == "cpu" else "float32"
+    return dtype
+
+
+def _dtype(matrix: Array | Product) -> str:
+    numbers = matrix.left if isinstance(matrix, Product) else matrix
+    return str(numbers.dtype).removeprefix("torch.")
+
+
+def _unresolved(values: npt.NDArray[np.float64]) -> bool:
+    return bool(values[0] == 0.0 and values[-1] > 0.0)
 
 
 def esd_batch(
@@ -209,6 +205,7 @@ def esd_batch(
     device: str = "cpu",
     windows: Windows | None = None,
     seed: int = 0,
+    stored: Sequence[str | None] | None = None,
 ) -> list[ESD | MatrixError]:
     """`esd` of several matrices of one shape; what cannot be decomposed gives its error, and the others their ESD.
 
@@ -222,6 +219,7 @@ def esd_batch(
         device: as in `esd`.
         windows: as in `esd`.
         seed: as in `esd`, the same for each.
+        stored: as in `esd`, one for each.
 
     Returns:
         In the order of `matrices`, an `ESD` or the `MatrixError` that `esd` would raise.
@@ -229,6 +227,7 @@ def esd_batch(
     Raises:
         UsageError: as `esd`.
     """
+    kinds = [kind or _dtype(matrix) for kind, matrix in zip(stored or [None] * len(matrices), matrices, strict=True)]
     if (
         len(matrices) > 1
         and device == "cpu"
@@ -237,21 +236,26 @@ def esd_batch(
         and matrices[0].ndim == 2
         and not any(isinstance(matrix, Product) for matrix in matrices)
     ):
-        kind: Precision = "float64" if dtype == "auto" else dtype
-        grams = np.stack([gram(as_numpy(matrix), kind) for matrix in matrices])
-        if np.isfinite(grams.sum(dtype=np.float64)):
-            M, N = sorted(matrices[0].shape)
-            values = _resolved(np.linalg.eigvalsh(grams).astype(np.float64), "gram", kind, (M, N))
-            if route == "gram" or (values[:, 0] > 0).all():
-                return [ESD(row, M=M, N=N, pieces=1, route=f"gram/{kind}") for row in values]
+        kind = _precision(dtype, device)
+        M, N = sorted(matrices[0].shape)
+        values = attempted(lambda: _together(matrices, kind))
+        if not isinstance(values, MatrixError):
+            rows = [_resolved(row, "gram", kind, (M, N), own) for row, own in zip(values, kinds, strict=True)]
+            if route == "gram" or "float64" not in kinds or not any(_unresolved(row) for row in rows):
+                return [
+                    ESD(row, M, N, 1, route=f"gram/{kind}", equal_within=equal_within(M, N, own))
+                    for row, own in zip(rows, kinds, strict=True)
+                ]
 
-    def attempt(matrix: Array | Product) -> ESD | MatrixError:
-        try:
-            return esd(matrix, route=route, dtype=dtype, device=device, windows=windows, seed=seed)
-        except MatrixError as error:
-            return error
+    how: dict[str, Any] = {"route": route, "dtype": dtype, "device": device, "windows": windows, "seed": seed}
+    return [attempted(partial(esd, matrix, stored=own, **how)) for matrix, own in zip(matrices, kinds, strict=True)]
 
-    return [attempt(matrix) for matrix in matrices]
+
+def _together(matrices: Sequence[Any], dtype: Precision) -> npt.NDArray[np.float64]:
+    grams = np.stack([gram(as_numpy(matrix), dtype) for matrix in matrices])
+    for own, matrix in zip(grams, matrices, strict=True):
+        _require_squares(own.max(), dtype, lambda matrix=matrix: as_numpy(matrix).any())  # type: ignore[misc]
+    return np.linalg.eigvalsh(grams).astype(np.float64)
 
 
 def _pieces(matrix: Array, windows: Windows | None) -> list[Array]:
@@ -260,19 +264,24 @@ def _pieces(matrix: Array, windows: Windows | None) -> list[Array]:
     return [matrix[..., rows, columns] for rows, columns in windows.slices((matrix.shape[-2], matrix.shape[-1]))]
 
 
-def _eigenvalues(parts: list[Array], route: str, dtype: str, device: str) -> npt.NDArray[np.float64]:
+def _eigenvalues(parts: list[Array], route: str, dtype: str, device: str, stored: str) -> npt.NDArray[np.float64]:
     """All eigenvalues of all parts, ascending, those below the resolution of their own part set to 0."""
+    if device.startswith("mps") and dtype == "float64":  # which is not known there
+        device = "cpu"
     solve = _solve_cpu if device == "cpu" else _solve_torch
-    pooled = [_resolved(solve(part, route, dtype, device), route, dtype, part.shape) for part in parts]
+    pooled = [_resolved(solve(part, route, dtype, device), route, dtype, part.shape, stored) for part in parts]
     return np.sort(np.concatenate([values.ravel() for values in pooled]))
 
 
-def _resolved(values: npt.NDArray[np.float64], route: str, dtype: str, shape: tuple[int, ...]) -> Floats:
+def _resolved(
+    values: npt.NDArray[np.float64], route: str, dtype: str, shape: tuple[int, ...], stored: str
+) -> npt.NDArray[np.float64]:
     if not np.isfinite(values).all():
         raise MatrixError("nan", "the matrix has NaN, infinite or overflowing entries")
     eps = float(np.finfo(dtype).eps)
     smallest = (max(shape[-2:]) * eps) ** 2 if route == "svd" else _SAFETY * eps
-    return np.where(values > smallest * values.max(axis=-1, keepdims=True), values, 0.0)
+    found = np.where(values > smallest * values.max(axis=-1, keepdims=True), values, 0.0)
+    return without_rounding(found, max(shape[-2:]), stored)
 
 
 def gram(matrix: npt.NDArray[Any], dtype: Precision = "float64") -> Floats:
@@ -308,7 +317,7 @@ def _solve_cpu(matrix: Array, route: str, dtype: str, _device: str) -> npt.NDArr
         grams = tall.swapaxes(1, 2) @ tall
     else:
         grams = gram(values, dtype)  # type: ignore[arg-type]
-    _require_finite(grams.sum(dtype=np.float64))
+    _require_squares(grams.max(), dtype, values.any)
     if grams.shape[-1] >= _TORCH_FROM:
         import torch
 
@@ -331,7 +340,7 @@ def _solve_torch(matrix: Array, route: str, dtype: str, device: str) -> npt.NDAr
     for start in range(0, tall.shape[-2], rows):
         block = tall[..., start : start + rows, :].to(kind)
         grams += block.mT @ block
-    _require_finite(float(grams.sum()))
+    _require_squares(float(grams.max()), dtype, W.any)
     if W.device.type == "mps":  # no eigensolver there yet
         grams = grams.cpu()
     return torch.linalg.eigvalsh(grams).double().cpu().numpy()
@@ -340,6 +349,13 @@ def _solve_torch(matrix: Array, route: str, dtype: str, device: str) -> npt.NDAr
 def _require_finite(total: float) -> None:
     if not np.isfinite(total):
         raise MatrixError("nan", "the matrix has NaN, infinite or overflowing entries")
+
+
+def _require_squares(largest: float, dtype: str, has_entries: Callable[[], Any]) -> None:
+    """That the Gram matrix, whose largest entry lies on its diagonal, is one of numbers that `dtype` can hold."""
+    _require_finite(largest)
+    if largest < np.finfo(dtype).tiny / np.finfo(dtype).eps and bool(has_entries()):
+        raise MatrixError("underflow", f"its entries are so small that {dtype} cannot hold their squares")
 
 
 def as_numpy(array: Array | Product) -> npt.NDArray[Any]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.alternatives import best_law, compare_laws, fit_truncated
+from htsr.spectra.attempts import attempted
 from htsr.spectra.bulk import fit_bulk, jensen_shannon_distance, permute_entries, tw_threshold
 from htsr.spectra.erg import erg
 from htsr.spectra.esd import ESD, LANCZOS_FROM, Array, Route, as_numpy, esd, esd_batch
@@ -25,7 +26,6 @@ from htsr.spectra.tail import FitMethod, PowerLawFit, bootstrap_alpha, fit_power
 
 Vector = npt.NDArray[np.float64]
 
-MIN_EIGENVALUES = 8  # with fewer there is no tail to speak of
 FEW_TAIL_POINTS = 50
 OVER_TRAINED = 2.0
 UNDER_TRAINED = 6.0
@@ -77,32 +77,24 @@ def measure_batch(
 
     def attempt(index: int, step: Callable[[], Any]) -> Any:
         """The step's value; None where it fails, and then a row that says so."""
-        identity = jobs[index][1]
-        try:
-            value = step()
-            if isinstance(value, MatrixError):
-                raise value
-            return value
-        except MatrixError as problem:
-            status, why = problem.status, str(problem)
-        except MemoryError:
-            status, why = "failed", "not enough memory to decompose it; the lanczos route needs less"
-        except (np.linalg.LinAlgError, RuntimeError) as problem:
-            status, why = "failed", str(problem)
-        results[index] = Measured(replace(identity, status=status, warning=why))
-        return None
+        value = attempted(step)
+        if isinstance(value, MatrixError):
+            results[index] = Measured(replace(jobs[index][1], status=value.status, warning=str(value)))
+            return None
+        return value
 
     matrices: dict[int, Array | Product] = {
         i: W for i, (load, _) in enumerate(jobs) if (W := attempt(i, load)) is not None
     }
-    spectra = _decompose(matrices, attempt, options)
+    stored = {i: jobs[i][1].stored for i in matrices}
+    spectra = _decompose(matrices, stored, attempt, options)
     others: dict[int, ESD] = {}
     if options.permuted:
         noise: dict[int, Array | Product] = {
             i: _noise(W, jobs[i][1].name, options) for i, W in matrices.items() if i in spectra
         }
         route: Route = "lanczos" if any(s.error is not None for s in spectra.values()) else "gram"
-        others = _decompose(noise, attempt, replace(options, route=route, dtype="float32"))
+        others = _decompose(noise, stored, attempt, replace(options, route=route, dtype="float32"))
     for i, spectrum in spectra.items():
         if (found := attempt(i, partial(_numbers, spectrum, options))) is None:
             continue
@@ -119,7 +111,10 @@ def measure_batch(
 
 
 def _decompose(
-    matrices: dict[int, Array | Product], attempt: Callable[[int, Callable[[], Any]], Any], options: Options
+    matrices: dict[int, Array | Product],
+    stored: dict[int, str | None],
+    attempt: Callable[[int, Callable[[], Any]], Any],
+    options: Options,
 ) -> dict[int, ESD]:
     """ESDs by index; `attempt` takes down what fails."""
     if not matrices:
@@ -133,9 +128,9 @@ def _decompose(
     }
     if len(matrices) == 1:
         ((index, matrix),) = matrices.items()
-        found = {index: attempt(index, partial(esd, matrix, **how))}
+        found = {index: attempt(index, partial(esd, matrix, stored=stored[index], **how))}
     else:
-        batch = esd_batch(list(matrices.values()), **how)
+        batch = esd_batch(list(matrices.values()), stored=[stored[index] for index in matrices], **how)
         found = {index: attempt(index, partial(batch.__getitem__, k)) for k, index in enumerate(matrices)}
     return {index: spectrum for index, spectrum in found.items() if spectrum is not None}
 
@@ -158,11 +153,12 @@ def _numbers(spectrum: ESD, options: Options) -> tuple[dict[str, Any], list[str]
         ]
     numbers |= scalar_metrics(values)
     warnings = []
-    if values.size < MIN_EIGENVALUES:
-        return numbers | {"status": "tiny"}, [f"{values.size} eigenvalues, too few for a fit"]
     try:
+        spectrum.require_tail()
         fit = fit_power_law(positive, options.fit, xmin=options.xmin, xmax=options.xmax)
-    except (MatrixError, UsageError) as problem:
+    except MatrixError as problem:
+        return numbers | {"status": problem.status}, [str(problem)]
+    except UsageError as problem:
         return numbers | {"status": "degenerate"}, [str(problem)]
     numbers |= _fit_numbers(fit, positive)
     numbers |= _erg_numbers(values, fit)

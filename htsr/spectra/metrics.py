@@ -8,8 +8,9 @@ from typing import get_args
 import numpy as np
 
 from htsr.errors import UsageError
-from htsr.spectra.esd import Precision, Route, Windows
+from htsr.spectra.esd import Precision, Route
 from htsr.spectra.tail import FitMethod
+from htsr.spectra.windows import Windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ class LayerMetrics:
         log_alpha_norm: log10 Σ λ^α.
         stable_rank: Σλ / λ_max.
         entropy: -Σ p ln p / ln(rank), p = λ/Σλ.
-        matrix_rank: eigenvalues above the route's resolution.
+        matrix_rank: eigenvalues above the resolution of the stored numbers (`htsr.spectra.resolution`).
         rank_loss: K - matrix_rank.
         sigma_mp: standard deviation of the entries of the Marchenko-Pastur bulk.
         lambda_plus: its upper edge.

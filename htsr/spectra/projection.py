@@ -27,6 +27,7 @@ from htsr.errors import MatrixError, UsageError
 from htsr.spectra.bulk import fit_bulk, permute_entries
 from htsr.spectra.erg import erg
 from htsr.spectra.esd import Array, as_numpy, esd
+from htsr.spectra.resolution import without_rounding
 from htsr.spectra.tail import FitMethod, fit_power_law
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Decomposition:
     """Eigenvalues and eigenvectors of the smaller Gram matrix of W, one for each piece of a stack.
 
     Attributes:
-        values: (pieces, M) float64, ascending; exactly 0 where below the resolution of the computation.
+        values: (pieces, M) float64, ascending; exactly 0 where below the resolution of the stored
+            numbers or of the computation.
         vectors: (pieces, M, M) float64 or float32, columns in the same order; the right singular vectors of W where
             m ≥ n, else the left.
     """
@@ -170,7 +172,9 @@ def decompose(matrix: Array) -> Decomposition:
     found, vectors = torch.linalg.eigh(gram)
     values = found.double().cpu().numpy()
     resolution = _SAFETY * torch.finfo(kind).eps * values.max(axis=1, keepdims=True)
-    return Decomposition(np.where(values > resolution, values, 0.0), vectors)
+    values = np.where(values > resolution, values, 0.0)
+    stored = str(W.dtype).removeprefix("torch.")
+    return Decomposition(without_rounding(values, max(W.shape[1:]), stored), vectors)
 
 
 def rescaled(matrix: Array, vectors: torch.Tensor, ratios: Vector) -> Array:

@@ -23,9 +23,10 @@ import numpy.typing as npt
 
 from htsr.errors import UsageError
 from htsr.spectra.erg import erg
-from htsr.spectra.esd import ESD, Windows
+from htsr.spectra.esd import ESD
 from htsr.spectra.null import shape_null
 from htsr.spectra.tail import FitMethod, fit_power_law
+from htsr.spectra.windows import Windows
 
 ScoreName: TypeAlias = Literal["alpha", "alpha_null", "alpha_minus_null", "erg_gap", "trace_log", "stable_rank"]
 Score: TypeAlias = ScoreName | Callable[[ESD], float]
@@ -45,16 +46,18 @@ def score(spectrum: ESD, name: Score, fit: FitMethod = "hill") -> float:
         The score, without unit; NaN for the stable rank of a matrix of zeros, and for an ERG gap without a crossing.
 
     Raises:
-        MatrixError: fewer than 2 distinct positive eigenvalues.
+        MatrixError: a score that wants a tail of a spectrum that has none (`ESD.require_tail`).
         UsageError: an unknown name.
     """
     if callable(name):
         return float(name(spectrum))
     if name == "alpha_null":
         return null_of_shape((spectrum.N, spectrum.M), spectrum.pieces, fit)
-    values = _without_gaps(spectrum)
     if name == "stable_rank":
+        values = spectrum.positive
         return float(values.sum() / values[-1]) if values.size else np.nan
+    spectrum.require_tail()
+    values = _without_gaps(spectrum)
     tail = fit_power_law(values, fit)
     if name == "alpha":
         return tail.alpha

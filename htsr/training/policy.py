@@ -10,9 +10,9 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from htsr import allocate
 from htsr.errors import UsageError
-from htsr.spectra.esd import Windows
 from htsr.spectra.scores import Score, ScoreName
 from htsr.spectra.tail import FitMethod
+from htsr.spectra.windows import Windows
 
 Unit: TypeAlias = Literal["matrix", "block", "role"]
 Spectrum: TypeAlias = Literal["weights", "gradients", "momentum"]

@@ -1,0 +1,40 @@
+"""The one place where a step on one matrix may fail: whatever happens there becomes a `MatrixError`, and so a row."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from htsr.errors import MatrixError, UsageError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+def attempted(step: Callable[[], Result]) -> Result | MatrixError:
+    """The step's result, or what it failed of.
+
+    Args:
+        step: reads, decomposes or measures one matrix.
+
+    Returns:
+        The result. A `MatrixError` that the step raises or returns comes back as it is; anything else that it raises,
+        such as LinAlgError or a device that is out of memory, as one of status ``failed``.
+
+    Raises:
+        UsageError: the step's own, about arguments rather than the matrix.
+    """
+    try:
+        return step()
+    except UsageError:
+        raise
+    except MatrixError as problem:
+        return problem
+    except Exception as error:
+        logger.debug("a step on a matrix failed", exc_info=error)
+        if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+            return MatrixError("failed", "not enough memory to decompose it; the lanczos route needs less")
+        why = (str(error).strip().splitlines() or [""])[0]
+        return MatrixError("failed", f"{type(error).__name__}: {why}")

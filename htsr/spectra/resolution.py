@@ -1,0 +1,101 @@
+"""What of a spectrum is rounding, judged by the precision that the numbers were stored in.
+
+Numbers stored with a machine epsilon ε (of bfloat16 2⁻⁷) carry independent errors of standard deviation
+
+    ρ·rms,   ρ = ε·√(0.541/12) = 0.212·ε,
+
+0.541 being the mean of (power of two below x / x)² over mantissas. Where W has the rank M - k, these errors alone make
+the k smallest eigenvalues of WᵀW: they are those of a k × (N-M+k) matrix of noise, and end at the Marchenko-Pastur edge
+
+    ρ²·(1 + r/2)·rms²·(√(N-M+k) + √k)²,   r = M - k,
+
+where r/2 stands for a product of float32 factors that was summed up over r terms (with float32's ε, or float64's where
+W is stored so). So the `k` smallest are taken for rounding, and set to 0, where
+
+- the k-th lies below 16 times that edge: entries of unequal size have uneven errors, whose largest singular value is up
+  to 4 times as large; and
+- k ≥ 32ρ·M, six times as many as a Gaussian matrix of full rank has below that edge, which grows with k. In float32
+  that is any k, in bfloat16 5 % of M. Fewer small eigenvalues are what full rank looks like, and stay.
+
+max(m, n)·ε·σ_max, the usual threshold, is a bound on errors that conspire. In bfloat16 it exceeds σ_max itself from
+N = 128 on, and in float32 it takes true eigenvalues away from a Gaussian matrix of N = 4096.
+
+Whatever computed the numbers did so in float32 at least, with errors in the direction of the largest singular value: so
+λ ≤ 2⁻⁴⁸·λ_max, below float32's unit roundoff for singular values, is not resolved, unless stored in float64. That is
+also what a Gram matrix in float64 resolves.
+
+De-quantised weights (integers with scales, float8, 4 bits) are products in float32 and judged as such. Their steps are
+no smaller than the bulk that training leaves: noise of that size cannot be told from true eigenvalues.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Vector = npt.NDArray[np.float64]
+
+_EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+_MANTISSAS = (0.541 / 12) ** 0.5
+_UNEVEN = 4.0  # of the errors' singular values over those of even errors
+_SHARE = 8.0  # of ρ·M times the unevenness: what k must reach
+_COMPUTED = 64.0  # ulps between eigenvalues of a matrix that was made orthogonal in float32 (measured: 31 at M = 1024)
+
+
+def epsilon(stored: str) -> float:
+    """Machine epsilon of the dtype that the numbers were stored in; float32's of what is no plain float.
+
+    Args:
+        stored: dtype as torch names it.
+    """
+    return _EPSILON.get(stored, _EPSILON["float32"])
+
+
+def without_rounding(eigenvalues: Vector, N: int, stored: str) -> Vector:
+    """The eigenvalues of single matrices, what is rounding set to 0, as the module's text says.
+
+    Args:
+        eigenvalues: (…, M) ≥ 0, ascending along the last axis.
+        N: larger side of the matrices.
+        stored: dtype that their entries were stored in, as torch names it.
+    """
+    M = eigenvalues.shape[-1]
+    eps = epsilon(stored)
+    summed = min(eps, _EPSILON["float32"])
+    largest = eigenvalues[..., -1:]
+    k = np.arange(1, M + 1)
+    variance = _MANTISSAS**2 * eigenvalues.sum(axis=-1, keepdims=True) / (M * N)
+    edge = variance * (eps**2 + summed**2 * (M - k) / 2) * (np.sqrt(N - M + k) + np.sqrt(k)) ** 2
+    alike = (eigenvalues <= _UNEVEN**2 * edge) & (k >= _SHARE * _UNEVEN * _MANTISSAS * eps * M)
+    rounding = np.where(alike, k, 0).max(axis=-1, keepdims=True)
+    lost = (k <= rounding) | (eigenvalues <= (summed / 2) ** 2 * largest)
+    return np.where(lost, 0.0, eigenvalues)
+
+
+def equal_within(M: int, N: int, stored: str) -> float:
+    """Relative difference of eigenvalues that are equal but for rounding: all those of an orthogonal matrix.
+
+    Errors E of a matrix of equal singular values s change WᵀW by s·(E + Eᵀ), whose eigenvalues span
+    4·√(2M)·s·ρ·rms, which is 1.2·ε·√(M/N) of s² (measured: the same to 5 %); twice that, and what computing adds.
+
+    Args:
+        M: smaller side.
+        N: larger side.
+        stored: dtype that the entries were stored in, as torch names it.
+    """
+    return 2.4 * epsilon(stored) * (M / N) ** 0.5 + _COMPUTED * _EPSILON["float32"]
+
+
+def distinct(values: Vector, within: float, enough: int) -> int:
+    """How many of `values` differ by more than `within`, counted up to `enough`.
+
+    Args:
+        values: (K,) positive, ascending.
+        within: relative difference of values that are equal.
+        enough: where to stop counting.
+    """
+    found = start = 0
+    while start < values.size and found < enough:
+        start = int(np.searchsorted(values, values[start] * (1 + within), side="right"))
+        found += 1
+    return found
