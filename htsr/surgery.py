@@ -143,9 +143,12 @@ def project(
         hub.fetch_rest(name, revision)
     if place.is_dir() and goal.resolve().is_relative_to(place.resolve()):
         raise UsageError(f"{goal} lies inside the model {name}, and would become part of it; take an output beside it")
-    if place.is_dir() and adapters.is_adapter(place):
-        raise UsageError(f"{name} is an adapter: merge it into its base model first (merge_and_unload of PEFT)")
+    adapter = f"{name} is an adapter: merge it into its base model first (merge_and_unload of PEFT)"
+    if adapters.adapter_folder(place) is not None:
+        raise UsageError(adapter)
     model = open_model(place)
+    if any(matrix.kind == "adapter" for matrix in model):
+        raise UsageError(adapter)
     wanted = model.filtered(where or Filter()).matrices
     copies = repeated(tied(folder_entries(place) if place.is_dir() else file_entries(place)))
 

@@ -1,12 +1,16 @@
-"""LoRA adapters in PEFT's folder format: ΔW = scaling · B·A, alone or added to their base.
+"""Adapters in PEFT's folder format: the change ΔW alone, or added to their base.
 
-scaling is lora_alpha/r, or lora_alpha/√r with `use_rslora`; `rank_pattern` and `alpha_pattern` override r and
-lora_alpha by module. Source: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732), DoRA (arXiv 2402.09353).
+LoRA's ΔW = scaling · B·A is read from the folder itself, one matrix at a time; scaling is lora_alpha/r, or
+lora_alpha/√r with `use_rslora`, and `alpha_pattern` overrides lora_alpha by module. All that depends on the base is
+computed on it, DoRA here and the rest by PEFT (`htsr.matrices.peft_folders`).
+
+Source: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732), DoRA (arXiv 2402.09353).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +18,30 @@ from typing import Any
 import numpy as np
 
 from htsr.errors import SourceError
-from htsr.matrices.entries import Entry
+from htsr.matrices.adapter_config import CONFIG, AdapterConfig, read_adapter_config
+from htsr.matrices.entries import FLOATS, Entry
 from htsr.matrices.files import file_entries
-from htsr.matrices.folders import read_json
 from htsr.spectra.esd import Array, as_numpy
 from htsr.spectra.product import Numbers, Product
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_FACTOR_A = re.compile(r"(.+)\.lora_(embedding_)?A(\.weight)?")
+_ALONE = re.compile(  # tensors of adapters, by whatever name their writers give them
+    r"[._]lora_(embedding_)?(A|B|down|up|mid|magnitude_vector)([._]|$)|[._]lora[._](down|up)[._]"
+    r"|\.(hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|oft_blocks|oft_r|dora_scale|ia3_l|vera_lambda_[bd])(\.|$)"
+)
 
 
 def is_adapter(folder: Path) -> bool:
     """Whether `folder` is a PEFT adapter."""
-    return (folder / "adapter_config.json").is_file()
+    return (folder / CONFIG).is_file()
+
+
+def adapter_folder(path: Path) -> Path | None:
+    """The adapter that `path` means: the folder, or the one whose weights the file is; None for anything else."""
+    folder = path.parent if path.name in _FILES else path
+    return folder if is_adapter(folder) else None
 
 
 def base_of(folder: Path) -> str | None:
@@ -34,7 +50,7 @@ def base_of(folder: Path) -> str | None:
     Raises:
         SourceError: its configuration cannot be read.
     """
-    return read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    return read_adapter_config(folder).base
 
 
 def adapter_entries(folder: Path) -> list[Entry]:
@@ -44,40 +60,67 @@ def adapter_entries(folder: Path) -> list[Entry]:
         folder: of the adapter, as PEFT writes it.
 
     Raises:
-        SourceError: no adapter weights, or another method than LoRA.
+        SourceError: no adapter weights, or a method whose change is computed on the base, or changes no weight.
     """
-    config = read_json(folder / "adapter_config.json")
-    if (method := config.get("peft_type", "LORA")) != "LORA":
-        raise SourceError(f"{folder} is a {method} adapter; htsr reads LoRA adapters (and DoRA on their base)")
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (folder / name).is_file():
-            stored = {e.name.removeprefix(_PREFIX): e for e in file_entries(folder / name)}
-            break
-    else:
-        raise SourceError(f"{folder} has no adapter_model.safetensors")
+    config = read_adapter_config(folder)
+    refuse_prompts(config)
+    stored = stored_tensors(folder)
+    if config.method != "LORA":
+        raise SourceError(
+            f"{folder} is a {config.method} adapter, whose change is computed on its base: give the base "
+            "(base=…, --base; auto for the one it names)"
+        )
+    changes = [_change(name, entry, stored, config) for name, entry in stored.items() if _FACTOR_A.fullmatch(name)]
+    return changes + whole_tensors(stored) + _tokens(stored)
 
-    entries = []
+
+def refuse_prompts(config: AdapterConfig) -> None:
+    """Refuse an adapter that changes no weight.
+
+    Args:
+        config: of the adapter.
+
+    Raises:
+        SourceError: it is one.
+    """
+    if not config.changes_weights:
+        raise SourceError(f"{config.folder} is a {config.method} adapter: it adds to the input and changes no weight")
+
+
+def stored_tensors(folder: Path) -> dict[str, Entry]:
+    """The tensors of the adapter in `folder` by name, without PEFT's prefix.
+
+    Raises:
+        SourceError: there are none, or they cannot be read.
+    """
+    for name in _FILES:
+        if (folder / name).is_file():
+            return {entry.name.removeprefix(PREFIX): entry for entry in file_entries(folder / name)}
+    raise SourceError(f"{folder} has no {_FILES[0]}")
+
+
+def whole_tensors(stored: dict[str, Entry]) -> list[Entry]:
+    """The tensors that an adapter saves whole, under the base's names: `modules_to_save`, resized embeddings.
+
+    Args:
+        stored: of the adapter.
+    """
+    found: dict[str, Entry] = {}
     for name, entry in stored.items():
-        if match := re.fullmatch(r"(.+)\.lora_(embedding_)?A(\.weight)?", name):
-            module, rank = match[1], entry.shape[0]
-            B = stored.get(name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B"))
-            if B is None:
-                raise SourceError(f"{folder}: {name} has no B beside it")
-            alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
-            scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-            transposed = bool(match[2] or config.get("fan_in_fan_out"))
-            vector = f"{module}.lora_magnitude_vector"
-            magnitude = stored.get(vector) or stored.get(f"{vector}.weight")
-            base = stored.get(f"{module}.base_layer.weight")  # PEFT saves adapted embeddings whole
-            entries.append(_entry(module, _Delta(entry, B, scaling, transposed, magnitude, base), config))
-        elif "lora_" not in name and not _under_adapter(name, stored):
-            name = name.replace(".modules_to_save.weight", ".weight").replace(".base_layer.", ".")
-            entries.append(replace(entry, name=name))
-    return entries
+        module, wrapped, _ = name.partition(".base_layer.")
+        if _ALONE.search(f".{name}") or "token_adapter." in name or name.startswith("base_model."):
+            continue
+        if wrapped and any(other.startswith(f"{module}.lora_") for other in stored):
+            continue  # the base of a ΔW
+        saved = re.sub(r"\.modules_to_save\.(default\.)?", ".", name)
+        plain = saved.replace(".original_module.", ".").replace(".base_layer.", ".")
+        if plain not in found or saved != name:  # what was trained stands for what it was trained from
+            found[plain] = replace(entry, name=plain)
+    return list(found.values())
 
 
 def merged_with_base(adapter: list[Entry], base: list[Entry]) -> list[Entry]:
-    """The base's entries, those that the adapter touches replaced by W + ΔW (or by what `modules_to_save` holds).
+    """The base's entries, those that the adapter touches replaced by W + ΔW (or by what it holds whole).
 
     Args:
         adapter: from `adapter_entries`.
@@ -88,20 +131,61 @@ def merged_with_base(adapter: list[Entry], base: list[Entry]) -> list[Entry]:
     """
     by_name = {entry.name: entry for entry in base}
     for entry in adapter:
+        delta = entry.read if isinstance(entry.read, _Delta) else None
         matches = [name for name in by_name if name == entry.name or name.endswith("." + entry.name)]
         matches = matches or [name for name in by_name if entry.name.endswith("." + name)]
+        if delta is None and not matches and entry.problem is None:
+            by_name[entry.name] = entry  # a head that was tied before
+            continue
         if len(matches) != 1:
             raise SourceError(f"the adapter's {entry.name} matches {len(matches)} tensors of the base model, not one")
         target = by_name[matches[0]]
-        if isinstance(entry.read, _Delta) and entry.read.base is not None:
-            target = replace(entry.read.base, name=target.name, kind=target.kind)
-        if not isinstance(entry.read, _Delta):
-            by_name[target.name] = replace(entry, name=target.name)
+        if delta is None:
+            by_name[target.name] = replace(entry, name=target.name, kind=target.kind)
             continue
+        if delta.base is not None:
+            target = replace(delta.base, name=target.name, kind=target.kind)
         if target.shape != entry.shape:
             raise SourceError(f"{target.name} is {target.shape} in the base model and {entry.shape} in the adapter")
-        by_name[target.name] = _sum(target, entry.read)
+        broken = entry.problem if entry.problem and entry.problem[0] != "needs_base" else target.problem
+        by_name[target.name] = replace(_sum(target, delta), problem=broken)
     return list(by_name.values())
+
+
+def loose_factors(entries: list[Entry]) -> list[Entry]:
+    """`entries` in which the factors of adapters that lie there without a configuration are no matrices.
+
+    Kohya's ``lora_down`` and ``lora_up`` with their ``alpha`` become the entry of ΔW = alpha/r · up·down; all others
+    get a problem that says so.
+
+    Args:
+        entries: of a file, or of a state dict.
+    """
+    by_name = {entry.name: entry for entry in entries}
+    changes = {f"{module}.lora_down.weight": change for module, change in _kohya(by_name)}
+    taken = {name.replace("lora_down", "lora_up") for name in changes}
+    result = []
+    for entry in entries:
+        if entry.name in changes:
+            result.append(changes[entry.name])
+        elif _ALONE.search(f".{entry.name}") and entry.name not in taken:
+            why = f"{entry.name} is a part of an adapter, no weight; what to multiply it with is not said here"
+            hint = ": give the folder that PEFT saved, with its adapter_config.json"
+            result.append(replace(entry, problem=("adapter", why + hint)))
+        elif entry.name not in taken:
+            result.append(entry)
+    return result
+
+
+def _kohya(by_name: dict[str, Entry]) -> Iterator[tuple[str, Entry]]:
+    """Modules, each with the entry of its ΔW, whose two factors and alpha are all there and all there is."""
+    for name, down in by_name.items():
+        module, found, _ = name.partition(".lora_down.weight")
+        up, alpha = by_name.get(f"{module}.lora_up.weight"), by_name.get(f"{module}.alpha")
+        more = {f"{module}.dora_scale", f"{module}.lora_mid.weight"} & by_name.keys()
+        if found and up and alpha and not more and not _broken(down, up):
+            read, warning = _Delta(down, up, None, False, alpha=alpha), f"ΔW of rank {down.shape[0]}"
+            yield module, Entry(f"{module}.weight", read.shape, down.dtype, read, kind="adapter", warning=warning)
 
 
 def dora_factor(adapted: Any, magnitude: Any, transposed: bool) -> Any:
@@ -125,14 +209,15 @@ def dora_factor(adapted: Any, magnitude: Any, transposed: bool) -> Any:
 
 @dataclass(frozen=True)
 class _Delta:
-    """Reads ΔW = scaling · B·A."""
+    """Reads ΔW = scaling · B·A; kohya's files hold alpha = scaling · r."""
 
     A: Entry
     B: Entry
-    scaling: float
+    scaling: float | None
     transposed: bool
     magnitude: Entry | None = None
     base: Entry | None = None
+    alpha: Entry | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -141,7 +226,7 @@ class _Delta:
 
     def __call__(self, index: int | None = None) -> Array:
         a, b = self._read()
-        product = self.scaling * (b @ a.reshape(a.shape[0], -1))
+        product = b @ a.reshape(a.shape[0], -1)
         product = product.T if self.transposed else product.reshape(self.shape)
         return product if index is None else product[index]
 
@@ -151,35 +236,69 @@ class _Delta:
         if a.ndim > 2:
             a = np.moveaxis(a.reshape(*a.shape[:2], -1), 2, 0)
             b = np.broadcast_to(b, (len(a), *b.shape))
-        return Product(a.T, self.scaling * b.T) if self.transposed else Product(self.scaling * b, a)
+        return Product(a.T, b.T) if self.transposed else Product(b, a)
 
     def _read(self) -> tuple[Numbers, Numbers]:
+        """A (r, in, …) and scaling · B (out, r), float32."""
         a, b = (as_numpy(x.read()).astype("float32") for x in (self.A, self.B))
-        return a, b.reshape(b.shape[0], -1)
+        scaling = self.scaling
+        if scaling is None and self.alpha is not None:
+            scaling = float(as_numpy(self.alpha.read()).reshape(-1)[0]) / len(a)
+        return a, scaling * b.reshape(b.shape[0], -1)  # type: ignore[operator]
 
 
-def _under_adapter(name: str, stored: dict[str, Entry]) -> bool:
-    module, found, _ = name.partition(".base_layer.")
-    return bool(found) and any(other.startswith(f"{module}.lora_") for other in stored)
-
-
-def _entry(module: str, delta: _Delta, config: dict[str, Any]) -> Entry:
+def _change(name: str, A: Entry, stored: dict[str, Entry], config: AdapterConfig) -> Entry:
+    """The entry of the ΔW whose first factor is `A`."""
+    module, embedding = _FACTOR_A.sub(r"\1", name), "lora_embedding_A" in name
+    B = stored.get(name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B"))
+    if B is None:
+        raise SourceError(f"{config.folder}: {name} has no B beside it")
+    vector = f"{module}.lora_magnitude_vector"
+    magnitude = stored.get(vector) or stored.get(f"{vector}.weight")
+    base = stored.get(f"{module}.base_layer.weight")  # PEFT saves adapted embeddings whole
     problem = None
-    if delta.magnitude is not None:
-        why = f"{module} is a DoRA module, whose ΔW depends on its base: analyze it with base=…"
-        problem = ("needs_base", why)
-    if any(str(target).rpartition(".")[0] in module for target in config.get("target_parameters") or ()):
-        why = f"{module} has adapted parameters, not layers, which can be read from the loaded PeftModel only"
-        problem = ("unsupported", why)
-    return Entry(
-        f"{module}.weight",
-        delta.shape,
-        delta.A.dtype,
-        delta,
-        kind="adapter",
-        problem=problem,
-        warning=f"ΔW of rank {delta.A.shape[0]}",
-    )
+    if why := _broken(A, B):
+        problem = ("unreadable", f"{module}: {why}")
+    elif config.dora and magnitude is None:
+        problem = ("unreadable", f"{module} is a DoRA module without its lora_magnitude_vector")
+    if problem or (magnitude is not None and magnitude.shape and 0 in magnitude.shape):
+        problem = problem or ("unreadable", f"{module}: its lora_magnitude_vector is empty")
+        shape = (B.shape[0] if B.shape else 0, *A.shape[1:])
+        return Entry(f"{module}.weight", shape, A.dtype, A.read, kind="adapter", problem=problem)
+    scaling, transposed = config.scaling(module, A.shape[0]), embedding or config.transposed
+    delta = _Delta(A, B, scaling, transposed, magnitude, base)
+    on_parameter = any(target.rpartition(".")[0] in module for target in config.parameters)
+    if magnitude is not None:
+        problem = ("needs_base", f"{module} is a DoRA module, whose ΔW depends on its base: analyze it with base=…")
+    elif on_parameter or (config.needs_base and not config.tokens and not config.parameters):
+        why = "it adapts parameters, not layers" if on_parameter else config.needs_base
+        problem = ("needs_base", f"the ΔW of {module} depends on its base, for {why}: analyze it with base=…")
+    warning = f"ΔW of rank {A.shape[0]}"
+    return Entry(f"{module}.weight", delta.shape, A.dtype, delta, kind="adapter", problem=problem, warning=warning)
+
+
+def _broken(A: Entry, B: Entry) -> str:
+    """Why `A` and `B` are no factors of a ΔW; empty where they are."""
+    if len(A.shape) < 2 or len(B.shape) < 2:
+        return f"its factors have shapes {A.shape} and {B.shape}"
+    if 0 in A.shape or 0 in B.shape:
+        return f"its factors {A.shape} and {B.shape} are empty"
+    if B.shape[1] != A.shape[0] or any(size != 1 for size in B.shape[2:]):
+        return f"its factors of shapes {A.shape} and {B.shape} have no product"
+    if not {A.dtype, B.dtype} <= FLOATS:
+        return f"its factors are stored as {A.dtype} and {B.dtype}"
+    return ""
+
+
+def _tokens(stored: dict[str, Entry]) -> list[Entry]:
+    """Rows of embeddings that were trained: they replace the base's."""
+    entries = []
+    for name, entry in stored.items():
+        module, found, _ = name.partition(".token_adapter.trainable_tokens_delta")
+        if found:
+            why = f"{module} has {entry.shape[0] if entry.shape else 0} rows that replace its base's: give the base"
+            entries.append(replace(entry, name=f"{module}.weight", problem=("needs_base", why), kind="embedding"))
+    return entries
 
 
 def _sum(base: Entry, delta: _Delta) -> Entry:
@@ -190,10 +309,3 @@ def _sum(base: Entry, delta: _Delta) -> Entry:
         return total if index is None else total[index]
 
     return replace(base, read=read, storage=None)
-
-
-def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> float:
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return float(value)
-    return float(default)

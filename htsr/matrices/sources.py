@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union
 
 from htsr.errors import MatrixError, SourceError, UsageError
 from htsr.matrices import adapters, fused, gguf_layout, hub, roles, tying
+from htsr.matrices.adapter_config import read_adapter_config
 from htsr.matrices.entries import FLOATS, Entry, unshared
 from htsr.matrices.files import file_entries, folder_entries, state_dict_entries
 from htsr.matrices.folders import SUFFIXES, model_files, read_config
@@ -239,9 +240,7 @@ def open_model(
         SourceError: what cannot be read, with the reason.
         UsageError: a `base` without an adapter, or a `revision` of a local path.
     """
-    label, entries, config, fingerprint = _open(source, revision)
-    if base is not None:
-        entries, config, fingerprint = _on_base(source, entries, base, fingerprint)
+    label, entries, config, fingerprint = _open(source, revision) if base is None else _on_base(source, base, revision)
     if against is not None:
         other_label, other, other_config, other_fingerprint = _open(against, None)
         entries = _difference(entries, gguf_layout.as_named(other, entries, other_config, config))
@@ -266,7 +265,7 @@ def _stored(source: Source, revision: str | None) -> Opened:
     if isinstance(source, (str, os.PathLike)):
         return _open_path(os.fspath(source), revision)
     if isinstance(source, Mapping):
-        return "state dict", tying.tied(state_dict_entries(source)), {}, None
+        return "state dict", tying.tied(adapters.loose_factors(state_dict_entries(source))), {}, None
     if hasattr(source, "named_parameters"):
         from htsr.matrices.modules import module_config, module_entries, unwrapped
 
@@ -303,10 +302,10 @@ def locate(name: str, revision: str | None = None) -> Path:
 def _open_path(name: str, revision: str | None) -> Opened:
     path = locate(name, revision)
     try:
+        if folder := adapters.adapter_folder(path):
+            return name, _adapter(folder), {}, _fingerprint(folder.iterdir())
         if path.is_file():
             return name, *_converted(path, file_entries(path), read_config(path.parent)), _fingerprint([path])
-        if adapters.is_adapter(path):
-            return name, adapters.adapter_entries(path), {}, _fingerprint(path.iterdir())
         return name, *_converted(path, folder_entries(path), read_config(path)), _fingerprint(path.iterdir())
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -318,7 +317,39 @@ def _converted(path: Path, entries: list[Entry], config: dict[str, Any]) -> tupl
     if file.suffix == ".gguf":
         metadata = gguf_metadata(file)
         entries, config = gguf_layout.original_layout(entries, metadata), gguf_layout.gguf_config(metadata)
-    return tying.tied(entries), config
+    return tying.tied(adapters.loose_factors(entries)), config
+
+
+def _adapter(folder: Path) -> list[Entry]:
+    """The changes of an adapter; one that depends on its base is taken on the one it names, where that lies here."""
+    settings = read_adapter_config(folder)
+    on_base = settings.changes_weights and (settings.dora or settings.needs_base)
+    if not on_base or settings.base is None or not Path(settings.base).is_dir():
+        return adapters.adapter_entries(folder)
+    _, base, config, _ = _open(settings.base, None)
+    before = {entry.name: entry for entry in base}
+    changes = []
+    for entry in _merged(folder, base, config):
+        old = before.get(entry.name)
+        if old is None or entry.shape != old.shape:
+            changes.append(entry)
+        elif entry.read is not old.read:
+            more: dict[str, Any] = {"kind": "adapter", "storage": None, "warning": f"ΔW on {settings.base}"}
+            changes.append(replace(entry, read=_Minus(entry, old), **more))
+    return changes
+
+
+def _merged(folder: Path, base: list[Entry], config: dict[str, Any]) -> list[Entry]:
+    """The base with the adapter in `folder`, under the base's names."""
+    settings = read_adapter_config(folder)
+    if settings.needs_base:
+        from htsr.matrices.peft_folders import computed_by_peft
+
+        return computed_by_peft(settings, base)
+    entries = gguf_layout.as_named(adapters.adapter_entries(folder), base, {}, config)
+    if unmatched := [entry.problem[1] for entry in entries if entry.problem and entry.problem[0] == "unmatched"]:
+        raise SourceError(unmatched[0])
+    return adapters.merged_with_base(entries, base)
 
 
 def _fingerprint(files: Any) -> str:
@@ -332,22 +363,18 @@ def _fingerprint(files: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _on_base(
-    source: Source, entries: list[Entry], base: Source, fingerprint: str | None
-) -> tuple[list[Entry], dict[str, Any], str | None]:
-    path = Path(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else None
-    if path is None or not adapters.is_adapter(path):
+def _on_base(source: Source, base: Source, revision: str | None) -> Opened:
+    path = locate(os.fspath(source), revision) if isinstance(source, (str, os.PathLike)) else None
+    folder = path and adapters.adapter_folder(path)
+    if folder is None:
         raise UsageError("a base belongs to an adapter folder")
     if base == "auto":
-        base = adapters.base_of(path) or ""
+        base = adapters.base_of(folder) or ""
         if not base:
-            raise UsageError(f"{path} names no base model; say which one it is")
-    _, base_entries, config, base_fingerprint = _open(base, None)
-    entries = gguf_layout.as_named(entries, base_entries, {}, config)
-    if unmatched := [entry.problem[1] for entry in entries if entry.problem and entry.problem[0] == "unmatched"]:
-        raise SourceError(unmatched[0])
-    merged = adapters.merged_with_base(entries, base_entries)
-    return merged, config, fingerprint and base_fingerprint and f"{fingerprint}-{base_fingerprint}"
+            raise UsageError(f"{folder} names no base model; say which one it is")
+    _, base_entries, config, fingerprint = _open(base, None)
+    merged = _merged(folder, base_entries, config)
+    return os.fspath(source), merged, config, fingerprint and f"{_fingerprint(folder.iterdir())}-{fingerprint}"  # type: ignore[arg-type]
 
 
 def _difference(entries: list[Entry], other: list[Entry]) -> list[Entry]:

@@ -199,7 +199,8 @@ def change_config(folder, **changes) -> None:
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        ("method", "is a IA3 adapter; htsr reads LoRA"),
+        ("method", r"is a IA3 adapter, whose change is computed on its base: give the base \(base=…"),
+        ("prompts", "is a PREFIX_TUNING adapter: it adds to the input and changes no weight"),
         ("no weights", "has no adapter_model.safetensors"),
         ("no B", "lora_A.weight has no B beside it"),
         ("no JSON", "adapter_config.json is not readable JSON"),
@@ -211,6 +212,8 @@ def test_adapters_that_cannot_be_read(tmp_path, spoil, sentence):
     weights = tmp_path / "adapter_model.safetensors"
     if spoil == "method":
         change_config(tmp_path, peft_type="IA3")
+    elif spoil == "prompts":
+        change_config(tmp_path, peft_type="PREFIX_TUNING")
     elif spoil == "no weights":
         weights.unlink()
     elif spoil == "no B":
@@ -260,6 +263,120 @@ def test_adapted_parameters_are_told(tmp_path):
     peft.get_peft_model(transformers.MixtralModel(config), lora).save_pretrained(tmp_path)
     rows = {row.name: row for row in htsr.analyze(str(tmp_path), device="cpu")}
     (name,) = (name for name in rows if "experts" in name)
-    assert rows[name].status == "unsupported"
-    assert "can be read from the loaded PeftModel only" in rows[name].warning
+    assert rows[name].status == "needs_base"
+    assert "it adapts parameters, not layers: analyze it with base=…" in rows[name].warning
     assert rows["layers.0.self_attn.q_proj"].status == "zero"  # B starts at zero
+
+
+def test_the_file_of_an_adapter_means_its_folder(tmp_path):
+    """Given alone, its A and B were two unrelated matrices."""
+    folder, _ = saved(tmp_path / "adapter", "linear")
+    llama().save_pretrained(tmp_path / "base")
+    file = f"{folder}/adapter_model.safetensors"
+    for base in (None, str(tmp_path / "base")):
+        of_file, of_folder = kept(htsr.describe(file, base=base)), kept(htsr.describe(folder, base=base))
+        assert of_file.keys() == of_folder.keys()
+        assert all(np.array_equal(of_file[name], of_folder[name]) for name in of_file)
+
+
+@pytest.mark.parametrize("writer", ["peft", "diffusers", "state dict of a PeftModel", "lycoris"])
+def test_factors_without_their_configuration_are_no_matrices(tmp_path, writer):
+    _, adapted = saved(tmp_path / "adapter", "linear")
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    if writer == "diffusers":
+        factors = {name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): t for name, t in factors.items()}
+    if writer == "lycoris":
+        factors = {"up.hada_w1_a": torch.ones(8, 2), "up.hada_w1_b": torch.ones(2, 8), "up.alpha": torch.tensor(1.0)}
+    whole = dict(adapted.state_dict()) if writer.startswith("state") else factors
+    save_file({name: t.contiguous().clone() for name, t in whole.items()}, tmp_path / "x.safetensors")
+    rows = list(htsr.analyze(str(tmp_path / "x.safetensors"), device="cpu", null=False))
+    bad = [row for row in rows if row.status == "adapter"]
+    assert len(bad) == (2 if writer == "lycoris" else len(factors))
+    assert "is a part of an adapter, no weight" in bad[0].warning
+    assert all(row.status == "ok" for row in rows if row not in bad)
+    assert len(rows) - len(bad) == (len(kept(htsr.describe(llama()))) if writer.startswith("state") else 0)
+
+
+def test_kohyas_files_hold_their_scaling(tmp_path):
+    torch.manual_seed(0)
+    down, up, kernel = torch.randn(4, 12), torch.randn(10, 4), torch.randn(4, 6, 3, 3)
+    state = {
+        "lora_unet_to_q.lora_down.weight": down, "lora_unet_to_q.lora_up.weight": up,
+        "lora_unet_to_q.alpha": torch.tensor(2.0),
+        "lora_unet_conv.lora_down.weight": kernel, "lora_unet_conv.lora_up.weight": up[..., None, None].clone(),
+        "lora_unet_conv.alpha": torch.tensor(4.0),
+    }  # fmt: skip
+    save_file(state, tmp_path / "x.safetensors")
+    analysis = htsr.analyze(str(tmp_path / "x.safetensors"), device="cpu", null=False)
+    assert [row.name for row in analysis] == ["lora_unet_conv", "lora_unet_to_q"]
+    assert analysis["lora_unet_to_q"].matrix_rank == 4
+    found = kept(htsr.describe(str(tmp_path / "x.safetensors")))
+    np.testing.assert_allclose(found["lora_unet_to_q"], 2 / 4 * up @ down, atol=1e-5)
+    dense = torch.einsum("or,rikl->klio", up, kernel).reshape(9, 6, 10).transpose(1, 2)
+    np.testing.assert_allclose(found["lora_unet_conv"], dense, atol=1e-5)
+    with pytest.raises(htsr.UsageError, match="is an adapter: merge it into its base model first"):
+        htsr.project(str(tmp_path / "x.safetensors"), str(tmp_path / "out"), 2)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_and_an_embedding_that_were_resized_and_saved_whole(tmp_path, tied):
+    """Refused whole with its base, and without it the head was there twice under one name."""
+    from htsr.matrices.adapters import adapter_entries, merged_with_base
+    from htsr.matrices.files import folder_entries
+
+    model = llama()
+    model.config.tie_word_embeddings = tied
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(50)
+    lora = peft.LoraConfig(
+        r=3, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"], init_lora_weights=False
+    )
+    adapted = peft.get_peft_model(model, lora)
+    with torch.no_grad():
+        adapted.base_model.model.lm_head.modules_to_save["default"].weight.fill_(3.0)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    alone = [m.name for m in htsr.describe(str(tmp_path / "adapter"))]
+    assert len(alone) == len(set(alone)) == 4
+    folder = tmp_path / "adapter"
+    entries = {e.name: e for e in merged_with_base(adapter_entries(folder), folder_entries(tmp_path / "base"))}
+    assert (np.asarray(entries["lm_head.weight"].read()) == 3).all()
+    assert entries["model.embed_tokens.weight"].shape == entries["lm_head.weight"].shape == (50, 16)
+    merged = dict(adapted.merge_and_unload().named_parameters())
+    for name in ("model.layers.1.self_attn.q_proj.weight", "lm_head.weight"):
+        np.testing.assert_allclose(entries[name].read(), merged[name].detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_change_that_depends_on_the_base_is_taken_on_the_one_it_names(tmp_path, dora):
+    llama().save_pretrained(tmp_path / "base")
+    options = {"use_dora": True, "init_lora_weights": False} if dora else {"init_lora_weights": "pissa"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["q_proj"], **options))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    found = {m.name: m for m in htsr.describe(str(tmp_path / "adapter"))}
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    merged = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload()
+    assert list(found) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    for name, matrix in found.items():
+        change = merged.get_submodule(name).weight.detach() - llama().get_submodule(name).weight.detach()
+        np.testing.assert_allclose(matrix.read(), change, atol=1e-5)
+        assert matrix.warning == f"ΔW on {tmp_path / 'base'}"
+    change_config(tmp_path / "adapter", base_model_name_or_path=None)
+    rows = htsr.analyze(str(tmp_path / "adapter"), device="cpu").rows
+    assert {row.status for row in rows} == {"needs_base"}
+
+
+def test_trained_tokens_alone_are_told(tmp_path):
+    lora = peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]})
+    model = peft.get_peft_model(llama(), lora)
+    model.save_pretrained(tmp_path)
+    rows = {row.name: row for row in htsr.analyze(str(tmp_path), device="cpu")}
+    assert rows["model.embed_tokens"].status == "needs_base"
+    assert "has 2 rows that replace its base's" in rows["model.embed_tokens"].warning
+    assert rows["model.layers.0.self_attn.q_proj"].status == "zero"

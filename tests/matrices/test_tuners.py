@@ -56,7 +56,7 @@ MERGED = {
     "hira": ("HiraConfig", {"r": 3, **LINEAR}),
     "hra": ("HRAConfig", {"r": 4, **LINEAR}),
     "ia3": ("IA3Config", {"feedforward_modules": ["down_proj"], **LINEAR}),
-    "ln tuning": ("LNTuningConfig", {"target_modules": ["embed_tokens", "input_layernorm"]}),
+    "ln tuning": ("LNTuningConfig", {"target_modules": ["q_proj", "input_layernorm"]}),
     "loha": ("LoHaConfig", {"r": 3, **LINEAR}),
     "lokr": ("LoKrConfig", {"r": 3, **LINEAR}),
     "miss": ("MissConfig", {"r": 4, **LINEAR}),
@@ -122,6 +122,24 @@ def test_a_live_adapter_is_read_as_peft_merges_it(kind):
         bare = values(model)
     if kind not in ("lora, pissa", "lora, olora", "osf", "psoft", "adamss", "deft"):  # which change W where they begin
         assert_same(bare, plain, 0)
+
+
+@pytest.mark.parametrize("kind", MERGED)
+def test_a_saved_adapter_on_its_base_is_what_peft_loads_and_merges(tmp_path, kind):
+    """Seeds, starts that change W, numbers that layers share: all as PEFT has them when it loads the folder."""
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    llama().save_pretrained(base)
+    adapted(kind).save_pretrained(folder)
+    if kind in ("tinylora", "unilora"):
+        with pytest.raises(htsr.SourceError, match="follow the order of the model's layers, which files do not tell"):
+            htsr.describe(str(folder), base=str(base))
+        return
+    again = transformers.AutoModelForCausalLM.from_pretrained(base)
+    expected = values(peft.PeftModel.from_pretrained(again, folder).merge_and_unload())
+    state = torch.random.get_rng_state()
+    found = values(str(folder), base=str(base))
+    assert_same(dict(sorted(found.items())), dict(sorted(expected.items())), 1e-5)
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 UNMERGED = {
