@@ -8,8 +8,6 @@ subspace is that of the gradient at the steps 0, T, 2T …. Parameters without a
 
 from __future__ import annotations
 
-import hashlib
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeAlias
@@ -20,46 +18,24 @@ from torch.distributed import ProcessGroup
 
 from htsr.errors import HtsrError, UsageError
 from htsr.training import moments as stored
-from htsr.training.moments import BLOCK, STATE_DTYPES, StateDtype
-from htsr.training.projection import (
-    Method,
-    add_projected_back,
-    is_distributed,
-    local,
-    project,
-    projector,
-    rotated,
-)
+from htsr.training.lowrank_groups import check_group
+from htsr.training.moments import StateDtype
+from htsr.training.projection import Method, is_distributed, local, project, projector, rotated
+from htsr.training.released import ReleasedGradient
+from htsr.training.update import Group, apply_update, seed_of
 
 Gradients: TypeAlias = Literal["keep", "project", "update"]
-Group: TypeAlias = dict[str, Any]
 
-_PIECE = 2**22  # entries
-
-
-def adam_update(
-    R: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, betas: tuple[float, float], eps: float
-) -> Tensor:
-    """Adam's direction m̂/(√v̂ + eps) for a gradient R at step 1, 2, …; both moments are updated in place.
-
-    Args:
-        R: gradient, of any shape.
-        exp_avg: first moment before the step, in the shape and dtype of R; changed.
-        exp_avg_sq: second moment, in the same shape and dtype; changed.
-        step: counted from 1.
-        betas: β₁ and β₂.
-        eps: added to the corrected root, as in torch.
-
-    Returns:
-        The direction, in the shape and dtype of R.
-
-    Source: Adam (Kingma & Ba, arXiv 1412.6980), algorithm 1.
-    """
-    beta1, beta2 = betas
-    exp_avg.lerp_(R, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(R, R, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
-    return torch.div(exp_avg, denominator, out=denominator).div_(1 - beta1**step)
+_PROJECTED = (
+    "gradients='project' has projected it during backward. Clip by the 2-norm (with process_group by the optimizer's "
+    "clip_grad_norm_), run DDP under no_sync() and pass process_group; a GradScaler, or whatever else reads whole "
+    "gradients, wants gradients='keep'"
+)
+_USED = (
+    "gradients='update' has used it up during backward, and nothing can clip, scale or average it any more. Set "
+    "max_grad_norm to 0 (transformers' Trainer clips by default), or take gradients='project', or for a GradScaler and "
+    "DDP 'keep'"
+)
 
 
 class LowRankAdamW(torch.optim.Optimizer):
@@ -75,7 +51,11 @@ class LowRankAdamW(torch.optim.Optimizer):
 
     Parameters may be DTensors (FSDP2, tensor parallel): a gradient is gathered, one matrix at a time, when its
     projector is computed, and projected shard by shard otherwise; moments are sharded where the matrix side that they
-    keep is. Under DDP every rank computes the same. fp16 with a GradScaler needs ``gradients="keep"``.
+    keep is. Under DDP every rank computes the same.
+
+    Weights in bfloat16 or float16 are updated in float32 and rounded stochastically (`htsr.training.rounding`): rounded
+    to nearest, as torch.optim.AdamW on such weights rounds, an update below half a unit in the last place is lost at
+    every step. Replicas round alike, and a resumed run rounds as the uninterrupted one.
 
     Args:
         params: parameters or groups, as from `low_rank_groups`.
@@ -93,11 +73,14 @@ class LowRankAdamW(torch.optim.Optimizer):
         gradients: ``keep`` them until the caller drops them, as torch does; ``project`` each low-rank matrix's gradient
             as soon as backward has it and add it up in the subspace until `step`, so that no full gradient outlives
             its matrix and gradients accumulate at the size of one moment; ``update`` each parameter as soon as
-            backward has its gradient, so that none is kept: one backward is one step, and `step` does nothing. The sum
-            of projected gradients is the projected sum, up to rounding; at a refresh step the subspace is that of the
-            first backward since the last step.
+            backward has its gradient, so that none is kept: one backward is one step, after which `step` or `zero_grad`
+            is called. The sum of projected gradients is the projected sum, up to rounding; at a refresh step the
+            subspace is that of the first backward since the last step. ``parameter.grad`` is a `ReleasedGradient` then:
+            under ``project`` torch.nn.utils.clip_grad_norm_ clips it as `clip_grad_norm_` does, and whatever would
+            pass over it in silence is refused (a GradScaler, DDP; under ``update`` clipping and accumulation, too).
         process_group: ranks with copies of the model, over which the optimizer averages what ``project`` and ``update``
             release too early for DDP: run backward on the bare module or under ``no_sync()``.
+        stochastic_rounding: of narrow weights; False for rounding to nearest.
 
     Raises:
         UsageError: an option without meaning, or a group with rank that holds anything but matrices.
@@ -105,6 +88,10 @@ class LowRankAdamW(torch.optim.Optimizer):
 
     Source: GaLore (arXiv 2403.03507), algorithm 2; AdamW (arXiv 1711.05101), algorithm 2.
     """
+
+    _hooked: set[Tensor]
+    _ready: dict[Tensor, tuple[Tensor, Tensor]]  # gradients, and what clipping has taken of them
+    _places: dict[Tensor, tuple[Group, int]]
 
     def __init__(
         self,
@@ -122,6 +109,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         seed: int = 0,
         gradients: Gradients = "keep",
         process_group: ProcessGroup | None = None,
+        stochastic_rounding: bool = True,
     ) -> None:
         if gradients not in ("keep", "project", "update"):
             raise UsageError(f"unknown gradients {gradients!r}: keep, project or update")
@@ -129,11 +117,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             raise UsageError("process_group is for gradients='project' or 'update'; kept gradients are averaged by DDP")
         self.gradients = gradients
         self.process_group = process_group
-        self._hooked: set[Tensor] = set()
-        self._released: set[Tensor] = set()  # since the last step, as the next two
-        self._projected: dict[Tensor, Tensor] = {}  # sums of projected gradients
-        self._ready: dict[Tensor, Tensor] = {}  # what clipping has already taken
-        self._places: dict[Tensor, tuple[Group, int]] = {}
+        self._begin()
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -146,6 +130,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             "moments": moments,
             "state_dtype": state_dtype,
             "seed": seed,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults)
 
@@ -159,7 +144,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             UsageError: an option without meaning, or a group with rank that holds anything but matrices.
         """
         super().add_param_group(param_group)
-        _check(self.param_groups[-1])
+        check_group(self.param_groups[-1])
         self._places.clear()
         self._hook()
 
@@ -175,18 +160,18 @@ class LowRankAdamW(torch.optim.Optimizer):
 
         Raises:
             HtsrError: a gradient with NaN or Inf where a projector is due.
-            UsageError: a sparse gradient, or one that DDP brought back after it was released.
+            UsageError: a sparse gradient.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group, parameter, index in self._members():
-            R = self._ready.pop(parameter, None)
-            R = self._take(group, parameter, index) if R is None else R
-            if R is not None:
-                self._apply(group, parameter, R)
-        self._released.clear()
+            if (R := self._take(group, parameter, index)) is not None:
+                apply_update(parameter, self.state[parameter], group, R, index)
+            if isinstance(parameter.grad, ReleasedGradient):
+                parameter.grad.spent = True
+        self._ready.clear()
         self._places.clear()
         self._hook()
         return loss
@@ -195,9 +180,10 @@ class LowRankAdamW(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the coming step's gradients to a global norm of at most `max_norm`; returns the norm before.
 
-        Call it between backward and `step` in place of ``torch.nn.utils.clip_grad_norm_``, which does not see projected
-        gradients. The norm is that of what the optimizer will use: ‖R‖_F for low-rank matrices, which is ‖G‖_F less the
-        part outside the subspace, ‖G‖_F for the others, over all parameters and processes.
+        Call it between backward and `step`. The norm is that of what the optimizer will use: ‖R‖_F for low-rank
+        matrices, which is ‖G‖_F less the part outside the subspace, ‖G‖_F for the others, over all parameters and
+        processes. ``torch.nn.utils.clip_grad_norm_`` does the same under ``gradients="project"``; under ``keep`` its
+        norm is that of the whole gradients.
 
         Args:
             max_norm: the largest norm that is left as it is.
@@ -212,17 +198,16 @@ class LowRankAdamW(torch.optim.Optimizer):
         if self.gradients == "update":
             raise UsageError("a global norm cannot be known while updating during backward; take gradients='project'")
         for group, parameter, index in self._members():
-            if parameter not in self._ready and (R := self._take(group, parameter, index)) is not None:
-                self._ready[parameter] = R
+            if (R := self._take(group, parameter, index)) is not None:
+                self._ready[parameter] = parameter.grad, R  # type: ignore[assignment]
         if not self._ready:
             return torch.zeros(())
-        norms = [
-            torch.linalg.vector_norm(R, dtype=torch.promote_types(R.dtype, torch.float32)) for R in self._ready.values()
-        ]
+        ready = [R for _, R in self._ready.values()]
+        norms = [torch.linalg.vector_norm(R, dtype=torch.promote_types(R.dtype, torch.float32)) for R in ready]
         norms = [norm.full_tensor() if is_distributed(norm) else norm for norm in norms]  # type: ignore[attr-defined]
         total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        for R in self._ready.values():
+        for R in ready:
             local(R).mul_(factor.to(R.device, R.dtype))
         return total
 
@@ -232,9 +217,10 @@ class LowRankAdamW(torch.optim.Optimizer):
         Args:
             set_to_none: as in torch; projected gradients are dropped in either case.
         """
+        for _, parameter, _ in self._members():
+            if isinstance(parameter.grad, ReleasedGradient):
+                parameter.grad = None
         super().zero_grad(set_to_none)
-        self._released.clear()
-        self._projected.clear()
         self._ready.clear()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -250,6 +236,60 @@ class LowRankAdamW(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(identifier, {}).items():
                 if torch.is_tensor(value) and name != "step":
                     self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
+
+    def take_up(self, parameter: Tensor, released: ReleasedGradient, G: Tensor) -> None:
+        """Project or use a full gradient during backward; `ReleasedGradient` calls it.
+
+        Args:
+            parameter: of the optimizer, of any shape.
+            released: what stands in its ``grad``.
+            G: of the parameter's shape.
+
+        Raises:
+            HtsrError: NaN or Inf where a projector is due.
+            UsageError: ``update`` has had a gradient of this parameter since the last step, or there are step hooks.
+        """
+        if not self._places:  # groups may have been split or loaded since the last step
+            self._places = {member: (group, index) for group, member, index in self._members()}
+        group, index = self._places[parameter]
+        if self.gradients == "project":
+            R = self._project(group, parameter, index, G, first=released.spent)
+            released.R = R if released.spent or released.R is None else released.R.add_(R)
+        else:
+            if not released.spent:
+                raise UsageError(
+                    "gradients='update' takes one backward a step, and this is the second since step or zero_grad was "
+                    "called: take gradients='project' to accumulate gradients"
+                )
+            if self._optimizer_step_pre_hooks:
+                raise UsageError("step hooks do not act on updates during backward; take gradients='project'")
+            R = self._average(self._gradient(group, parameter, index, G))
+            apply_update(parameter, self.state[parameter], group, R, index)
+            released.used = torch.linalg.vector_norm(R)
+        released.spent = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which release gradients as this one does."""
+        if self.process_group is not None:
+            raise UsageError(
+                "a LowRankAdamW with a process_group cannot be copied: make another and load this one's state dict"
+            )
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return state | {"gradients": self.gradients, "process_group": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, and in `load_state_dict`."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("stochastic_rounding", True)  # from before 0.2
+        if "_places" not in self.__dict__:
+            self._begin()
+            self._hook()
+
+    def _begin(self) -> None:
+        self._hooked = set()
+        self._ready = {}
+        self._places = {}
 
     def _members(self) -> Iterator[tuple[Group, Tensor, int]]:
         index = 0
@@ -279,39 +319,35 @@ class LowRankAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def _release(self, parameter: Tensor) -> None:
         """Runs as soon as backward has the parameter's whole gradient."""
-        if not self._places:  # groups may have been split or loaded since the last step
-            self._places = {member: (group, index) for group, member, index in self._members()}
-        group, index = self._places[parameter]
-        if parameter.grad is None:
-            raise UsageError(f"parameter {index} is updated during backward by another optimizer, too; delete one")
-        if self.gradients == "project":
-            R = self._project(group, parameter, index)
-            known = self._projected.get(parameter)
-            self._projected[parameter] = R if known is None else known.add_(R)
-        else:
-            if self._optimizer_step_pre_hooks:
-                raise UsageError("step hooks do not act on updates during backward; take gradients='project'")
-            self._apply(group, parameter, self._average(self._gradient(group, parameter, index)))
+        G = parameter.grad
+        if isinstance(G, ReleasedGradient) and G.is_of(self):
+            return  # it has taken up this gradient
+        if G is None or isinstance(G, ReleasedGradient):
+            raise UsageError("a parameter's gradient is released during backward by another optimizer, too; delete one")
         parameter.grad = None
-        self._released.add(parameter)
+        sentence = _PROJECTED if self.gradients == "project" else _USED
+        averaged = self.process_group is None or self.gradients == "update"
+        released = ReleasedGradient(parameter, self, sentence, clips=averaged)
+        self.take_up(parameter, released, G)
+        parameter.grad = released
 
     def _take(self, group: Group, parameter: Tensor, index: int) -> Tensor | None:
-        """The gradient of the coming step, projected, averaged over the ranks."""
-        if parameter in self._released and parameter.grad is not None:
-            raise UsageError(
-                f"parameter {index} got its gradient back, which gradients={self.gradients!r} had released, from DDP: "
-                "run backward under no_sync() and pass process_group, or take gradients='keep'"
-            )
-        if (R := self._projected.pop(parameter, None)) is not None:
-            return self._average(R)
-        return None if parameter.grad is None else self._average(self._gradient(group, parameter, index))
+        """The gradient of the coming step, projected, averaged over the ranks; as clipped, where it was."""
+        G = parameter.grad
+        if G is None:
+            return None
+        clipped_of, clipped = self._ready.get(parameter, (None, None))
+        if clipped_of is G:
+            return clipped
+        if isinstance(G, ReleasedGradient):
+            return None if G.spent or G.R is None else self._average(G.R)
+        return self._average(self._gradient(group, parameter, index, G))
 
-    def _gradient(self, group: Group, parameter: Tensor, index: int) -> Tensor:
+    def _gradient(self, group: Group, parameter: Tensor, index: int, G: Tensor) -> Tensor:
         """What Adam will see of the parameter's gradient."""
-        assert parameter.grad is not None
-        if parameter.grad.is_sparse:
+        if G.is_sparse:
             raise UsageError(f"parameter {index} has a sparse gradient; make its embedding with sparse=False")
-        return parameter.grad if group["rank"] is None else self._project(group, parameter, index)
+        return G if group["rank"] is None else self._project(group, parameter, index, G)
 
     def _average(self, gradient: Tensor) -> Tensor:
         if self.process_group is None:
@@ -319,10 +355,9 @@ class LowRankAdamW(torch.optim.Optimizer):
         torch.distributed.all_reduce(gradient, group=self.process_group)
         return gradient.div_(self.process_group.size())
 
-    def _project(self, group: Group, parameter: Tensor, index: int) -> Tensor:
-        """The parameter's gradient in its subspace, which is computed anew where that is due."""
-        state, G = self.state[parameter], parameter.grad
-        assert G is not None
+    def _project(self, group: Group, parameter: Tensor, index: int, G: Tensor, first: bool = True) -> Tensor:
+        """A gradient in its subspace, which is computed anew where that is due and this is the step's first."""
+        state = self.state[parameter]
         if G.ndim < 2:
             raise UsageError(
                 f"parameter {index} of a group with rank has become flat, {tuple(G.shape)}: DeepSpeed's ZeRO and FSDP1 "
@@ -330,9 +365,9 @@ class LowRankAdamW(torch.optim.Optimizer):
             )
         step = int(state["step"].item()) if "step" in state else 0
         old = state.get("projector")
-        if old is None or (step % group["refresh_every"] == 0 and parameter not in self._projected):
+        if old is None or (step % group["refresh_every"] == 0 and first):
             G = self._average(G)
-            generator = torch.Generator().manual_seed(_seed(group["seed"], index, step))
+            generator = torch.Generator().manual_seed(seed_of(group["seed"], index, step))
             try:
                 state["projector"] = new = projector(G, group["rank"], group["method"], old, generator)
             except HtsrError as error:
@@ -343,68 +378,3 @@ class LowRankAdamW(torch.optim.Optimizer):
                 for name, value in zip(("exp_avg", "exp_avg_sq"), rotated(*moments, old, new, G.shape), strict=True):
                     stored.write(state, name, value)
         return project(G, state["projector"])
-
-    def _apply(self, group: Group, parameter: Tensor, R: Tensor) -> None:
-        """One update of one parameter by its (projected) gradient."""
-        state = self.state[parameter]
-        if "exp_avg" not in state:
-            state["step"] = torch.zeros(())
-            stored.create(state, R, group["state_dtype"])
-        state["step"] += 1
-        step, lr, W, G = int(state["step"].item()), float(group["lr"]), local(parameter), local(R)
-        if group["weight_decay"]:
-            W.mul_(1 - lr * group["weight_decay"])
-        if group["rank"] is not None:
-            direction = _direction(state, group, G, step)
-            add_projected_back(parameter, direction.to(W.dtype), state["projector"], -lr * group["scale"])
-            return
-        for rows in _pieces(W):
-            W[rows].add_(_direction(state, group, G, step, rows), alpha=-lr)
-
-
-def _direction(state: dict[str, Any], group: Group, G: Tensor, step: int, rows: Any = ...) -> Tensor:
-    """Adam's direction for these rows; their moments are updated."""
-    exp_avg, exp_avg_sq = stored.read(state, "exp_avg", rows), stored.read(state, "exp_avg_sq", rows)
-    direction = adam_update(G[rows].to(exp_avg.dtype), exp_avg, exp_avg_sq, step, group["betas"], group["eps"])
-    stored.write(state, "exp_avg", exp_avg, rows)
-    stored.write(state, "exp_avg_sq", exp_avg_sq, rows)
-    return direction
-
-
-def _pieces(W: Tensor) -> list[Any]:
-    """Rows to update at a time, so that temporaries stay small beside an embedding."""
-    if W.numel() <= _PIECE:
-        return [...]
-    rows = max(_PIECE // W[0].numel() // BLOCK, 1) * BLOCK
-    return [slice(start, start + rows) for start in range(0, W.shape[0], rows)]
-
-
-def _seed(*numbers: int) -> int:
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
-
-
-def _check(group: Group) -> None:
-    for name, known in (
-        ("method", ("svd", "randomized")),
-        ("moments", ("keep", "rotate")),
-        ("state_dtype", STATE_DTYPES),
-    ):
-        if group[name] not in known:
-            raise UsageError(f"unknown {name} {group[name]!r}: one of {', '.join(known)}")
-    for name in ("lr", "eps", "weight_decay"):
-        if not float(group[name]) >= 0:
-            raise UsageError(f"{name} is {group[name]}; it is at least 0")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise UsageError(f"betas are {group['betas']}; both are in [0, 1)")
-    if group["rank"] is None:
-        return
-    for name in ("rank", "refresh_every"):
-        if group[name] < 1:
-            raise UsageError(f"{name} is {group[name]}; it is at least 1")
-    for parameter in group["params"]:
-        if parameter.ndim not in (2, 3):
-            raise UsageError(
-                "a group with rank holds matrices and stacks of them, and one of its parameters is "
-                f"{tuple(parameter.shape)}"
-            )

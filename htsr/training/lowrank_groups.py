@@ -1,4 +1,4 @@
-"""Which parameters of a model are trained at low rank."""
+"""Which parameters of a model are trained at low rank, and what their groups may say."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from htsr.errors import UsageError
 from htsr.matrices.entries import clean_name
 from htsr.matrices.roles import block_of, is_stack_of_experts, role_of
 from htsr.matrices.sharded import refuse_flat
+from htsr.training.moments import STATE_DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -69,3 +70,37 @@ def low_rank_groups(
         )
     groups = [{"params": low, "rank": rank, **options}, {"params": full}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Refuse a group of `LowRankAdamW` with an option without meaning.
+
+    Args:
+        group: with all options.
+
+    Raises:
+        UsageError: such an option, or a group with rank that holds anything but matrices.
+    """
+    for name, known in (
+        ("method", ("svd", "randomized")),
+        ("moments", ("keep", "rotate")),
+        ("state_dtype", STATE_DTYPES),
+    ):
+        if group[name] not in known:
+            raise UsageError(f"unknown {name} {group[name]!r}: one of {', '.join(known)}")
+    for name in ("lr", "eps", "weight_decay"):
+        if not float(group[name]) >= 0:
+            raise UsageError(f"{name} is {group[name]}; it is at least 0")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise UsageError(f"betas are {group['betas']}; both are in [0, 1)")
+    if group["rank"] is None:
+        return
+    for name in ("rank", "refresh_every"):
+        if group[name] < 1:
+            raise UsageError(f"{name} is {group[name]}; it is at least 1")
+    for parameter in group["params"]:
+        if parameter.ndim not in (2, 3):
+            raise UsageError(
+                "a group with rank holds matrices and stacks of them, and one of its parameters is "
+                f"{tuple(parameter.shape)}"
+            )

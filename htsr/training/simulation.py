@@ -126,8 +126,10 @@ def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
             loss.backward()
         del loss
         ledger.now = "step"
-        kept = [(name, p) for name, p in trained.items() if p.grad is not None]
-        ledger.check(max((_workspace(p, name in low_rank, setting) for name, p in kept), default=0))
+        needed = [_workspace(p, name in low_rank, setting) for name, p in trained.items() if p.grad is not None]
+        if setting.gradients == "project":
+            needed += [_to_update(trained[name], True, setting) for name in low_rank]
+        ledger.check(max(needed, default=0))
         count = sum(p.numel() for p in model.parameters())
     return MemoryPlan(
         model=label,
@@ -150,7 +152,8 @@ class _Arrived:
         assert parameter.grad is not None
         self.ledger.enter(parameter.grad, "gradients")
         if self.released:
-            self.ledger.check(_workspace(parameter, self.low_rank, self.setting))
+            at_once = _to_project if self.setting.gradients == "project" else _workspace
+            self.ledger.check(at_once(parameter, self.low_rank, self.setting))
             parameter.grad = None
             if self.setting.gradients == "project":
                 self.ledger.live["gradients"] += _projected_size(parameter, self.setting) * parameter.element_size()
@@ -230,28 +233,40 @@ def _projected_size(parameter: Tensor, setting: Setting) -> int:
 
 
 def _workspace(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
-    """Temporaries of the update of one parameter by `LowRankAdamW`; torch's fused AdamW has none.
+    """Temporaries of projecting and updating one parameter by `LowRankAdamW`; torch's fused AdamW has none."""
+    return max(_to_project(parameter, low_rank, setting), _to_update(parameter, low_rank, setting))
 
-    Adam's direction, and float32 copies of what is narrower. A randomised refresh: a float32 copy of a float16
-    gradient, the products with the basis, and four bases (start, QR, next, Ritz vectors), matrix by matrix in a stack.
+
+def _to_project(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
+    """A randomised refresh.
+
+    A float32 copy of a float16 gradient, the products with the basis, and four bases (start, QR, next, Ritz vectors),
+    matrix by matrix in a stack.
     """
-    from htsr.training.lowrank import _PIECE
-
-    if setting.method not in LOW_RANK:
+    if setting.method not in LOW_RANK or not low_rank:
         return 0
-    narrow = parameter.dtype not in (torch.float32, torch.float64)
-    copies = 4 * (1 + narrow + 2 * (setting.state_dtype != "float32"))
-    if not low_rank:
-        return copies * min(parameter.numel(), _PIECE)
     small, large = sorted(parameter.shape[-2:])
     width = min(small, setting.rank + _OVERSAMPLING)
     wide = 4 * small * large if parameter.dtype == torch.float16 else 0
     refresh = wide + 4 * width * (2 * large + 4 * small)
     stack = parameter.numel() // (small * large)
-    if stack == 1:
-        return refresh
     bases = 2 * stack * small * setting.rank * parameter.element_size()  # one by one, and together
-    return max(bases + refresh, copies * _projected_size(parameter, setting))
+    return refresh if stack == 1 else bases + refresh
+
+
+def _to_update(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
+    """Adam's direction, and float32 copies of what is narrower; then new weights with noise, to be rounded."""
+    from htsr.training.update import PIECE
+
+    if setting.method not in LOW_RANK:
+        return 0
+    narrow = parameter.dtype not in (torch.float32, torch.float64)
+    copies = 4 * (1 + narrow + 2 * (setting.state_dtype != "float32"))
+    piece = min(parameter.numel(), PIECE)
+    if not low_rank:
+        return max((copies + 4 * narrow) * piece, 20 * narrow * piece)
+    projected = _projected_size(parameter, setting)
+    return max(copies * projected, narrow * (20 * piece + 4 * projected))
 
 
 def _quantised(model: Any) -> list[Tensor]:

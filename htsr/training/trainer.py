@@ -116,13 +116,6 @@ class FinetuneTrainer(SFTTrainer):
             **{name: value for name, value in asdict(low_rank).items() if name != "rank"},
         )
 
-    def _clip_grad_norm(self, model: Any) -> Any:
-        """The optimizer clips what it has projected and released; the Trainer would see the rest only."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
-        if isinstance(optimizer, LowRankAdamW) and optimizer.gradients == "project":
-            return optimizer.clip_grad_norm_(self.args.max_grad_norm)
-        return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The state of blocks that were frozen is in no checkpoint, and FSDP2 has to be told."""
         if checkpoint is None or self.sampler is None or not self.is_fsdp_enabled:
@@ -148,9 +141,4 @@ def _check_gradients(gradients: str, args: Any) -> None:
         raise UsageError(
             "low_rank.gradients: update takes one backward a step and cannot clip: take project, or "
             "gradient_accumulation_steps: 1 and max_grad_norm: 0"
-        )
-    if gradients == "project" and args.max_grad_norm > 0 and not hasattr(SFTTrainer, "_clip_grad_norm"):
-        raise UsageError(
-            "this version of transformers cannot clip projected gradients: update it, or take max_grad_norm: 0 or "
-            "low_rank.gradients: keep"
         )

@@ -15,7 +15,9 @@ from htsr.training.layerwise import layerwise
 from htsr.training.lowrank import LowRankAdamW
 from htsr.training.lowrank_groups import low_rank_groups
 from htsr.training.projection import project
+from htsr.training.released import ReleasedGradient
 from tests.reference import lowrank as reference
+from tests.transformer import llama
 
 SHAPES = [(24, 16), (16, 24), (16, 16), (10,)]
 
@@ -233,7 +235,7 @@ def test_releasing_gradients_during_backward_changes_nothing(mode, moments):
     train(released, optimizer, 7)
     loss_of(released, batch(7)).backward()
     gone = optimizer.param_groups[0]["params"] if mode == "project" else list(released.parameters())
-    assert all(parameter.grad is None for parameter in gone)
+    assert all(isinstance(parameter.grad, ReleasedGradient) for parameter in gone)
     optimizer.step()
     assert same(kept, released)
 
@@ -243,7 +245,7 @@ def test_at_most_one_full_gradient_lives_during_backward():
     optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients="update")
     alive = []
     for parameter in model.parameters():
-        parameter.register_hook(lambda _: alive.append(sum(p.grad is not None for p in model.parameters())))
+        parameter.register_hook(lambda _: alive.append(sum(type(p.grad) is torch.Tensor for p in model.parameters())))
     loss_of(model, batch(0)).backward()
     assert len(alive) == len(list(model.parameters()))
     assert max(alive) == 0
@@ -261,7 +263,7 @@ def test_accumulating_in_the_subspace_is_projecting_the_sum():
         (loss_of(whole, batch(1, part)) / 3).backward()
     for ours, theirs in zip(optimizer.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
         torch.testing.assert_close(
-            optimizer._projected[ours], project(theirs.grad, plain.state[theirs]["projector"]), rtol=1e-9, atol=1e-12
+            ours.grad.R, project(theirs.grad, plain.state[theirs]["projector"]), rtol=1e-9, atol=1e-12
         )
     optimizer.step()
     plain.step()
@@ -297,6 +299,141 @@ def test_clipping_scales_the_gradients_that_the_step_will_use(mode):
     exp_avg = [optimizer.state[parameter]["exp_avg"] for parameter in model.parameters()]
     clipped = torch.stack([m.norm() for m in exp_avg]).norm() / 0.1  # 1 - β₁
     torch.testing.assert_close(clipped, torch.tensor(0.1, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def test_torch_clips_projected_gradients_as_the_optimizer_does():
+    ends, norms = [], []
+    for clip in (None, "torch", "optimizer"):
+        model = make(dtype=torch.float64)
+        optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients="project", refresh_every=2, lr=0.01)
+        for step in range(4):
+            for part in range(2):
+                (loss_of(model, batch(step, part)) / 2).backward()
+            if clip == "torch":
+                norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.05))
+            elif clip == "optimizer":
+                norms.append(optimizer.clip_grad_norm_(0.05))
+            optimizer.step()
+            model.zero_grad()
+        ends.append(model)
+    torch.testing.assert_close(torch.stack(norms[:4]), torch.stack(norms[4:]), rtol=1e-9, atol=0)
+    close(ends[1], ends[2], rtol=1e-9, atol=1e-10)
+    assert not same(ends[0], ends[1])
+
+
+def test_what_would_pass_over_released_gradients_is_refused():
+    """A GradScaler saw the rest only: it clipped scaled gradients, and never skipped a step (also case 19 and 26)."""
+    for mode, sentence in (("project", "GradScaler, or whatever else"), ("update", "Set max_grad_norm to 0")):
+        model = make()
+        optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients=mode)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler.scale(loss_of(model, batch(0))).backward()
+        with pytest.raises(UsageError, match=sentence):
+            scaler.unscale_(optimizer)
+        with pytest.raises(UsageError, match=sentence):
+            scaler.step(optimizer)
+        for use in (
+            lambda _, model=model: nn.utils.clip_grad_value_(model.parameters(), 1e-3),
+            lambda grads: nn.utils.get_total_norm(grads, norm_type=1.0),
+            lambda grads: sum(grad.abs().sum() for grad in grads),
+            lambda grads: [grad + 1 for grad in grads],
+        ):
+            with pytest.raises(UsageError, match=sentence):
+                use([parameter.grad for parameter in model.parameters()])
+        assert "ReleasedGradient" in repr(optimizer.param_groups[0]["params"][0].grad)
+        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
+        train(model, optimizer, 1)
+    loss_of(model, batch(1)).backward()
+    with pytest.raises(UsageError, match="Set max_grad_norm to 0"):
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.raises(UsageError, match="takes one backward a step, and this is the second"):
+        loss_of(model, batch(1)).backward()
+
+
+@pytest.mark.parametrize("drop", ["optimizer", "model"])
+@pytest.mark.parametrize("mode", ["keep", "project"])
+def test_a_batch_that_is_dropped_leaves_nothing(mode, drop):
+    """model.zero_grad(), the Trainer's, knew nothing of what was projected or clipped."""
+    plain, dropped = make(), make()
+    options = {"gradients": mode, "lr": 0.01, "refresh_every": 1, "method": "svd"}
+    train(plain, LowRankAdamW(low_rank_groups(plain, 4), **options), 3)
+    optimizer = LowRankAdamW(low_rank_groups(dropped, 4), **options)
+    train(dropped, optimizer, 2)
+    (100 * loss_of(dropped, batch(7))).backward()
+    optimizer.clip_grad_norm_(50.0)
+    (optimizer if drop == "optimizer" else dropped).zero_grad()
+    loss_of(dropped, batch(2)).backward()
+    optimizer.step()
+    assert same(plain, dropped)
+
+
+@pytest.mark.parametrize("mode", ["keep", "project", "update"])
+def test_a_copy_of_model_and_optimizer_trains_as_they_do(mode):
+    model = make()
+    optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients=mode, refresh_every=2, lr=0.01)
+    train(model, optimizer, 3)
+    twin, copied = copy.deepcopy((model, optimizer))
+    assert copied.gradients == mode
+    train(model, optimizer, 3, start=3)
+    train(twin, copied, 3, start=3)
+    assert same(model, twin)
+    file = io.BytesIO()
+    torch.save((model, optimizer), file)
+    file.seek(0)
+    twin, loaded = torch.load(file, weights_only=False)
+    train(model, optimizer, 2, start=6)
+    train(twin, loaded, 2, start=6)
+    assert same(model, twin)
+    optimizer.process_group = object()
+    with pytest.raises(UsageError, match="process_group cannot be copied"):
+        copy.deepcopy(optimizer)
+
+
+def run_trainer(folder, mode, **arguments):
+    """One record again and again through transformers' own Trainer, on CPU."""
+    from transformers import Trainer, TrainingArguments
+
+    model = llama(2)
+    optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients=mode, method="svd", lr=1e-3)
+    record = {"input_ids": torch.arange(4, 13), "labels": torch.arange(4, 13)}
+    given = {"max_steps": 1, "logging_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(folder), save_strategy="no", per_device_train_batch_size=2, **given, **arguments),
+        train_dataset=[record] * 8,
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
+    )
+    trainer.train()
+    return trainer, model, optimizer, record
+
+
+def test_the_trainer_of_transformers_clips_projected_gradients_and_logs_their_norm(tmp_path):
+    trainer, _, optimizer, record = run_trainer(tmp_path, "project", max_grad_norm=1e-3, gradient_accumulation_steps=2)
+    twin = llama(2)
+    other = LowRankAdamW(low_rank_groups(twin, 4), method="svd")
+    twin(**{key: value[None] for key, value in record.items()}).loss.backward()
+    norm = float(other.clip_grad_norm_(1.0))
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    moments = torch.stack([state["exp_avg"].norm() for state in optimizer.state.values()])
+    assert float(moments.norm()) == pytest.approx(0.1 * 1e-3, rel=1e-3)  # (1 - β₁) of the clipped gradient
+
+
+def test_the_trainer_of_transformers_is_told_what_updates_during_backward_cannot(tmp_path):
+    with pytest.raises(UsageError, match="transformers' Trainer clips by default"):
+        run_trainer(tmp_path, "update")
+    with pytest.raises(UsageError, match="take gradients='project' to accumulate"):
+        run_trainer(tmp_path, "update", max_grad_norm=0.0, gradient_accumulation_steps=2)
+    trainer, model, optimizer, record = run_trainer(tmp_path, "update", max_grad_norm=0.0)
+    twin = llama(2)
+    other = LowRankAdamW(low_rank_groups(twin, 4), method="svd", lr=1e-3)
+    batch = {key: torch.stack([value] * 2) for key, value in record.items()}
+    twin(**batch).loss.backward()
+    norm = float(other.clip_grad_norm_(torch.inf))
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    other.step()
+    close(model, twin, rtol=1e-5, atol=1e-6)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {1}
 
 
 def test_clipping_beyond_the_norm_changes_nothing_and_modes_agree():
@@ -389,7 +526,7 @@ def test_large_parameters_are_updated_piece_by_piece_with_the_same_result(monkey
         pytest.importorskip("bitsandbytes")
     ends = []
     for piece in (2**22, 1000):
-        monkeypatch.setattr("htsr.training.lowrank._PIECE", piece)
+        monkeypatch.setattr("htsr.training.update.PIECE", piece)
         random = np.random.default_rng(0)
         parameter = nn.Parameter(torch.tensor(random.standard_normal(shape)).float())
         optimizer = LowRankAdamW([parameter], state_dtype=state_dtype, weight_decay=0.1)
@@ -543,7 +680,7 @@ def test_experts_of_a_mixture_get_a_rank():
     for _ in range(15):
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
-        assert all(p.grad is None for p in low["params"])
+        assert all(isinstance(p.grad, ReleasedGradient) for p in low["params"])
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

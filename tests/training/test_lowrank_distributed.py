@@ -9,6 +9,8 @@ import torch.multiprocessing as mp
 
 from htsr.training.lowrank import LowRankAdamW
 from htsr.training.lowrank_groups import low_rank_groups
+from htsr.training.released import ReleasedGradient
+from htsr.training.rounding import axis_keys, entry_noise
 from tests.processes import leave
 from tests.training.test_lowrank import batch, loss_of, make
 
@@ -83,9 +85,30 @@ def taken_back(rank):
 
     model = torch.nn.parallel.DistributedDataParallel(make())
     optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients="project")
-    loss_of(model, half(0, rank)).backward()
     with pytest.raises(UsageError, match="no_sync"):
-        optimizer.step()
+        loss_of(model, half(0, rank)).backward()
+    assert optimizer.state  # it was projected, and then DDP asked for it
+
+
+def noise_of_shards(rank):
+    """Each process makes its part of the noise that one process makes of the whole, on meshes of one and two axes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    for sizes, placements in (
+        ((2,), [Shard(0)]),
+        ((2,), [Shard(1)]),
+        ((2,), [Replicate()]),
+        ((2, 1), [Shard(1), Shard(0)]),
+        ((1, 2), [Shard(0), Shard(0)]),
+        ((1, 2), [Replicate(), Shard(1)]),
+    ):
+        mesh = init_device_mesh("cpu", sizes)
+        for shape in ((7, 5), (3, 4, 6), (1, 1)):
+            whole = entry_noise(axis_keys(torch.empty(shape), seed=9))
+            shard = distribute_tensor(torch.empty(shape), mesh, placements)
+            expected = distribute_tensor(whole, mesh, placements).to_local()
+            assert torch.equal(entry_noise(axis_keys(shard, seed=9)), expected)
 
 
 def fsdp(rank, mode, method, clip, experts=0):
@@ -119,8 +142,10 @@ def fsdp(rank, mode, method, clip, experts=0):
             set_optimizer_state_dict(model, optimizer, saved if rank == 0 else {}, options=ranks)
         loss_of(model, half(step, rank)).backward()
         if mode != "keep":
-            assert all(p.grad is None for p in optimizer.param_groups[0]["params"])
-        if clip:
+            assert all(isinstance(p.grad, ReleasedGradient) for p in optimizer.param_groups[0]["params"])
+        if clip and mode == "project":
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        elif clip:
             optimizer.clip_grad_norm_(clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -162,6 +187,10 @@ def test_copies_of_a_model_without_ddps_averages(tmp_path, mode):
 
 def test_gradients_that_ddp_writes_back_are_an_error(tmp_path):
     both(taken_back, tmp_path)
+
+
+def test_shards_and_replicas_round_as_the_whole(tmp_path):
+    both(noise_of_shards, tmp_path)
 
 
 @pytest.mark.parametrize(

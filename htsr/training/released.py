@@ -1,0 +1,119 @@
+"""What stands in ``parameter.grad`` once an optimizer has projected or used up a gradient during backward.
+
+Others read gradients between backward and step: clipping, GradScaler, DDP, loggers. Were ``grad`` None they would pass
+over the parameter in silence; this stands there instead, does what is right in the subspace, and refuses the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import weakref
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from htsr.errors import UsageError
+
+_aten: Any = torch.ops.aten
+
+
+class Owner(Protocol):
+    """An optimizer that releases gradients during backward."""
+
+    def take_up(self, parameter: Tensor, released: ReleasedGradient, G: Tensor) -> None:
+        """Project or use a full gradient; sets ``R`` and ``spent``."""
+
+
+class ReleasedGradient(Tensor):
+    """A gradient in the shape and dtype of its parameter, without entries: its projection stands for it, or nothing.
+
+    Its 2-norm is that of what the optimizer uses, and a projection is scaled by what scales it; what backward adds to
+    it goes to its owner. Any other use is refused.
+
+    Args:
+        parameter: whose gradient it is.
+        owner: the optimizer.
+        sentence: for refusals: why there is nothing to use, and what to do.
+        clips: whether others may see the norm.
+
+    Attributes:
+        R: the projected gradient; None where it was used up during backward.
+        used: 2-norm, a scalar, of what was used up.
+        spent: whether the optimizer has made its step with it; it then is as good as no gradient.
+    """
+
+    R: Tensor | None
+    used: Tensor | None
+    spent: bool
+
+    @staticmethod
+    def __new__(cls, parameter: Tensor, owner: Owner, sentence: str, clips: bool) -> Self:
+        """A tensor without storage."""
+        made: Self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, parameter.shape, dtype=parameter.dtype, device=parameter.device
+        )
+        return made
+
+    def __init__(self, parameter: Tensor, owner: Owner, sentence: str, clips: bool) -> None:
+        self.sentence, self.clips = sentence, clips
+        self.R = self.used = None
+        self.spent = True
+        self._parameter, self._owner = (
+            weakref.ref(parameter),
+            weakref.ref(owner),
+        )  # no cycle, torch would not collect it
+
+    def is_of(self, owner: Owner) -> bool:
+        """Whether `owner` released it."""
+        return self._owner() is owner
+
+    def add_full(self, G: Tensor) -> None:
+        """Have the owner take up one more full gradient.
+
+        Raises:
+            UsageError: the owner is gone.
+        """
+        parameter, owner = self._parameter(), self._owner()
+        if parameter is None or owner is None:
+            raise UsageError("the optimizer that released a gradient is gone: call model.zero_grad() before backward")
+        owner.take_up(parameter, self, G)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+        """Without entries."""
+        return f"ReleasedGradient({tuple(self.shape)}, R={None if self.R is None else tuple(self.R.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Norm, scaling, accumulation; all else is refused."""
+        me = args[0]
+        if func is _aten.detach.default:
+            return me
+        if isinstance(me, ReleasedGradient) and not kwargs:
+            if func is _aten.add_.Tensor and not isinstance(args[1], ReleasedGradient):
+                me.add_full(args[1])
+                return me
+            if me.clips and not me.spent:
+                if func is _aten.linalg_vector_norm.default and args[1:] in ((), (2,)):
+                    return me.used if me.R is None else torch.linalg.vector_norm(me.R)
+                if func in (_aten.mul_.Tensor, _aten.mul_.Scalar) and (me.R is not None or _asks_for_the_norm_alone()):
+                    if me.R is not None:
+                        me.R.mul_(args[1])
+                    return me
+        flat = (leaf for arg in args for leaf in (arg if isinstance(arg, (list, tuple)) else [arg]))
+        mine = next(leaf for leaf in flat if isinstance(leaf, ReleasedGradient))
+        raise UsageError(f"{func.overloadpacket.__name__} asks for a gradient that is gone: {mine.sentence}")
+
+
+def _asks_for_the_norm_alone() -> bool:
+    """Whether torch's clip_grad_norm_ is running with max_norm inf, as in transformers' Trainer without clipping.
+
+    The factor alone does not tell: it is 1 as well where a gradient happens to be smaller than the largest norm.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "clip_grad_norm_":
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and frame.f_locals.get("max_norm") == math.inf
