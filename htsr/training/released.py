@@ -23,7 +23,13 @@ class Owner(Protocol):
     """An optimizer that releases gradients during backward."""
 
     def take_up(self, parameter: Tensor, released: ReleasedGradient, G: Tensor) -> None:
-        """Project or use a full gradient; sets ``R`` and ``spent``."""
+        """Project or use a full gradient.
+
+        Args:
+            parameter: of the optimizer, of any shape.
+            released: what stands in its ``grad``; its ``R`` or ``used``, and ``spent``, are set.
+            G: of the parameter's shape.
+        """
 
 
 class ReleasedGradient(Tensor):
@@ -33,7 +39,7 @@ class ReleasedGradient(Tensor):
     it goes to its owner. Any other use is refused.
 
     Args:
-        parameter: whose gradient it is.
+        parameter: whose gradient it is, of any shape.
         owner: the optimizer.
         sentence: for refusals: why there is nothing to use, and what to do.
         clips: whether others may see the norm.
@@ -66,11 +72,14 @@ class ReleasedGradient(Tensor):
         )  # no cycle, torch would not collect it
 
     def is_of(self, owner: Owner) -> bool:
-        """Whether `owner` released it."""
+        """Whether it was released by `owner`."""
         return self._owner() is owner
 
     def add_full(self, G: Tensor) -> None:
         """Have the owner take up one more full gradient.
+
+        Args:
+            G: of the parameter's shape.
 
         Raises:
             UsageError: the owner is gone.

@@ -75,11 +75,11 @@ def entry_noise(keys: list[Tensor], rows: Any = ...) -> Tensor:
     multipliers of MurmurHash3's finalizer), which leaves nothing of the sum's structure.
 
     Args:
-        keys: from `axis_keys`.
+        keys: from `axis_keys`, (n_1,), (n_2,) …
         rows: a slice of the first axis, or all.
 
     Returns:
-        int32 in [0, 2¹⁶), one axis for each of the keys.
+        (n_1, n_2, …) int32 in [0, 2¹⁶).
     """
     x = keys[0][rows]
     for key in keys[1:]:

@@ -53,7 +53,7 @@ def apply_update(parameter: Tensor, state: dict[str, Any], group: Group, R: Tens
         parameter: of any shape, changed; a DTensor in this process's part.
         state: of it, changed; ``projector`` is there where the group has a rank.
         group: of `LowRankAdamW`.
-        R: the gradient, projected where the group has a rank.
+        R: the gradient, (m, r) or (r, n) as projected where the group has a rank, else of the parameter's shape.
         index: of the parameter among all of the optimizer, a seed of the rounding.
     """
     if "exp_avg" not in state:
