@@ -176,6 +176,7 @@ def analyze(
 
 @app.command()
 def compare(
+    context: typer.Context,
     a: Annotated[str, typer.Argument(metavar="A", help="A model as in `analyze`, or a saved analysis (.npz).")],
     b: Annotated[str, typer.Argument(metavar="B", help="Likewise.")],
     include: Include = None,
@@ -198,14 +199,22 @@ def compare(
 ) -> None:
     """Two models matrix by matrix: metrics of both, and how far their weights are apart.
 
+    A model is analyzed with the options of the saved analysis beside it, where they are not given.
+
     For example:  [bold]htsr compare ./base ./fine-tuned --role 'attn.*'[/bold]
     """
     from htsr_cli import run
     from htsr_cli.output import Target, Words
 
     chosen = run.Choice(include, exclude, role, block, min_size, max_size, exclude_role)
-    options = {"fit": fit, "full": full, "route": route, "dtype": dtype, "device": device, "seed": seed}
+    every = {"fit": fit, "full": full, "route": route, "dtype": dtype, "device": device, "seed": seed}
+    options = {name: value for name, value in every.items() if _is_given(context, name)}
     run.compare(a, b, chosen, options, Words(quiet, verbose), Target(format, output))
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name != "DEFAULT"
 
 
 @app.command()

@@ -100,14 +100,14 @@ class Words:
         logging.getLogger("htsr").setLevel(level)
 
     def say(self, text: str) -> None:
-        """A sentence, unless quiet."""
-        if not self.quiet:
+        """A sentence, unless quiet or another process says it."""
+        if not self.quiet and is_first():
             print(visible(text), file=sys.stderr)  # noqa: T201
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Callable[[Progress], None] | None]:
         """A progress bar with the time left, by work done rather than by matrices."""
-        if self.quiet or not sys.stderr.isatty():
+        if self.quiet or not is_first() or not sys.stderr.isatty():
             yield None
             return
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -147,7 +147,8 @@ def _print_tables(subject: Analysis | Comparison | Model | MemoryPlans, to: Cons
         to.print(tables.comparison_table(subject, to.width))
         alpha = subject.summary().get("alpha")
         if alpha:
-            to.print(f"mean α {alpha[0]:.3f} → {alpha[1]:.3f} over {len(subject)} matrices", style="dim")
+            both = sum(pair.a.alpha is not None and pair.b.alpha is not None for pair in subject)
+            to.print(f"mean α {alpha[0]:.3f} → {alpha[1]:.3f} over {both} matrices", style="dim")
     elif isinstance(subject, MemoryPlans):
         to.print(tables.memory_table(subject))
     else:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from htsr_cli.conditions import Condition, judge, with_needed
-from htsr_cli.output import Target, Words, console
+from htsr_cli.output import Target, Words, console, is_first
 
 from htsr.analysis import Analysis, analyze_model, make_options
-from htsr.comparison import compare_analyses, filtered_together
+from htsr.comparison import compare_analyses, filtered_together, options_beside
 from htsr.errors import UsageError
-from htsr.execution import Ranks
 from htsr.files import check_writable
 from htsr.journal import Journal
 from htsr.matrices.sources import Filter, open_model
@@ -74,21 +73,17 @@ def analyze(
 
         require_plotly()
     model = open_model(name, revision=revision, against=against, base=base).filtered(choice.filter)
-    ranks = Ranks()
-    first = ranks.rank == 0
-    journal = Journal(model, settings)
-    if not resume:
-        if first:
-            journal.discard()
-        ranks.gather([])
-    elif first and (kept := len(journal.load())):
+    first = is_first()
+    journal = Journal(model, settings, fresh=not resume)
+    if resume and first and (kept := len(journal.load())):
         words.say(f"htsr: {kept} of {len(model.matrices)} matrices were done before and are taken up")
     try:
-        with (words if first else Words(True, False)).progress(model.label) as progress:
+        with words.progress(model.label) as progress:
             analysis = analyze_model(model, settings, journal, progress)
     except KeyboardInterrupt:
-        kept = len(journal.load())
-        words.say(f"htsr: interrupted; {kept} of {len(model.matrices)} matrices are kept, --resume goes on from there")
+        kept = len(Journal(model, settings).load())
+        of = f"{kept} of {len(model.matrices)} matrices are kept, --resume goes on from there"
+        words.say(f"htsr: interrupted; {of}" if kept else "htsr: interrupted")
         return 130
     if not first:
         return 0
@@ -103,8 +98,8 @@ def analyze(
 
 def compare(a: str, b: str, choice: Choice, options: dict[str, Any], words: Words, target: Target) -> None:
     """`htsr compare`."""
-    settings = make_options(**options)
     saved = {name: Analysis.load(name) for name in (a, b) if name.endswith(".npz")}
+    settings = options_beside(list(saved.values()), **options)
     models = filtered_together([None if name in saved else open_model(name) for name in (a, b)], choice.filter)
     analyses = []
     for name, model in zip((a, b), models, strict=True):
@@ -113,12 +108,16 @@ def compare(a: str, b: str, choice: Choice, options: dict[str, Any], words: Word
             continue
         with words.progress(name) as progress:
             analyses.append(analyze_model(model, settings, progress=progress))
+    if not is_first():
+        return
     comparison = compare_analyses(analyses[0], analyses[1], models[0], models[1])
-    for label, only in ((a, comparison.only_a), (b, comparison.only_b)):
-        if only:
-            words.say(
-                f"htsr: {len(only)} matrices are in {label} only: {', '.join(only[:5])}{' …' if len(only) > 5 else ''}"
-            )
+    for what, names in (
+        (f"are in {a} only", comparison.only_a),
+        (f"are in {b} only", comparison.only_b),
+        ("have another shape there and are not compared", comparison.reshaped),
+    ):
+        if names:
+            words.say(f"htsr: {len(names)} matrices {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
     target.write(comparison)
 
 

@@ -23,10 +23,11 @@ import numpy.typing as npt
 
 from htsr._version import __version__
 from htsr.errors import UsageError
-from htsr.execution import Ranks, measure_all, pick_device, shared_out
+from htsr.execution import measure_all, pick_device, shared_out
 from htsr.journal import Journal
 from htsr.matrices.sharded import Shard, in_rounds, open_live
 from htsr.matrices.sources import Filter, Model, Source, open_model
+from htsr.ranks import Ranks
 from htsr.saving import read_parts, write_parts
 from htsr.spectra.measure import Measured
 from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
@@ -197,6 +198,7 @@ def analyze(
     full: bool = False,
     journal: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    distributed: bool = True,
     **options: Any,
 ) -> Analysis:
     """Analyze the weight matrices of a model.
@@ -210,31 +212,32 @@ def analyze(
         where: which matrices; all by default.
         full: also bulk, permuted weights and alternatives to the power law (several times slower).
         journal: keep finished rows in this file while running, and take up those that an interrupted run of the same
-            analysis has left there. Removed at the end.
+            analysis of the same weights has left there. Removed at the end.
         progress: called after each matrix.
+        distributed: under `accelerate launch` or `torchrun` the ranks share the matrices, and each of them returns all
+            rows: every rank has to call this, with the same model. False where one rank analyzes alone, or each of
+            them its own model; a tensor that is sharded over the ranks then has a row that says so.
         **options: the fields of `htsr.Options`: fit, route, dtype, device (``auto`` is an accelerator where there is
             one), windows, bulk, permuted, alternatives, quality, bootstrap, seed …
-
-    Under `accelerate launch` or `torchrun` the ranks share the matrices, and each of them returns all rows.
 
     Returns:
         An `Analysis`. Matrices that cannot be analyzed have a row that says why.
 
     Raises:
         SourceError: the source cannot be read at all.
-        UsageError: an option without meaning, a filter that nothing passes, a `base` without an adapter, or a
-            `revision` of a local path.
+        UsageError: an option without meaning, a filter that nothing passes, a `base` without an adapter, a
+            `revision` of a local path, or ranks that do not come or bring another model.
 
     Sources: HT-SR (Martin & Mahoney, JMLR 2021); SETOL (arXiv 2507.17912); of each number, see `LayerMetrics`.
     """
     settings = make_options(full=full, **options)
     model = open_model(source, revision=revision, against=against, base=base).filtered(where or Filter())
     shards: Mapping[str, Shard] = {}
-    if against is None and any(matrix.problem and matrix.problem[0] == "sharded" for matrix in model):
+    if distributed and against is None and any(matrix.problem and matrix.problem[0] == "sharded" for matrix in model):
         live = open_live(source)  # type: ignore[arg-type]  # only a module has such
         model, shards = replace(model, matrices=live.matrices).filtered(where or Filter()), live.shards
     kept = Journal(model, settings, Path(journal)) if journal else None
-    return analyze_model(model, settings, kept, progress, shards)
+    return analyze_model(model, settings, kept, progress, shards, Ranks(distributed))
 
 
 def make_options(*, full: bool = False, **options: Any) -> Options:
@@ -261,6 +264,7 @@ def analyze_model(
     journal: Journal | None = None,
     progress: Callable[[Progress], None] | None = None,
     shards: Mapping[str, Shard] = MappingProxyType({}),
+    ranks: Ranks | None = None,
 ) -> Analysis:
     """`analyze` for a model that is already open.
 
@@ -270,16 +274,21 @@ def analyze_model(
         journal: where finished rows are kept while running; discarded at the end.
         progress: called after each matrix.
         shards: tensors of the model that are spread over the processes.
+        ranks: who shares the work; all processes by default.
+
+    Raises:
+        UsageError: ranks do not come, or bring another model.
     """
     started = time.perf_counter()
-    ranks = Ranks()
-    done = journal.load() if journal else {}
+    ranks = ranks or Ranks()
+    ranks.agree(model, options, shards)
+    kept = journal.load().values() if journal and ranks.rank == 0 else ()
+    done = {result.row.name: result for result in ranks.gather(list(kept))}  # before any rank writes
     todo = [matrix for matrix in model if matrix.name not in done]
     whole, tensors = shared_out(todo, shards, ranks.rank, ranks.size)
     own = [*whole, *chain.from_iterable(tensors[ranks.rank :: ranks.size])]
     total, spent = sum(matrix.cost for matrix in own) or 1.0, 0.0
     costs, finished = {matrix.name: matrix.cost for matrix in own}, len(done)
-    ranks.gather([])  # every rank has read the journals before any writes
     if journal:
         journal.open(ranks.rank)
 
@@ -300,7 +309,7 @@ def analyze_model(
         if journal:
             journal.close()
     by_name = done | {result.row.name: result for result in ranks.gather(mine)}
-    if journal and ranks.rank == 0:
+    if journal:
         journal.discard()
     results = [by_name[matrix.name] for matrix in model]
     return Analysis(

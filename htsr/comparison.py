@@ -6,23 +6,29 @@ comparison.to_pandas()
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from htsr.analysis import Analysis, analyze_model, make_options
-from htsr.errors import MatrixError, SourceError
+from htsr.analysis import FULL, Analysis, analyze_model, make_options
+from htsr.errors import MatrixError, SourceError, UsageError
 from htsr.matrices.sources import Filter, Model, Source, WeightMatrix, open_model
+from htsr.ranks import Ranks
 from htsr.spectra.bulk import Vector, jensen_shannon_distance
 from htsr.spectra.esd import Array, as_numpy
-from htsr.spectra.metrics import NUMERIC, LayerMetrics
+from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
 
 if TYPE_CHECKING:
     import pandas
+
+logger = logging.getLogger(__name__)
+
+_DECISIVE = ("fit", "xmin", "xmax", "windows")  # options under which α is another number
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Pair:
         name: in the first model.
         a: its row in the first model.
         b: its row in the second.
-        distance: between the weights; None for saved analyses and for matrices of different shape.
+        distance: between the weights; None for saved analyses, for one of zeros, and where one is stored transposed.
         esd_distance: Jensen-Shannon distance between the ESDs, in [0, √ln 2]; None where their sizes differ, or one is
             missing or zero.
     """
@@ -76,6 +82,8 @@ class Comparison:
         pairs: the matrices that are in both, in the first's order.
         only_a: names of those that are in the first only.
         only_b: names of those that are in the second only.
+        reshaped: names in the first of those whose counterpart has another shape. They are no pair: α and most other
+            numbers depend on the shape.
     """
 
     a: Analysis
@@ -83,6 +91,7 @@ class Comparison:
     pairs: tuple[Pair, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
+    reshaped: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         alpha = self.summary().get("alpha")
@@ -127,6 +136,7 @@ def compare(
     *,
     where: Filter | None = None,
     full: bool = False,
+    distributed: bool = True,
     **options: Any,
 ) -> Comparison:
     """Compare two models, or two saved analyses of them.
@@ -137,24 +147,54 @@ def compare(
     Args:
         a: a source as `htsr.analyze` takes it, or an `Analysis`.
         b: likewise.
-        where: which matrices.
+        where: which matrices; does not apply to what is analyzed already.
         full: as in `htsr.analyze`.
-        **options: as in `htsr.analyze`. Neither they nor `where` apply to what is analyzed already.
+        distributed: as in `htsr.analyze`.
+        **options: as in `htsr.analyze`; beside an `Analysis`, those that it was made with where they are not given.
 
     Returns:
         A `Comparison`. Distances between weights are there where both are sources, not analyses.
 
     Raises:
-        SourceError: one cannot be read, or no matrix of one has a counterpart in the other.
-        UsageError: an option without meaning, or a filter that nothing passes.
+        SourceError: one cannot be read, or no matrix of one has a counterpart of its shape in the other.
+        UsageError: an option without meaning, a filter that nothing passes, or two fits that give different numbers.
     """
-    settings = make_options(full=full, **options)
+    settings = options_beside([x for x in (a, b) if isinstance(x, Analysis)], full=full, **options)
     models = filtered_together([None if isinstance(x, Analysis) else open_model(x) for x in (a, b)], where or Filter())
-    analyses = [x if model is None else analyze_model(model, settings) for x, model in zip((a, b), models, strict=True)]
-    first, second = analyses
-    assert isinstance(first, Analysis)
-    assert isinstance(second, Analysis)
-    return compare_analyses(first, second, models[0], models[1])
+    analyses = []
+    for x, model in zip((a, b), models, strict=True):
+        if model is not None:
+            x = analyze_model(model, settings, ranks=Ranks(distributed))
+        assert isinstance(x, Analysis)
+        analyses.append(x)
+    return compare_analyses(analyses[0], analyses[1], models[0], models[1])
+
+
+def options_beside(saved: Sequence[Analysis], *, full: bool = False, **options: Any) -> Options:
+    """Options for models that are compared with `saved` analyses: theirs, where they are not given.
+
+    Args:
+        saved: none, one or two.
+        full: as in `htsr.analyze`.
+        **options: as in `htsr.analyze`.
+
+    Raises:
+        UsageError: an option without meaning, or one under which a saved analysis has other numbers.
+    """
+    theirs: dict[str, Any] = {}
+    if saved:
+        theirs = {f.name: getattr(saved[0].options, f.name) for f in fields(Options) if f.name != "device"}
+    settings = make_options(**theirs | (FULL if full else {}) | options)
+    for analysis in saved:
+        _insist_on_one_fit(analysis.label, analysis.options, "this comparison", settings)
+    return settings
+
+
+def _insist_on_one_fit(a: str, options_a: Options, b: str, options_b: Options) -> None:
+    for name in _DECISIVE:
+        x, y = getattr(options_a, name), getattr(options_b, name)
+        if x != y:
+            raise UsageError(f"{a} was analyzed with {name} {x}, {b} with {name} {y}: their numbers do not compare")
 
 
 def filtered_together(models: Sequence[Model | None], where: Filter) -> list[Model | None]:
@@ -185,24 +225,46 @@ def compare_analyses(
         model_b: the second, likewise.
 
     Raises:
-        SourceError: no matrix of one has a counterpart in the other.
+        SourceError: no matrix of one has a counterpart of its shape in the other.
+        UsageError: they were made by different fits.
     """
+    _insist_on_one_fit(a.label, a.options, b.label, b.options)
+    if (versions := (a.meta.get("htsr"), b.meta.get("htsr")))[0] != versions[1]:
+        logger.warning("the analyses are of htsr %s and %s, and numbers may have been mended in between", *versions)
     matches = match(a.rows, b.rows)
     if not matches:
         raise SourceError(f"{a.label} and {b.label} have no matrix in common")
+    alike = [pair for pair in matches if _of_one_shape(*pair)]
+    if not alike:
+        x, y = matches[0]
+        raise SourceError(
+            f"{a.label} and {b.label} have no matrix of one shape in common: {x.name} is {x.rows}×{x.columns} and "
+            f"{y.rows}×{y.columns}"
+        )
     weights = [{m.name: m for m in model} if model else {} for model in (model_a, model_b)]
     pairs = []
-    for x, y in matches:
+    for x, y in alike:
         esd_distance = _esd_distance(a.eigenvalues.get(x.name), b.eigenvalues.get(y.name))
         pairs.append(Pair(x.name, x, y, _distance_of(weights[0].get(x.name), weights[1].get(y.name)), esd_distance))
     seen_a, seen_b = {x.name for x, _ in matches}, {y.name for _, y in matches}
+    paired = {x.name for x, _ in alike}
     return Comparison(
         a,
         b,
         tuple(pairs),
         tuple(row.name for row in a if row.name not in seen_a),
         tuple(row.name for row in b if row.name not in seen_b),
+        tuple(row.name for row in a if row.name in seen_a - paired),
     )
+
+
+def _of_one_shape(a: LayerMetrics, b: LayerMetrics) -> bool:
+    """Whether the matrices of two rows have one shape, or one the other's transposed."""
+
+    def shape(row: LayerMetrics) -> Any:
+        return sorted((row.rows or 0, row.columns or 0))
+
+    return shape(a) == shape(b) and (a.pieces == b.pieces or None in (a.pieces, b.pieces))
 
 
 def match(a: Sequence[LayerMetrics], b: Sequence[LayerMetrics]) -> list[tuple[LayerMetrics, LayerMetrics]]:
@@ -248,7 +310,8 @@ def _distance_of(a: WeightMatrix | None, b: WeightMatrix | None) -> Distance | N
         return None
     try:
         return distance(a.read(), b.read())
-    except MatrixError:
+    except (MatrixError, MemoryError) as problem:
+        logger.warning("%s has no distance: %s", a.name, problem or "not enough memory")
         return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import heapq
 import logging
 import os
@@ -10,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from htsr.errors import UsageError
 from htsr.matrices.roles import whole_name
@@ -164,37 +163,6 @@ def shared_out(
     spread = by_tensor(matrix for matrix in matrices if whole_name(matrix.name) in shards)
     mine = [whole[i] for i in share([matrix.cost for matrix in whole], size)[rank]]
     return mine, sorted(spread, key=lambda parts: -sum(matrix.cost for matrix in parts))
-
-
-class Ranks:
-    """The processes that share this analysis: those of `accelerate launch` or `torchrun`, or this one alone."""
-
-    def __init__(self) -> None:
-        self.rank, self.size = 0, int(os.environ.get("WORLD_SIZE", "1"))
-        if self.size > 1:
-            import torch
-            from accelerate import PartialState
-
-            if not torch.distributed.is_initialized():
-                atexit.register(_leave)
-            state = PartialState(cpu=not torch.cuda.is_available())
-            self.rank, self.size = state.process_index, state.num_processes
-
-    def gather(self, mine: list[Any]) -> list[Any]:
-        """The items of all ranks, on every rank."""
-        if self.size == 1:
-            return mine
-        from accelerate.utils import gather_object
-
-        return list(gather_object(mine))
-
-
-def _leave() -> None:
-    """End the process group that was begun here; a process that exits within it may abort."""
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def pick_device(device: str) -> str:

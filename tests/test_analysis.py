@@ -3,11 +3,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import htsr
+from htsr.analysis import analyze_model
 from htsr.execution import _batches, measure_all, pick_device, share
 from htsr.journal import Journal
 from tests.models import save_folder, state_dict
@@ -154,6 +157,85 @@ def test_an_interrupted_analysis_goes_on_where_it_stopped(tmp_path, monkeypatch)
     assert all(np.array_equal(resumed.eigenvalues[n], whole.eigenvalues[n]) for n in whole.eigenvalues)
     assert all(np.array_equal(resumed.permuted[n], whole.permuted[n]) for n in whole.permuted)
     assert not journal.exists()
+
+
+def test_rows_of_other_weights_are_not_taken_up(tmp_path):
+    """Interrupted, trained on, run again with the same journal: what 0.1.0 took for the same model."""
+    module = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 20))
+    journal = tmp_path / "journal.jsonl"
+
+    def stop(progress):
+        if progress.done == 2:
+            raise KeyboardInterrupt
+
+    def interrupted():
+        with pytest.raises(KeyboardInterrupt):
+            htsr.analyze(module, device="cpu", journal=journal, progress=stop)
+
+    interrupted()
+    with torch.no_grad():
+        module[0].weight[7, 5] += 1.0  # one entry of one of the two
+    measured = []
+    analysis = htsr.analyze(module, device="cpu", journal=journal, progress=lambda p: measured.append(p.row.name))
+    assert measured == ["0"]
+    assert [row.norm for row in analysis] == pytest.approx(
+        [float(layer.weight.detach().square().sum()) for layer in module]
+    )
+    interrupted()
+    with torch.no_grad():
+        module[1].weight *= 50
+    assert htsr.analyze(module, device="cpu", journal=journal)["1"].norm == pytest.approx(
+        float(module[1].weight.detach().square().sum())
+    )
+
+
+@pytest.mark.parametrize("place", ["under a file", "read-only", "a folder", "no home", "a full disk"])
+def test_a_journal_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, caplog, place):
+    path = tmp_path / "journal.jsonl"
+    if place == "under a file":
+        (tmp_path / "file").write_text("")
+        path = tmp_path / "file" / "journal.jsonl"
+    elif place == "read-only":
+        path = Path("/proc/journal.jsonl")
+    elif place == "a folder":
+        path.mkdir()
+    elif place == "a full disk":
+        path = Path("/dev/full")
+    if place == "no home":
+        monkeypatch.delenv("HTSR_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        path = None
+    model, options = htsr.describe(state_dict(blocks=1)), htsr.Options()
+    with caplog.at_level("WARNING", logger="htsr"):
+        assert len(analyze_model(model, options, Journal(model, options, path))) == 5
+    assert "the journal cannot be written" in caplog.text
+
+
+def test_a_journal_is_the_same_for_every_device_of_a_kind(tmp_path):
+    """0.1.0's key held the rank's own device, and every second analysis on two GPUs ended in KeyError."""
+    model = htsr.describe(save_folder(tmp_path / "model", state_dict(blocks=1)))
+    first, second = (Journal(model, htsr.Options(device=f"cuda:{i}"), tmp_path / "j.jsonl") for i in (0, 1))
+    second.open(rank=1)
+    second.add(measure_all(model.matrices[:1], htsr.Options())[0])
+    second.close()
+    assert list(first.load()) == [model.matrices[0].name]
+    first.discard()
+    assert [file.name for file in tmp_path.glob("*.jsonl")] == []
+
+
+@pytest.mark.parametrize(
+    "line", ['{"row": {"name": 3}}', '{"row": {"name": "x", "alpha": "2"}}', "[]", "3", '{"row": 1}']
+)
+def test_lines_that_are_no_rows_are_left_out(tmp_path, line):
+    model, options = htsr.describe(state_dict(blocks=1)), htsr.Options()
+    journal = Journal(model, options, tmp_path / "j[1].jsonl")
+    journal.open()
+    journal.add(measure_all(model.matrices[:1], options)[0])
+    journal.close()
+    with (tmp_path / "j[1].jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert len(journal.load()) == 1
 
 
 def test_a_line_cut_by_a_kill_does_not_spoil_the_next(tmp_path):

@@ -258,3 +258,21 @@ def test_safetensors_on_a_cpu_need_no_torch(folder):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("command", ["describe", "compare", "analyze", "layerwise plan", "project", "memory"])
+def test_processes_but_the_first_say_nothing(capsys, folder, tmp_path, monkeypatch, command):
+    monkeypatch.setenv("RANK", "1")
+    more = {"compare": [folder], "project": ["--keep", "3", "-o", tmp_path / "out"]}.get(command, [])
+    assert run(capsys, *command.split(), folder, *more) == (0, "", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_saved_analysis_brings_its_fit_to_the_comparison(capsys, folder, tmp_path):
+    assert run(capsys, "analyze", folder, "--fit", "hill", "--save", tmp_path / "a.npz", "-q")[0] == 0
+    code, out, _ = run(capsys, "compare", tmp_path / "a.npz", folder, "--format", "json")
+    assert code == 0
+    assert json.loads(out)["summary"]["alpha"]["delta"] == 0.0
+    code, out, err = run(capsys, "compare", tmp_path / "a.npz", folder, "--fit", "ks")
+    assert (code, out) == (2, "")
+    assert "was analyzed with fit hill, this comparison with fit ks" in err

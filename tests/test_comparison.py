@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,51 @@ def test_saved_analyses_compare_without_weights(tmp_path):
     a, b = (htsr.analyze(state_dict(seed=seed), device="cpu") for seed in (0, 1))
     comparison = htsr.compare(a, b)
     assert all(pair.distance is None and pair.esd_distance > 0 for pair in comparison)
+
+
+def test_a_saved_analysis_brings_its_options(tmp_path):
+    """What 0.1.0 compared: a saved Hill fit with a fresh Kolmogorov-Smirnov fit of the same weights."""
+    state = state_dict()
+    htsr.analyze(state, device="cpu", fit="hill", seed=3, bulk=True).save(tmp_path / "a.npz")
+    saved = htsr.Analysis.load(tmp_path / "a.npz")
+    comparison = htsr.compare(saved, state, device="cpu")
+    assert (comparison.b.options.fit, comparison.b.options.seed, comparison.b.options.bulk) == ("hill", 3, True)
+    assert comparison.summary()["alpha"][2] == 0.0
+    assert htsr.compare(state, saved, full=True, device="cpu").a.options.permuted
+
+
+@pytest.mark.parametrize(
+    "options", [{"fit": "ks"}, {"xmin": 1.0}, {"xmax": 9.0}, {"windows": htsr.Windows(16, 2)}], ids=str
+)
+def test_numbers_of_two_fits_do_not_compare(options):
+    state = state_dict(blocks=1)
+    hill, other = htsr.analyze(state, device="cpu", fit="hill"), htsr.analyze(state, device="cpu", **options)
+    name = next(iter(options))
+    with pytest.raises(htsr.UsageError, match=f"with {name if name == 'fit' else 'fit'} hill"):
+        htsr.compare(hill, other)
+    with pytest.raises(htsr.UsageError, match=f"with {name} .* this comparison with {name} "):
+        htsr.compare(hill, state, device="cpu", **options)
+
+
+def test_matrices_of_different_shapes_are_no_pair():
+    a, b = state_dict(blocks=2), state_dict(blocks=2)
+    b["model.embed_tokens.weight"] = torch.cat([b["model.embed_tokens.weight"], torch.randn(3, 32)])
+    b["model.layers.0.mlp.up_proj.weight"] = b["model.layers.0.mlp.up_proj.weight"].T.contiguous()
+    comparison = htsr.compare(a, b, device="cpu")
+    assert comparison.reshaped == ("model.embed_tokens",)
+    assert (comparison.only_a, comparison.only_b) == ((), ())
+    assert len(comparison) == 8
+    transposed = next(pair for pair in comparison if pair.name == "model.layers.0.mlp.up_proj")
+    assert transposed.b.alpha == pytest.approx(transposed.a.alpha)
+    with pytest.raises(htsr.SourceError, match=r"no matrix of one shape in common: model\.embed_tokens is 160×32 and"):
+        htsr.compare(state_dict(), state_dict(width=24), device="cpu")
+
+
+def test_analyses_of_two_versions_are_told(caplog):
+    a = htsr.analyze(state_dict(blocks=1), device="cpu")
+    with caplog.at_level("WARNING", logger="htsr"):
+        htsr.compare(a, replace(a, meta=a.meta | {"htsr": "0.0.1"}))
+    assert "and 0.0.1, and numbers may have been mended" in caplog.text
 
 
 def test_the_difference_of_two_checkpoints_is_a_model(tmp_path):

@@ -290,6 +290,7 @@ def as_json(subject: Analysis | Comparison | Model | MemoryPlans) -> str:
             "summary": {k: dict(zip(("a", "b", "delta"), v, strict=True)) for k, v in subject.summary().items()},
             "only_a": subject.only_a,
             "only_b": subject.only_b,
+            "reshaped": subject.reshaped,
         }
     else:
         content = {"model": subject.label}
