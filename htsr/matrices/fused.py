@@ -1,4 +1,4 @@
-"""Fused tensors and their parts: q, k, v in one; gate and up in one.
+"""Fused tensors and their parts: q, k, v in one; gate and up in one; the gates of an LSTM or GRU.
 
 A tensor is split only where its layout is known, from the name, the shapes and the model's configuration; elsewhere it
 stays whole and its role says so (``attn.qkv``). Splitting matters: the spectrum of a concatenation is not that of its
@@ -7,6 +7,7 @@ parts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ _SOMETIMES_MULTI_QUERY = frozenset({"falcon", "gpt_bigcode", "chatglm"})  # per 
 _GATED_QUERY = ("qwen3_next", "qwen3_5", "qwen4_exp")
 
 _EXPERTS_IN_BY_OUT = frozenset({"gpt_oss", "llama4_text", "llama4", "aria_text", "openai_privacy_filter"})
+# names under which gate and up are one where the shapes say so, and their order: of llama.cpp, Megatron and diffusers
+_DOUBLED = {"ffn_up": ("gate", "up"), "linear_fc1": ("gate", "up"), "proj": ("up", "gate")}
 _UP_FIRST = frozenset({"phi4_multimodal_audio"})
 
 
@@ -34,7 +37,7 @@ class Part:
     """One matrix inside a fused one.
 
     Attributes:
-        suffix: ``q``, ``k``, ``v``, ``gate`` or ``up``.
+        suffix: ``q``, ``k``, ``v``, ``gate``, ``up``, or the gate of an RNN.
         shape: of the part.
         index: picks the part out of the loaded tensor.
     """
@@ -44,7 +47,15 @@ class Part:
     index: Any
 
 
-def split(leaf: str, part: str, shape: tuple[int, int], config: dict[str, Any], *, stacked: bool = False) -> list[Part]:
+def split(
+    leaf: str,
+    part: str,
+    shape: tuple[int, int],
+    config: dict[str, Any],
+    *,
+    stacked: bool = False,
+    inner: int = 0,
+) -> list[Part]:
     """Parts of a matrix; none where it is not fused, or its layout is not known.
 
     Args:
@@ -53,11 +64,16 @@ def split(leaf: str, part: str, shape: tuple[int, int], config: dict[str, Any], 
         shape: (m, n) of the matrix.
         config: the configuration of this part of the model (its ``config.json``), empty where not known.
         stacked: whether it is one of several experts in a 3-D tensor.
+        inner: the width that belongs to it by another tensor of the model: what the ``down`` beside an ``up`` takes in,
+            or the hidden size of the RNN; 0 where not known.
     """
     model_type = str(config.get("model_type", ""))
-    doubled = leaf == "ffn_up" and shape[0] == 2 * int(config.get("intermediate_size") or 0)  # GGUF's of Phi-3, GLM
-    if part == "gate_up" or (leaf, model_type) == ("dense_h_to_4h", "chatglm") or doubled:
+    if part == "gate_up" or (leaf, model_type) == ("dense_h_to_4h", "chatglm"):
         return _gate_up(leaf, shape, config, model_type, stacked)
+    if part == "up" and is_doubled(shape, inner) and leaf in _DOUBLED:
+        return _sequential(shape, 0, **dict.fromkeys(_DOUBLED[leaf], inner))
+    if part == "rnn" and inner and shape[0] in (gates := {4 * inner: "ifgo", 3 * inner: "rzn"}):
+        return _sequential(shape, 0, **dict.fromkeys(gates[shape[0]], inner))
     if part == "qkv":
         return _qkv(leaf, shape, config, model_type)
     if part == "kv" and shape[0] == 2 * shape[1] and (leaf != "kv_proj" or model_type == "jetmoe"):
@@ -66,6 +82,11 @@ def split(leaf: str, part: str, shape: tuple[int, int], config: dict[str, Any], 
         heads, _, head_dim = _head_counts(config)
         return _grouped(shape, heads, q=1, gate=1) if shape[0] == 2 * heads * head_dim else []
     return []
+
+
+def is_doubled(shape: Sequence[int], inner: int) -> bool:
+    """Whether a matrix of this `shape`, beside a ``down`` that takes in `inner`, is gate and up in one."""
+    return inner > 0 and shape[0] == 2 * inner
 
 
 def experts_in_rows(config: dict[str, Any]) -> int:
@@ -80,6 +101,8 @@ def _qkv(leaf: str, shape: tuple[int, int], config: dict[str, Any], model_type: 
     heads, groups, head_dim = _head_counts(config)
     if leaf in ("c_attn", "attn_qkv") and shape[1] == 3 * shape[0]:  # GPT-2's Conv1D stores in × out
         return _sequential(shape, 1, q=shape[0], k=shape[0], v=shape[0])
+    if leaf == "c_attn" and shape[0] == 3 * shape[1] and model_type != "gpt_bigcode":  # nanoGPT's Linear
+        return _sequential(shape, 0, q=shape[1], k=shape[1], v=shape[1])
     if leaf == "c_attn" and shape[1] == 2 * shape[0]:  # in its cross-attention
         return _sequential(shape, 1, k=shape[0], v=shape[0])
     grouped = bool(heads) and groups != heads and shape[0] == (heads + 2 * groups) * head_dim

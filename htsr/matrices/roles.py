@@ -6,12 +6,15 @@ role                           what
 ``embed``                      token table; ``.position`` ``.type`` of positions, segments; ``.patch`` the projection of
                                patches; ``.proj`` a linear map behind the table (factorized embeddings)
 ``attn.q`` ``.k`` ``.v`` ``.o`` self-attention; ``.qkv`` ``.kv`` fused; ``.q_a`` ``.q_b`` ``.kv_a`` … factorized (MLA);
-                               ``.gate`` output gate; ``.pos_q`` ``.pos_k`` maps of relative positions
+                               ``.gate`` output gate; ``.pos_q`` ``.pos_k`` maps of relative positions; ``.add_q`` …
+                               those of a second stream (Flux)
 ``cross_attn.*``               the same of cross-attention
 ``mlp.gate`` ``.up`` ``.down`` feed-forward; ``.gate`` is the one that the activation acts on; ``.gate_up`` fused
 ``expert.*`` ``shared_expert.*`` the same of a mixture's experts; ``router`` picks them
 ``ssm.*``                      state-space and linear-attention mixers, by the names of their projections
-``conv`` ``downsample`` ``rnn`` convolution kernels; Swin's patch merging; LSTMs and GRUs
+``conv`` ``downsample``        convolution kernels; Swin's patch merging
+``rnn.i`` ``.f`` ``.g`` ``.o`` gates of an LSTM; of a GRU ``.r`` ``.z`` ``.n``; ``rnn`` where they are not told apart
+``modulation``                 scales and shifts from a condition (adaptive layer norm)
 ``projector``                  between modalities (LLaVA's projector, CLIP's projections)
 ``pooler`` ``head`` ``other``  the rest
 ============================== =======================================================================================
@@ -25,6 +28,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from htsr.matrices.naming import canonical
+from htsr.matrices.naming import stem as stem
+from htsr.matrices.naming import whole_name as whole_name
+
 
 def _table(**parts: str) -> dict[str, str]:
     return {leaf: part for part, leaves in parts.items() for leaf in leaves.split()}
@@ -32,25 +39,29 @@ def _table(**parts: str) -> dict[str, str]:
 
 # last component of a name → part: anywhere in a network …
 _ATTENTION = _table(
-    q="q_proj query_proj q_lin q_linear linear_q wq to_q to_query q_attn project_q projection_query",
-    k="k_proj key_proj k_lin k_linear linear_k wk to_k to_key project_k projection_key",
-    v="v_proj value_proj v_lin v_linear linear_v wv to_v to_value project_v projection_value",
+    q="q_proj query_proj q_lin q_linear linear_q wq to_q to_query q_attn c_q linear_q_proj project_q projection_query",
+    k="k_proj key_proj k_lin k_linear linear_k wk to_k to_key c_k project_k projection_key",
+    v="v_proj value_proj v_lin v_linear linear_v wv to_v to_value c_v project_v projection_value",
     o="o_proj out_lin to_out attention_output attention_out",
-    qkv="qkv qkv_proj to_qkv c_attn query_key_value wqkv w_pack att_proj in_proj_weight qkv_linear",
+    qkv="qkv qkv_proj to_qkv c_attn query_key_value wqkv w_pack att_proj in_proj_weight qkv_linear linear_qkv",
     kv="kv_proj to_kv",
-    q_a="q_a_proj wq_a",
-    q_b="q_b_proj wq_b",
-    kv_a="kv_a_proj kv_a_proj_with_mqa wkv_a",
-    kv_b="kv_b_proj wkv_b",
+    q_a="q_a_proj wq_a linear_q_down_proj",
+    q_b="q_b_proj wq_b linear_q_up_proj",
+    kv_a="kv_a_proj kv_a_proj_with_mqa wkv_a linear_kv_down_proj",
+    kv_b="kv_b_proj wkv_b linear_kv_up_proj",
     o_a="o_a_proj wo_a",
     o_b="o_b_proj wo_b",
+    add_q="add_q_proj",
+    add_k="add_k_proj",
+    add_v="add_v_proj",
+    add_o="to_add_out",
     pos_q="pos_query_proj pos_q_proj",
     pos_k="pos_key_proj pos_proj relative_k_proj linear_pos r_kernel",
 )
 _MLP = _table(
     gate="gate_proj w1 wi_0 fc1_g linear_gate",
-    up="up_proj w3 v1 wi wi_1 fc1 fc_1 fc1_x fc_in c_fc lin1 linear1 linear_1 linear_fc1 ff1 ffn dense_h_to_4h "
-    "intermediate intermediate_dense intermediate_query pwconv1 pointwise_conv1",
+    up="up_proj w3 v1 wi wi_1 fc1 fc_1 fc1_x fc_in c_fc proj_mlp lin1 linear1 linear_1 linear_fc1 ff1 ffn "
+    "dense_h_to_4h intermediate intermediate_dense intermediate_query pwconv1 pointwise_conv1",
     down="down_proj w2 wo fc2 fc_2 fc_out c_proj lin2 linear2 linear_2 linear_fc2 ff2 dense_4h_to_h output "
     "output_dense output_query pwconv2 pointwise_conv2",
     gate_up="gate_up_proj w12 w13 weights_in up_gate_proj",
@@ -62,9 +73,9 @@ _INSIDE_ATTENTION = _ATTENTION | _table(
     v="v value values v_head value_global",
     r="receptance",
     o="o out output wo out_proj output_proj proj c_proj dense linear_out project projection projection_layer post "
-    "post_proj",
+    "post_proj linear_proj",
     qkv="in_proj",
-    kv="kv key_value",
+    kv="kv key_value linear_kv",
     q_a="q_a",
     q_b="q_b",
     kv_a="kv_a_mqa",
@@ -78,9 +89,9 @@ _INSIDE_ATTENTION = _ATTENTION | _table(
 )
 _INSIDE_MLP = _MLP | _table(
     gate="gate receptance proj_up_gate",
-    up="up key in_proj input layer1 layer_1 ffw_layer_1 dense1 proj_in proj_up w_in",
+    up="up key in_proj input layer1 layer_1 ffw_layer_1 dense1 proj_in proj_up w_in w_1",
     down="down value out_proj output_linear weights_out proj dense layer2 layer_2 ffw_layer_2 dense2 proj_out "
-    "proj_down w_out",
+    "proj_down w_out w_2",
     gate_up="gate_up input_linear",
 )
 _SSM = {"in": "in", "in_proj": "in"} | _table(
@@ -95,6 +106,13 @@ _SSM = {"in": "in", "in_proj": "in"} | _table(
     ba="in_proj_ba",
     a="in_proj_a a_proj",
     b="in_proj_b b_proj",
+    q="q",
+    k="k",
+    v="v",
+    gate="ogate_preact",
+    input_gate="input_gate igate_preact",
+    forget_gate="fgate_preact",
+    recurrent_gate="recurrent_gate",
 )
 
 # where a path leads; paths are lower case, without numbers and without ".weight"
@@ -102,20 +120,22 @@ _EMBEDDINGS = {
     "embed.position": r"(^|[._])position|pos_?emb|(^|\.)(wpe|pos)$|rel(ative)?_pos|relative_(attention_)?bias|"
     r"rel_attn_emb|rel_emb|distance_emb|attn\.rel_b",
     "embed.type": r"token_type|segment_|type_emb",
-    "embed.patch": r"patch_?emb|patch_(proj|conv)|conv_proj$",
+    "embed.patch": r"patch_?emb|patch_(proj|conv)|conv_proj$|(^|\.)x_embedder$",
     "embed.proj": r"embeddings?_(proj|hidden_mapping|transf)|embed_proj|(^|\.)feature_projection\.|"
     r"(^|\.)project_(in|out)$",
-    "embed": r"(embed(ding)?s?|embed_\w+|(^|\.)(wte|shared|token_embd|embed_in))$",
+    "embed": r"(embed(ding)?s?|embed_(?!out$)\w+|(^|\.)(wte|shared|token_embd|embed_in|emb))$",
 }
+# parts of attention that are neither of q, k, v and o: DeepSeek's choice of tokens, and their summaries
+_OTHER = re.compile(r"(^|\.)(indexer|compressor)\.")
 _ROUTER = re.compile(
-    r"(^|[._])router\b|(moe|mlp|ffn|feed_forward|mixer)\.(gate|wg|gate_inp\w*)$|gate\.wg$|expert_gate$"
+    r"(^|[._])router(_mlp)?\b|(moe|mlp|ffn|feed_forward|mixer)\.(gate|wg|gate_inp\w*)$|gate\.wg$|expert_gate$"
 )
 _PROJECTOR = (
     r"projector|connector|aligner|merger|embed_(vision|audio)|^mm(_\w+)?\b|^visual\.proj$|_to_\w+_projection|"
     r"(^|\.)(text|language|visual|vision|image|audio|speech|modality|multi_modal)_proj(ection)?\b"
 )
 _HEAD = (
-    r"(^|\.)(\w*lm_head\w*|cls|(\w+_)?heads?(_\w+)?|\w*classif\w*|score|\w*logits|embed_out|qa_outputs|vocab_\w+|"
+    r"(^|\.)(\w*lm_head\w*|cls|(\w+_)?heads?(_\w+)?|\w*classif\w*|score|\w*logits\w*|embed_out|qa_outputs|vocab_\w+|"
     r"generator\w*|output_projection|output_layer|\w*predictions|seq_relationship)(\.|$)|"
     r"^(model\.)?(output|fc|linear|decoder|final_layer|last_linear|proj_out)$"
 )
@@ -127,7 +147,7 @@ _FAMILIES = [
     for family, where, leaves in (
         ("shared_expert", r"shared_?(experts?|mlp)\b", _INSIDE_MLP),
         ("expert", r"(?<!attention\.)experts?\b|expert_\d|(mlp|moe)\.(in|out)put_linear$", _INSIDE_MLP),
-        ("ssm", r"mamba|(^|\.)(ssm|mixer|temporal_block|conv)\.\w+$|linear_attn", _SSM),
+        ("ssm", r"mamba|(^|\.)(ssm|mixer|temporal_block|conv)\.\w+$|linear_attn|mlstm_layer|rg_lru", _SSM),
         ("cross_attn", _CROSS, _INSIDE_ATTENTION),
         ("attn", _SELF, _INSIDE_ATTENTION),
         ("attn", "", _ATTENTION),
@@ -136,47 +156,20 @@ _FAMILIES = [
         ("pooler", r"pooler|sequence_summary", None),
         ("head", _HEAD, None),
         ("mlp", "", _MLP),
+        ("modulation", r"adaln|(^|\.)(\w*norm\w*|\w*_mod|modulation)\.(lin|linear\d?)$", None),
         ("downsample", r"(^|\.)reduction$", None),
-        ("rnn", r"(^|\.)weight_[ih]h_l\d", None),
+        ("rnn", r"(^|\.)weight_[ih]h(_l\d+(_reverse)?)?$", None),
     )
 ]
 
 _NO_BLOCK = re.compile(rf"embed|experts?$|(^|\.)stem|{_PROJECTOR}|{_HEAD}")
-_PART = re.compile(r"(\[[^\]]*\])+$")
-_NUMBERED = re.compile(r"(?:layer|stage|block|level|cell|inception|mixed|transition|^s)_?(\d+)[a-e]?$")
+_NUMBERED = re.compile(r"(?:layers?|stage|blocks?|level|cell|inception|mixed|transition|^s)_?(\d+)[a-e]?$")
 _STACKS = {
     "vision": re.compile(r"vision|visual|image|^vit$|^v$"),
     "audio": re.compile(r"audio|speech|^a$"),
     "decoder": re.compile(r"decoder|^dec$"),
     "encoder": re.compile(r"encoder|^enc$"),
 }
-# names that say it otherwise, applied one after the other
-_REWRITTEN = (
-    (r"\.lora_.*", ""),
-    (r"\.Wi$", ".gate_up"),  # ModernBERT's is gated, T5's wi is not
-    (r"\.(mlp|ffn|ff|feed_forward)(\.net)?\.0(\.proj)?$", r".\1.fc1"),  # a Sequential
-    (r"\.(mlp|ffn|ff|feed_forward)(\.net)?\.[1-9]$", r".\1.fc2"),
-    (r"\.block\.3$", ".fc1"),  # torchvision's ConvNeXt
-    (r"\.block\.5$", ".fc2"),
-    (r"(^|\.)\d+(?=\.|$)", ""),
-    (r"(^|\.)ffn_gate$", r"\1ffn.gate_proj"),  # GGUF's; its router is ffn_gate_inp
-    (r"(^|\.)(cross_attn|attn|ffn|ssm)_(\w+)$", r"\1\2.\3"),  # GGUF's attn_q, ffn_up, ffn_up_exps …
-    (r"ffn\.(\w+)_exps$", r"ffn.experts.\1"),
-    (r"ffn\.(\w+)_shexp$", r"ffn.shared_expert.\1"),
-)
-
-
-def stem(name: str) -> str:
-    """`name` without what every weight's name ends in."""
-    for suffix in (".weight", "_weight", ".base_layer"):
-        if not name.endswith("in_proj_weight"):
-            name = name.removesuffix(suffix)
-    return name
-
-
-def whole_name(name: str) -> str:
-    """The tensor that the matrix `name` is or is part of: the name without what stands in brackets at its end."""
-    return _PART.sub("", name)
 
 
 def is_stack_of_experts(name: str, shape: Sequence[int]) -> bool:
@@ -184,12 +177,29 @@ def is_stack_of_experts(name: str, shape: Sequence[int]) -> bool:
     return len(shape) == 3 and role_of(name).startswith("expert.")
 
 
+def is_kernel(name: str, shape: Sequence[int], kind: str | None = None) -> bool:
+    """Whether a tensor of three axes or more is a convolution kernel (out, in, …) rather than a stack of matrices.
+
+    A source that knows its modules says so. In a file the name does, and else the shape: a kernel has more channels
+    than positions, a stack more rows and columns than slices. Length decides nothing: wav2vec 2.0's has 128 positions.
+
+    Args:
+        name: of the tensor.
+        shape: of it.
+        kind: as for `role_of`.
+    """
+    if kind is not None or len(shape) != 3:
+        return kind == "conv" or len(shape) > 3
+    if role_of(name).startswith(("expert.", "shared_expert.")) or "expert" in name:
+        return False
+    return "conv" in name.lower() or min(shape[1:]) < shape[0] > 1
+
+
 def role_of(name: str, kind: str | None = None) -> str:
     """Role of a matrix by its `name`; `kind` is ``conv`` or ``embedding`` where the source knows."""
-    path = stem(name)
-    for pattern, replacement in _REWRITTEN:
-        path = re.sub(pattern, replacement, path)
-    path = path.lstrip(".").lower()
+    path = canonical(name)
+    if _OTHER.search(path):
+        return "other"
     embedding = next((role for role, pattern in _EMBEDDINGS.items() if re.search(pattern, path)), None)
     if kind == "conv":
         return "embed.patch" if embedding == "embed.patch" else "conv"
@@ -206,6 +216,49 @@ def role_of(name: str, kind: str | None = None) -> str:
     return "other"
 
 
+def roles_of(tensors: Iterable[tuple[str, str | None]]) -> list[str]:
+    """`role_of` of all tensors of a model, given as (name, kind), where one name tells what another means.
+
+    ``w1`` is the gate where a ``w3`` or ``v1`` stands beside it, and else the way up.
+    """
+    tensors = list(tensors)
+    stems = {stem(name) for name, _ in tensors}
+
+    def corrected(name: str, kind: str | None) -> str:
+        role = role_of(name, kind)
+        before, dot, last = stem(name).rpartition(".")
+        if last == "w1" and role.endswith(".gate") and not {f"{before}{dot}w3", f"{before}{dot}v1"} & stems:
+            return f"{role.removesuffix('gate')}up"
+        return role
+
+    return [corrected(name, kind) for name, kind in tensors]
+
+
+def inner_widths(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> dict[str, int]:
+    """What other tensors say of the width inside a feed-forward network or RNN, for those that may be fused.
+
+    Args:
+        tensors: of a model, as (name, role, shape).
+
+    Returns:
+        By name: of an ``up`` the columns of the ``down`` beside it, of an RNN's weight its hidden size.
+    """
+    downs = {_beside(name): shape[1] for name, role, shape in tensors if role.endswith(".down") and len(shape) == 2}
+    hidden = {name: shape[1] for name, role, shape in tensors if role == "rnn" and len(shape) == 2}
+    found = {}
+    for name, role, shape in tensors:
+        if len(shape) == 2 and role.endswith(".up"):
+            found[name] = downs.get(_beside(name), 0)
+        elif len(shape) == 2 and role == "rnn":
+            found[name] = hidden.get(name.replace("weight_ih", "weight_hh"), 0)
+    return found
+
+
+def _beside(name: str) -> str:
+    """The feed-forward network that a tensor of the name is in."""
+    return re.sub(r"(\.net)?\.\d+(\.proj)?$|[._/]\w+$", "", stem(name))
+
+
 def _part(path: str, leaves: dict[str, str]) -> str | None:
     before, last = ("." + path).split(".")[-2:]
     if last in ("dense", "linear") and before in leaves:  # BERT's output.dense
@@ -215,10 +268,13 @@ def _part(path: str, leaves: dict[str, str]) -> str | None:
 
 def block_of(name: str) -> int | None:
     """Index of the transformer block or CNN stage: the first number in `name` outside embeddings and heads, or None."""
-    parts = stem(name).lower().split(".")
+    parts = stem(name).lower().replace("/", ".").split(".")
     for i, part in enumerate(parts):
         match = re.fullmatch(r"\d+", part) or _NUMBERED.search(part)
-        if match and not _NO_BLOCK.search(".".join(parts[max(0, i - 2) : i])):
+        inside = (
+            parts[i - 1 : i] == ["decoder"] and len(parts) > i + 2
+        )  # blocks; ``decoder.0`` itself is a head's layer
+        if match and (inside or not _NO_BLOCK.search(".".join(parts[max(0, i - 2) : i]))):
             return int(match[match.lastindex or 0])
     return None
 

@@ -19,6 +19,7 @@ from htsr.matrices.entries import FLOATS, Entry, unshared
 from htsr.matrices.files import file_entries, folder_entries, state_dict_entries
 from htsr.matrices.folders import SUFFIXES, model_files, read_config
 from htsr.matrices.gguf_files import gguf_metadata
+from htsr.matrices.naming import leaf
 from htsr.matrices.patterns import matches, require
 from htsr.matrices.positions import Position
 from htsr.matrices.quantized import dequantized
@@ -34,9 +35,8 @@ Source: TypeAlias = Union[str, "os.PathLike[str]", "torch.nn.Module", Mapping[st
 # floats of two and more dimensions that are no weights
 _NOT_WEIGHTS = re.compile(
     r"(^|[._])(bias|biases|(pos_)?bias_[uv]|mask|inv_freq|freqs_cis|cos_cached|sin_cached|position_ids|relative_position_index|"
-    r"relative_coords_table|rotary_emb|A_log|ssm_a|ssm_d|running_mean|running_var|lora_magnitude_vector)(\.|$)|_bias$"
+    r"relative_coords_table|rotary_emb|A_log|ssm_a|ssm_d|running_mean|running_var|original0|weight_g|lora_magnitude_vector)(\.|$)|_bias$"
 )
-_MAX_KERNEL = 64  # a longer last axis of a 3-D tensor is no kernel
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
@@ -47,10 +47,11 @@ class WeightMatrix:
     Attributes:
         name: as the checkpoint names it without ``.weight``, with ``[q]`` or ``[3]`` for a part of a fused tensor.
         shape: (rows, columns) of the matrix, or of one slice of a kernel.
-        pieces: slices of a convolution kernel; 1 for a plain matrix.
+        pieces: slices of a convolution kernel or of another stack; 1 for a plain matrix.
         role: what it does (`htsr.matrices.roles`).
         block: index of its block; None outside of all.
-        kind: ``linear``, ``embedding``, ``conv``, ``expert`` or ``adapter``.
+        kind: ``linear``, ``embedding``, ``conv``, ``expert``, ``adapter``, or ``stack`` of slices that are no kernel
+            (one matrix per head, say).
         dtype: it is stored in, as torch names it.
         load: reads it: (rows, columns), or (pieces, rows, columns).
         position: where it stands in its stored tensor.
@@ -421,15 +422,16 @@ def matrices_of(entries: list[Entry], config: dict[str, Any]) -> Iterator[Weight
         config: its ``config.json``, empty where not known.
     """
     weights = [entry for entry in entries if _is_weight(entry)]
-    found = [roles.role_of(entry.name, entry.kind) for entry in weights]
+    found = roles.roles_of((entry.name, entry.kind) for entry in weights)
     stacks = roles.stack_prefixes(entry.name for entry in weights)
     blocks = [roles.block_of(entry.name) for entry in weights]
     if not any(block is not None for block in blocks):
         blocks = [roles.number_of(entry.name) for entry in weights]
     stems = Counter(roles.stem(entry.name) for entry in weights)
+    inner = roles.inner_widths([(entry.name, role, entry.shape) for entry, role in zip(weights, found, strict=True)])
     for entry, role, block in zip(weights, found, blocks, strict=True):
         stack = roles.stack_of(entry.name, stacks)
-        name, place = roles.stem(entry.name), _Place(entry, role, stack, block, config)
+        name, place = roles.stem(entry.name), _Place(entry, role, stack, block, config, inner.get(entry.name, 0))
         if entry.problem is not None and 0 in entry.shape:
             yield place.unread(entry.problem[1])
             continue
@@ -461,7 +463,8 @@ def _is_weight(entry: Entry) -> bool:
         return False
     if empty or _NOT_WEIGHTS.search(name):
         return empty and (entry.name.endswith("weight") or not (entry.problem is None or _NOT_WEIGHTS.search(name)))
-    if sum(size > 1 for size in entry.shape) < 2 and entry.kind is None and len(entry.shape) > 2:
+    kernel = entry.kind is not None or "conv" in name.lower() or entry.name.endswith(".weight")
+    if sum(size > 1 for size in entry.shape) < 2 and len(entry.shape) > 2 and not kernel:
         return False  # a vector with axes of one: class tokens, scales
     numeric = entry.dtype in FLOATS or entry.problem is not None or bool(entry.warning)
     return numeric or entry.name.endswith("weight")
@@ -476,6 +479,7 @@ class _Place:
     stack: str
     block: int | None
     config: dict[str, Any]
+    inner: int = 0
 
     def matrices(self) -> Iterator[WeightMatrix]:
         """What counts as a matrix of its own in this tensor."""
@@ -490,13 +494,15 @@ class _Place:
                 yield self._matrix(f"{name}[{i}]", (rows, shape[1]), load, where, kind="expert")
         elif len(shape) == 2:
             yield from self._parts(name, shape, entry.read)
-        elif len(shape) == 3 and shape[0] == 1 and entry.kind != "conv":  # ViT's position embeddings
-            yield self._matrix(name, shape[1:], partial(entry.read, 0), Position(entry.name, 0))
-        elif entry.kind == "conv" or not self._is_stack():
+        elif roles.is_kernel(entry.name, shape, entry.kind):
             role = self.role if self.role in ("conv", "embed.patch") else roles.role_of(entry.name, "conv")
             pieces = math.prod(shape[2:])
             where = Position(entry.name, kernel=True)
             yield self._matrix(name, shape[:2], self._kernel, where, kind="conv", role=role, pieces=pieces)
+        elif shape[0] == 1:  # ViT's position embeddings
+            yield self._matrix(name, shape[1:], partial(entry.read, 0), Position(entry.name, 0))
+        elif not (self.role.startswith("expert") or "expert" in entry.name):
+            yield self._matrix(name, shape[1:], entry.read, Position(entry.name), kind="stack", pieces=shape[0])
         else:
             for i in range(shape[0]):
                 yield from self._parts(f"{name}[{i}]", shape[1:], partial(entry.read, i), i)
@@ -510,25 +516,20 @@ class _Place:
     def _parts(
         self, name: str, shape: tuple[int, ...], read: Callable[[], Array], element: int | None = None
     ) -> Iterator[WeightMatrix]:
-        leaf = roles.stem(self.entry.name).rsplit(".", 1)[-1].lower()
         family, _, part = self.role.rpartition(".")
         stacked = element is not None
         kind = "expert" if stacked else None
-        parts = fused.split(leaf, part, (shape[0], shape[1]), self.config, stacked=stacked)
+        parts = fused.split(
+            leaf(self.entry.name), part, (shape[0], shape[1]), self.config, stacked=stacked, inner=self.inner
+        )
         if not parts:
-            yield self._matrix(name, shape, read, Position(self.entry.name, element), kind=kind)
+            role = f"{family}.gate_up" if part == "up" and fused.is_doubled(shape, self.inner) else self.role
+            yield self._matrix(name, shape, read, Position(self.entry.name, element), kind=kind, role=role)
         for piece in parts:
-            role = f"{family}.{piece.suffix}" if family else self.role
+            role = f"{family or self.role}.{piece.suffix}"
             load = partial(_part, read, piece.index)
             where = Position(self.entry.name, element, piece.index)
             yield self._matrix(f"{name}[{piece.suffix}]", piece.shape, load, where, kind=kind, role=role)
-
-    def _is_stack(self) -> bool:
-        """Whether a tensor of three axes is one matrix per expert rather than a kernel."""
-        shape = self.entry.shape
-        return len(shape) == 3 and (
-            self.role.startswith("expert") or "expert" in self.entry.name or shape[2] > _MAX_KERNEL
-        )
 
     def _kernel(self) -> Array:
         return Position(self.entry.name, kernel=True).take(self.entry.read())

@@ -188,7 +188,8 @@ def _about() -> dict[str, str]:
 def _facts(analysis: Analysis) -> str:
     rows, options = analysis.rows, analysis.options
     parameters = sum(
-        (row.rows or 0) * (row.columns or 0) * ((row.pieces or 1) if row.kind == "conv" else 1) for row in rows
+        (row.rows or 0) * (row.columns or 0) * ((row.pieces or 1) if row.kind in ("conv", "stack") else 1)
+        for row in rows
     )
     routes = sorted({row.route for row in rows if row.route})
     facts = {

@@ -38,7 +38,7 @@ def _number(field: str, digits: int) -> Callable[[LayerMetrics], str]:
 
 
 def _shape(row: LayerMetrics) -> str:
-    kernel = f"·{row.pieces}" if row.kind == "conv" and row.pieces and row.pieces > 1 else ""
+    kernel = f"·{row.pieces}" if row.kind in ("conv", "stack") and row.pieces and row.pieces > 1 else ""
     return f"{row.rows}×{row.columns}{kernel}"
 
 

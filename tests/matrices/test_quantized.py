@@ -290,7 +290,7 @@ def test_gguf(tmp_path, kind):
     }
     stored = {name: gguf.quantize(values.astype(np.float32), qtype) for name, values in tensors.items()}
     file = tmp_path / f"model.{kind}.gguf"
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, "qwen2")
     for name, values in stored.items():
         writer.add_tensor(name, values, raw_dtype=qtype)
     writer.add_tensor("blk.0.attn_norm.weight", np.ones(64, dtype=np.float32))
