@@ -31,3 +31,10 @@ class MatrixError(HtsrError):
 
 class MissingDependencyError(HtsrError, ImportError):
     """An optional package that this call needs is not installed."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What an `error` of another library says, in one line of a length that is read; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 400 else f"{text[:397]}…"

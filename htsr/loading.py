@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from htsr.errors import HtsrError, MissingDependencyError, SourceError, UsageError
+from htsr.errors import HtsrError, MissingDependencyError, SourceError, UsageError, reason_of
 from htsr.matrices.hub import is_hub_id, reached
 
 if TYPE_CHECKING:
@@ -205,5 +205,4 @@ def _refused(what: str) -> Iterator[None]:
     except HtsrError:
         raise
     except Exception as error:
-        reason = str(error).strip() or type(error).__name__
-        raise SourceError(f"{what}: {reason.splitlines()[0]}") from error
+        raise SourceError(f"{what}: {reason_of(error)}") from error

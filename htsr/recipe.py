@@ -140,6 +140,9 @@ class Lora:
         dropout: of the adapters' input.
         score: ranks follow this metric of the model's analysis, see `htsr.lora_config`; None for equal ranks.
         options: any other argument of PEFT's ``LoraConfig``: use_rslora, use_dora, bias …
+
+    Raises:
+        UsageError: a number out of its range, or no such metric.
     """
 
     rank: int = 8

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from htsr.errors import SourceError, UsageError
+from htsr.errors import SourceError, UsageError, reason_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,7 +51,7 @@ def checked(record: Any, place: str = "") -> Record:
     except UnicodeEncodeError as error:
         raise SourceError(f"{where}half of a surrogate pair, which is no text: {error.object[error.start]!r}") from None
     except (RecursionError, TypeError, ValueError) as error:
-        raise SourceError(f"{where}no text, and no JSON of a reasonable depth: {error}") from None
+        raise SourceError(f"{where}no text, and no JSON of a reasonable depth: {reason_of(error)}") from None
     return found
 
 
@@ -131,7 +131,7 @@ def _for_template(record: Record) -> Record:
         try:
             found["tools"] = json.loads(found["tools"])
         except ValueError as error:
-            raise SourceError(f"tools is no JSON: {error}") from error
+            raise SourceError(f"tools is no JSON: {reason_of(error)}") from error
     if not isinstance(found.get("tools", []), list):
         raise SourceError(f"tools is a list, not {_kind(found['tools'])}")
     more = found.get("chat_template_kwargs", {})
@@ -196,7 +196,7 @@ def written_by_template(turns: list[Record], record: Record, tokenizer: Any, **m
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, **(more | variables)))
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise SourceError(f"the chat template cannot write {_short(turns)}: {error}") from error
+        raise SourceError(f"the chat template cannot write {_short(turns)}: {reason_of(error)}") from error
 
 
 def as_dataset(records: Sequence[Record]) -> Dataset:

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from htsr.errors import MissingDependencyError, SourceError, UsageError
+from htsr.errors import MissingDependencyError, SourceError, UsageError, reason_of
 from htsr.loading import resolve
 from htsr.matrices.hub import is_hub_id, reached
 from htsr.record_forms import Record, as_dataset, checked, question_of, text_of
@@ -50,7 +50,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         content = path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, ValueError, RuntimeError) as error:  # no such file, no UTF-8, no such user
-        raise SourceError(f"{path} cannot be read: {error}") from error
+        raise SourceError(f"{path} cannot be read: {reason_of(error)}") from error
     if path.suffix == ".txt":
         parts = (part.strip() for part in content.split("\n\n"))
         yield from ((f"{path}, paragraph {i}", {"text": part}) for i, part in enumerate(parts, 1) if part)
@@ -68,7 +68,7 @@ def _parsed(text: str, place: str) -> Any:
     except RecursionError:
         raise SourceError(f"{place}: JSON of a depth without reason") from None
     except ValueError as error:
-        raise SourceError(f"{place}: no JSON: {error}") from error
+        raise SourceError(f"{place}: no JSON: {reason_of(error)}") from error
 
 
 def _read_dataset(source: str, streaming: bool) -> Iterator[tuple[str, Any]]:
@@ -88,8 +88,7 @@ def _read_dataset(source: str, streaming: bool) -> Iterator[tuple[str, Any]]:
     except SourceError:
         raise
     except Exception as error:  # the library lets through whatever its file systems raise
-        reason = str(error).strip() or type(error).__name__
-        raise SourceError(f"{source} is a data set that cannot be had: {reason.splitlines()[0]}") from error
+        raise SourceError(f"{source} is a data set that cannot be had: {reason_of(error)}") from error
 
 
 def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:

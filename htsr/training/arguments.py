@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from htsr.errors import HtsrError, MissingDependencyError, UsageError
+from htsr.errors import HtsrError, MissingDependencyError, UsageError, reason_of
 from htsr.recipe_values import kind_of, nearest
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ _OF_THE_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", 
 
 
 def check_training(training: Mapping[str, Any]) -> None:
-    """Insist that every key is an argument of SFTConfig, set nowhere else, with a value of its kind.
+    """Insist that every key of `training` is an argument of SFTConfig, set nowhere else, with a value of its kind.
 
     Raises:
         UsageError: it is not.
@@ -75,7 +75,7 @@ def check_training(training: Mapping[str, Any]) -> None:
 
 
 def check_lora(lora: Lora) -> None:
-    """Insist that LoraConfig takes the options, that no key is set elsewhere, and that W stays at the start.
+    """Insist that LoraConfig takes the options of `lora`, that no key is set elsewhere, and that W stays at the start.
 
     Raises:
         UsageError: it does not, or the adapters' start would change the weights that they are merged into at the end.
@@ -92,7 +92,9 @@ def check_lora(lora: Lora) -> None:
 
 
 def training_arguments(recipe: Recipe) -> Any:
-    """TRL's configuration: the recipe's, on defaults that a CPU can follow; optimizer, schedule and trackers are tried.
+    """TRL's configuration: that of the `recipe`, on defaults that a CPU can follow.
+
+    Optimizer, schedule and trackers are tried.
 
     Raises:
         UsageError: ``training.KEY: why``.
@@ -135,7 +137,7 @@ def _tried(section: str, given: Mapping[str, Any], keys: Any, make: Callable[[Ma
                     if type(alone) is type(error):
                         culprit = f".{key}"
                         break
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         missing = isinstance(error, ImportError) or "pip install" in reason
         kind = MissingDependencyError if missing else UsageError
         raise kind(f"{section}{culprit}: {reason}") from error
@@ -156,9 +158,9 @@ def _check_packages(arguments: Any) -> None:
         for callback in get_reporting_integration_callbacks(arguments.report_to):  # type: ignore[no-untyped-call]
             callback()
     except (ImportError, RuntimeError, AssertionError) as error:
-        raise MissingDependencyError(f"training.report_to: {str(error).splitlines()[0]}") from error
+        raise MissingDependencyError(f"training.report_to: {reason_of(error)}") from error
     except Exception as error:  # whatever a tracker says of its name or its settings
-        raise UsageError(f"training.report_to: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"training.report_to: {reason_of(error)}") from error
 
 
 def _optimizer(arguments: Any) -> Any:

@@ -35,7 +35,7 @@ class Checkpoint:
 
 
 def last_checkpoint(output: Path) -> Checkpoint | None:
-    """The last in a folder that training can go on from; None where there are no checkpoints.
+    """The last in the folder `output` that training can go on from; None where there are no checkpoints.
 
     Folders with other names than ``checkpoint-STEP``, and those without the state that the Trainer writes last, are not
     counted.
@@ -82,11 +82,18 @@ class LossSum(TrainerCallback, ExportableState):
         self._new: torch.Tensor | None = None  # on the device, so that no step waits for it
 
     def add(self, loss: torch.Tensor) -> None:
-        """Add the loss of one backward pass, a scalar, already divided by the accumulation steps."""
+        """Add the `loss` of one backward pass, a scalar, already divided by the accumulation steps."""
         self._new = loss.detach().double() if self._new is None else self._new + loss.detach()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One more optimizer step."""
+        """One more optimizer step.
+
+        Args:
+            args: as in the Trainer.
+            state: likewise.
+            control: likewise.
+            kwargs: likewise.
+        """
         self._steps += 1
 
     @property

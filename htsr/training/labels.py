@@ -102,6 +102,12 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 def check_tokenizer(name: str, tokenizer: Any, records: Sequence[Record], arguments: Any) -> None:
     """Insist on a chat template where there are chats, and on a token that ends a text.
 
+    Args:
+        name: of the model, for the message.
+        tokenizer: of it.
+        records: checked ones.
+        arguments: TRL's.
+
     Raises:
         SourceError: the tokenizer has none.
     """
@@ -118,6 +124,11 @@ def check_tokenizer(name: str, tokenizer: Any, records: Sequence[Record], argume
 def check_labels(found: Labels, arguments: Any, what: str) -> None:
     """Insist on something to learn from.
 
+    Args:
+        found: of `count_labels`.
+        arguments: TRL's.
+        what: the records are, for the message.
+
     Raises:
         UsageError: cutting leaves no label.
     """
@@ -129,7 +140,7 @@ def check_labels(found: Labels, arguments: Any, what: str) -> None:
 
 
 def insist_on_labels(dataset: Any) -> None:
-    """The same of the columns that TRL has made, whatever it took for a label.
+    """The same of the `dataset` that TRL has made, whatever it took for a label.
 
     Raises:
         UsageError: there is no label.
@@ -140,6 +151,11 @@ def insist_on_labels(dataset: Any) -> None:
 
 def check_vocabulary(name: str, highest: int, size: int) -> None:
     """Insist on a row of the embedding for every token.
+
+    Args:
+        name: of the model, for the message.
+        highest: highest token id of the data.
+        size: rows of the embedding.
 
     Raises:
         SourceError: the tokenizer makes tokens that the model does not know.

@@ -42,7 +42,7 @@ class Prepared:
 
 
 def check_sharding(recipe: Recipe, arguments: Any) -> None:
-    """Refuse what the method cannot do sharded, and have ZeRO-3 save whole weights.
+    """Refuse what the `recipe` cannot do sharded as TRL's `arguments` say, and have ZeRO-3 save whole weights.
 
     Raises:
         UsageError: it cannot.
@@ -64,7 +64,7 @@ def check_sharding(recipe: Recipe, arguments: Any) -> None:
 
 
 def check_output(output: Path, resume: bool) -> None:
-    """Insist on a folder that no run has trained in, or on one to go on with.
+    """Insist on a folder `output` that no run has trained in, or on one to go on with where `resume` is said.
 
     What a run left that ended before its training (`PREPARED`) does not count: the next one makes it anew.
 
@@ -139,7 +139,9 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
 
 
 def begin_folder(output: Path, ranks: Any, resume: bool) -> None:
-    """Make the folder, on the first process; without `resume` what an earlier start left in it goes.
+    """Make the folder `output`, on the first process of `ranks` (accelerate's state).
+
+    Without `resume` what an earlier start left in it goes.
 
     Raises:
         HtsrError: it cannot be made.

@@ -54,7 +54,15 @@ def save_model(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks
 def write_reports(
     recipe: Recipe, result: Result, output: Path, before: Analysis | None, after: Analysis | None
 ) -> None:
-    """The comparison of the spectra, the model card, and last ``results.json``, by which a finished run is known."""
+    """The comparison of the spectra, the model card, and last ``results.json``, by which a finished run is known.
+
+    Args:
+        recipe: of the run.
+        result: of it.
+        output: folder.
+        before: analysis of the model that was trained, None where none is wanted.
+        after: of the trained model.
+    """
     from htsr.comparison import compare_analyses
     from htsr.reporting.model_card import model_card
 
@@ -69,7 +77,7 @@ def write_reports(
 
 
 def finished_result(recipe: Recipe, output: Path) -> Result | None:
-    """The result of a run of this very recipe that came to its end in `output`; None where there is none."""
+    """The result of a run of this very `recipe` that came to its end in `output`; None where there is none."""
     from htsr.finetune import Result
     from htsr.training.sampling import Coverage
 
@@ -83,6 +91,6 @@ def finished_result(recipe: Recipe, output: Path) -> Result | None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """`content` as JSON, whole or not at all."""
+    """`content` as JSON in the file `path`, whole or not at all."""
     with written(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
