@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from htsr.surgery import project
     from htsr.training.adapters import lora_config
     from htsr.training.callbacks import LayerSamplerCallback
-    from htsr.training.layerwise import layerwise, multipliers
+    from htsr.training.groups import per_group
+    from htsr.training.layerwise import layerwise, multipliers, remove_layerwise
     from htsr.training.lowrank import LowRankAdamW
     from htsr.training.lowrank_groups import low_rank_groups
     from htsr.training.memory import MemoryPlan, predict_memory
@@ -49,7 +50,8 @@ _HOMES = {
     "htsr.surgery": ("project",),
     "htsr.training.adapters": ("lora_config",),
     "htsr.training.callbacks": ("LayerSamplerCallback",),
-    "htsr.training.layerwise": ("layerwise", "multipliers"),
+    "htsr.training.groups": ("per_group",),
+    "htsr.training.layerwise": ("layerwise", "multipliers", "remove_layerwise"),
     "htsr.training.plan": ("Plan", "layerwise_plan"),
     "htsr.training.lowrank": ("LowRankAdamW",),
     "htsr.training.lowrank_groups": ("low_rank_groups",),
@@ -99,9 +101,11 @@ __all__ = [
     "low_rank_groups",
     "measure_outliers",
     "multipliers",
+    "per_group",
     "predict_memory",
     "project",
     "project_tail",
+    "remove_layerwise",
     "remove_traps",
     "spectral_projection",
 ]

@@ -17,6 +17,7 @@ from htsr.matrices.modules import is_sharded, module_config, module_entries
 from htsr.matrices.quantized import dequantized
 from htsr.matrices.roles import stem, whole_name
 from htsr.matrices.sources import WeightMatrix, matrices_of
+from htsr.matrices.tuners import without_peft
 
 if TYPE_CHECKING:
     import torch
@@ -80,13 +81,17 @@ def open_live(module: torch.nn.Module, view: View | None = None) -> LiveModel:
     """
     named = dict(module.named_parameters(remove_duplicate=False))
     names = base_names(named)
-    parameters = {names[name]: parameter for name, parameter in named.items()}
+    parameters = {without_peft(names[name]): p for name, p in named.items() if "modules_to_save." in name}  # if active
+    parameters |= {names[name]: p for name, p in named.items()}
     shards: dict[str, Shard] = {}
     entries = []
     for entry in module_entries(module):
         parameter = parameters.get(entry.name)
         shown = parameter if view is None or parameter is None else view(parameter)
-        if parameter is not None and shown is None:
+        if parameter is None and view is not None:
+            why = f"{entry.name} is computed from other parameters, and has no gradient or momentum of its own"
+            entry = replace(entry, problem=("absent", why), storage=None)
+        elif parameter is not None and shown is None:
             entry = replace(entry, problem=("absent", f"{entry.name} has nothing of the kind yet"))
         elif is_sharded(shown):
             shard = shards[stem(entry.name)] = Shard(shown)

@@ -7,6 +7,7 @@ copy of the one layer; a kind whose change depends on the input has no weight to
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,8 @@ from htsr.matrices.entries import Entry, base_name, clean_name
 from htsr.spectra.esd import Array
 
 Entries = Callable[[Any, str], Iterator[Entry]]
+
+_ADDED = re.compile(r"(^|\.)(?:(?:base_layer|original_module|modules_to_save\.[^.]+)\.)+")
 
 
 def is_tuner(module: Any) -> bool:
@@ -44,6 +47,11 @@ def wrapped_by_peft(module: Any) -> Any:
     saved = () if module.disable_adapters else module.active_adapters
     active = next((name for name in saved if name in module.modules_to_save), None)
     return module.original_module if active is None else module.modules_to_save[active]
+
+
+def without_peft(name: str) -> str:
+    """The `name` of a parameter, or of a module, without the layers that PEFT puts in between."""
+    return _ADDED.sub(r"\1", name)
 
 
 def tuner_entries(layer: Any, prefix: str, entries: Entries, mixture: bool = False) -> Iterator[Entry]:

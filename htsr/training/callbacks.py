@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from htsr.training.layerwise import engine_of, log_values
+from htsr.training.hooks import engine_of
+from htsr.training.layerwise import log_values
 from htsr.training.sampling import LayerSampler
 
 if TYPE_CHECKING:

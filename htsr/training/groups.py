@@ -7,6 +7,7 @@ What is known about a group rides in it as plain numbers and strings, which ever
 ``role``         of the matrix
 ``multiplier``   in force at the last step
 ``score``        of the last event; NaN where not measured
+``status``       of the last event: ``ok``, ``frozen``, or why it could not be measured and kept its multiplier
 ``htsr_start``   multiplier at the last event
 ``htsr_target``  where it is going since
 ``htsr_event``   step of the last event, 0 before the first
@@ -21,14 +22,17 @@ What is known about a group rides in it as plain numbers and strings, which ever
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from htsr.errors import UsageError
 from htsr.matrices.entries import base_names
 from htsr.matrices.roles import stem
+from htsr.matrices.tuners import is_tuner, without_peft
+from htsr.training.policy import Policy
 from htsr.training.slots import Slot, pinned, slot_of, vector_role
 
 if TYPE_CHECKING:
@@ -36,11 +40,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Value = TypeVar("Value")
+
+_PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\..+$")
+_OF_ONE_RATE = frozenset({"d0", "d_max", "numerator_weighted"})  # in the groups of Prodigy and D-Adaptation
+
 OWN_KEYS = (
-    "name", "role", "multiplier", "score", "htsr_start", "htsr_target", "htsr_event", "htsr_step", "htsr_policy",
-    "htsr_place", "htsr_origin", "htsr_order",
+    "name", "role", "multiplier", "score", "status", "htsr_start", "htsr_target", "htsr_event", "htsr_step",
+    "htsr_policy", "htsr_place", "htsr_origin", "htsr_order",
 )  # fmt: skip
-_AT_START = {"multiplier": 1.0, "htsr_start": 1.0, "htsr_target": 1.0, "htsr_event": 0, "htsr_step": 0}
+_AT_START = {"multiplier": 1.0, "status": "ok", "htsr_start": 1.0, "htsr_target": 1.0, "htsr_event": 0, "htsr_step": 0}
 _ORIGINAL_NAME = "htsr_name"  # the user's own `name` of the group that was split
 
 
@@ -59,31 +68,82 @@ class Share:
     name: str
 
 
-def require_fresh(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an `optimizer` whose groups others already count on.
+def steps_itself(optimizer: Any) -> Any:
+    """The optimizer whose own step moves the parameters: `optimizer`, or the one that accelerate has wrapped.
 
     Raises:
-        UsageError: it is split already, has a scheduler, has state, or sets its own learning rate.
+        UsageError: it is no optimizer of torch, or another one steps inside.
     """
-    if any("htsr_step" in group for group in optimizer.param_groups):
-        raise UsageError("this optimizer is layerwise already; make a new one to change the policy")
-    has_scheduler = any("initial_lr" in group for group in optimizer.param_groups)
-    if has_scheduler or hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        raise UsageError("this optimizer has a scheduler already: call htsr.layerwise first, then make the scheduler")
-    if optimizer.state:
+    import torch
+
+    while type(optimizer).__module__.startswith("accelerate.") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    kind = type(optimizer).__name__
+    if kind == "ZeroRedundancyOptimizer":
+        raise UsageError("layerwise does not go with ZeroRedundancyOptimizer: take FSDP2, or DeepSpeed's ZeRO")
+    inner = (
+        name for name, value in getattr(optimizer, "__dict__", {}).items() if isinstance(value, torch.optim.Optimizer)
+    )
+    if (name := next(inner, None)) is not None:
+        raise UsageError(f"{kind} steps through another optimizer: call htsr.layerwise on that one, its .{name}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(
-            "this optimizer has state already: call htsr.layerwise right after making it, then load the checkpoint"
+            f"{kind} is no torch.optim.Optimizer: make the optimizer layerwise before it is wrapped "
+            "(before deepspeed.initialize)"
         )
-    for group in optimizer.param_groups:
-        if group.get("lr", 0.0) is None:
-            raise UsageError("this optimizer sets its own learning rate (lr=None, relative_step); give it an lr")
+    return optimizer
+
+
+def require_fresh(optimizer: torch.optim.Optimizer, policy: Policy) -> None:
+    """Refuse an `optimizer` whose groups others already count on, or that cannot do what the `policy` sets.
+
+    Raises:
+        UsageError: it is split already, has a scheduler, sets its own learning rate, or has one for all groups.
+    """
+    import torch
+
+    groups, kind = optimizer.param_groups, type(optimizer).__name__
+    if is_layerwise(groups):
+        raise UsageError("this optimizer is layerwise already; htsr.remove_layerwise makes it a plain one")
+    if any("initial_lr" in group for group in groups) or hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        raise UsageError("this optimizer has a scheduler already: call htsr.layerwise first, then make the scheduler")
+    if any(group.get("lr", 0.0) is None for group in groups):
+        raise UsageError("this optimizer sets its own learning rate (lr=None, relative_step); give it an lr")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UsageError(f"{kind} takes one group of parameters, which cannot have a learning rate for each matrix")
+    if policy.sets != "lr":
+        return
+    if any("d" in group and not _OF_ONE_RATE.isdisjoint(group) for group in groups):
+        raise UsageError(
+            f"{kind} finds one learning rate for all parameters and takes no other; policies that set the weight decay "
+            "go with it (alphadecay)"
+        )
+    if isinstance(optimizer, torch.optim.Rprop):
+        raise UsageError(
+            f"{kind} reads its learning rate at the first step only, and no multiplier can change it later"
+        )
 
 
 def parameter_names(module: torch.nn.Module) -> dict[int, str]:
-    """Names of the parameters of `module` by their id, wrappers' prefixes removed; a shared one has its first name."""
-    parameters = dict(module.named_parameters())
-    names = base_names(parameters)
-    return {id(parameter): names[name] for name, parameter in parameters.items()}
+    """Names of the parameters of `module` by their id, as the model without wrappers and adapters has them.
+
+    A shared parameter has its first name. What PEFT or a parametrization adds to a layer has the name of the weight
+    that it adapts, and a copy of a whole module that PEFT trains (`modules_to_save`) the names of the original.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    cleaned = base_names(parameters)
+    names: dict[int, str] = {}
+    for prefix, layer in module.named_modules():
+        for attribute in (*layer.adapter_layer_names, *layer.other_param_names) if is_tuner(layer) else ():
+            held: Any = getattr(layer, attribute, None)
+            adapted = getattr(layer, "parameter_name", "weight")
+            for name, parameter in held.named_parameters() if hasattr(held, "named_parameters") else ():
+                place = f".{attribute}.{name}"
+                layer_name = cleaned[f"{prefix}{place}"].removesuffix(place)
+                names.setdefault(id(parameter), without_peft(f"{layer_name}.{adapted}"))
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), _PARAMETRIZED.sub(r"\1", without_peft(cleaned[name])))
+    return names
 
 
 def split_groups(
@@ -135,11 +195,13 @@ class _Sorter:
         self.others: dict[tuple[str, float | None], int] = {}
 
     def shares(self, parameters: Sequence[Any]) -> list[Share]:
-        """The parameters of one group by slot, in their order."""
+        """The parameters of one group by slot, in their order; an empty group stays one."""
         names = [self.names.get(id(parameter), "") for parameter in parameters]
         places: dict[int, list[int]] = {}
         for place, name in enumerate(names):
             places.setdefault(self._slot(name), []).append(place)
+        if not parameters:
+            places[self._slot("")] = []
         return [Share(slot, tuple(own), self._label(slot, [names[i] for i in own])) for slot, own in places.items()]
 
     def _slot(self, name: str) -> int:
@@ -172,6 +234,29 @@ def _new_group(group: dict[str, Any], share: Share, own: dict[str, Any]) -> dict
     if "name" in group:
         new[_ORIGINAL_NAME] = group["name"]
     return new | own | _AT_START | {"score": float("nan"), "htsr_order": list(share.places)}
+
+
+def per_group(optimizer: Any, values: Sequence[Value]) -> list[Value]:
+    """Values for the groups that an optimizer had before it was made layerwise, as a list for those that it has now.
+
+    Schedulers with a list take it so: ``LambdaLR(optimizer, htsr.per_group(optimizer, [f, g]))``.
+
+    Args:
+        optimizer: from `htsr.layerwise`, also as accelerate wraps it. One that is not layerwise keeps its groups.
+        values: one for each of its own groups, in their order; groups that were added later come last.
+
+    Raises:
+        UsageError: there are more or fewer groups than values.
+    """
+    origins: list[Any] = []
+    for place, group in enumerate(optimizer.param_groups):
+        origins.append(group.get("htsr_origin", ("added", place)))
+    distinct = list(dict.fromkeys(origins))
+    if len(distinct) != len(values):
+        raise UsageError(
+            f"the optimizer had {len(distinct)} groups before it was layerwise, and there are {len(values)} values"
+        )
+    return [values[distinct.index(origin)] for origin in origins]
 
 
 def is_layerwise(groups: Sequence[Mapping[str, Any]]) -> bool:

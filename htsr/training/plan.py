@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from htsr.errors import UsageError
 from htsr.matrices.roles import whole_name
 from htsr.matrices.sources import Source, open_model
+from htsr.training.groups import parameter_names
 from htsr.training.policy import Policy, PolicyLike, make_policy
-from htsr.training.scoring import scores
-from htsr.training.slots import Slot, decide, fixed, has_tied_head, matrix_slots
+from htsr.training.scoring import Failure, scores
+from htsr.training.slots import Slot, decide, fixed, has_tied_head, matrix_slots, require_patterns
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,14 +88,19 @@ def layerwise_plan(source: Source, policy: PolicyLike = "llr", *, revision: str 
         raise UsageError(f"{chosen.spectrum} are not in a checkpoint; a plan can be made of weights only")
     model = open_model(source, revision=revision)
     slots = matrix_slots(model)
+    vectors: Iterable[str] = ("norm", "vector")
     if isinstance(source, (str, os.PathLike, Mapping)):  # without a head: of a language model whose embedding is it
         tied = any(slot.role == "embed" for slot in slots)
     else:
-        tied = has_tied_head(source)
+        tied, vectors = has_tied_head(source), parameter_names(source).values()
+    require_patterns(chosen, slots, vectors, model.label)
     settled = fixed(chosen, slots, tied=tied)
     wanted = {part for slot, value in zip(slots, settled, strict=True) if value is None for part in slot.parts}
     found = scores([matrix for matrix in model if matrix.name in wanted], chosen)
-    outcome = decide(chosen, slots, settled, found)
+    known = {name: value for name, value in found.items() if not isinstance(value, Failure)}
+    for name in found.keys() - known.keys():
+        logger.warning("%s could not be measured: %s", name, found[name])
+    outcome = decide(chosen, slots, settled, known)
     shapes = {whole_name(matrix.name): matrix.shape for matrix in reversed(model.matrices)}
     rows = []
     for slot, value, mean, m in zip(slots, settled, outcome.scores, outcome.multipliers, strict=True):

@@ -20,17 +20,14 @@ Sets: TypeAlias = Literal["lr", "weight_decay"]
 Embeddings: TypeAlias = float | Literal["max", "measured", "leave"]
 PolicyLike: TypeAlias = "str | Policy | Mapping[str, float]"
 
-_NOTHING: Mapping[str, float] = MappingProxyType({})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """How multipliers come from spectra. The defaults are LLR's, as published.
 
     A matrix that is neither pinned nor excluded nor too small is *measured*: its score is computed at every event and
-    mapped to a multiplier. A score without meaning gives 1. Of 10 scores or more, one that lies more than 10 quartile
-    ranges outside of the quartiles counts as the nearest that does not, so that it cannot squeeze all others together.
-    Patterns are shell-style and match a role (``attn.q``, ``mlp.*``, ``norm``) or a name.
+    mapped to a multiplier. A score without meaning gives 1, and a wild one cannot squeeze the others together
+    (`htsr.allocate`). Patterns are shell-style and match a role (``attn.q``, ``mlp.*``, ``norm``) or a name.
 
     Attributes:
         score: of a matrix, see `htsr.spectra.scores`: ``alpha``, ``alpha_null`` (static by shape), ``alpha_minus_null``
@@ -80,7 +77,7 @@ class Policy:
     min_size: int = 50
     exclude: tuple[str, ...] = ()
     exclude_ends: bool = False
-    pin: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
+    pin: Mapping[str, float] = field(default_factory=dict)
     decouple_weight_decay: bool = False
     dtype: Literal["float32", "float64"] = "float64"
 

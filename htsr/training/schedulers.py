@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from htsr.errors import UsageError
-from htsr.training.layerwise import Layerwise
+from htsr.training.engine import Layerwise
 from htsr.training.policy import PolicyLike, make_policy
 
 if TYPE_CHECKING:

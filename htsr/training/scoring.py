@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# what may befall a computation whatever the weights: no convergence (LinAlgError is one of them), no memory, no device
+_PASSING = (RuntimeError, ArithmeticError, MemoryError, np.linalg.LinAlgError)
 _MOMENTUM = ("exp_avg", "momentum_buffer", "mu", "m")
 
 
@@ -49,9 +52,26 @@ def view_of(spectrum: Spectrum, optimizer: torch.optim.Optimizer) -> Callable[[A
     return momentum
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A matrix whose score could not be computed.
+
+    Attributes:
+        why: in a sentence.
+        passing: whether it may be computed the next time: out of memory, no convergence. Else the score itself is at
+            fault, a function of the user's.
+    """
+
+    why: str
+    passing: bool
+
+    def __str__(self) -> str:
+        return self.why
+
+
 def live_scores(
     module: torch.nn.Module, policy: Policy, wanted: set[str], view: Callable[[Any], Any] | None = None
-) -> dict[str, float]:
+) -> dict[str, float | Failure]:
     """Scores of the wanted matrices of a module, the same on every rank of the default process group.
 
     Ranks share the matrices by cost. Whole tensors are read where they are; sharded ones are gathered a round at a
@@ -64,10 +84,10 @@ def live_scores(
         view: see `view_of`.
 
     Returns:
-        By matrix; NaN for those that cannot be scored, which are logged.
+        By matrix, as `scores`; failures are passing ones.
 
     Raises:
-        HtsrError: the ranks do not hold the same matrices.
+        HtsrError: the ranks do not hold the same matrices, or a score that is a function fails. All ranks raise alike.
     """
     model = open_live(module, view)
     todo = [matrix for matrix in model.matrices if matrix.name in wanted]
@@ -84,10 +104,13 @@ def live_scores(
         raise HtsrError(
             f"no rank has scored {missing[0]}: all ranks must hold the same parameters (no pipeline stages)"
         )
+    for matrix in todo:
+        if isinstance(failure := found[matrix.name], Failure) and not failure.passing:
+            raise HtsrError(f"the score of {matrix.name} fails: {failure}")
     return {matrix.name: found[matrix.name] for matrix in todo}
 
 
-def scores(matrices: Sequence[WeightMatrix], policy: Policy) -> dict[str, float]:
+def scores(matrices: Sequence[WeightMatrix], policy: Policy) -> dict[str, float | Failure]:
     """Scores by name, computed in this process.
 
     Args:
@@ -95,17 +118,27 @@ def scores(matrices: Sequence[WeightMatrix], policy: Policy) -> dict[str, float]
         policy: says which score.
 
     Returns:
-        By matrix; NaN for those that cannot be scored, which are logged.
+        By matrix; NaN for those whose weights give none, which are logged, and a `Failure` where something else failed.
     """
     if policy.score == "alpha_null":
         return {m.name: null_of_shape(m.shape, m.pieces, policy.fit, policy.windows) for m in matrices}
     return {matrices[i].name: value for i, value in for_each(matrices, partial(_work, policy))}
 
 
-def _work(policy: Policy, matrices: Sequence[WeightMatrix]) -> list[float]:
-    """Scores of a few matrices of one shape, their Gram matrices decomposed together."""
+def _work(policy: Policy, matrices: Sequence[WeightMatrix]) -> list[float | Failure]:
+    """Scores of a few matrices of one shape, their Gram matrices decomposed together; one by one where that fails."""
+    try:
+        return _together(policy, matrices)
+    except Exception as error:
+        if len(matrices) > 1:
+            return [_work(policy, [matrix])[0] for matrix in matrices]
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return [Failure(why.removesuffix(": "), isinstance(error, _PASSING))]
+
+
+def _together(policy: Policy, matrices: Sequence[WeightMatrix]) -> list[float | Failure]:
     assert policy.score is not None
-    results = dict.fromkeys(range(len(matrices)), float("nan"))
+    results: dict[int, float | Failure] = dict.fromkeys(range(len(matrices)), float("nan"))
     loaded: dict[int, Array] = {}
     for i, matrix in enumerate(matrices):
         try:
@@ -137,7 +170,7 @@ def _ranks() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def _gather(found: dict[str, float], size: int) -> dict[str, float]:
+def _gather(found: dict[str, float | Failure], size: int) -> dict[str, float | Failure]:
     from torch import distributed
 
     shares: list[Any] = [None] * size

@@ -9,10 +9,11 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from htsr import allocate
-from htsr.matrices.roles import whole_name
+from htsr.errors import UsageError
+from htsr.matrices.patterns import matches, require
+from htsr.matrices.roles import stem, whole_name
 from htsr.matrices.sources import WeightMatrix, by_tensor
 from htsr.training.policy import Policy
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 _NORM = re.compile(r"norm|(^|[._])ln(_|\d|\.|$)|layer_?norm|(^|\.)bn\d*\.", re.IGNORECASE)
 _FOLLOWS = ("lora_", "base_layer.", "parametrizations.")
-_WILD = 10.0  # quartile ranges beyond the quartiles; scores of trained and of new models reach 4.4
-_FEW = 10  # scores whose quartiles say little
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,35 @@ def vector_role(parameter: str) -> str:
     return "norm" if _NORM.search(parameter) else "vector"
 
 
+def require_patterns(policy: Policy, slots: Sequence[Slot], vectors: Iterable[str], of: str) -> None:
+    """Refuse patterns of a `policy` that change nothing.
+
+    Args:
+        policy: whose pins and exclusions are looked at.
+        slots: all of the model.
+        vectors: names of the parameters that belong to none.
+        of: the model, for the sentence.
+
+    Raises:
+        UsageError: a pattern that matches nothing, or some parts of fused tensors only.
+    """
+    names = list(vectors)
+    wholes = {subject for slot in slots for subject in (slot.role, slot.name)}
+    others = {subject for name in names for subject in (vector_role(name), name, stem(name))}
+    parts = [(slot, part) for slot in slots for parts in (slot.part_roles, slot.parts) for part in parts]
+    for patterns, subjects in ((policy.pin, wholes | others), (policy.exclude, wholes)):
+        unmatched = [pattern for pattern in patterns if not any(_matches(subject, pattern) for subject in subjects)]
+        for pattern in unmatched:
+            fused = [slot for slot, part in parts if _matches(part, pattern)]
+            if not fused:
+                require([pattern], subjects | {part for _, part in parts}, of, "role or name")
+            elif patterns is policy.exclude or all(pinned(slot, policy.pin) is None for slot in fused):
+                raise UsageError(
+                    f"{pattern!r} matches a part of {fused[0].name}, which has one multiplier for "
+                    f"{', '.join(fused[0].part_roles)}: match all of them, or {fused[0].role}"
+                )
+
+
 def pinned(slot: Slot, pin: Mapping[str, float]) -> float | None:
     """The multiplier that the first matching pattern gives.
 
@@ -139,9 +167,14 @@ def pinned(slot: Slot, pin: Mapping[str, float]) -> float | None:
 
 def _first(pin: Mapping[str, float], *subjects: str) -> float | None:
     for pattern, value in pin.items():
-        if any(fnmatchcase(subject, pattern) for subject in subjects):
+        if any(_matches(subject, pattern) for subject in subjects):
             return float(value)
     return None
+
+
+def _matches(subject: str, pattern: str) -> bool:
+    """As elsewhere, where brackets are part of a name; here they may also be a set of letters, as in ``attn.[qk]``."""
+    return matches(subject, (pattern,)) or fnmatchcase(subject, pattern)
 
 
 def ends(slots: Sequence[Slot], *, tied: bool = False) -> set[int]:
@@ -209,15 +242,13 @@ def decide(
         policy: the rules.
         slots: all of them.
         multipliers: what is settled already, as `fixed` returns it.
-        scores: by matrix; a tensor's score is the mean over its parts. Missing and NaN scores give 1. One that lies
-            far outside of the others is `bounded`.
+        scores: by matrix; a tensor's score is the mean over its parts. Missing and NaN scores give 1.
     """
     means = [_mean([scores.get(part, np.nan) for part in slot.parts]) for slot in slots]
     measured = [value is None for value in multipliers]
-    counted = bounded([mean if free else np.nan for mean, free in zip(means, measured, strict=True)])
     labels = [_label(policy, slot) for slot in slots]
     result = allocate.multipliers(
-        counted,
+        [mean if free else np.nan for mean, free in zip(means, measured, strict=True)],
         map=policy.map,
         bounds=policy.bounds,
         reverse=policy.reverse,
@@ -228,27 +259,6 @@ def decide(
     largest = max(known) if known else (1.0 if any(measured) else policy.bounds[1])
     final = tuple(largest if np.isnan(m) else float(m) for m in result)
     return Outcome(tuple(mean if free else np.nan for mean, free in zip(means, measured, strict=True)), final)
-
-
-def bounded(scores: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """`scores` in which one that is wild counts as the nearest that is not, lest it squeeze all others together.
-
-    Wild is what lies more than 10 quartile ranges outside of the quartiles. Fewer than 10 scores, whose quartiles say
-    little, and those of which half are equal stay what they are.
-
-    Args:
-        scores: (n,); NaN is not known, and stays.
-    """
-    values = np.asarray(scores, dtype=np.float64)
-    known = values[np.isfinite(values)]
-    if known.size < _FEW:
-        return values
-    first, third = np.quantile(known, [0.25, 0.75])
-    reach = _WILD * (third - first)
-    if not reach > 0:
-        return values
-    tame = known[(known >= first - reach) & (known <= third + reach)]
-    return np.clip(values, tame.min(), tame.max())
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -56,7 +56,32 @@ def _worker(rank, folder):
     for kind, wrap in {"ddp": _data_parallel, "fsdp2": _sharded, "tp": _tensor_parallel}.items():
         decomposed.clear()
         results[kind] = {"rates": run(wrap), "decomposed": list(decomposed)}
+    results["failing"] = _run_that_fails_on_one_rank(rank)
     leave_with(results, rank, folder)
+
+
+def _run_that_fails_on_one_rank(rank):
+    """The second rank has no memory left at the second event."""
+    events, inner, decompose = [], scoring.scores, scoring.esd_batch
+
+    def out_of_memory(*args, **kwargs):
+        if rank == 1 and len(events) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return decompose(*args, **kwargs)
+
+    scoring.scores = lambda matrices, policy: events.append(0) or inner(matrices, policy)
+    scoring.esd_batch = out_of_memory
+    model = TinyLM()
+    optimizer = SpyingAdamW(_data_parallel(model).parameters(), lr=3e-3)
+    htsr.layerwise(optimizer, model, interval=3, ramp=0)
+    status = []
+    train(
+        model,
+        optimizer,
+        range(STEPS),
+        after=lambda _: status.append({g["name"]: g["status"] for g in optimizer.param_groups}),
+    )
+    return {"rates": [{n: lr for n, (lr, _) in seen.items()} for seen in optimizer.seen], "status": status}
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +115,16 @@ def test_each_matrix_is_decomposed_once(two_processes, kind):
     events = 3
     assert sorted(first + second) == sorted(MATRICES * events)
     assert len(first) == len(second)
+
+
+def test_an_event_that_fails_on_one_rank_ends_no_training(two_processes):
+    """Its matrices keep their multipliers, on both ranks, until the next event."""
+    first, second = (result["failing"] for result in two_processes)
+    assert first == second
+    kept = [name for name, status in first["status"][2].items() if "no memory" in status]
+    assert 0 < len(kept) < len(MATRICES)
+    rates, moved = first["rates"], set(MATRICES) - set(kept)
+    assert all(rates[2][name] == rates[1][name] for name in kept)
+    assert any(rates[2][name] != rates[1][name] for name in moved)
+    assert any(rates[5][name] != rates[4][name] for name in kept)
+    assert set(first["status"][5].values()) == {"ok"}
