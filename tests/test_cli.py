@@ -89,7 +89,7 @@ def test_filters(capsys, folder):
         ("alpha>1e9", 0),
         ("status!=ok", 0),
         ("role==attn.q", 3),
-        ("note~short tail", 3),
+        ("note~tail of", 3),
         ("note~no such note", 0),
         ("erg_crossing==false", 0),
         ("num_spikes>=0", 3),  # each is computed because it is asked about

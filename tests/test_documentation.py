@@ -225,8 +225,8 @@ def test_the_page_on_reports_explains_all_that_a_report_shows():
     shown = {header for header, _ in tables.columns(everything)} | {h for h, _, _ in tables._WHERE_PRESENT}
     shown |= set(figures.LABELS.values()) | set(figures.LABELS)
     assert not {word for word in shown if word not in page}
-    from htsr.spectra.measure import _reading
+    from htsr.spectra.notes import notes
 
-    warnings = re.findall(r"^    ([a-zA-Z-]+(?: [a-zA-Z]+)?)  +\S", _reading.__doc__, re.MULTILINE)
-    assert "short tail" in warnings
+    warnings = re.findall(r"^    ([a-zA-Z-]+(?: [\w<>]+)*)  +\S", notes.__doc__, re.MULTILINE)
+    assert {"tail of 7", "heavy tail α<2"} <= set(warnings)
     assert not {word for word in warnings if f"`{word}`" not in page}

@@ -29,6 +29,7 @@ from htsr.errors import MissingDependencyError
 from htsr.files import written
 from htsr.reporting import figures, tables
 from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
+from htsr.spectra.notes import kind_of
 
 _DIGITS = 6  # of the numbers of a row
 _CURVE_DIGITS = 4  # of the points of a curve
@@ -222,7 +223,7 @@ def _warnings(rows: Iterable[LayerMetrics]) -> str:
     """How often each warning and each status occurs, as buttons that filter the table."""
     counts: Counter[str] = Counter()
     for row in rows:
-        counts.update(dict.fromkeys(row.warning.split("; ") if row.status == "ok" else [row.status], 1))
+        counts.update(dict.fromkeys(map(kind_of, row.warning.split("; ")) if row.status == "ok" else [row.status], 1))
     del counts[""]
     buttons = (
         f'<button type="button" class="chip" data-filter="{escape(text)}">{escape(text)} <b>{count}</b></button>'

@@ -6,7 +6,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,20 +15,17 @@ import numpy.typing as npt
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.alternatives import best_law, compare_laws, fit_truncated
 from htsr.spectra.attempts import attempted
-from htsr.spectra.bulk import fit_bulk, jensen_shannon_distance, permute_entries, tw_threshold
+from htsr.spectra.bulk import fit_bulk, jensen_shannon_distance, permute_entries
 from htsr.spectra.erg import erg
 from htsr.spectra.esd import ESD, LANCZOS_FROM, Array, Route, as_numpy, esd, esd_batch
 from htsr.spectra.metrics import LayerMetrics, Options
-from htsr.spectra.null import DRAWS, ShapeNull, shape_null
+from htsr.spectra.notes import notes
+from htsr.spectra.null import alpha_null
 from htsr.spectra.product import Product
 from htsr.spectra.quality import quality
-from htsr.spectra.tail import FitMethod, PowerLawFit, bootstrap_alpha, fit_power_law
+from htsr.spectra.tail import PowerLawFit, bootstrap_alpha, fit_power_law
 
 Vector = npt.NDArray[np.float64]
-
-FEW_TAIL_POINTS = 50
-OVER_TRAINED = 2.0
-UNDER_TRAINED = 6.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,10 @@ def measure_batch(
 
     def attempt(index: int, step: Callable[[], Any]) -> Any:
         """The step's value; None where it fails, and then a row that says so."""
-        value = attempted(step)
+        try:
+            value = attempted(step)
+        except UsageError as problem:  # options are checked before; this one is about the matrix
+            value = MatrixError("failed", str(problem))
         if isinstance(value, MatrixError):
             results[index] = Measured(replace(jobs[index][1], status=value.status, warning=str(value)))
             return None
@@ -102,12 +102,22 @@ def measure_batch(
         other = others.get(i)
         if other is not None and numbers["status"] != "zero":
             numbers |= _permuted_numbers(matrices[i], spectrum, other, options)
+        numbers, warnings = _finite(numbers, warnings)
         identity = jobs[i][1]
-        notes = "; ".join([identity.warning, *warnings] if identity.warning else warnings)
-        row = replace(identity, **numbers, warning=notes)
+        sentence = "; ".join([identity.warning, *warnings] if identity.warning else warnings)
+        row = replace(identity, **numbers, warning=sentence)
         results[i] = Measured(row, spectrum.eigenvalues, None if other is None else other.eigenvalues)
     seconds = (time.perf_counter() - started) / len(jobs)
     return [replace(results[i], row=replace(results[i].row, seconds=seconds)) for i in range(len(jobs))]
+
+
+def _finite(numbers: dict[str, Any], warnings: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Numbers that are none become None, and the row says so."""
+    odd = [name for name, value in numbers.items() if isinstance(value, float) and not np.isfinite(value)]
+    if not odd:
+        return numbers, warnings
+    why = f"{', '.join(odd)}: no finite number"
+    return numbers | dict.fromkeys(odd) | {"status": "failed"}, [why, *warnings]
 
 
 def _decompose(
@@ -162,10 +172,10 @@ def _numbers(spectrum: ESD, options: Options) -> tuple[dict[str, Any], list[str]
         return numbers | {"status": "degenerate"}, [str(problem)]
     numbers |= _fit_numbers(fit, positive)
     numbers |= _erg_numbers(values, fit)
-    warnings += _reading(numbers, spectrum)
+    warnings += notes(numbers, spectrum)
 
     if options.null and options.xmin is None and options.xmax is None and spectrum.M <= LANCZOS_FROM:
-        null = _null(spectrum.M, spectrum.N, spectrum.pieces, options.fit)
+        null = alpha_null(spectrum.M, spectrum.N, spectrum.pieces, options.fit, _low_rank(spectrum), _product(spectrum))
         numbers |= {
             "alpha_null": null.alpha,
             "alpha_null_sd": null.sd,
@@ -260,42 +270,14 @@ def _erg_numbers(values: Vector, fit: PowerLawFit) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in numbers.items()}
 
 
-def _reading(numbers: dict[str, Any], spectrum: ESD) -> list[str]:
-    """What a reader of this row should be careful about, in a word each.
-
-    ============== ==================================================================================
-    random-like    no eigenvalue above the Marchenko-Pastur edge of a matrix with the same variance
-    over-trained   α < 2
-    under-trained  α > 6
-    short tail     fewer than 50 eigenvalues in the tail
-    rank-deficient eigenvalues below the route's resolution
-    no ERG         the trace-log condition has no crossing
-    approximate    Lanczos route; see esd_error and alpha_error
-    ============== ==================================================================================
-    """
-    found = []
-    variance = numbers["norm"] / (spectrum.pieces * spectrum.M * spectrum.N)
-    if numbers["lambda_max"] <= tw_threshold(variance**0.5, spectrum.M, spectrum.N, spectrum.pieces):
-        found.append("random-like")
-    if numbers["alpha"] < OVER_TRAINED:
-        found.append("over-trained")
-    elif numbers["alpha"] > UNDER_TRAINED:
-        found.append("under-trained")
-    if numbers["num_pl_tail"] < FEW_TAIL_POINTS:
-        found.append("short tail")
-    if numbers["rank_loss"]:
-        found.append("rank-deficient")
-    if not numbers["erg_crossing"]:
-        found.append("no ERG")
-    if spectrum.error is not None:
-        found.append("approximate")
-    return found
+def _low_rank(spectrum: ESD) -> int | None:
+    """Rank of a piece of a matrix that is not of full rank: its noise is that of this rank."""
+    rank = spectrum.positive.size // spectrum.pieces
+    return rank if 0 < rank < spectrum.M else None
 
 
-@lru_cache(maxsize=512)
-def _null(M: int, N: int, pieces: int, method: FitMethod) -> ShapeNull:
-    draws = 4 if method.startswith("hill") else int(np.clip(DRAWS * (2048 / (M * pieces)) ** 2, 4, DRAWS))
-    return shape_null(M, N, pieces, lambda values: fit_power_law(values, method).alpha, draws=draws)
+def _product(spectrum: ESD) -> bool:
+    return spectrum.route.startswith("factors")
 
 
 def _jackknife(replicates: Vector, options: Options) -> float:

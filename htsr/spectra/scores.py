@@ -15,7 +15,6 @@ Larger means less trained in all of them, so a policy that favours large scores 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -24,14 +23,12 @@ import numpy.typing as npt
 from htsr.errors import UsageError
 from htsr.spectra.erg import erg
 from htsr.spectra.esd import ESD
-from htsr.spectra.null import shape_null
+from htsr.spectra.null import alpha_null
 from htsr.spectra.tail import FitMethod, fit_power_law
 from htsr.spectra.windows import Windows
 
 ScoreName: TypeAlias = Literal["alpha", "alpha_null", "alpha_minus_null", "erg_gap", "trace_log", "stable_rank"]
 Score: TypeAlias = ScoreName | Callable[[ESD], float]
-
-_NULL_DRAWS = {"hill": 4, "hill_paper": 4}  # sharp; the others wander more
 
 
 def score(spectrum: ESD, name: Score, fit: FitMethod = "hill") -> float:
@@ -92,17 +89,11 @@ def null_of_shape(
         windows: FARMS windows; None for the whole matrix.
 
     Returns:
-        The median over 4 draws (``hill``) or 16; the same for the same arguments.
+        The median of `htsr.spectra.null.alpha_null`; the same for the same arguments.
     """
     if windows is not None:
         cuts = windows.slices(shape)
         rows, columns = cuts[0]
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         pieces *= len(cuts)
-    return _null(min(shape), max(shape), pieces, fit)
-
-
-@lru_cache(maxsize=512)
-def _null(M: int, N: int, pieces: int, fit: FitMethod) -> float:
-    draws = _NULL_DRAWS.get(fit, 16)
-    return shape_null(M, N, pieces, lambda values: fit_power_law(values, fit).alpha, draws=draws).alpha
+    return alpha_null(min(shape), max(shape), pieces, fit).alpha

@@ -52,7 +52,7 @@ def test_colours_tell_the_status(analysis):
     row = analysis[0]
     cases = {
         "red": replace(row, status="nan", alpha=None),
-        "bright_black": replace(row, warning="random-like; under-trained"),
+        "bright_black": replace(row, warning="random-like; light tail α>6"),
         "magenta": replace(row, alpha=1.5, warning=""),
         "green": replace(row, alpha=3.0, warning=""),
         "yellow": replace(row, alpha=9.0, warning=""),

@@ -4,9 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from htsr.errors import MatrixError, UsageError
-from htsr.spectra.esd import Windows
-from htsr.spectra.measure import measure, scalar_metrics
+from htsr.spectra.bulk import Bulk
+from htsr.spectra.measure import measure, measure_batch, scalar_metrics
 from htsr.spectra.metrics import LayerMetrics, Options
+from htsr.spectra.notes import kind_of
+from htsr.spectra.product import Product
+from htsr.spectra.tail import fit_power_law
+from htsr.spectra.windows import Windows
 from tests.reference import statistics as plain
 
 seeds = st.integers(0, 2**32 - 1)
@@ -187,3 +191,86 @@ def test_options_without_meaning_are_refused():
         Options(xmin=-1.0)
     with pytest.raises(UsageError, match="number of resamples"):
         Options(bootstrap=-1)
+
+
+def test_notes_name_the_spectrum_and_judge_nothing():
+    heavy_tail = np.sort((1 - np.random.default_rng(0).random(400)) ** -1.6)  # α = 1.6
+    flat = np.linspace(1.0, 1.2, 400)
+    for values, word in ((heavy_tail, "heavy tail α<2"), (flat, "light tail α>6")):
+        W = np.diag(np.sqrt(values))
+        assert word in row_of(W, fit="hill").warning.split("; ")
+    row = row_of(np.diag(np.arange(1.0, 21.0)), fit="hill")
+    assert f"tail of {row.num_pl_tail}" in row.warning.split("; ")
+    assert {kind_of("tail of 7"), kind_of("tail of 12"), kind_of("no ERG")} == {"tail of", "no ERG"}
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (400, 300)])
+def test_a_change_of_low_rank_is_held_against_noise_of_its_rank(shape):
+    random, (m, n) = np.random.default_rng(2), shape
+    left, right = random.standard_normal((m, 24)), random.standard_normal((24, n))
+    rows = [
+        measure(lambda W=W: W, LayerMetrics(name="w"), Options(fit="hill")).row
+        for W in (
+            Product(left, right),
+            random.standard_normal((m, 24)) @ np.linalg.qr(random.standard_normal((n, 24)))[0].T,
+        )
+    ]
+    for row in rows:
+        assert row.matrix_rank == 24
+        assert row.alpha_null == pytest.approx(row.alpha, rel=0.35)  # 24 eigenvalues, of noise; full-rank noise has 2.4
+        assert row.alpha_null > 4
+    draws = [
+        fit_power_law(
+            np.linalg.svd(random.standard_normal((m, 24)) @ random.standard_normal((24, n)), compute_uv=False)[:24]
+            ** 2,
+            "hill",
+        )
+        for _ in range(20)
+    ]
+    alphas = np.array([fit.alpha for fit in draws])
+    assert rows[0].alpha_null == pytest.approx(np.median(alphas), abs=0.35)
+
+
+class TestFailures:
+    """Whatever happens on one matrix is its row; the others are measured."""
+
+    @pytest.mark.parametrize(
+        ("error", "words"),
+        [
+            (np.linalg.LinAlgError("Eigenvalues did not converge"), "LinAlgError: Eigenvalues did not converge"),
+            (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory"),
+            (MemoryError(), "not enough memory"),
+            (ZeroDivisionError("division by zero"), "ZeroDivisionError"),
+        ],
+    )
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_of_the_solver(self, monkeypatch, error, words, count):
+        solve = np.linalg.eigvalsh
+
+        def failing(matrices):
+            if (np.trace(matrices, axis1=-2, axis2=-1) > 1e5).any():
+                raise error
+            return solve(matrices)
+
+        monkeypatch.setattr(np.linalg, "eigvalsh", failing)
+        good = [heavy(k, (20, 30)) for k in range(count)]
+        jobs = [(lambda W=W: W, LayerMetrics(name="w")) for W in (*good, 1e3 * heavy(0, (20, 30)))]
+        rows = [measured.row for measured in measure_batch(jobs, Options(null=False))]
+        assert [row.status for row in rows] == [*["ok"] * count, "failed"]
+        assert words in rows[-1].warning
+
+    def test_of_the_numbers(self, monkeypatch):
+        monkeypatch.setattr("htsr.spectra.measure.fit_bulk", lambda *_: Bulk(1.0, np.nan, 0.0, 1.0, 0, np.inf, 0.0))
+        row = row_of(heavy(0, (20, 30)), bulk=True)
+        assert (row.status, row.lambda_plus, row.mp_softrank) == ("failed", None, None)
+        assert "lambda_plus, mp_softrank: no finite number" in row.warning
+        assert row.alpha is not None
+
+    @pytest.mark.parametrize("tiny", [1e-45, 1e-40, 1e-200])
+    def test_denormal_entries(self, tiny):
+        dtype = np.float32 if tiny > 1e-50 else np.float64
+        W = (tiny * np.abs(heavy(3, (30, 40)))).astype(dtype)
+        row = row_of(W, bulk=True, permuted=True, alternatives=True, quality=True)
+        assert row.status in ("ok", "underflow", "tiny", "degenerate", "zero")
+        assert (row.status == "underflow") == (tiny == 1e-200)
+        assert all(np.isfinite(v) for v in vars(row).values() if isinstance(v, float))
