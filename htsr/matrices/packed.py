@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from htsr.matrices.entries import Entry
+from htsr.matrices.scaled import quantization_config
 from htsr.spectra.esd import as_numpy
 
 Numbers = npt.NDArray[Any]
@@ -91,8 +92,7 @@ def gptq_or_awq(words: Entry, parts: Mapping[str, Entry], config: Mapping[str, A
         return None
     if inputs % groups if order is None else order.shape != (inputs,):
         return None
-    quantization = config.get("quantization_config") or {}
-    stored_less_one = not is_awq and quantization.get("checkpoint_format") != "gptq_v2"
+    stored_less_one = not is_awq and quantization_config(config).get("checkpoint_format") != "gptq_v2"
 
     def read() -> Numbers:
         s, z = as_numpy(scales.read()).astype(np.float32), unpacked(as_numpy(zeros.read()), bits, 1)
@@ -138,4 +138,9 @@ def compressed(words: Entry, parts: Mapping[str, Entry]) -> Packed | None:
 
 def _groups(inputs: int, groups: int, order: Entry | None) -> Numbers:
     """The group of each input: as `order` has it, else equal runs."""
-    return np.arange(inputs) // (inputs // groups) if order is None else as_numpy(order.read())
+    if order is None:
+        return np.arange(inputs) // (inputs // groups)
+    found = as_numpy(order.read())
+    if found.shape != (inputs,) or found.min(initial=0) < 0:  # NumPy would count them from the end
+        raise ValueError(f"{order.name} gives groups that there are not")
+    return found

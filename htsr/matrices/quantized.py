@@ -5,8 +5,8 @@ format              stored as                              read by
 =================== ====================================== =========================================================
 LLM.int8()          ``weight`` int8, ``SCB``               weight · SCB / 127
 bitsandbytes 4-bit  ``weight`` uint8, ``quant_state``      bitsandbytes, where installed
-FP8                 ``weight`` float8, ``weight_scale``    weight · scale (per tensor, row or block)
-                    or ``weight_scale_inv``
+FP8                 ``weight`` float8 with a scale         `htsr.matrices.scaled`: weight · scale (per tensor, row
+                                                           or block); int8 likewise
 MXFP4               ``*_blocks``, ``*_scales``             transformers' reader
 GPTQ, AWQ, packed   ``qweight`` / ``weight_packed``        `htsr.matrices.packed`; 3 bits and what a kernel has
                                                            rearranged not: status ``quantized``
@@ -15,12 +15,13 @@ GPTQ, AWQ, packed   ``qweight`` / ``weight_packed``        `htsr.matrices.packed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from htsr.matrices.entries import Entry
 from htsr.matrices.packed import compressed, gptq_or_awq
+from htsr.matrices.scaled import EIGHT_BITS, quantization_config, scale_of, scaled, unknown_scale
 from htsr.spectra.esd import Array, as_numpy
 
 PACKED = (".qweight", ".weight_packed")
@@ -39,11 +40,19 @@ def dequantized(entries: list[Entry], config: Mapping[str, Any] | None = None) -
         config: of the model; it says which GPTQ this is.
     """
     by_name = {entry.name: entry for entry in entries}
+    eight = {entry.name for entry in entries if entry.dtype in EIGHT_BITS}
+    used = {scale.name for name in eight if (scale := scale_of(name, by_name))}
     result = []
     for entry in entries:
-        if entry.name.endswith(_COMPANIONS) or ".quant_state." in entry.name:
+        if entry.name in used or entry.name.endswith(_COMPANIONS) or ".quant_state." in entry.name:
             continue
-        result.append(_dequantized(entry, by_name, config or {}))
+        try:
+            found = _dequantized(entry, by_name, config or {})
+        except Exception as error:  # whatever is wrong with one tensor, the others are read
+            found = _unreadable(entry, f"a quantised form whose parts do not fit one another ({error})")
+        if found is entry and entry.dtype.startswith("float8") and entry.problem is None:
+            found = _without_scale(entry, by_name, bool(used) or bool(quantization_config(config or {})))
+        result.append(found)
     return result
 
 
@@ -53,17 +62,14 @@ def _dequantized(entry: Entry, by_name: dict[str, Entry], config: Mapping[str, A
         return _unpacked(entry, by_name, config)
     scale: Entry | None
     if entry.dtype == "int8" and (scale := by_name.get(f"{stem}.SCB")):
-        return _scaled(entry, scale, lambda W, s: W * s.reshape(-1, 1) / 127.0, "8-bit")
+        return _llm_int8(entry, scale)
     for kind in ("nf4", "fp4"):
         if state := by_name.get(f"{name}.quant_state.bitsandbytes__{kind}"):
             return _bitsandbytes(entry, state, by_name)
     if entry.dtype == "int8" and f"{stem}.weight_scale_inv" in by_name:
         return _unreadable(entry, "FP4 numbers, two to a byte, that htsr does not unpack")
-    for suffix in (".weight_scale_inv", ".weight_scale", ".scale_weight"):
-        if (scale := by_name.get(stem + suffix)) and entry.dtype in ("int8", "float8_e4m3fn", "float8_e5m2"):
-            return _scaled(entry, scale, _by_blocks, "8-bit" if entry.dtype == "int8" else "FP8")
-    if (scale := by_name.get(f"{name}_scale_inv")) and entry.dtype.startswith("float8"):
-        return _scaled(entry, scale, _by_blocks, "FP8")
+    if entry.dtype in EIGHT_BITS and (scale := scale_of(name, by_name)):
+        return scaled(entry, scale, by_name.get(f"{stem}.weight_zero_point"), config)
     if name.endswith("_blocks") and (scale := by_name.get(name.removesuffix("_blocks") + "_scales")):
         return _mxfp4(entry, scale)
     return entry
@@ -84,29 +90,23 @@ def _unpacked(entry: Entry, by_name: dict[str, Entry], config: Mapping[str, Any]
     return replace(entry, name=found.name, shape=found.shape, read=read, **more)
 
 
-def _scaled(entry: Entry, scale: Entry, combine: Callable[[Any, Any], Array], what: str) -> Entry:
+def _llm_int8(entry: Entry, absmax: Entry) -> Entry:
     def read(index: int | None = None) -> Array:
-        factor = as_numpy(scale.read())
-        if index is None:
-            return combine(as_numpy(entry.read()).astype("float32"), factor)
-        if factor.ndim and factor.shape[0] == entry.shape[0]:
-            factor = factor[index]
-        return combine(as_numpy(entry.read(index)).astype("float32"), factor)
+        W = as_numpy(entry.read()).astype("float32") * as_numpy(absmax.read()).reshape(-1, 1) / 127.0
+        return W if index is None else W[index]  # type: ignore[no-any-return]
 
-    return replace(entry, read=read, warning=f"de-quantised from {what}")
+    return replace(entry, read=read, warning="de-quantised from 8-bit")
 
 
-def _by_blocks(W: Any, scale: Any) -> Array:
-    """W times a scale that is a scalar, one per row, or one per block (of 128, the last one cut, or of equal parts)."""
-    if scale.size == 1:
-        return W * float(scale.reshape(-1)[0])  # type: ignore[no-any-return]
-    if scale.ndim == 1:
-        scale = scale.reshape(-1, *[1] * (W.ndim - 1))
-    for axis in (-2, -1):
-        size, blocks = W.shape[axis], scale.shape[axis]
-        block = 128 if -(-size // 128) == blocks else -(-size // blocks)
-        scale = scale.repeat(block, axis=axis).take(range(size), axis=axis)
-    return W * scale  # type: ignore[no-any-return]
+def _without_scale(entry: Entry, by_name: dict[str, Entry], quantised: bool) -> Entry:
+    """FP8 without a scale that is known: numbers only where nothing speaks of one."""
+    if other := unknown_scale(entry.name, by_name):
+        why = f"{entry.name} is stored as FP8 with {other} beside it, a scale that htsr does not know"
+    elif quantised:
+        why = f"{entry.name} is stored as FP8 without a scale, in a model whose weights are scaled"
+    else:
+        return replace(entry, warning=entry.warning or "FP8 without a scale, taken as it is")
+    return replace(entry, problem=("quantized", why))
 
 
 def _bitsandbytes(entry: Entry, state: Entry, by_name: dict[str, Entry]) -> Entry:

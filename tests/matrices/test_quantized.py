@@ -96,6 +96,117 @@ def test_a_model_without_a_scale_has_rows_that_say_so():
     assert {row.status for row in rows.values()} == {"ok"}
 
 
+def write(folder, tensors, quantization) -> str:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("block", [(128, 128), (64, 64), (100, 60), (32, 256), (1, 128), (48, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(200, 130), (256, 384), (130, 64)], ids=str)
+@pytest.mark.parametrize("name", ["weight_scale_inv", "scale"])
+def test_fp8_in_the_blocks_that_the_configuration_says(tmp_path, block, shape, name):
+    """Against transformers' own arithmetic. 200 rows with two scales are two blocks of 100, or 128 and the rest."""
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    torch.manual_seed(0)
+    W = torch.randn(shape).to(torch.float8_e4m3fn)
+    scale = torch.rand(-(-shape[0] // block[0]), -(-shape[1] // block[1])) + 0.1
+    config = {"quant_method": "fp8", "weight_block_size": list(block)}
+    matrix, values = only(write(tmp_path, {"up_proj.weight": W, f"up_proj.{name}": scale}, config))
+    expected = fp8._dequantize_fp8_weight(W, scale, list(block), torch.float32)
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
+    assert matrix.warning == "de-quantised from FP8"
+
+
+SCHEMES = {
+    "tensor": {"strategy": "tensor"},
+    "channel": {"strategy": "channel"},
+    "block": {"strategy": "block", "block_structure": [20, 12]},
+    "group": {"strategy": "group", "group_size": 12},
+}
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["float", "int"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_8_bits_as_compressed_tensors_writes_them(tmp_path, scheme, kind, symmetric):
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    base = pytest.importorskip("compressed_tensors.compressors.naive_quantized.base")
+    if kind == "float" and not symmetric:
+        pytest.skip("FP8 has no zero points")
+    options = {"num_bits": 8, "type": kind, "symmetric": symmetric, **SCHEMES[scheme]}
+    arguments = quantization.QuantizationArgs(**options)
+    torch.manual_seed(0)
+    W = torch.randn(40, 60)
+    blocks = {"tensor": (1,), "channel": (40, 1), "block": (2, 5), "group": (40, 5)}[scheme]
+    state = {"weight": W, "weight_scale": torch.rand(blocks) / 20 + 0.02}
+    if not symmetric:
+        state["weight_zero_point"] = torch.randint(-20, 20, blocks).to(torch.int8)
+    scheme_ = quantization.QuantizationScheme(targets=["Linear"], weights=arguments)
+    packed = base.NaiveQuantizationCompressor.compress(state, scheme_)
+    expected = base.NaiveQuantizationCompressor.decompress(packed, scheme_)["weight"]
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": options}}}
+    _, values = only(write(tmp_path, {f"up_proj.{key}": t for key, t in packed.items()}, config))
+    np.testing.assert_allclose(values, expected.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_scales_that_are_exponents(tmp_path):
+    """MXFP8: groups of 32, their scales powers of two."""
+    torch.manual_seed(0)
+    W, exponents = torch.randn(8, 64).to(torch.float8_e4m3fn), torch.randint(120, 134, (8, 2), dtype=torch.uint8)
+    expected = W.float() * torch.exp2(exponents.float() - 127).repeat_interleave(32, 1)
+    group = {"weights": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32}}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    for scale in (exponents, torch.exp2(exponents.float() - 127).to(torch.float8_e8m0fnu)):
+        _, values = only(write(tmp_path, {"up_proj.weight": W, "up_proj.weight_scale": scale}, config))
+        np.testing.assert_array_equal(values, expected)
+
+
+UNKNOWN = {
+    "another name": (
+        {"up_proj.weight_amax": torch.ones(1), "up_proj.weight_scales": torch.ones(1)}, None, "htsr does not",
+    ),
+    "no scale": ({}, {"quant_method": "fp8"}, "without a scale, in a model whose weights are scaled"),
+    "blocks that do not fit": (
+        {"up_proj.weight_scale_inv": torch.ones(7, 3)}, {"weight_block_size": [128, 128]}, "128 × 128 do not fit",
+    ),
+    "another shape": ({"up_proj.weight_scale": torch.ones(7)}, None, "which its scale of (7,) does not fit"),
+    "too many axes": ({"up_proj.weight_scale": torch.ones(2, 4, 3)}, None, "does not fit"),
+    "no numbers": ({"up_proj.weight_scale": torch.ones(0)}, None, "does not fit"),
+    "anybody's guess": ({"up_proj.weight_scale_inv": torch.ones(7, 3)}, None, "no configuration says which blocks"),
+    "a configuration that is none": (
+        {"up_proj.weight_scale_inv": torch.ones(7, 3)}, {"weight_block_size": "x", "config_groups": [1]},
+        "no configuration",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_fp8_whose_scale_is_not_known_gives_no_numbers(tmp_path, kind):
+    more, config, sentence = UNKNOWN[kind]
+    state = {"down_proj.weight": torch.randn(16, 16), "up_proj.weight": torch.randn(48, 40).to(torch.float8_e4m3fn)}
+    rows = {row.name: row for row in htsr.analyze(write(tmp_path, state | more, config), device="cpu", null=False)}
+    assert rows["up_proj"].status == "quantized"
+    assert rows["up_proj"].alpha is None
+    assert sentence in rows["up_proj"].warning
+    assert rows["down_proj"].status == "ok"
+
+
+def test_fp8_that_was_only_cast_is_taken_as_it_is(tmp_path):
+    W = torch.randn(16, 24).to(torch.float8_e5m2)
+    (matrix,) = htsr.describe({"up_proj.weight": W})
+    np.testing.assert_array_equal(matrix.read().float(), W.float())
+    assert matrix.warning == "FP8 without a scale, taken as it is"
+
+
+def test_what_no_configuration_says_is_said():
+    state = {
+        "up_proj.weight": torch.randn(200, 200).to(torch.float8_e4m3fn),
+        "up_proj.weight_scale_inv": torch.ones(2, 2),
+    }
+    assert only(state)[0].warning == "de-quantised from FP8 in blocks of 128 × 128, which no configuration says"
+
+
 def test_mxfp4_experts(tmp_path):
     torch.manual_seed(0)
     experts, rows, groups = 2, 12, 3
@@ -330,3 +441,59 @@ def test_gguf_without_its_package(tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(htsr.MissingDependencyError, match=r"pip install 'htsr\[gguf\]'"):
         htsr.describe(str(tmp_path / "model.gguf"))
+
+
+def spoiled(random, state):
+    """One tensor of a quantised layer in another shape, dtype, or gone."""
+    name = random.choice(sorted(state))
+    tensor = state[name]
+    change = random.choice([
+        lambda t: t[:0], lambda t: t.flatten(), lambda t: t[None], lambda t: torch.zeros(()), lambda t: t.T,
+        lambda t: torch.full_like(t, 127 if t.dtype in (torch.uint8, torch.int8) else -1), lambda t: t[:1],
+        lambda t: t.to(torch.float32), lambda t: t.to(torch.int64), lambda t: torch.cat([t, t]), lambda t: None,
+    ])  # fmt: skip
+    try:
+        new = change(tensor)
+    except RuntimeError:
+        new = None
+    rest = {key: value for key, value in state.items() if key != name}
+    return rest if new is None else rest | {name: new.contiguous()}
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "compressed-tensors", "8-bit", "fp8", "mxfp4", "bitsandbytes"])
+def test_spoiled_quantisation_costs_one_row(tmp_path, random, kind):
+    import random as choices
+
+    q, z, s, group, _ = quantised(random, 32, 64, 4, 2)
+    layer = {
+        "gptq": {
+            "qweight": words_of(q, 4).T, "qzeros": words_of(z.T, 4), "scales": s.T, "g_idx": group.astype(np.int32),
+        },
+        "awq": {"qweight": words_of(q.T, 4), "qzeros": words_of(z.T, 4), "scales": s.T},
+        "compressed-tensors": {
+            "weight_packed": words_of(q, 4), "weight_scale": s, "weight_shape": np.array([32, 64]),
+            "weight_zero_point": words_of(z.T, 4).T, "weight_g_idx": group.astype(np.int32),
+        },
+        "8-bit": {"weight": q.astype(np.int8), "SCB": np.ones(32, np.float32)},
+        "fp8": {"weight": torch.ones(32, 64).to(torch.float8_e4m3fn), "weight_scale_inv": np.ones((1, 1), np.float32)},
+        "mxfp4": {"x_blocks": np.ones((2, 8, 3, 16), np.uint8), "x_scales": np.ones((2, 8, 3), np.uint8)},
+        "bitsandbytes": {
+            "weight": np.ones((64, 1), np.uint8), "weight.absmax": np.ones(2, np.float32),
+            "weight.quant_map": np.ones(16, np.float32),
+            "weight.quant_state.bitsandbytes__nf4": np.frombuffer(b'{"shape": [8, 16]}', np.uint8).copy(),
+        },
+    }[kind]  # fmt: skip
+    state = {
+        f"up_proj.{key}": torch.as_tensor(np.ascontiguousarray(v) if isinstance(v, np.ndarray) else v)
+        for key, v in layer.items()
+    }
+    choose = choices.Random(0)
+    whole = random.standard_normal((16, 24)).astype(np.float32)
+    for number in range(25):
+        (tmp_path / str(number)).mkdir()
+        source = write(
+            tmp_path / str(number), spoiled(choose, state) | {"down_proj.weight": torch.from_numpy(whole)}, {"bits": 4}
+        )
+        rows = {row.name: row for row in htsr.analyze(source, device="cpu", null=False)}
+        assert rows.pop("down_proj").status == "ok"
+        assert all(row.status == "ok" or row.warning for row in rows.values())
