@@ -253,7 +253,7 @@ def _obstacle(matrix: WeightMatrix) -> tuple[str, str] | None:
     """Why a matrix cannot be written."""
     if matrix.problem is not None:
         return matrix.problem
-    if matrix.dtype not in FLOATS or matrix.warning:
+    if matrix.dtype not in FLOATS or "de-quantised" in matrix.warning:
         return "quantized", f"left as it is: {matrix.name} is stored quantised"
     return None
 

@@ -73,7 +73,7 @@ def test_differences_of_a_changed_matrix():
 
 
 def test_models_that_name_things_differently_are_matched():
-    """By names alone; llama.cpp's files, whose rows are permuted, are in tests/matrices/test_gguf_layout.py."""
+    """By names alone; llama.cpp's files, whose rows are permuted, are in tests/matrices/test_layouts.py."""
     state = state_dict(blocks=2)
     prefixed = {f"wrapper.{name}": tensor for name, tensor in state.items()}
     assert len(htsr.compare(state, prefixed, device="cpu")) == 9

@@ -202,3 +202,18 @@ def test_an_output_inside_of_the_model_is_refused(tmp_path):
         with pytest.raises(UsageError, match="lies inside the model"):
             project(folder, tmp_path / "model" / inside, 3)
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["model.safetensors"]
+
+
+def test_a_model_in_metas_layout_is_written_in_it(tmp_path):
+    """A projection does not feel the order of rows; what is written is where it was read, with a warning or without."""
+    torch.manual_seed(0)
+    state = {f"layers.0.attention.{leaf}.weight": torch.randn(16, 16) for leaf in ("wq", "wk", "wv")}
+    for name, params in (("told", '{"dim": 16, "n_heads": 2}'), ("untold", None)):
+        folder = tmp_path / name
+        save_folder(folder, state)
+        if params:
+            (folder / "params.json").write_text(params)
+        surgery = project(folder, tmp_path / f"{name}-out", 3)
+        assert {operation.status for operation in surgery.operations} == {"ok"}
+        for tensor, W in load_file(tmp_path / f"{name}-out" / "model.safetensors").items():
+            torch.testing.assert_close(W, project_tail(state[tensor], 3).matrix)

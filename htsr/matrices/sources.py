@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union
 
 from htsr.errors import MatrixError, SourceError, UsageError
-from htsr.matrices import adapters, fused, gguf_layout, hub, roles, tying
+from htsr.matrices import adapters, fused, hub, layouts, roles, tying
 from htsr.matrices.adapter_config import read_adapter_config
 from htsr.matrices.entries import FLOATS, Entry, unshared
 from htsr.matrices.files import file_entries, folder_entries, state_dict_entries
-from htsr.matrices.folders import SUFFIXES, model_files, read_config
+from htsr.matrices.folders import SUFFIXES, model_files, read_config, read_json
 from htsr.matrices.gguf_files import gguf_metadata
 from htsr.matrices.naming import leaf
 from htsr.matrices.patterns import matches, require
@@ -244,7 +244,7 @@ def open_model(
     label, entries, config, fingerprint = _open(source, revision) if base is None else _on_base(source, base, revision)
     if against is not None:
         other_label, other, other_config, other_fingerprint = _open(against, None)
-        entries = _difference(entries, gguf_layout.as_named(other, entries, other_config, config))
+        entries = _difference(entries, layouts.as_named(other, entries, other_config, config))
         label = f"{label} - {other_label}"
         fingerprint = fingerprint and other_fingerprint and f"{fingerprint}-{other_fingerprint}"
     matrices = tuple(matrices_of(unshared(entries), config))
@@ -313,11 +313,14 @@ def _open_path(name: str, revision: str | None) -> Opened:
 
 
 def _converted(path: Path, entries: list[Entry], config: dict[str, Any]) -> tuple[list[Entry], dict[str, Any]]:
-    """The entries, and the configuration, of the model at `path`; those of a GGUF file as the original model's."""
+    """The entries, and the configuration, of the model at `path`; those of other formats as transformers'."""
     file = path if path.is_file() else model_files(path).files[0]
     if file.suffix == ".gguf":
         metadata = gguf_metadata(file)
-        entries, config = gguf_layout.original_layout(entries, metadata), gguf_layout.gguf_config(metadata)
+        entries, config = layouts.original_layout(entries, metadata), layouts.gguf_config(metadata)
+    else:
+        params = file.parent / "params.json"
+        entries, config = layouts.meta_layout(entries, read_json(params) if params.is_file() else {}, config)
     return tying.tied(adapters.loose_factors(entries)), config
 
 
@@ -347,7 +350,7 @@ def _merged(folder: Path, base: list[Entry], config: dict[str, Any]) -> list[Ent
         from htsr.matrices.peft_folders import computed_by_peft
 
         return computed_by_peft(settings, base)
-    entries = gguf_layout.as_named(adapters.adapter_entries(folder), base, {}, config)
+    entries = layouts.as_named(adapters.adapter_entries(folder), base, {}, config)
     if unmatched := [entry.problem[1] for entry in entries if entry.problem and entry.problem[0] == "unmatched"]:
         raise SourceError(unmatched[0])
     return adapters.merged_with_base(entries, base)

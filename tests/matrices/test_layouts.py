@@ -1,4 +1,4 @@
-"""GGUF files against transformers, which undoes llama.cpp's conversion in code of its own.
+"""Layouts of other formats: GGUF files against transformers, which undoes llama.cpp's conversion in code of its own.
 
 A GGUF file is written with random numbers under the names and shapes that llama.cpp's converter gives; transformers
 loads it into a model. What htsr reads from the file is that model, number by number.
@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import htsr
-from htsr.matrices.gguf_layout import original_layout, unpermuted
+from htsr.matrices.layouts import original_layout, unpermuted
 from htsr.matrices.sources import open_model
 from tests.models import save_folder
 
@@ -149,7 +149,7 @@ def test_a_head_count_for_each_block(tmp_path):
 def test_where_the_order_is_not_known_the_row_says_so(tmp_path, architecture, warned):
     path = write(tmp_path / "tiny.gguf", architecture)
     for matrix in open_model(str(path)):
-        told = "rows may be in llama.cpp's order" in matrix.warning
+        told = "the order of its rows may not be that of transformers" in matrix.warning
         assert told == (warned and matrix.role in ("attn.q", "attn.k")), matrix.name
 
 
@@ -164,6 +164,47 @@ def test_unpermuting_is_the_inverse_of_llama_cpps_permutation():
     permuted = W.reshape(2, 2, 6, 3).swapaxes(1, 2).reshape(24, 3)  # llama.cpp's: (heads, 2, half) to (heads, half, 2)
     np.testing.assert_array_equal(unpermuted(permuted, 2), W)
     assert (permuted != W).any()
+
+
+def meta_checkpoint(folder: Path, heads: int = 4, groups: int = 2) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    shapes = {"attention.wq": (32, 32), "attention.wk": (16, 32), "attention.wv": (16, 32), "feed_forward.w1": (48, 32),
+              "feed_forward.w2": (32, 48), "feed_forward.w3": (48, 32)}  # fmt: skip
+    state = {f"layers.0.{name}.weight": torch.randn(shape, generator=random) for name, shape in shapes.items()}
+    folder.mkdir()
+    torch.save(state, folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(f'{{"dim": 32, "n_heads": {heads}, "n_kv_heads": {groups}}}')
+    return state
+
+
+def test_metas_checkpoints_attend_as_transformers_does_with_what_is_read_from_them(tmp_path):
+    """Meta's code multiplies neighbouring numbers as one complex number, transformers' turns the halves of a head."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    heads, groups, size, tokens = 4, 2, 8, 5
+    state = meta_checkpoint(tmp_path / "model", heads, groups)
+    found = {m.name: torch.as_tensor(m.read()) for m in open_model(str(tmp_path / "model"))}
+    x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(1))
+    angles = torch.outer(torch.arange(tokens).float(), 1e4 ** (-torch.arange(0, size, 2) / size))
+
+    def complex_rotation(name: str, count: int) -> torch.Tensor:
+        values = torch.view_as_complex((x @ state[f"layers.0.attention.{name}.weight"].T).reshape(tokens, count, -1, 2))
+        return torch.view_as_real(values * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(2)
+
+    def split(name: str, count: int) -> torch.Tensor:
+        return (x @ found[f"layers.0.attention.{name}"].T).reshape(1, tokens, count, size).transpose(1, 2)
+
+    cos, sin = (torch.cat([f(angles)] * 2, -1)[None] for f in (torch.cos, torch.sin))
+    q, k = apply_rotary_pos_emb(split("wq", heads), split("wk", groups), cos, sin)
+    theirs = torch.einsum("ihd,jhd->hij", complex_rotation("wq", heads)[:, ::2], complex_rotation("wk", groups))
+    torch.testing.assert_close((q[0, ::2] @ k[0].mT), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_meta_checkpoint_without_its_params_is_told(tmp_path):
+    meta_checkpoint(tmp_path / "model")
+    (tmp_path / "model" / "params.json").unlink()
+    warned = {m.role for m in open_model(str(tmp_path / "model")) if "params.json is not there" in m.warning}
+    assert warned == {"attn.q", "attn.k"}
 
 
 def test_the_kernel_of_a_causal_convolution_is_one(tmp_path):

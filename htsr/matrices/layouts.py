@@ -1,16 +1,16 @@
-"""What llama.cpp's converter changed in a model's tensors, undone: they read as the original checkpoint has them.
+"""What converters change in a model's tensors, undone: they read as transformers has them.
 
 ============== ========================================================================================================
 changed        what
 ============== ========================================================================================================
-rows of q, k   its rotary embedding turns neighbouring rows where transformers turns rows half a head apart: within each
-               head the row (half, i) is stored as (i, half)
-transposed     weights of GPT-2's Conv1D, and experts that are stored (in, out)
-flattened      kernels of causal convolutions, (channels, 1, width) as (channels, width)
+rows of q, k   the rotary embedding of llama.cpp, and of Meta's and Mistral's own code, turns neighbouring rows where
+               transformers turns rows half a head apart: within each head the row (half, i) is stored as (i, half)
+transposed     llama.cpp: weights of GPT-2's Conv1D, and experts that are stored (in, out)
+flattened      llama.cpp: kernels of causal convolutions, (channels, 1, width) as (channels, width)
 ============== ========================================================================================================
 
-The spectrum of a matrix does not feel its rows permuted; a difference of two matrices does. Source: `modify_tensors` of
-llama.cpp's conversion classes, and for what is loaded there too transformers' `modeling_gguf_pytorch_utils`.
+The spectrum of a matrix does not feel its rows permuted; a difference of two matrices does. Sources: `modify_tensors`
+of llama.cpp's conversion classes; transformers' `modeling_gguf_pytorch_utils` and `convert_llama_weights_to_hf`.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ _TRANSPOSED = {
     "llama4": "ffn_gate_exps ffn_up_exps ffn_down_exps",
     "dbrx": "ffn_down_exps",
 }
+_META = re.compile(r"layers\.\d+\.attention\.(w[qk])\.weight")
 _MOST_BLOCKS = 1000
 _REGROUPED = frozenset({"bloom", "falcon", "gptneox"})  # q, k, v of all heads in sequence, not head by head
 
@@ -76,6 +77,29 @@ def gguf_config(metadata: Metadata) -> dict[str, Any]:
     found = {key: metadata.get(f"{architecture}.{theirs}") for key, theirs in known.items()}
     config = {key: value for key, value in found.items() if isinstance(value, int)}
     return config | {"gguf_architecture": architecture}
+
+
+def meta_layout(
+    entries: Iterable[Entry], params: Mapping[str, Any], config: dict[str, Any]
+) -> tuple[list[Entry], dict[str, Any]]:
+    """The `entries` of a model, and its configuration; those of a checkpoint in Meta's format as transformers has them.
+
+    Args:
+        entries: of a model.
+        params: what its ``params.json`` says of its heads; empty where there is none.
+        config: its ``config.json``; a model that has one with a model_type is in transformers' format.
+    """
+    entries = list(entries)
+    if "model_type" in config or not any(_META.fullmatch(entry.name) for entry in entries):
+        return entries, config
+    heads = {"wq": params.get("n_heads", 0), "wk": params.get("n_kv_heads") or params.get("n_heads", 0)}
+    found = []
+    for entry in entries:
+        match = _META.fullmatch(entry.name)
+        found.append(_with_rows_back(entry, heads[match[1]], "its params.json is not there") if match else entry)
+    known = {"num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "hidden_size": "dim"}
+    told = {key: params[theirs] for key, theirs in known.items() if isinstance(params.get(theirs), int)}
+    return found, config | told
 
 
 def as_named(
@@ -134,13 +158,17 @@ def _original(entry: Entry, architecture: str, metadata: Metadata) -> Entry:
     if leaf in ("ssm_conv1d", "shortconv") and len(entry.shape) == 2:
         shape = (entry.shape[0], 1, entry.shape[1])
         return replace(entry, shape=shape, kind="conv", read=_Changed(entry.read, 0, lambda W: W[:, None]))
-    if leaf in ("attn_q", "attn_k") and architecture in _PERMUTED.split():
-        heads = _heads(leaf, block, architecture, metadata)
-        if heads and entry.shape[0] % (2 * heads) == 0:
-            return replace(entry, read=_Changed(entry.read, 0, lambda W: unpermuted(W, heads)))
-    elif leaf not in ("attn_q", "attn_k") or architecture in _AS_THEY_ARE.split():
+    if leaf not in ("attn_q", "attn_k") or architecture in _AS_THEY_ARE.split():
         return entry
-    why = f"its rows may be in llama.cpp's order: that of {architecture} is not known"
+    heads = _heads(leaf, block, architecture, metadata) if architecture in _PERMUTED.split() else 0
+    return _with_rows_back(entry, heads, f"what llama.cpp does to {architecture} is not known")
+
+
+def _with_rows_back(entry: Entry, heads: Any, why: str) -> Entry:
+    """q or k in transformers' order of rows; with a warning where its `heads` are not known."""
+    if entry.problem is None and isinstance(heads, int) and heads > 0 and entry.shape[0] % (2 * heads) == 0:
+        return replace(entry, read=_Changed(entry.read, 0, lambda W: unpermuted(W, heads)))
+    why = f"the order of its rows may not be that of transformers: {why}"
     return replace(entry, warning="; ".join(filter(None, (entry.warning, why))))
 
 
