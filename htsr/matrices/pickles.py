@@ -57,7 +57,7 @@ class _Mapping:
 
     def __init__(self, path: Path, state: dict[str, torch.Tensor]) -> None:
         self._path, self._state, self._read = path, state, 0
-        self._version = _version(path)
+        self._version: tuple[int, int] | None = _version(path)
         self._lock = threading.Lock()
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -69,8 +69,9 @@ class _Mapping:
         with self._lock:
             version = _version(self._path)
             if self._read > _KEPT or version != self._version:  # touching a cut file's old mapping ends the process
-                self._state, self._read, self._version = {}, 0, version
+                self._state, self._version = {}, None
                 self._state = load_pickle(self._path)[0]
+                self._read, self._version = 0, version
             tensor = self._state[name]
             self._read += tensor.numel() * tensor.element_size()
             return tensor
