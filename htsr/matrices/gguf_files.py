@@ -67,20 +67,20 @@ def gguf_entries(path: Path) -> list[Entry]:
 def _entry(path: Path, tensor: _Tensor) -> Entry:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
+    length = path.stat().st_size
     try:
         kind = GGMLQuantizationType(tensor.kind)
     except ValueError:
+        if math.prod(tensor.shape) > 8 * length:  # not even a bit for each number
+            raise _unfitting(path, tensor, f"GGML type {tensor.kind}") from None
         why = f"{tensor.name} is stored as GGML type {tensor.kind}, which the gguf package does not know"
         return Entry(tensor.name, tensor.shape, f"ggml_{tensor.kind}", _unread, problem=("quantized", why))
     block, size = GGML_QUANT_SIZES[kind]
     columns = tensor.shape[-1] if tensor.shape else 1
     row = columns // block * size
     rows = math.prod(tensor.shape[:-1])
-    if columns % block or tensor.offset + rows * row > path.stat().st_size:
-        raise SourceError(
-            f"{path} is not a readable GGUF file, truncated perhaps: "
-            f"{tensor.name}, {kind.name} of shape {tensor.shape}, does not fit in it"
-        )
+    if columns % block or tensor.offset + rows * row > length:
+        raise _unfitting(path, tensor, kind.name)
     plain = SAFETENSORS_DTYPES.get(kind.name)
     if plain and kind.name != "BF16":
         return Entry(tensor.name, tensor.shape, plain, Stored(path, tensor.offset, plain, tensor.shape).array)
@@ -91,6 +91,11 @@ def _entry(path: Path, tensor: _Tensor) -> Entry:
 
     warning = "" if plain else f"de-quantised from {kind.name}"
     return Entry(tensor.name, tensor.shape, plain or kind.name.lower(), read, warning=warning)
+
+
+def _unfitting(path: Path, tensor: _Tensor, kind: str) -> SourceError:
+    what = f"{tensor.name}, {kind} of shape {tensor.shape}, does not fit in it"
+    return SourceError(f"{path} is not a readable GGUF file, truncated perhaps: {what}")
 
 
 def _unread(_index: int | slice | None = None) -> Array:

@@ -435,8 +435,8 @@ def matrices_of(entries: list[Entry], config: dict[str, Any]) -> Iterator[Weight
     for entry, role, block in zip(weights, found, blocks, strict=True):
         stack = roles.stack_of(entry.name, stacks)
         name, place = roles.stem(entry.name), _Place(entry, role, stack, block, config, inner.get(entry.name, 0))
-        if entry.problem is not None and 0 in entry.shape:
-            yield place.unread(entry.problem[1])
+        if 0 in entry.shape and (entry.problem is not None or len(entry.shape) > 2):  # of a stack no empty elements
+            yield place.unread(f"{entry.name} has no entries", "empty")
             continue
         try:
             matrices = list(replace(place, config=_part_config(config, stack)).matrices())
@@ -510,9 +510,9 @@ class _Place:
             for i in range(shape[0]):
                 yield from self._parts(f"{name}[{i}]", shape[1:], partial(entry.read, i), i)
 
-    def unread(self, why: str) -> WeightMatrix:
+    def unread(self, why: str, status: str = "unreadable") -> WeightMatrix:
         """One row for the tensor that says `why` it was not read."""
-        shape, problem = self.entry.shape, self.entry.problem or ("unreadable", why)
+        shape, problem = self.entry.shape, self.entry.problem or (status, why)
         place = replace(self, entry=replace(self.entry, problem=problem))
         return place._matrix(roles.stem(self.entry.name), shape, self.entry.read, Position(self.entry.name))
 
