@@ -21,8 +21,6 @@ Source: Clauset, Shalizi & Newman (SIAM Rev. 51, 2009), §5; Vuong (Econometrica
 
 from __future__ import annotations
 
-import contextlib
-import io
 import threading
 import warnings
 from dataclasses import dataclass
@@ -74,13 +72,9 @@ def compare_laws(tail: npt.ArrayLike) -> dict[str, Comparison]:
         raise MatrixError("degenerate", "laws are compared on 2 or more distinct eigenvalues, all > 0")
     values = values / values[0]  # the laws' shapes do not depend on the unit
     alpha, Lambda = fit_truncated(values)
-    with (
-        _lock,
-        warnings.catch_warnings(),
-        np.errstate(all="ignore"),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
+    with _lock, warnings.catch_warnings(), np.errstate(all="ignore"):
+        # those of the fits alone, for filters and streams belong to the whole process, other threads included
+        warnings.filterwarnings("ignore", module="powerlaw|scipy")
         import powerlaw
 
         fit = powerlaw.Fit(values, xmin=1.0, verbose=False)

@@ -1,3 +1,6 @@
+import sys
+import warnings
+
 import numpy as np
 import powerlaw
 import pytest
@@ -106,3 +109,20 @@ def test_quality_forms(random):
     assert scaled.cumulant == pytest.approx(found.cumulant)
     with pytest.raises(MatrixError, match="no crossing"):
         quality(values, 0, 3.0)
+
+
+def test_other_threads_keep_their_streams_and_warnings(random, monkeypatch, capfd):
+    """What the process prints or warns of meanwhile is not the fits' to silence."""
+    streams, fit = (sys.stdout, sys.stderr), powerlaw.Fit
+
+    def spying(*args, **options):
+        assert (sys.stdout, sys.stderr) == streams
+        warnings.warn("from elsewhere", UserWarning, stacklevel=1)
+        sys.stdout.write("progress\n")
+        return fit(*args, **options)
+
+    monkeypatch.setattr(powerlaw, "Fit", spying)
+    with pytest.warns(UserWarning, match="from elsewhere") as seen:
+        compare_laws(1 + random.exponential(size=40))
+    assert len(seen) == 1  # none of powerlaw's own
+    assert capfd.readouterr() == ("progress\n", "")
