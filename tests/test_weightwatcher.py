@@ -97,3 +97,27 @@ def test_a_trained_encoder_agrees(minilm):
     assert {row.name for row in analysis} - rows.keys() == {"embeddings.token_type_embeddings"}  # 2 × 384
     assert analysis["pooler.dense"].warning.startswith("random-like")  # this package's pooler was never trained
     assert sum("random-like" in row.warning for row in analysis) == 1
+
+
+def test_single_slices_differ_by_half_their_number():
+    torch.manual_seed(0)
+    conv = torch.nn.Sequential(torch.nn.Conv2d(24, 40, 3, bias=False))
+    pytest.importorskip("weightwatcher")
+    import weightwatcher
+
+    rows = weightwatcher.WeightWatcher(model=conv).analyze(pool=False, plot=False)
+    for row, (i, j) in zip(rows.itertuples(), [(i, j) for i in range(3) for j in range(3)], strict=True):
+        spectrum = htsr.esd(conv[0].weight[:, :, i, j])
+        assert row.lambda_max == pytest.approx(4.5 * spectrum.eigenvalues[-1], rel=1e-5)
+        assert row.stable_rank == pytest.approx(spectrum.eigenvalues.sum() / spectrum.eigenvalues[-1], rel=1e-5)
+
+
+def test_products_of_layers_are_fitted_by_their_singular_values():
+    random = np.random.default_rng(3)
+    model = torch.nn.Sequential(torch.nn.Linear(90, 90, bias=False), torch.nn.Linear(90, 90, bias=False))
+    for layer in model:
+        layer.weight.data = heavy_matrix(random, 90, 90)
+    (row,) = reference(model, intra=True, sparsify=False).values()
+    first, second = (layer.weight.detach().double() for layer in model)
+    alpha = htsr.fit_power_law(htsr.esd(first @ second).positive).alpha
+    assert row.alpha == pytest.approx(2 * alpha - 1, rel=1e-5)
