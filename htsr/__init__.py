@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from htsr.spectra.windows import Windows
     from htsr.surgery import project
     from htsr.training.adapters import lora_config
-    from htsr.training.callbacks import LayerSamplerCallback
+    from htsr.training.callbacks import LayerSamplerCallback, LayerwiseCallback
     from htsr.training.groups import per_group
     from htsr.training.layerwise import layerwise, multipliers, remove_layerwise
     from htsr.training.lowrank import LowRankAdamW
@@ -49,7 +49,7 @@ _HOMES = {
     "htsr.spectra.windows": ("Windows",),
     "htsr.surgery": ("project",),
     "htsr.training.adapters": ("lora_config",),
-    "htsr.training.callbacks": ("LayerSamplerCallback",),
+    "htsr.training.callbacks": ("LayerSamplerCallback", "LayerwiseCallback"),
     "htsr.training.groups": ("per_group",),
     "htsr.training.layerwise": ("layerwise", "multipliers", "remove_layerwise"),
     "htsr.training.plan": ("Plan", "layerwise_plan"),
@@ -72,6 +72,7 @@ __all__ = [
     "LayerMetrics",
     "LayerSampler",
     "LayerSamplerCallback",
+    "LayerwiseCallback",
     "LayerwiseLR",
     "LowRankAdamW",
     "MatrixError",

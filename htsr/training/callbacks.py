@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from htsr.training.hooks import engine_of
-from htsr.training.layerwise import log_values
+from htsr.training.layerwise import layerwise, log_values
+from htsr.training.policy import PolicyLike, make_policy
 from htsr.training.sampling import LayerSampler
 
 if TYPE_CHECKING:
@@ -15,26 +17,42 @@ if TYPE_CHECKING:
 
 
 class LayerwiseCallback(TrainerCallback):
-    """Logs the layerwise multipliers and scores, to whatever trackers the Trainer reports to.
+    """Layerwise learning rates under the Trainer (and TRL's trainers), around the optimizer that it makes itself.
 
-        trainer = Trainer(model, arguments, train_dataset=…, optimizers=(htsr.layerwise(optimizer, model), None))
+        trainer = Trainer(model, arguments, train_dataset=…)
         trainer.add_callback(LayerwiseCallback(trainer))
 
-    The Trainer logs the lr of its first group, which is the user's own; this adds, each time that it logs, what
-    `htsr.training.layerwise.log_values` returns. It also tells the optimizer the number of steps, where `total_steps`
-    was not given.
+    Learning rate, weight decay, betas and scheduler are those of the Trainer's arguments, and its checkpoints resume.
+    An optimizer that was given to the Trainer is made layerwise as well, unless it is already. Each time that the
+    Trainer logs, which it does with the lr of its first group, the user's own, this adds what
+    `htsr.training.layerwise.log_values` returns.
 
     Args:
-        trainer: the one that the callback is added to.
+        trainer: the one that the callback is added to, before `train`.
+        policy: as for `htsr.layerwise`.
+        **changes: fields of `htsr.Policy` to be changed.
+
+    Raises:
+        UsageError: a policy without meaning; later, from `train`, as `htsr.layerwise`.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: Trainer, policy: PolicyLike = "llr", **changes: Any) -> None:
+        self.trainer, self.policy = trainer, make_policy(policy, **changes)
+        self._create: Callable[..., Any] = trainer.create_optimizer
+        setattr(trainer, "create_optimizer", self._create_layerwise)  # noqa: B010 - of this trainer, whatever its class
+
+    def _create_layerwise(self, model: Any = None) -> Any:
+        """In place of the Trainer's own method, which is called with a model where that is wrapped."""
+        optimizer = self._create() if model is None else self._create(model)
+        if engine_of(optimizer) is None:
+            inner: Any = self.trainer.model if model is None else model
+            layerwise(optimizer, inner, self.policy)
+        return optimizer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Events end at the policy's share of the steps that the Trainer will do."""
+        """Events end at the policy's share of the steps that the Trainer will do, now that it knows them."""
         engine = engine_of(kwargs.get("optimizer") or self.trainer.optimizer)
         if engine is not None and engine.total_steps is None and state.max_steps > 0:
             engine.total_steps = state.max_steps

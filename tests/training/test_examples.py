@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import htsr
+from htsr.errors import UsageError
+from tests.transformer import llama
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -47,6 +49,63 @@ def test_trainer(run):
     assert logged[0]["layerwise/multiplier/embed"] == logged[0]["layerwise/multiplier_max"] == 5.0
     assert 1.5 < logged[0]["layerwise/score/attn.q"] < logged[0]["layerwise/score/mlp.up"] < 4.0
     assert all(math.isfinite(value) for entry in logged for value in entry.values())
+    groups = trainer.optimizer.param_groups
+    assert {(g["initial_lr"], g["weight_decay"]) for g in groups} == {(1e-3, 0.1), (1e-3, 0.0)}
+    assert {g["weight_decay"] for g in groups if g["role"] == "rest"} == {0.0}  # norms, in the Trainer's second group
+
+
+class TestTrainer:
+    """The optimizer of the Trainer's own arguments."""
+
+    def make(self, folder, steps, policy="llr", own=None, **changes):
+        from transformers import Trainer, TrainingArguments
+
+        torch.manual_seed(0)
+        arguments = TrainingArguments(
+            str(folder), max_steps=steps, learning_rate=2e-3, weight_decay=0.2, adam_beta2=0.9, max_grad_norm=0.5,
+            per_device_train_batch_size=4, gradient_accumulation_steps=2, save_steps=5, logging_steps=3,
+            lr_scheduler_type="cosine", warmup_steps=2, report_to="none", use_cpu=True,
+        )  # fmt: skip
+        dataset = [{"input_ids": row, "labels": row} for row in torch.randint(3, 64, (64, 12))]
+        model = llama(2)
+        trainer = Trainer(model, arguments, train_dataset=dataset, optimizers=(own(model) if own else None, None))
+        trainer.add_callback(htsr.LayerwiseCallback(trainer, policy, **changes))
+        return trainer
+
+    def test_resumes(self, tmp_path):
+        policy = {"interval": 2, "ramp": 3, "active_fraction": 0.8, "min_size": 8}
+        whole = self.make(tmp_path / "whole", 10, **policy)
+        whole.train()
+        again = self.make(tmp_path / "whole", 10, **policy)
+        again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+        for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+            assert torch.equal(p, q)
+        assert htsr.multipliers(whole.optimizer) == htsr.multipliers(again.optimizer)
+        groups = again.optimizer.param_groups
+        assert {(g["betas"], g["initial_lr"]) for g in groups} == {((0.9, 0.9), 2e-3)}
+        assert {g["htsr_event"] for g in groups} == {8}  # the last within 80 % of 10 steps
+
+    def test_fixed_ratios_of_ones_are_the_plain_trainer(self, tmp_path):
+        from transformers import Trainer
+
+        ours = self.make(tmp_path, 4, {"*": 1.0})
+        plain = Trainer(llama(2), ours.args, train_dataset=ours.train_dataset)
+        ours.train()
+        plain.train()
+        for p, q in zip(ours.model.parameters(), plain.model.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+    def test_an_optimizer_that_was_given(self, tmp_path):
+        trainer = self.make(
+            tmp_path, 2, own=lambda m: torch.optim.SGD(m.parameters(), lr=0.1), score=None, embeddings=3
+        )
+        trainer.train()
+        assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD)
+        assert htsr.multipliers(trainer.optimizer)["lm_head"] == 3.0
+
+    def test_policies_are_checked_at_once(self, tmp_path):
+        with pytest.raises(UsageError, match="once an epoch"):
+            self.make(tmp_path, 2, "tempbalance")
 
 
 def test_accelerate(run):
