@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from htsr.matrices.entries import Entry, base_names, clean_name, tensor_entry
+from htsr.matrices.parametrized import BUFFERS
 from htsr.matrices.quantized import PACKED
 from htsr.matrices.tuners import is_tuner, model_in_peft, tuner_entries, wrapped_by_peft
 from htsr.spectra.esd import Array
@@ -79,7 +82,7 @@ def _entries(module: Any, prefix: str, seen: set[int], mixture: bool = False) ->
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
         yield _parameter(prefix + name, parameter, _kind(module))
     for name, buffer in module.named_buffers(recurse=False):
-        if f".{name}" in PACKED:
+        if f".{name}" in PACKED or BUFFERS.fullmatch(name):
             yield tensor_entry(prefix + name, buffer)
     if is_parametrized(module):
         yield from _parametrized(module, prefix)
@@ -99,14 +102,14 @@ def _kind(module: Any) -> str | None:
 
 
 def _parameter(name: str, parameter: Any, kind: str | None) -> Entry:
-    from torch import nn
+    import torch
 
     if is_sharded(parameter):
         why = f"{clean_name(name)} is sharded over processes; analyze the gathered model or its checkpoint"
         dtype = str(parameter.dtype).removeprefix("torch.")
         memory = ("sharded", id(parameter))
         return Entry(name, whole_shape(parameter), dtype, lambda: parameter, memory, kind, ("sharded", why))
-    if hasattr(parameter, "dequantize") and type(parameter) is not nn.Parameter:
+    if parameter.is_quantized or type(parameter).dequantize is not torch.Tensor.dequantize:
 
         def read(index: int | None = None) -> Array:
             values = parameter.detach().dequantize()
@@ -120,15 +123,26 @@ def _parameter(name: str, parameter: Any, kind: str | None) -> Entry:
 def _parametrized(module: Any, prefix: str) -> Iterator[Entry]:
     """Weights that are computed from others: weight norm, spectral norm."""
     for name, parametrization in module.parametrizations.items():
-        original = next(parametrization.parameters())
-        shape = getattr(module, name).shape if original.device.type != "meta" else original.shape
+        original = next(chain(parametrization.parameters(), parametrization.buffers()))
+        entry = tensor_entry(prefix + name, original, kind=_kind(module))
+        if entry.problem is None:
+            read = _Computed(parametrization)
+            entry = replace(entry, shape=tuple(read().shape), read=read, storage=None)
+        yield entry
 
-        def read(index: int | None = None, name: str = name) -> Array:
-            W = getattr(module, name).detach()
-            return W if index is None else W[index]  # type: ignore[no-any-return]
 
-        entry = replace(tensor_entry(prefix + name, original, kind=_kind(module)), shape=tuple(shape))
-        yield entry if entry.problem else replace(entry, read=read, storage=None)
+class _Computed:
+    """Reads a parametrized weight, as it is in evaluation, off a copy: spectral norm moves its vectors otherwise."""
+
+    def __init__(self, parametrization: Any) -> None:
+        self.parametrization = parametrization
+
+    def __call__(self, index: int | None = None) -> Array:
+        import torch
+
+        with torch.no_grad():
+            W = copy.deepcopy(self.parametrization).eval()()
+        return W if index is None else W[index]  # type: ignore[no-any-return]
 
 
 def _bitsandbytes(name: str, layer: Any) -> Entry:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from htsr.errors import UsageError
 from htsr.matrices.entries import Entry, base_names, unshared
 from htsr.matrices.modules import is_sharded, module_config, module_entries
+from htsr.matrices.parametrized import computed
 from htsr.matrices.quantized import dequantized
 from htsr.matrices.roles import stem, whole_name
 from htsr.matrices.sources import WeightMatrix, matrices_of
@@ -100,7 +101,7 @@ def open_live(module: torch.nn.Module, view: View | None = None) -> LiveModel:
             entry = _viewed(entry, shown)
         entries.append(entry)
     config = module_config(module)
-    matrices = tuple(matrices_of(unshared(dequantized(entries, config)), config))
+    matrices = tuple(matrices_of(unshared(dequantized(computed(entries), config)), config))
     return LiveModel(matrices, shards)
 
 

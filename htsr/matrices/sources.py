@@ -20,6 +20,7 @@ from htsr.matrices.files import file_entries, folder_entries, state_dict_entries
 from htsr.matrices.folders import SUFFIXES, model_files, read_config, read_json
 from htsr.matrices.gguf_files import gguf_metadata
 from htsr.matrices.naming import leaf
+from htsr.matrices.parametrized import computed
 from htsr.matrices.patterns import matches, require
 from htsr.matrices.positions import Position
 from htsr.matrices.quantized import dequantized
@@ -259,7 +260,7 @@ Opened: TypeAlias = tuple[str, list[Entry], dict[str, Any], str | None]
 def _open(source: Source, revision: str | None) -> Opened:
     """Label, de-quantised entries, configuration and fingerprint."""
     label, entries, config, fingerprint = _stored(source, revision)
-    return label, dequantized(entries, config), config, fingerprint
+    return label, dequantized(computed(entries), config), config, fingerprint
 
 
 def _stored(source: Source, revision: str | None) -> Opened:
