@@ -100,7 +100,8 @@ class Stored:
             return data.view(self.dtype).reshape(shape)
         import torch
 
-        return torch.from_numpy(data).view(getattr(torch, self.dtype)).reshape(shape)
+        dtype = getattr(torch, self.dtype)
+        return torch.from_numpy(data).view(dtype).reshape(shape) if data.size else torch.empty(shape, dtype=dtype)
 
     def _itemsize(self) -> int:
         if self.dtype in _NUMPY_HAS:

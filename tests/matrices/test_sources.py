@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -322,3 +323,30 @@ def test_costs_grow_with_the_smaller_side():
     ).matrices
     assert thin.cost == wide.cost < square.cost
     assert thin.parameters == square.parameters == 256
+
+
+@pytest.mark.parametrize("heads", [None, -1, 0, "7", [1], 1.5, 10**18, float("nan")], ids=repr)
+@pytest.mark.parametrize("architecture", ["GPTNeoXModel", "Phi3ForCausalLM"])
+def test_impossible_head_counts_cost_no_model(tmp_path, architecture, heads):
+    """What the configuration takes apart is one row, split or not; every other row is what it was."""
+    tiny(architecture).save_pretrained(tmp_path)
+    sound = facts(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    changed = {"num_attention_heads": heads, "num_key_value_heads": heads, "num_hidden_layers": 10**6}
+    (tmp_path / "config.json").write_text(json.dumps(config | changed))
+    rows = {row.name: row for row in htsr.analyze(str(tmp_path), device="cpu")}
+    assert {name for name in sound if not name.endswith("]")} <= rows.keys()
+    assert {name.partition("[")[0] for name in sound} == {name.partition("[")[0] for name in rows}
+
+
+def test_a_stack_of_nothing_is_one_row():
+    state = {"layers.0.mlp.experts.down_proj": torch.empty(10**12, 0, 4), "up_proj.weight": torch.randn(8, 6)}
+    assert [row.status for row in htsr.analyze(state, device="cpu") if "experts" in row.name] in ([], ["empty"])
+    state["layers.0.mlp.experts.down_proj.weight"] = state.pop("layers.0.mlp.experts.down_proj")
+    assert [row.status for row in htsr.analyze(state, device="cpu") if "experts" in row.name] == ["empty"]
+
+
+def test_the_names_of_paths_that_cannot_be():
+    for name in ("/" + "x" * 5000, "~nosuchuser/model", "a\0b"):
+        with pytest.raises(htsr.SourceError, match="does not exist"):
+            htsr.describe(name)
