@@ -24,7 +24,7 @@ _IN_SEQUENCE = frozenset(
 _PER_HEAD = frozenset({"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "deberta", "minimax"})
 _PER_GROUP = frozenset({"internlm2"})
 _SOMETIMES_MULTI_QUERY = frozenset({"falcon", "gpt_bigcode", "chatglm"})  # per head where they are not
-_GATED_QUERY = ("qwen3_next", "qwen3_5", "qwen4_exp")
+_GATED_QUERY = ("qwen3_next", "qwen3_5", "qwen4_exp", "qwen3next", "qwen35")  # the last two are llama.cpp's
 
 _EXPERTS_IN_BY_OUT = frozenset({"gpt_oss", "llama4_text", "llama4", "aria_text", "openai_privacy_filter"})
 # names under which gate and up are one where the shapes say so, and their order: of llama.cpp, Megatron and diffusers
@@ -78,7 +78,7 @@ def split(
         return _qkv(leaf, shape, config, model_type)
     if part == "kv" and shape[0] == 2 * shape[1] and (leaf != "kv_proj" or model_type == "jetmoe"):
         return _sequential(shape, 0, k=shape[1], v=shape[1])
-    if part == "q" and model_type.startswith(_GATED_QUERY):
+    if part == "q" and (model_type or str(config.get("gguf_architecture"))).startswith(_GATED_QUERY):
         heads, _, head_dim = _head_counts(config)
         return _grouped(shape, heads, q=1, gate=1) if shape[0] == 2 * heads * head_dim else []
     return []

@@ -30,6 +30,7 @@ _PERMUTED = (
     "baichuan arctic deepseek bailingmoe llada chameleon nanbeige eagle3"
 )
 _AS_THEY_ARE = (
+    "qwen3next qwen35 qwen35moe "
     "afmoe apertus bailingmoe2 bert bitnet bloom chatglm codeshell cohere2 cogvlm command-r dbrx deepseek2 dots1 dream "
     "ernie4_5 ernie4_5-moe eurobert exaone exaone4 falcon falcon-h1 gemma gemma-embedding gemma2 gemma3 gemma3n gemma4 "
     "glm4 glm4moe gpt-oss gpt2 gptj gptneox grok grovemoe hunyuan-dense hunyuan-moe jais jamba jina-bert-v2 lfm2 "
@@ -47,6 +48,8 @@ _TRANSPOSED = {
 }
 _META = re.compile(r"layers\.\d+\.attention\.(w[qk])\.weight")
 _MOST_BLOCKS = 1000
+# value heads of linear attention, which llama.cpp tiles where the original groups them by key head
+_REORDERED = dict.fromkeys(("qwen35", "qwen35moe"), "attn_qkv attn_gate ssm_out ssm_alpha ssm_beta ssm_conv1d")
 _REGROUPED = frozenset({"bloom", "falcon", "gptneox"})  # q, k, v of all heads in sequence, not head by head
 
 
@@ -102,6 +105,24 @@ def meta_layout(
     return found, config | told
 
 
+def flax_layout(entries: Iterable[Entry]) -> list[Entry]:
+    """The `entries`, in which kernels of flax with three axes or more are not guessed at but have a problem.
+
+    A convolution's is (height, width, in, out), an attention's (in, heads, size) or (heads, size, out), and a scanned
+    stack has one more axis in front.
+
+    Args:
+        entries: of a file.
+    """
+    why = "{} is a kernel of flax with {} axes, which can be laid out in several ways"
+    return [
+        replace(entry, problem=("unsupported", why.format(entry.name, len(entry.shape))))
+        if len(entry.shape) > 2 and re.search(r"[./]kernel$", entry.name) and entry.problem is None
+        else entry
+        for entry in entries
+    ]
+
+
 def as_named(
     entries: Iterable[Entry], others: Iterable[Entry], config: Mapping[str, Any], other_config: Mapping[str, Any]
 ) -> list[Entry]:
@@ -152,6 +173,8 @@ def _original(entry: Entry, architecture: str, metadata: Metadata) -> Entry:
     if match is None or entry.problem is not None or len(entry.shape) < 2:
         return entry
     block, leaf = int(match[1]), match[2]
+    if leaf in _REORDERED.get(architecture, "").split():
+        return _with_rows_back(entry, 0, f"llama.cpp orders the heads of {architecture} otherwise")
     if leaf in _TRANSPOSED.get(architecture, "").split():
         shape = (*entry.shape[:-2], entry.shape[-1], entry.shape[-2])
         return replace(entry, shape=shape, read=_Changed(entry.read, len(shape), lambda W: W.swapaxes(-1, -2)))
@@ -168,7 +191,7 @@ def _with_rows_back(entry: Entry, heads: Any, why: str) -> Entry:
     """q or k in transformers' order of rows; with a warning where its `heads` are not known."""
     if entry.problem is None and isinstance(heads, int) and heads > 0 and entry.shape[0] % (2 * heads) == 0:
         return replace(entry, read=_Changed(entry.read, 0, lambda W: unpermuted(W, heads)))
-    why = f"the order of its rows may not be that of transformers: {why}"
+    why = f"the order of its rows or columns may not be that of transformers: {why}"
     return replace(entry, warning="; ".join(filter(None, (entry.warning, why))))
 
 

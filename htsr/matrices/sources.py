@@ -322,7 +322,7 @@ def _converted(path: Path, entries: list[Entry], config: dict[str, Any]) -> tupl
     else:
         params = file.parent / "params.json"
         entries, config = layouts.meta_layout(entries, read_json(params) if params.is_file() else {}, config)
-    return tying.tied(adapters.loose_factors(entries)), config
+    return tying.tied(adapters.loose_factors(layouts.flax_layout(entries))), config
 
 
 def _adapter(folder: Path) -> list[Entry]:

@@ -149,8 +149,25 @@ def test_a_head_count_for_each_block(tmp_path):
 def test_where_the_order_is_not_known_the_row_says_so(tmp_path, architecture, warned):
     path = write(tmp_path / "tiny.gguf", architecture)
     for matrix in open_model(str(path)):
-        told = "the order of its rows may not be that of transformers" in matrix.warning
+        told = "order of its rows or columns may not be that of transformers" in matrix.warning
         assert told == (warned and matrix.role in ("attn.q", "attn.k")), matrix.name
+
+
+def test_the_query_of_qwen3_next_carries_its_gate_in_a_gguf_file_too(tmp_path):
+    blocks = {"attn_q": (2 * WIDTH, WIDTH), "ssm_out": (WIDTH, 16)}
+    for architecture, warned in (("qwen3next", False), ("qwen35", True)):
+        path = write(tmp_path / f"{architecture}.gguf", architecture, blocks)
+        found = {m.name: m for m in open_model(str(path))}
+        assert found["blk.0.attn_q[q]"].shape == found["blk.0.attn_q[gate]"].shape == (WIDTH, WIDTH)
+        assert ("orders the heads" in found["blk.0.ssm_out"].warning) == warned
+
+
+def test_kernels_of_flax_are_not_guessed_at(tmp_path):
+    state = {"conv.kernel": torch.ones(3, 3, 4, 8), "attention.query.kernel": torch.ones(8, 2, 4),
+             "mlp.wi.kernel": torch.ones(8, 16)}  # fmt: skip
+    found = {m.name: (m.problem and m.problem[0], m.role) for m in open_model(save_folder(tmp_path, state))}
+    assert found["conv"][0] == found["attention.query"][0] == "unsupported"
+    assert found["mlp.wi"] == (None, "mlp.up")
 
 
 def test_rows_that_are_not_those_of_the_heads_are_left_and_told(tmp_path):
