@@ -17,7 +17,7 @@ Indices = npt.NDArray[np.intp]
 _TIE = 1e-9  # relative; closer values are equal but for the rounding of what computed them
 _CELLS = 1 << 18  # of the table of gaps that is worked on at a time
 _SEARCH_FROM = 256  # with fewer distinct values the whole table is as fast
-_LEVELS = (32, 256)  # columns at which a lower bound of D is taken before the whole row
+_LEVELS = (16, 128)  # values of a tail at which a lower bound of its D is taken
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,23 @@ class Tails:
         np.divide(size, spread, out=exponents, where=spread > 1e-12 * size)
         return cls(starts, log, size, 1.0 + exponents)
 
-    def distances(self, rows: Indices, columns: Indices | None = None) -> Vector:
+    def distances(self, rows: Indices, points: int | None = None) -> Vector:
         """D of each tail: its largest gap between the fitted and the empirical distribution function.
 
         Args:
             rows: indices of the tails.
-            columns: indices of the distinct values at which gaps are taken, ascending; all by default, fewer give a
-                lower bound.
+            points: distinct values of each tail, evenly spread over it, at which gaps are taken; all by default, fewer
+                give a lower bound.
         """
-        columns = np.arange(self.log.size) if columns is None else columns
         result = np.empty(rows.size)
-        step = max(1, _CELLS // columns.size)
+        last = self.log.size - 1
+        step = max(1, _CELLS // (points or self.log.size))
         for first in range(0, rows.size, step):
             row = rows[first : first + step, None]
-            column = columns[np.searchsorted(columns, row.min()) :]
-            if column.size == 0:
-                result[first : first + step] = 0.0
-                continue
+            if points is None:
+                column = np.arange(row.min(), last + 1)
+            else:
+                column = row + ((last - row) * np.linspace(0.0, 1.0, points)).astype(np.intp)
             gap = self.log[column] - self.log[row]
             gap *= np.where(np.isfinite(self.alpha[row]), 1.0 - self.alpha[row], 0.0)
             np.exp(np.minimum(gap, 0.0, out=gap), out=gap)  # above 0 only left of the tail
@@ -93,9 +93,8 @@ class Tails:
             if D[k] < least or (D[k] == least and chosen[k] < found):
                 found, least = int(chosen[k]), float(D[k])
 
-        for level in _LEVELS:
-            columns = np.unique(np.linspace(0, self.log.size - 1, level).astype(np.intp))
-            bound = self.distances(rows, columns)
+        for points in _LEVELS:
+            bound = self.distances(rows, points)
             tried(rows[[int(np.argmin(bound))]])
             kept = bound <= least
             rows, bound = rows[kept], bound[kept]

@@ -12,7 +12,7 @@ from htsr.spectra.bulk import (
     tw_threshold,
 )
 from htsr.spectra.esd import esd
-from htsr.spectra.null import gaussian_eigenvalues, shape_null
+from htsr.spectra.null import alpha_null, gaussian_eigenvalues, shape_null
 from htsr.spectra.tail import fit_power_law
 from tests.reference import statistics as plain
 
@@ -136,3 +136,21 @@ def test_shape_null_of_the_hill_fit(Q, alpha):
     null = shape_null(384, round(Q * 384), 1, lambda values: fit_power_law(values, "hill").alpha, draws=8)
     assert null.alpha == pytest.approx(alpha, rel=0.02)
     assert null.sd < 0.02 * alpha
+
+
+def test_pooled_nulls_share_matrices_and_agree_with_independent_ones(random):
+    def alpha(values):
+        return fit_power_law(values, "fix_fingers").alpha
+
+    found = shape_null(40, 60, 9, alpha, draws=16)
+    independent = [
+        alpha(np.sort(np.linalg.svd(random.standard_normal((9, 40, 60)), compute_uv=False).ravel() ** 2))
+        for _ in range(40)
+    ]
+    assert abs(found.alpha - np.median(independent)) < np.std(independent)
+    assert 0.3 < found.sd / np.std(independent) < 3
+
+
+def test_nulls_of_single_matrices_are_those_of_the_first_release():
+    null = alpha_null(128, 384, 1, "ks")
+    assert (round(null.alpha, 2), round(null.sd, 2)) == (7.49, 3.37)
