@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from htsr_cli.output import Words, console
 
+from htsr.errors import HtsrError, MissingDependencyError, UsageError
 from htsr.execution import pick_device
 from htsr.files import check_writable, written
 from htsr.loading import load_model, load_tokenizer
-from htsr.outliers import Outliers, measure_outliers
+from htsr.outliers import Outliers, checked_thresholds, measure_outliers
 from htsr.records import read_records, text_of
 from htsr.reporting.plots import check_picture
 from htsr.reporting.text import plain_console, visible
@@ -38,6 +40,8 @@ def outliers(
     picture: Path | None,
 ) -> None:
     """Calibrate, score, print the table, and write what was asked for."""
+    thresholds = list(checked_thresholds(thresholds))
+    _check_targets(save, picture)
     if picture:
         check_picture(picture)
     if save:
@@ -59,6 +63,18 @@ def outliers(
     if picture:
         with written(picture) as temporary:
             found.plot().figure.savefig(temporary, dpi=150)
+
+
+def _check_targets(save: Path | None, picture: Path | None) -> None:
+    """What cannot be written is known before anything is loaded."""
+    for path in (save, picture):
+        if path is not None and not path.parent.is_dir():
+            raise HtsrError(f"{path} cannot be written: {path.parent} is no folder")
+    if picture is not None:
+        if picture.suffix not in (".png", ".svg", ".pdf"):
+            raise UsageError(f"--picture ends in .png, .svg or .pdf, not as {picture.name}")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise MissingDependencyError("the picture needs matplotlib: pip install 'htsr[report]'")
 
 
 def _print(found: Outliers) -> None:

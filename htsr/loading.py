@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 _MOST = {  # beyond the largest models by far; transformers would begin to build whatever it is told
-    "num_hidden_layers": 10_000,
+    "num_hidden_layers": 2_000,
     "hidden_size": 1_000_000,
     "vocab_size": 100_000_000,
     "num_attention_heads": 100_000,

@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from htsr._version import __version__
-from htsr.activations import evaluating, input_norms, linear_modules, stacked_experts
-from htsr.errors import HtsrError, SourceError, UsageError
+from htsr.activations import InputNorms, evaluating, input_norms, linear_modules, stacked_experts
+from htsr.errors import HtsrError, SourceError, UsageError, reason_of
 from htsr.files import written
 from htsr.matrices import roles
 from htsr.matrices.blocks import Blocks, find_blocks
@@ -156,10 +156,15 @@ class Outliers:
                 OutlierRow(**row | {key: tuple(row[key]) for key in ("counts", "block_counts")})
                 for row in content.pop("rows")
             )
-            thresholds, blocks = tuple(content.pop("thresholds")), tuple(content.pop("blocks"))
+            thresholds, blocks = tuple(map(float, content.pop("thresholds"))), tuple(content.pop("blocks"))
+            for row in rows:
+                if row.parameters < 1 or len(row.counts) != len(thresholds):
+                    raise ValueError(f"{row.name} has no count for each threshold")
+                if row.block is not None and not (row.block < len(blocks) and len(row.block_counts) == len(thresholds)):
+                    raise ValueError(f"{row.name} belongs to no block")
             return cls(rows=rows, thresholds=thresholds, blocks=blocks, **content)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SourceError(f"{path} is not a file of outliers that htsr saved: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise SourceError(f"{path} is not a file of outliers that htsr saved: {reason_of(error)}") from error
 
     def plot(self, *, ax: Any = None) -> Any:
         """Draw D_l by block, one line per threshold.
@@ -208,15 +213,14 @@ def measure_outliers(
 
     Raises:
         UsageError: no texts, or no thresholds above 0.
-        SourceError: a model without blocks.
-        HtsrError: activations or weights that are not finite, padding that cannot be told from tokens, or no matrix
+        SourceError: a model without blocks, or tokens that it does not know.
+        HtsrError: a model that does not run on these texts, activations or weights that are not finite, padding that
+            cannot be told from tokens, or no matrix
             inside the blocks that saw a token.
 
     Sources: OWL (Yin et al., ICML 2024); OwLore (arXiv 2405.18380).
     """
-    thresholds = tuple(sorted({float(t) for t in thresholds}))
-    if not thresholds or thresholds[0] <= 0:
-        raise UsageError("thresholds are positive multiples of the mean score, at least one")
+    thresholds = checked_thresholds(thresholds)
     if not texts:
         raise UsageError("the calibration set is empty")
     if stacked_experts(model):
@@ -231,11 +235,51 @@ def measure_outliers(
                 truncation=True,
                 max_length=length,
             )
-            tokens += norms.forward(batch["input_ids"], batch["attention_mask"])
+            _insist_on_rows(model, int(batch["input_ids"].max()))
+            tokens += _run(norms, batch, start)
             if progress:
                 progress(min(start + batch_size, len(texts)), len(texts))
     found = score_weights(model, norms.result(), thresholds, norms.transposed)
     return replace(found, samples=len(texts), tokens=tokens)
+
+
+def checked_thresholds(thresholds: Sequence[float]) -> tuple[float, ...]:
+    """`thresholds` in ascending order, each once.
+
+    Raises:
+        UsageError: none, or one that is no positive number.
+    """
+    found = tuple(sorted({float(threshold) for threshold in thresholds}))
+    if not found or not all(0 < threshold < np.inf for threshold in found):
+        raise UsageError("thresholds are positive multiples of the mean score, at least one")
+    return found
+
+
+def _run(norms: InputNorms, batch: Any, start: int) -> int:
+    import torch
+
+    try:
+        return norms.forward(batch["input_ids"], batch["attention_mask"])
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError, KeyError) as error:
+        size = batch["input_ids"].shape[1]
+        raise HtsrError(
+            f"the model does not run on the samples from {start + 1} on, {size} tokens each (fewer tokens?): "
+            f"{reason_of(error)}"
+        ) from error
+
+
+def _insist_on_rows(model: torch.nn.Module, highest: int) -> None:
+    """A token beyond the embedding is an index out of range somewhere inside, or on an accelerator a lost device."""
+    try:
+        rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return
+    if highest >= rows:
+        raise SourceError(
+            f"the tokenizer makes token {highest} of the texts, and the model's embedding has {rows} rows"
+        )
 
 
 def score_weights(

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -73,3 +75,63 @@ def test_four_bits(tmp_path):
     (tmp_path / "some.gguf").touch()
     with pytest.raises(htsr.SourceError, match=r"some\.gguf is GGUF, which transformers does not quantise anew"):
         load_model(str(tmp_path / "some.gguf"), causal=True, four_bit=True)
+
+
+def changed(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "loaded: "),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "loaded: "),
+        (lambda f: (f / "model.safetensors").unlink(), "loaded: "),
+        (lambda f: changed(f, hidden_size=48, head_dim=12), "loaded: "),
+        (lambda f: changed(f, num_hidden_layers=4), r"its weights lack model\.layers\.3\.\S+ and \d more"),
+        (lambda f: changed(f, num_hidden_layers=10**6), "num_hidden_layers is 1000000, and not a whole number from 1"),
+        (lambda f: changed(f, num_hidden_layers="three"), "configuration of .* (cannot be read|has no meaning): "),
+        (lambda f: changed(f, hidden_size=None), "model could not be loaded|configuration"),
+        (lambda f: changed(f, vocab_size=-5), "vocab_size is -5|configuration"),
+        (lambda f: changed(f, num_attention_heads=0), "num_attention_heads is 0|configuration"),
+        (lambda f: changed(f, hidden_act="none such"), "loaded: .*none such"),
+        (lambda f: changed(f, rope_parameters=3), "configuration|loaded"),
+        (lambda f: changed(f, model_type="t5"), r"\(t5\) is no causal language model of transformers"),
+        (lambda f: changed(f, model_type=7), "configuration of .* cannot be read"),
+        (lambda f: (f / "config.json").write_text("["), "configuration of .* cannot be read"),
+    ],
+)
+def test_models_that_cannot_be_loaded(tmp_path, harm, message):
+    llama().save_pretrained(tmp_path)
+    harm(tmp_path)
+    with pytest.raises(htsr.SourceError, match=message) as caught:
+        load_model(str(tmp_path), causal=True)
+    assert len(str(caught.value)) < 700
+
+
+def test_weights_that_are_not_there_are_not_drawn_at_random(tmp_path):
+    llama().model.save_pretrained(tmp_path)  # without the head
+    with pytest.raises(htsr.SourceError, match=r"its weights lack lm_head\.weight"):
+        load_model(str(tmp_path), causal=True)
+    assert type(load_model(str(tmp_path))).__name__ == "LlamaModel"
+    bert().save_pretrained(tmp_path / "bert")
+    with pytest.raises(htsr.SourceError, match=r"\(bert\) is no causal language model .*, but an encoder"):
+        load_model(str(tmp_path / "bert"), causal=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("runs/typo/x", "does not exist"), ("typo.gguf", "does not exist"), ("~nosuchuser/x", "cannot be read|not exist")],
+)
+def test_names_that_lead_nowhere(name, message):
+    with pytest.raises(htsr.SourceError, match=message):
+        load_model(name)
+
+
+def test_a_file_of_weights_and_a_revision_of_a_path(tmp_path):
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(htsr.SourceError, match=r"is a file; models are run from a folder, a \.gguf file or a hub id"):
+        load_model(str(tmp_path / "model.safetensors"))
+    with pytest.raises(htsr.UsageError, match="a revision belongs to a hub id"):
+        load_model(str(tmp_path), revision="main")

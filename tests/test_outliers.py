@@ -156,6 +156,12 @@ def test_save_and_load(tmp_path, texts):
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(htsr.SourceError, match="not a file of outliers"):
         htsr.Outliers.load(tmp_path / "broken.json")
+    content = json.loads((tmp_path / "outliers.json").read_text())
+    for key, value in (("block", 99), ("counts", [1]), ("parameters", 0), ("block_counts", [])):
+        rows = [content["rows"][0] | {key: value}, *content["rows"][1:]]
+        (tmp_path / "broken.json").write_text(json.dumps(content | {"rows": rows}))
+        with pytest.raises(htsr.SourceError, match="not a file of outliers"):
+            htsr.Outliers.load(tmp_path / "broken.json")
     with pytest.raises(htsr.UsageError, match="τ = 2, 3, not at 13"):
         found.distribution(13.0)
 
@@ -230,8 +236,30 @@ def test_records_and_their_text(tmp_path):
         resolve("package:htsr/nothing")
 
 
+def test_texts_that_a_model_cannot_take():
+    with pytest.raises(htsr.SourceError, match=r"makes token 63 of the texts, and the model's embedding has 60 rows"):
+        htsr.measure_outliers(llama(vocabulary=60), word_tokenizer(), ["w4 w63"])
+    with pytest.raises(htsr.HtsrError, match="does not run on the samples from 1 on, 300 tokens each"):
+        htsr.measure_outliers(gpt2(), word_tokenizer(), ["w5 " * 300])  # it has 256 positions
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--picture", "a.foo"], 2, "--picture ends in .png, .svg or .pdf, not as a.foo"),
+        (["--picture", "no/a.png"], 1, "no/a.png cannot be written: no is no folder"),
+        (["--save", "no/a.json"], 1, "no/a.json cannot be written: no is no folder"),
+        (["--threshold", "nan"], 2, "thresholds are positive multiples"),
+        (["--threshold", "0"], 2, "thresholds are positive multiples"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_loaded(capsys, options, code, message):
+    assert main(["outliers", "no/model", "--data", "no.jsonl", *options]) == code
+    assert message in capsys.readouterr().err
+
+
 def test_thresholds_and_progress(texts):
-    for thresholds in ([], [0.0, 5.0], [-1.0]):
+    for thresholds in ([], [0.0, 5.0], [-1.0], [float("nan")], [float("inf")]):
         with pytest.raises(htsr.UsageError, match="positive multiples of the mean"):
             htsr.measure_outliers(llama(2), word_tokenizer(), texts, thresholds=thresholds)
     seen = []

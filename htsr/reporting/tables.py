@@ -21,7 +21,7 @@ from htsr.matrices.sources import Model, WeightMatrix
 from htsr.reporting.text import encodable, in_markdown, visible
 from htsr.spectra.metrics import LayerMetrics
 from htsr.surgery import Operation
-from htsr.training.memory import PARTS, MemoryPlans
+from htsr.training.memory import PARTS, MemoryPlans, beside
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -208,6 +208,9 @@ def memory_table(memory: MemoryPlans) -> Table:
     for part in (*PARTS, "total"):
         sizes = [getattr(plan, part) / 2**30 for plan in memory.plans]
         table.add_row(part, *(f"{size:.2f}" for size in sizes), style="bold" if part == "total" else "")
+    for part in ("process", "merging"):
+        sizes = [beside(plan)[part] / 2**30 for plan in memory.plans]
+        table.add_row(f"on a CPU: {part}", *(f"+{size:.2f}" if size else "" for size in sizes), style="dim")
     table.add_row("peak in", *(plan.moment for plan in memory.plans), style="dim")
     table.add_row("trained", *(_millions(plan.trainable) for plan in memory.plans), style="dim")
     return table

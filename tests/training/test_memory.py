@@ -156,6 +156,10 @@ def test_sources(folder, tmp_path):
         (["{empty}"], 1, "has no config.json"),
         (["{t5}"], 1, "is no causal language model"),
         (["{broken}"], 1, "cannot be read"),
+        (["{bert}"], 1, "is no causal language model of transformers, but an encoder"),
+        (["{deep}"], 1, "num_hidden_layers is 1000000, and not a whole number from 1"),
+        (["{odd}"], 1, "odd"),
+        (["package:nosuchpackage/model"], 1, "the package nosuchpackage is not installed"),
     ],
 )
 def test_bad_input_is_one_sentence(capsys, folder, tmp_path, arguments, code, sentence):
@@ -164,7 +168,14 @@ def test_bad_input_is_one_sentence(capsys, folder, tmp_path, arguments, code, se
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text('{"model_type": "no such type"}')
     (tmp_path / "empty").mkdir()
-    paths = {"folder": folder, **{name: tmp_path / name for name in ("t5", "broken", "empty")}}
+    for name, config in (
+        ("bert", {"model_type": "bert"}),
+        ("deep", {"model_type": "llama", "num_hidden_layers": 10**6}),
+        ("odd", {"model_type": "llama", "hidden_size": 30, "num_attention_heads": 7}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    paths = {"folder": folder, **{name: tmp_path / name for name in ("t5", "broken", "empty", "bert", "deep", "odd")}}
     assert main(["memory", *(argument.format(**paths) for argument in arguments)]) == code
     out, err = capsys.readouterr()
     assert out == ""
@@ -177,6 +188,7 @@ def test_command(capsys, folder, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[-2:] == ["galore", "full"]
     assert any(line.strip().startswith("total") for line in lines)
+    assert any(line.split()[:4] == ["on", "a", "CPU:", "process"] for line in lines)
     assert main(["memory", folder, "--seq", "16", "--format", "json", "--embeddings", "train"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert [row["method"] for row in content["rows"]] == list(METHODS)
