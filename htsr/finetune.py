@@ -36,8 +36,8 @@ from htsr.record_forms import Record, as_dataset
 if TYPE_CHECKING:
     import torch
 
+    from htsr.training.coverage import Coverage
     from htsr.training.preflight import Prepared
-    from htsr.training.sampling import Coverage
 
 logger = logging.getLogger(__name__)
 

@@ -17,17 +17,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from htsr.errors import HtsrError, UsageError
-from htsr.matrices.blocks import Blocks, find_blocks
+from htsr.matrices.blocks import find_blocks
 from htsr.matrices.entries import clean_name
 from htsr.matrices.sharded import refuse_flat
 from htsr.outliers import OWLORE_THRESHOLD
 from htsr.training.block_scores import Scores, Strategy, Vector, block_probabilities, inclusion_probabilities
+from htsr.training.coverage import Coverage, Tally
+from htsr.training.freezing import (
+    HeldFlags,
+    called_inside,
+    insist_on_unused_parameters,
+    move_state,
+    set_up_anew,
+    stop_input_gradients,
+)
+from htsr.training.members import trainable, what_else_trains
 
 if TYPE_CHECKING:
     import torch
@@ -39,23 +48,6 @@ FrozenState: TypeAlias = Literal["drop", "keep", "offload"]
 
 EMBEDDING = "embedding and head"
 _KEY = "layer_sampler"  # of the state in the optimizer's first group
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How often one block was drawn.
-
-    Attributes:
-        name: the block.
-        probability: p of the first draw of an interval.
-        intervals: intervals it has trained in so far, the current one included once a step is taken.
-        expected: the number to expect of as many intervals (without replacement).
-    """
-
-    name: str
-    probability: float
-    intervals: int
-    expected: float
 
 
 class LayerSampler:
@@ -82,7 +74,9 @@ class LayerSampler:
     FSDP2 follows the switching of ``requires_grad`` by itself if each block is a unit of its own.
 
     Args:
-        model: any transformers encoder or decoder, wrapped or not; blocks as `find_blocks` finds them.
+        model: any transformers encoder or decoder, wrapped or not; of a vision-language model the language model's
+            blocks, of a sequence-to-sequence model those of encoder and decoder, as `find_blocks` finds them. What
+            trains beside them, such as a vision tower, is named in the log.
         strategy: ``owlore`` and ``reverse`` (outliers), ``uniform`` (LISA), ``alpha``, ``erg`` and ``snr`` (of an
             analysis), ``increase``, ``decrease`` (with depth), or the probabilities themselves; see
             `block_probabilities`.
@@ -95,6 +89,7 @@ class LayerSampler:
             ``keep`` (memory grows to that of full training), ``offload`` (to host memory).
         seed: of the draws.
         threshold: τ of the outlier distribution.
+        blocks: name of the list of blocks to sample, or several, in place of what `find_blocks` takes.
 
     Attributes:
         names: the members of the draw: blocks, and with ``sampled`` embedding and head at the end.
@@ -118,20 +113,22 @@ class LayerSampler:
         frozen_state: FrozenState = "drop",
         seed: int = 0,
         threshold: float = OWLORE_THRESHOLD,
+        blocks: str | Sequence[str] | None = None,
     ) -> None:
         if embedding not in get_args(Embedding) or frozen_state not in get_args(FrozenState):
             known = f"{', '.join(get_args(Embedding))}, and {', '.join(get_args(FrozenState))}"
             raise UsageError(f"embedding {embedding!r} and frozen_state {frozen_state!r} are among {known}")
         if interval < 1:
             raise UsageError(f"interval is a number of optimizer steps, not {interval}")
-        blocks = find_blocks(model)
-        self.probabilities = block_probabilities(strategy, blocks, scores, threshold)
-        self.names = blocks.names
-        self._members, self._embedding = _trainable_names(model, blocks)
+        found = find_blocks(model, blocks)
+        self.probabilities = block_probabilities(strategy, found, scores, threshold)
+        self.names, self._blocks = found.names, found
+        self._trainable = trainable(model, found)
+        self._members, self._embedding = list(self._trainable.blocks), self._trainable.embedding
         if embedding == "sampled" and self._embedding:
             self.names = (*self.names, EMBEDDING)
             self._members.append(self._embedding)
-            mean = 1 / len(blocks)
+            mean = 1 / len(found)
             self.probabilities = np.append(self.probabilities, mean) / (1 + mean)
         empty = [name for name, names in zip(self.names, self._members, strict=True) if not names]
         if empty:
@@ -141,10 +138,12 @@ class LayerSampler:
             raise UsageError(f"active is between 1 and the {possible} blocks with a probability above 0, not {active}")
         self.model, self.interval, self.top = model, interval, top
         self.embedding, self.frozen_state, self.seed, self._gamma = embedding, frozen_state, seed, active
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizers: tuple[torch.optim.Optimizer, ...] = ()
         self._parameters: list[list[torch.nn.Parameter]] = []
+        self._flags, self._handles, self._stopped = HeldFlags(), list[Any](), list[Any]()
+        self._stepped = set[int]()  # optimizers since the last step
         self._steps, self._active, self._loading = 0, self.draw(0), False
-        self._counts = np.zeros(len(self.names), dtype=np.int64)
+        self._tally = Tally(np.zeros(len(self.names), dtype=np.int64))
 
     @property
     def active(self) -> tuple[int, ...]:
@@ -169,51 +168,72 @@ class LayerSampler:
         drawn = random.choice(len(self.names), size=self._gamma, replace=False, p=self.probabilities)
         return tuple(sorted(int(i) for i in drawn))
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Begin: freeze what does not train now, and count this optimizer's steps from here on.
+    def attach(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Begin: freeze what does not train now, and count the optimizers' steps from here on.
 
         Call it after the model was wrapped (DDP, FSDP2, `accelerator.prepare`) and, when resuming, at any time: the
         state that a loaded optimizer brings is taken up before as after.
 
-        From then on a step of the optimizer raises `HtsrError` where a block that is to train got no gradient.
+        From then on frozen blocks stay frozen whoever sets ``requires_grad``, and a step raises `HtsrError` where a
+        block that is to train got no gradient.
 
         Args:
-            optimizer: over all parameters of the model that train, also as accelerate wraps it. A second call with the
-                same one does nothing.
+            *optimizers: over all parameters of the model that train, also as accelerate wraps them: one, or several
+                that share them (Muon for matrices, AdamW for the rest). A step is counted when each of them has made
+                one. A second call with the same does nothing.
 
         Raises:
-            UsageError: the sampler has another optimizer already, the optimizer lacks parameters of the blocks, DDP
+            UsageError: the sampler has other optimizers already, the optimizers lack parameters of the blocks, DDP
                 would wait for frozen ones, FSDP1 has flattened them, or sharded state is to be offloaded.
         """
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-        if optimizer is self._optimizer:
+        given = tuple(getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers)  # accelerate's wrapper
+        if given and [id(one) for one in given] == [id(one) for one in self._optimizers]:
             return
         refuse_flat(self.model)
-        if self._optimizer is not None:
-            raise UsageError("this sampler is attached to an optimizer already; make another for another run")
+        if self._optimizers:
+            raise UsageError("this sampler is attached to an optimizer already; detach it, or make another")
         by_name = {clean_name(name): parameter for name, parameter in self.model.named_parameters()}
-        self._parameters = [[by_name[name] for name in names] for names in self._members]
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for name, parameters in zip(self.names, self._parameters, strict=True):
-            if any(id(parameter) not in held for parameter in parameters):
+        parameters = [[by_name[name] for name in names] for names in self._members]
+        held = {id(parameter) for one in given for group in one.param_groups for parameter in group["params"]}
+        for name, members in zip(self.names, parameters, strict=True):
+            if any(id(parameter) not in held for parameter in members):
                 raise UsageError(
                     f"the optimizer lacks parameters of {name}: give it all of the (wrapped) model's parameters, "
                     "before anything is frozen"
                 )
-        _insist_on_unused_parameters(self.model)
+        insist_on_unused_parameters(self.model)
+        self._optimizers, self._parameters = given, parameters
         if self.embedding == "freeze":
             for name in self._embedding:
-                self._freeze(by_name[name], optimizer)
-            _stop_input_gradients(self.model)
-        self._optimizer = optimizer
-        if _KEY in optimizer.param_groups[0]:
-            self.load_state_dict(optimizer.param_groups[0][_KEY])
+                self._freeze(by_name[name])
+            self._stopped = stop_input_gradients(self.model)
+        for optimizer in given:
+            self._watch(optimizer)
+        if _KEY in given[0].param_groups[0]:
+            self.load_state_dict(given[0].param_groups[0][_KEY])
         else:
             self._apply()
-        optimizer.register_step_post_hook(lambda *_: self._after_step())
-        optimizer.register_load_state_dict_post_hook(
-            lambda loaded: self.load_state_dict(loaded.param_groups[0].get(_KEY, {}))
-        )
+        self._hold()
+        shown = ", ".join(self.names) if len(self.names) < 4 else f"{self.names[0]} … {self.names[-1]}"
+        logger.info("%d of %d blocks train at a time: %s", self._gamma, len(self.names), shown)
+        if sentence := what_else_trains(self.model, self._blocks, self._trainable):
+            logger.warning(sentence)
+
+    def detach(self) -> None:
+        """End: all that took part trains again, and the optimizers and the model are as they were before `attach`.
+
+        State that was moved to host memory comes back. The sampler can be attached again, and goes on where it stood.
+        """
+        for optimizer in self._optimizers:
+            optimizer.param_groups[0].pop(_KEY, None)
+            for parameter in (parameter for members in self._parameters for parameter in members):
+                move_state(optimizer, parameter, parameter.device)
+        for handle in self._handles:
+            handle.remove()
+        for module in self._stopped:
+            module.enable_input_require_grads()  # type: ignore[operator]
+        self._flags.release()
+        self._handles, self._stopped, self._optimizers, self._parameters = [], [], (), []
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and lists; also in the optimizer's state dict under ``layer_sampler`` of the first group."""
@@ -221,7 +241,8 @@ class LayerSampler:
             "seed": self.seed,
             "steps": self._steps,
             "active": list(self._active),
-            "counts": [int(count) for count in self._counts],
+            "counts": [int(count) for count in self._tally.counts],
+            "moved": sorted(self._tally.moved),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -233,12 +254,14 @@ class LayerSampler:
         Raises:
             UsageError: the state of no sampler, or of one with another number of blocks.
         """
-        if set(state) != {"seed", "steps", "active", "counts"} or len(state["counts"]) != len(self.names):
+        if not {"seed", "steps", "active", "counts"} <= set(state) or len(state["counts"]) != len(self.names):
             raise UsageError(f"the checkpoint has no state of a sampler over {len(self.names)} blocks")
         self.seed, self._steps = state["seed"], state["steps"]
         self._active = tuple(state["active"])
-        self._counts = np.array(state["counts"], dtype=np.int64)
-        if self._optimizer is not None:
+        begun = self._active if self._steps % self.interval else ()
+        moved = set(state.get("moved", begun))  # 0.1.0 kept no such list
+        self._tally = Tally(np.array(state["counts"], dtype=np.int64), moved)
+        if self._optimizers:
             self._apply()
 
     @contextmanager
@@ -266,67 +289,97 @@ class LayerSampler:
             self._apply()
 
     def coverage(self) -> tuple[Coverage, ...]:
-        """How often each member was drawn so far, and how often to expect; one `Coverage` for each of `names`."""
+        """In how many intervals each member was updated so far, and in how many to expect; in the order of `names`.
+
+        Counted is what had a gradient when an optimizer made a step, drawn or not.
+        """
         share: Vector = np.array([float(i in self._active) for i in range(len(self.names))])
         if not self.top:
             share = inclusion_probabilities(self.probabilities, self._gamma)
-        intervals = self._counts.sum() / self._gamma
-        return tuple(
-            Coverage(name, float(p), int(count), float(expected * intervals))
-            for name, p, count, expected in zip(self.names, self.probabilities, self._counts, share, strict=True)
+        intervals = -(-self._steps // self.interval)
+        return self._tally.rows(self.names, self.probabilities, share * intervals)
+
+    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
+        if getattr(optimizer, "gradients", None) != "update":  # which steps during backward, and refuses such hooks
+            self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._before_step()))
+        self._handles.append(optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped)))
+        self._handles.append(
+            optimizer.register_load_state_dict_post_hook(
+                lambda loaded: self.load_state_dict(loaded.param_groups[0].get(_KEY, {}))
+            )
         )
 
-    def _after_step(self) -> None:
-        if self._loading:
+    def _before_step(self) -> None:
+        if not self._loading:
+            self._flags.restore()
+            self._flags.drop_gradients()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._loading or _skipped_by_scaler(optimizer):
             return
+        self._tally.add([i for i, own in enumerate(self._parameters) if any(p.grad is not None for p in own)])
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) == len(self._optimizers):
+            self._stepped.clear()
+            self._count_step()
+
+    def _count_step(self) -> None:
         if self._steps % self.interval == 0:
             self._insist_on_updates()
-            self._counts[list(self._active)] += 1
         self._steps += 1
         if self._steps % self.interval == 0:
             before, self._active = self._active, self.draw(self._steps // self.interval)
+            self._tally.begin()
             logger.info("step %d: training %s", self._steps, ", ".join(self.names[i] for i in self._active))
             self._apply()
-            _set_up_anew(self.model, {name for i in set(self._active) - set(before) for name in self._members[i]})
+            set_up_anew(self.model, {name for i in set(self._active) - set(before) for name in self._members[i]})
         else:
             self._write_state()
 
     def _apply(self) -> None:
-        assert self._optimizer is not None
         for index, parameters in enumerate(self._parameters):
             for parameter in parameters:
                 if index in self._active:
-                    parameter.requires_grad_(True)
+                    self._flags.want(parameter, True)
                     if self.frozen_state == "offload":
-                        _move_state(self._optimizer, parameter, parameter.device)
+                        for optimizer in self._optimizers:
+                            move_state(optimizer, parameter, parameter.device)
                 else:
-                    self._freeze(parameter, self._optimizer)
+                    self._freeze(parameter)
         self._write_state()
 
-    def _freeze(self, parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
-        parameter.requires_grad_(False)
+    def _freeze(self, parameter: torch.nn.Parameter) -> None:
+        self._flags.want(parameter, False)
         parameter.grad = None
-        if self.frozen_state == "drop":
-            optimizer.state.pop(parameter, None)
-        elif self.frozen_state == "offload":
-            _move_state(optimizer, parameter, "cpu")
+        for optimizer in self._optimizers:
+            if self.frozen_state == "drop":
+                optimizer.state.pop(parameter, None)
+            elif self.frozen_state == "offload":
+                move_state(optimizer, parameter, "cpu")
+
+    def _hold(self) -> None:
+        """Before the forward of the model all flags, before that of each block and its parts the block's.
+
+        The parts, since checkpointing may recompute the inside of a block without calling the block.
+        """
+        self._flags.hold(self.model, self._flags.wanted)
+        for module, parameters in zip(self._blocks.modules, self._parameters, strict=False):
+            for part in (module, *called_inside(module)):
+                self._flags.hold(part, parameters)
 
     def _write_state(self) -> None:
-        assert self._optimizer is not None
-        self._optimizer.param_groups[0][_KEY] = self.state_dict()
+        for optimizer in self._optimizers:
+            optimizer.param_groups[0][_KEY] = self.state_dict()
 
     def _insist_on_updates(self) -> None:
-        assert self._optimizer is not None
-        if not self._optimizer.state:
-            return  # an optimizer without state, such as plain SGD, does not tell
-        held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        held = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
         if not any(id(parameter) in held for parameters in self._parameters for parameter in parameters):
             raise UsageError(
                 "the optimizer holds other parameters than when the sampler was attached: DeepSpeed's ZeRO and FSDP1 "
                 "flatten them, and no block can be trained alone; take DDP or FSDP2"
             )
         for index in self._active:
-            if not any(parameter in self._optimizer.state for parameter in self._parameters[index]):
+            if index not in self._tally.moved:
                 raise HtsrError(
                     f"{self.names[index]} is to train and the optimizer did not update it: it got no gradient. A "
                     "wrapper may have been made while it was frozen, or reentrant checkpointing needs "
@@ -334,76 +387,7 @@ class LayerSampler:
                 )
 
 
-def _set_up_anew(model: torch.nn.Module, thawed: set[str]) -> None:
-    """FSDP2 settles a unit's dtypes once, by the parameters that require gradients then; have it do so again."""
-    units = {clean_name(f"{name}.") if name else "": m for name, m in model.named_modules() if hasattr(m, "unshard")}
-    if not units:
-        return
-    for prefix in {max((prefix for prefix in units if name.startswith(prefix)), key=len) for name in thawed}:
-        unit: Any = units[prefix]
-        unit.unshard()
-        unit.reshard()
-
-
-def _trainable_names(model: torch.nn.Module, blocks: Blocks) -> tuple[list[list[str]], list[str]]:
-    """Names of the trainable parameters of each block, and of embedding and head."""
-    ends = set()
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            module = getattr(model, getter)()
-        except (AttributeError, NotImplementedError):
-            continue
-        ends |= {id(parameter) for parameter in module.parameters()} if module is not None else set()
-    members: list[list[str]] = [[] for _ in blocks.names]
-    embedding = []
-    before = True
-    for name, parameter in model.named_parameters():
-        index = blocks.index_of(name)
-        before = before and index is None
-        if not parameter.requires_grad:
-            continue
-        if index is not None:
-            members[index].append(clean_name(name))
-        elif before or id(parameter) in ends:
-            embedding.append(clean_name(name))
-    return members, embedding
-
-
-def _insist_on_unused_parameters(model: torch.nn.Module) -> None:
-    from torch.nn.parallel import DistributedDataParallel
-
-    if isinstance(model, DistributedDataParallel) and not model.find_unused_parameters:
-        raise UsageError("layer sampling under DDP needs DistributedDataParallel(…, find_unused_parameters=True)")
-
-
-def _stop_input_gradients(model: torch.nn.Module) -> None:
-    """Undo `enable_input_require_grads`, which transformers calls with checkpointing: backward ran through all blocks.
-
-    Only reentrant checkpointing needs it, and keeps it.
-    """
-    for module in model.modules():
-        if getattr(module, "_require_grads_hooks", None):
-            if any(_is_reentrant(inner) for inner in module.modules()):
-                logger.warning(
-                    "reentrant checkpointing makes backward run through the frozen blocks below; "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False} does not"
-                )
-            else:
-                module.disable_input_require_grads()  # type: ignore[operator]
-
-
-def _is_reentrant(module: torch.nn.Module) -> bool:
-    keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-    return bool(getattr(module, "gradient_checkpointing", False) and keywords.get("use_reentrant"))
-
-
-def _move_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, device: Any) -> None:
-    """Move the tensors of one parameter's state; its step count stays where the optimizer wants it."""
-    import torch
-
-    state = optimizer.state.get(parameter, {})
-    for key, value in state.items():
-        if torch.is_tensor(value) and value.ndim > 0 and value.device != torch.device(device):
-            if type(value).__name__ == "DTensor":
-                raise UsageError("sharded optimizer state cannot be offloaded block by block: take drop or keep")
-            state[key] = value.to(device)
+def _skipped_by_scaler(optimizer: Any) -> bool:
+    """Whether a fused optimizer was called by a GradScaler with gradients that overflowed, and did nothing."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())

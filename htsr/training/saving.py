@@ -79,7 +79,7 @@ def write_reports(
 def finished_result(recipe: Recipe, output: Path) -> Result | None:
     """The result of a run of this very `recipe` that came to its end in `output`; None where there is none."""
     from htsr.finetune import Result
-    from htsr.training.sampling import Coverage
+    from htsr.training.coverage import Coverage
 
     try:
         content = json.loads((output / RESULTS).read_text(encoding="utf-8"))

@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from htsr.errors import SourceError, UsageError
-from htsr.matrices.roles import block_of, role_of
+from htsr.matrices.blocks import find_blocks
 from htsr.training.lowrank_groups import is_low_rank
+from htsr.training.members import trainable
 from htsr.training.memory import LOW_RANK, PARTS, SAMPLED, MemoryPlan, Setting
 from htsr.training.moments import BLOCK
 
@@ -183,16 +184,19 @@ def _model(label: str, config: Any, setting: Setting) -> Any:
             model.enable_input_require_grads()
         model = peft.get_peft_model(model, adapter, low_cpu_mem_usage=True)
     if setting.method in SAMPLED:
+        active = _active(model, setting)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(_is_active(name, setting))
+            parameter.requires_grad_(name in active)
     return model
 
 
-def _is_active(name: str, setting: Setting) -> bool:
-    block = block_of(name)
-    if block is not None:
-        return block < setting.active_blocks
-    return setting.embeddings != "freeze" or role_of(name).split(".")[0] not in ("embed", "head")
+def _active(model: Any, setting: Setting) -> set[str]:
+    """What `LayerSampler` lets train while it has drawn the first blocks."""
+    found = trainable(model, find_blocks(model))
+    blocks = found.blocks[: setting.active_blocks]
+    return {name for names in blocks for name in names}.union(
+        found.rest, found.embedding if setting.embeddings != "freeze" else ()
+    )
 
 
 def _materialise(model: torch.nn.Module) -> None:

@@ -76,7 +76,11 @@ def apply_update(parameter: Tensor, state: dict[str, Any], group: Group, R: Tens
 
 
 def seed_of(*parts: object) -> int:
-    """A seed, 63 bits, that is a function of the parts alone: plain numbers and strings."""
+    """A seed, 63 bits, that is a function of its parts alone.
+
+    Args:
+        *parts: plain numbers and strings.
+    """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 

@@ -1,3 +1,4 @@
+import copy
 import io
 import itertools
 import json
@@ -5,15 +6,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 from torch import nn
+from transformers import TrainerCallback
 
 import htsr
 from htsr.matrices.blocks import find_blocks
 from htsr.outliers import OutlierRow
 from htsr.training.block_scores import block_probabilities, inclusion_probabilities
+from htsr.training.callbacks import LayerSamplerCallback
 from htsr.training.sampling import EMBEDDING, LayerSampler
-from tests.training.runs import batches, run_distributed, train
+from tests.training.runs import batches, loss_of, run_distributed, train
 from tests.transformer import bert, gpt2, llama
 
 
@@ -337,3 +341,268 @@ def test_two_processes_draw_the_same_and_end_as_one(tmp_path):
             for name, value in one.state_dict().items():
                 torch.testing.assert_close(weights[name], value, rtol=1e-9, atol=1e-12)
     assert len({tuple(sampler.draw(i)) for i in range(4)}) > 1
+
+
+def moved_blocks(model, before, names):
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    return tuple(i for i, block in enumerate(names) if any(f"{block}." in name for name in changed))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_freezing_holds_against_adapters_that_are_switched_off_and_on(checkpointing):
+    """PEFT's disable_adapter makes all adapters trainable at its end: before a forward, or between it and backward."""
+    model = get_peft_model(llama(4), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sampler = LayerSampler(model, active=1, interval=1, seed=2)
+    sampler.attach(optimizer)
+    drawn, moved = [], []
+    for step, tokens in enumerate(batches(6)):
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        if step % 2:
+            with model.disable_adapter():
+                model(input_ids=tokens)
+            loss = loss_of(model.train(), tokens)
+        else:
+            loss = loss_of(model.train(), tokens)
+            with model.disable_adapter(), torch.no_grad():
+                model(input_ids=tokens)
+        loss.backward()
+        drawn.append(sampler.active)
+        optimizer.step()
+        optimizer.zero_grad()
+        moved.append(moved_blocks(model, before, sampler.names))
+    assert moved == drawn
+    assert len(set(drawn)) > 1
+    assert [row.intervals for row in sampler.coverage()] == [sum(i in s for s in drawn) for i in range(4)]
+
+
+def test_gradients_that_came_around_the_hooks_are_dropped():
+    model = llama(3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sampler = LayerSampler(model, [1, 0, 0], active=1)
+    sampler.attach(optimizer)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert moved_blocks(model, before, sampler.names) == (0,)
+    assert [row.intervals for row in sampler.coverage()] == [1, 0, 0]
+    assert not model.lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dpo_with_adapters_trains_the_blocks_that_are_drawn(tmp_path, checkpointing):
+    """TRL's own DPOTrainer, whose reference is the model with its adapters switched off."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests.transformer import save_work
+
+    save_work(tmp_path)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32),
+        LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"),
+    )
+    sampler = LayerSampler(model, active=1, interval=1, seed=4)
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.before = {name: value.detach().clone() for name, value in model.named_parameters()}
+            self.drawn = sampler.active
+
+        def on_step_end(self, *_, **__):
+            seen.append((self.drawn, moved_blocks(model, self.before, sampler.names)))
+
+    pairs = [{"prompt": "the cat", "chosen": " sat down", "rejected": " ran away"}] * 8
+    given = {"max_steps": 4, "learning_rate": 1e-2, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    given |= {"save_strategy": "no", "per_device_train_batch_size": 2, "max_length": 32, "bf16": False}
+    arguments = trl.DPOConfig(
+        str(tmp_path / "out"),
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        **given,
+    )
+    trl.DPOTrainer(
+        model,
+        args=arguments,
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=AutoTokenizer.from_pretrained(tmp_path / "model"),
+        callbacks=[Watch(), LayerSamplerCallback(sampler)],
+    ).train()
+    assert len(seen) == 4
+    assert all(drawn == moved for drawn, moved in seen[1:])  # the first begins before attach
+    assert seen[0][1] == sampler.draw(0)
+    assert sum(row.intervals for row in sampler.coverage()) == 4
+
+
+def test_a_step_that_a_grad_scaler_skips_is_not_counted():
+    model = llama(3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)  # called, with found_inf, to do nothing
+    sampler = LayerSampler(model, active=1, interval=2)
+    sampler.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step, tokens in enumerate(batches(5)):
+        (scaler.scale(loss_of(model, tokens)) * (float("inf") if step in (0, 2) else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert sampler.steps == (0, 1, 1, 2, 3)[step]
+    assert sum(row.intervals for row in sampler.coverage()) == 2
+
+
+def test_detach_gives_model_and_optimizer_back():
+    model = llama(3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sampler = LayerSampler(model, active=1, interval=2, frozen_state="offload")
+    sampler.attach(optimizer)
+    train(model, optimizer, batches(3))
+    sampler.detach()
+    assert "layer_sampler" not in optimizer.param_groups[0]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    train(model, optimizer, batches(1))
+    assert not any(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    assert sampler.steps == 3
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    sampler.attach(torch.optim.SGD(model.parameters(), lr=1e-3))
+    assert sum(p.requires_grad for p in model.model.layers.parameters()) == len(
+        list(model.model.layers[0].parameters())
+    )
+
+
+@pytest.mark.parametrize("frozen_state", ["drop", "keep", "offload"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_optimizers_under_one_sampler(order, frozen_state):
+    """One for matrices and one for the rest end where a single one with the same rule does, also when resumed."""
+
+    def make(two):
+        model = llama(3)
+        parts = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim == 1]
+        sampler = LayerSampler(model, active=1, interval=2, seed=1, frozen_state=frozen_state)
+        optimizers = [torch.optim.AdamW(part, lr=1e-2) for part in (parts if two else [[*parts[0], *parts[1]]])]
+        return model, optimizers, sampler
+
+    def run(model, optimizers, data):
+        for tokens in data:
+            loss_of(model, tokens).backward()
+            for optimizer in optimizers[::order]:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    data = batches(7)
+    one, single, sampler = make(two=False)
+    sampler.attach(*single)
+    run(one, single, data)
+    model, optimizers, pair = make(two=True)
+    with pytest.raises(htsr.UsageError, match="lacks parameters"):
+        pair.attach(optimizers[0])
+    pair.attach(*optimizers)
+    pair.attach(*optimizers)
+    run(model, optimizers, data[:3])
+    saved = copy.deepcopy([model.state_dict(), *(optimizer.state_dict() for optimizer in optimizers)])
+    again, others, resumed = make(two=True)
+    resumed.attach(*others)
+    for part, state in zip((again, *others), saved, strict=True):
+        part.load_state_dict(state)
+    run(again, others, data[3:])
+    assert resumed.steps == sampler.steps == 7
+    assert resumed.state_dict() == sampler.state_dict()
+    assert all(map(torch.equal, again.state_dict().values(), one.state_dict().values()))
+
+
+def test_a_copy_of_the_model_is_nobodys():
+    model = llama(3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sampler = LayerSampler(model, [0, 1, 0], active=1)
+    sampler.attach(optimizer)
+    reference = copy.deepcopy(model).requires_grad_(True)
+    loss_of(reference, batches(1)[0]).backward()
+    assert all(parameter.grad is not None for parameter in reference.parameters())
+    file = io.BytesIO()
+    torch.save(model, file)
+
+
+def test_the_state_of_a_sampler_of_0_1_0_is_taken_up():
+    sampler = LayerSampler(llama(3), active=1, interval=4)
+    sampler.load_state_dict({"seed": 3, "steps": 5, "active": [2], "counts": [1, 0, 1]})
+    assert (sampler.steps, sampler.active, sampler.seed) == (5, (2,), 3)
+    assert sampler.state_dict()["moved"] == [2]
+
+
+def vision_language():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "head_dim": 8}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4}
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=text | {"num_attention_heads": 4, "num_key_value_heads": 2},
+            vision_config=vision | {"image_size": 16, "patch_size": 4},
+            mm_tokens_per_image=4,
+        )
+    )
+
+
+def test_of_a_vision_language_model_the_language_model_is_sampled_and_the_rest_is_said(caplog, tmp_path):
+    model = vision_language()
+    sampler = LayerSampler(model, active=1)
+    assert sampler.names == tuple(f"model.language_model.layers.{i}" for i in range(3))
+    with caplog.at_level("INFO", "htsr"):
+        sampler.attach(torch.optim.AdamW(model.parameters()))
+    assert "1 of 3 blocks train at a time: model.language_model.layers.0, " in caplog.text
+    assert "train in every step, more than a block has: model.vision_tower.encoder.layers" in caplog.text
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {int(n.split("layers.")[1][0]) for n in trains if "language_model.layers" in n} == set(sampler.active)
+    assert any("vision_tower" in name for name in trains)
+    assert not any("embed_tokens" in name for name in trains)
+
+    caplog.clear()
+    model = vision_language()
+    model.model.vision_tower.requires_grad_(False)
+    LayerSampler(model, active=1).attach(torch.optim.AdamW(model.parameters()))
+    assert "more than a block" not in caplog.text
+    named = LayerSampler(vision_language(), active=1, blocks="model.vision_tower.encoder.layers")
+    assert len(named.names) == 5
+    with pytest.raises(htsr.UsageError, match=r"no blocks 'visual'; there are .*layers \(5 blocks\), .*\(3 blocks\)"):
+        LayerSampler(vision_language(), blocks="visual")
+
+    analysis = htsr.analyze(vision_language(), null=False)
+    assert block_probabilities("alpha", find_blocks(vision_language()), analysis).size == 3
+    config = htsr.lora_config(vision_language(), analysis, rank=2)
+    assert all("language_model.layers" in name for name in config.target_modules)
+
+    model = vision_language()
+    LayerSampler(model, [1, 0, 0], active=1).attach(torch.optim.AdamW(model.parameters()))
+    model.config.save_pretrained(tmp_path)
+    plan = htsr.predict_memory(str(tmp_path), "lisa", active_blocks=1, sequence=8)
+    assert plan.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_of_encoder_and_decoder_both_are_sampled_however_many_blocks_they_have():
+    from transformers import T5Config, T5ForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
+
+    with torch.device("meta"):
+        t5 = T5ForConditionalGeneration(T5Config(num_layers=3, num_decoder_layers=2, d_model=16))
+        whisper = WhisperForConditionalGeneration(WhisperConfig(encoder_layers=4, decoder_layers=2))
+    assert find_blocks(t5).names == (*(f"encoder.block.{i}" for i in range(3)), "decoder.block.0", "decoder.block.1")
+    assert find_blocks(t5).index_of("block.0.layer.0.SelfAttention.q.weight") is None
+    assert len(find_blocks(whisper)) == 6
+
+
+def test_names_of_older_files_find_their_blocks():
+    blocks = find_blocks(vision_language())
+    for name, index in (
+        ("language_model.model.layers.2.mlp.up_proj.weight", 2),
+        ("model.layers.1.mlp.up_proj.weight", 1),
+        ("model.vision_tower.encoder.layers.1.mlp.fc1.weight", None),
+        ("vision_tower.vision_model.encoder.layers.1.mlp.fc1", None),
+        ("teacher.layers.1.mlp.up_proj.weight", None),
+    ):
+        assert blocks.index_of(name) == index

@@ -1,0 +1,80 @@
+"""What takes part in layer sampling: which parameters belong to which block, to the embedding, or to neither."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from htsr.matrices.blocks import Blocks
+from htsr.matrices.entries import clean_name
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """Names, without wrappers, of the parameters of a model that train.
+
+    Attributes:
+        blocks: for each block.
+        embedding: input embedding with all that comes before the first block in its tower, and head.
+        rest: of anything else: final norm, classifier, vision tower.
+    """
+
+    blocks: list[list[str]]
+    embedding: list[str]
+    rest: list[str]
+
+
+def trainable(model: torch.nn.Module, blocks: Blocks) -> Trainable:
+    """Tell a model's trainable parameters apart.
+
+    Args:
+        model: wrapped or not.
+        blocks: of it.
+    """
+    ends = set()
+    for module in model.modules():
+        if hasattr(type(module), "get_input_embeddings"):
+            for getter in ("get_input_embeddings", "get_output_embeddings"):
+                try:
+                    end = getattr(module, getter)()
+                except (AttributeError, NotImplementedError, TypeError):
+                    continue
+                ends |= {id(parameter) for parameter in end.parameters()} if end is not None else set()
+            break
+    found = Trainable([[] for _ in blocks.names], [], [])
+    before = True
+    for full, parameter in model.named_parameters():
+        index, name = blocks.index_of(full), clean_name(full)
+        before = before and index is None
+        if not parameter.requires_grad:
+            continue
+        if index is not None:
+            found.blocks[index].append(name)
+        elif (before and blocks.holds(name)) or id(parameter) in ends:
+            found.embedding.append(name)
+        else:
+            found.rest.append(name)
+    return found
+
+
+def what_else_trains(model: torch.nn.Module, blocks: Blocks, names: Trainable) -> str | None:
+    """A sentence on what trains in every step beside sampled blocks, where it is more than the largest of them.
+
+    Args:
+        model: wrapped or not.
+        blocks: that are sampled.
+        names: of the model's trainable parameters.
+    """
+    sizes = {clean_name(name): parameter.numel() for name, parameter in model.named_parameters()}
+    rest = sum(sizes[name] for name in names.rest)
+    if rest <= max(sum(sizes[name] for name in members) for members in names.blocks):
+        return None
+    towers = [name for name in blocks.others if any(own.startswith(f"{name}.") for own in names.rest)]
+    where = ", ".join(towers) or f"{names.rest[0]} and others"
+    return (
+        f"{rest / 1e6:.3g} million parameters outside of the sampled blocks ({blocks.names[0]} …) train in every step, "
+        f"more than a block has: {where}. Freeze them before the sampler is made, or give it blocks=…"
+    )
