@@ -6,7 +6,7 @@ import heapq
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -20,9 +20,10 @@ from htsr.spectra.metrics import LayerMetrics, Options
 
 logger = logging.getLogger(__name__)
 
-# Matrices whose float32 copy and Gram matrix take less are worked on side by side, one BLAS thread each; larger ones
-# one after the other with all threads. So memory is a few small matrices or one large one.
+# Matrices whose float32 copy and Gram matrix take less are worked on side by side, one BLAS thread each, as many as
+# there are threads and together at most AT_ONCE; larger ones one after the other with all threads.
 SIDE_BY_SIDE = 160 << 20
+AT_ONCE = 1 << 30
 
 Progress = Callable[[int, Measured], None]
 Result = TypeVar("Result")
@@ -82,8 +83,9 @@ def _footprint(matrix: WeightMatrix) -> int:
 
 def workers() -> int:
     """Threads for this process: OMP_NUM_THREADS where set, else its share of the processors."""
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        return max(1, int(threads.split(",")[0]))
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if threads.isdecimal():
+        return max(1, int(threads))
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
@@ -93,15 +95,24 @@ def _in_threads(
 ) -> Iterator[tuple[int, Result]]:
     if not indices:
         return
-    batches = _batches(matrices, indices)
-    with _one_blas_thread(), ThreadPoolExecutor(workers()) as pool:
-        futures = {pool.submit(work, [matrices[i] for i in batch]): batch for batch in batches}
-        pending = set(futures)
+    waiting = _batches(matrices, indices)[::-1]
+    threads = workers()
+
+    def footprint(batch: list[int]) -> int:
+        return sum(_footprint(matrices[i]) for i in batch)
+
+    with _one_blas_thread(), ThreadPoolExecutor(threads) as pool:
+        running: dict[Future[Sequence[Result]], list[int]] = {}
         try:
-            while pending:
-                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+            while waiting or running:
+                while waiting and len(running) < 2 * threads:  # some wait in line, so that no thread does
+                    if running and sum(map(footprint, running.values())) + footprint(waiting[-1]) > AT_ONCE:
+                        break
+                    batch = waiting.pop()
+                    running[pool.submit(work, [matrices[i] for i in batch])] = batch
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    yield from zip(futures.pop(future), future.result(), strict=True)
+                    yield from zip(running.pop(future), future.result(), strict=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

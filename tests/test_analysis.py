@@ -2,6 +2,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 import htsr
+from htsr import execution
 from htsr.analysis import analyze_model
 from htsr.execution import _batches, measure_all, pick_device, share
 from htsr.journal import Journal
@@ -340,6 +343,36 @@ def test_two_processes_give_the_rows_of_one(tmp_path, launcher):
         for field, value in row.items():
             if field != "seconds":
                 assert value == getattr(other, field), field
+
+
+def test_threads_share_one_budget_of_memory(monkeypatch):
+    """0.1.0 had a budget for each thread: 1,235 MiB with 24 of them."""
+    model = htsr.describe(state_dict(blocks=10, width=200))
+    sizes = [execution._footprint(matrix) for matrix in model]
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    monkeypatch.setattr(execution, "AT_ONCE", 3 * max(sizes))
+    monkeypatch.setattr(execution, "BATCH_UP_TO", 0)
+    held, most, lock = [0], [0], threading.Lock()
+
+    def work(matrices):
+        size = sum(map(execution._footprint, matrices))
+        with lock:
+            held[0] += size
+            most[0] = max(most[0], held[0])
+        time.sleep(0.002)
+        with lock:
+            held[0] -= size
+        return [matrix.name for matrix in matrices]
+
+    found = dict(execution.for_each(model.matrices, work))
+    assert [found[i] for i in range(len(sizes))] == [matrix.name for matrix in model]
+    assert max(sizes) < most[0] <= 3 * max(sizes)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, 2**64, "1"])
+def test_seeds_that_are_none(seed):
+    with pytest.raises(htsr.UsageError, match="seed is a whole number from 0"):
+        htsr.analyze(state_dict(blocks=1), device="cpu", seed=seed, permuted=True)
 
 
 def test_batches_hold_matrices_of_one_shape_only():

@@ -56,8 +56,10 @@ class Options:
         for name, kind in (("fit", FitMethod), ("route", Route), ("dtype", Precision)):
             if getattr(self, name) not in get_args(kind):
                 raise UsageError(f"unknown {name} {getattr(self, name)!r}: {', '.join(get_args(kind))}")
-        if self.bootstrap < 0:
-            raise UsageError(f"bootstrap is a number of resamples, not {self.bootstrap}")
+        for name, what in (("bootstrap", "a number of resamples"), ("seed", "a whole number from 0")):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 0 <= value < 2**63:
+                raise UsageError(f"{name} is {what}, not {value}")
         for name in ("xmin", "xmax"):
             value = getattr(self, name)
             if value is not None and not 0 < value < np.inf:
