@@ -413,6 +413,9 @@ def main(args: list[str] | None = None) -> int:
     except HtsrError as error:
         typer.echo("\n".join(visible(line) for line in f"htsr: {error}".splitlines()), err=True)
         return 2 if isinstance(error, UsageError) else 1
+    except OSError as error:  # a name that the file system does not take, a folder that may not be read
+        typer.echo(f"htsr: {visible(str(error))}", err=True)
+        return 1
     except KeyboardInterrupt:
         typer.echo("htsr: interrupted", err=True)
         return 130

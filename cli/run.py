@@ -204,7 +204,7 @@ def parse_windows(text: str | None) -> Windows | None:
     """
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+)x(\d+)(?:x([\d.]+))?", text)
+    match = re.fullmatch(r"(\d{1,9})x(\d{1,9})(?:x(\d{1,9}(?:\.\d{1,9})?))?", text)
     if not match:
         raise UsageError(f"--windows takes ROWSxCOUNT such as 2000x10, not {text!r}")
     return Windows(int(match[1]), int(match[2]), float(match[3] or 1))
