@@ -19,6 +19,7 @@ from htsr.files import check_writable, written
 from htsr.matrices.sources import Model
 from htsr.reporting import tables
 from htsr.reporting.text import encodable, plain_console, visible
+from htsr.spectra.notes import CAUTION
 from htsr.training.memory import MemoryPlans
 
 if TYPE_CHECKING:
@@ -143,6 +144,8 @@ def _print_tables(subject: Analysis | Comparison | Model | MemoryPlans, to: Cons
         to.print(tables.terminal_table(subject.rows, to.width))
         to.print(tables.summary_table(subject))
         to.print(_closing(subject), style="dim")
+        if any(kind in row.warning for row in subject for kind in ("heavy tail", "light tail")):
+            to.print(CAUTION, style="dim")
     elif isinstance(subject, Comparison):
         to.print(tables.comparison_table(subject, to.width))
         alpha = subject.summary().get("alpha")

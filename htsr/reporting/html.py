@@ -28,12 +28,13 @@ from htsr.comparison import Comparison
 from htsr.errors import MissingDependencyError
 from htsr.files import written
 from htsr.reporting import figures, tables
+from htsr.reporting.text import visible
 from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
-from htsr.spectra.notes import kind_of
+from htsr.spectra.notes import CAUTION, kind_of
 
 _DIGITS = 6  # of the numbers of a row
 _CURVE_DIGITS = 4  # of the points of a curve
-_CLASSES = {"red": "failed", "bright_black": "random", "magenta": "over", "green": "fine", "yellow": "under"}
+_CLASSES = {"red": "failed", "bright_black": "random", "magenta": "heavy", "green": "middle", "yellow": "light"}
 
 
 def require_plotly() -> None:
@@ -67,11 +68,12 @@ def render(analysis: Analysis, plotly: str) -> str:
     hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
     return Template(_asset("report.html")).substitute(
         hashes=hashes,
-        title=escape(analysis.label),
+        title=escape(visible(analysis.label)),
         version=escape(__version__),
         style=_asset("report.css"),
         facts=_facts(analysis),
-        warnings=_warnings(analysis.rows),
+        notes=_notes(analysis.rows),
+        caution=escape(CAUTION),
         summary=_summary(analysis),
         data=_json(content(analysis)),
         plotly=scripts[0],
@@ -114,7 +116,10 @@ def content(analysis: Analysis) -> dict[str, Any]:
         "labels": figures.LABELS,
         "metrics": metrics,
         "numeric": [name for name in shown if name in NUMERIC or name == "block"],
-        "short": {"headers": [header for header, _ in short], "cells": [[cell(r) for _, cell in short] for r in rows]},
+        "short": {
+            "headers": [header for header, _ in short],
+            "cells": [[visible(cell(r)) for _, cell in short] for r in rows],
+        },
         "styles": [_CLASSES.get(tables.style_of(row), "plain") for row in rows],
         "grid": {
             "roles": cells.roles,
@@ -177,7 +182,7 @@ def _curve(values: Iterable[float]) -> list[float | None]:
 
 
 def _plain(value: Any) -> Any:
-    return _round(value) if isinstance(value, float) else value
+    return _round(value) if isinstance(value, float) else visible(value) if isinstance(value, str) else value
 
 
 def _about() -> dict[str, str]:
@@ -219,8 +224,8 @@ def _further(options: Options) -> str:
     )
 
 
-def _warnings(rows: Iterable[LayerMetrics]) -> str:
-    """How often each warning and each status occurs, as buttons that filter the table."""
+def _notes(rows: Iterable[LayerMetrics]) -> str:
+    """How often each kind of note and each status occurs, as buttons that filter the table."""
     counts: Counter[str] = Counter()
     for row in rows:
         counts.update(dict.fromkeys(map(kind_of, row.warning.split("; ")) if row.status == "ok" else [row.status], 1))
@@ -229,7 +234,7 @@ def _warnings(rows: Iterable[LayerMetrics]) -> str:
         f'<button type="button" class="chip" data-filter="{escape(text)}">{escape(text)} <b>{count}</b></button>'
         for text, count in counts.most_common()
     )
-    return "".join(buttons) or "<p>No warnings.</p>"
+    return "".join(buttons) or "<p>No notes.</p>"
 
 
 def _summary(analysis: Analysis) -> str:

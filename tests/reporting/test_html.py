@@ -2,6 +2,8 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
+from html import escape
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 import htsr
 from htsr.errors import HtsrError, MissingDependencyError
 from htsr.reporting import html
+from htsr.spectra.notes import CAUTION
 from tests.models import state_dict
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&amp;"
@@ -78,6 +81,19 @@ def test_names_are_text_and_never_markup(page):
     text = page.read_text(encoding="utf-8")
     assert "<img src=x" not in text
     assert any(HOSTILE in str(row[0]) for row in data_of(text)["rows"])
+
+
+def test_the_page_says_what_notes_are_not(analysis, page):
+    text = page.read_text(encoding="utf-8")
+    assert escape(CAUTION) in text
+    assert "trained models too" in text
+    tails = sum("tail of " in row.warning for row in analysis)
+    assert f'data-filter="tail of">tail of <b>{tails}</b>' in text
+
+
+def test_a_label_turns_no_text_around(analysis):
+    page = html.render(replace(analysis, label="a\u202eb\x1b[31m</title>"), "plotly")
+    assert "<h1>a\\u202eb\\x1b[31m&lt;/title&gt;</h1>" in page
 
 
 @pytest.mark.skipif(not BROWSER, reason="no chromium to show the page in")

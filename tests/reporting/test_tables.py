@@ -2,10 +2,13 @@ import io
 from dataclasses import replace
 
 import pytest
+import torch
+from htsr_cli.output import Target
 from rich.console import Console
 
 import htsr
 from htsr.reporting import tables
+from htsr.spectra.notes import CAUTION
 from tests.models import state_dict
 
 
@@ -64,3 +67,27 @@ def test_the_summary_ends_with_the_whole_model(analysis):
     shown = lines(tables.summary_table(analysis), 200)
     assert shown[-1].split()[:2] == ["all", "13"]
     assert f"{analysis.summary()['alpha']:.2f}" in shown[-1]
+
+
+def test_names_are_shown_as_they_are(capsys):
+    """Rich's markup, emoji codes, escape sequences and what Markdown reads as markup."""
+    names = ["a.[/red]", "b.:smile:", "c.\x1b[31mx\n", "d.|`<b>*_e_", "f.\ud800", "g.[bold](h)"]
+    analysis = htsr.analyze({f"{name}.weight": torch.randn(20, 20) for name in names}, device="cpu")
+    out = {}
+    for format in ("table", "csv", "markdown"):
+        Target(format, None).write(analysis)
+        out[format] = capsys.readouterr().out
+    for shown in ("a.[/red]", "b.:smile:", "c.\\x1b[31mx\\n", "d.|`<b>*_e_", "f.\\ud800", "g.[bold](h)"):
+        assert shown in out["table"]
+    for shown in (r"d.\|\`\<b>\*\_e\_", r"g.[bold]\(h)"):
+        assert shown in out["markdown"]
+    assert {line.replace("\\|", "").count("|") for line in out["markdown"].splitlines()} == {13}
+    assert "a.[/red]" in out["csv"]
+
+
+def test_the_caution_stands_where_a_tail_is_noted(capsys):
+    state = state_dict()
+    Target(None, None).write(htsr.analyze(state, device="cpu"))
+    assert CAUTION.split(":")[0] in " ".join(capsys.readouterr().out.split())
+    Target(None, None).write(htsr.analyze(state, device="cpu", where=htsr.Filter(roles=("mlp.*",), blocks={0})))
+    assert CAUTION.split(":")[0] not in " ".join(capsys.readouterr().out.split())
