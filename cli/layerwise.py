@@ -28,7 +28,9 @@ def plan(
     ] = None,
     fit: Annotated[str | None, typer.Option(help="How the tail is chosen: hill, ks …")] = None,
     windows: Annotated[str | None, typer.Option(metavar="ROWSxCOUNT", help="FARMS windows, as in 2000x10.")] = None,
-    map: Annotated[str | None, typer.Option(help="linear, sqrt, log2, sigmoid, rank, model_balancing.")] = None,
+    map: Annotated[
+        str | None, typer.Option(help="linear, sqrt, log2, sigmoid, sigmoid_std, rank, model_balancing.")
+    ] = None,
     bounds: Annotated[str | None, typer.Option(metavar="S1,S2", help="Least and largest multiplier.")] = None,
     reverse: Annotated[bool, typer.Option("--reverse", help="Favour small scores.")] = False,
     unit: Annotated[str | None, typer.Option(help="What shares a multiplier: matrix, block, role.")] = None,

@@ -14,8 +14,9 @@ Maps from scores α to multipliers between the bounds s1 and s2, n scores, σ(x)
 =================== ============================================================== ===========================
 ``linear``          s1 + (s2-s1)·(α-min)/(max-min); LLR, TempBalance, AlphaDecay   all equal: s1
 ``rank``            s1 + (s2-s1)·r/(n-1), r = 0 … n-1, equal scores share          all equal: s1
-``sigmoid``         s1 + (s2-s1)·σ(4z), z = (α-mean)/(max-min); (0, 2) gives the   all equal: (s1+s2)/2
-                    published 2/(1+e^(-4z))
+``sigmoid``         s1 + (s2-s1)·σ(4z), z = (α-mean)/(max-min)                     all equal: (s1+s2)/2
+``sigmoid_std``     the same, z = (α-mean)/standard deviation; with (0, 2) it is   all equal: (s1+s2)/2
+                    2/(1+e^(-4z)), as LLR's code has it
 ``sqrt``            n·√α/Σ√α, clipped to the bounds; needs α ≥ 0                    all equal: 1
 ``log2``            n·log2 α/Σ log2 α, clipped to the bounds; needs α ≥ 1           all equal: 1
 ``model_balancing`` s1·(s2/s1)^σ(10(α-mean)); 10^(s·(σ(10(α-mean))-½)) with         all equal: √(s1·s2)
@@ -37,7 +38,7 @@ import numpy.typing as npt
 from htsr.errors import UsageError
 
 Vector: TypeAlias = npt.NDArray[np.float64]
-Map: TypeAlias = Literal["linear", "sqrt", "log2", "sigmoid", "rank", "model_balancing"]
+Map: TypeAlias = Literal["linear", "sqrt", "log2", "sigmoid", "sigmoid_std", "rank", "model_balancing"]
 Bounds: TypeAlias = tuple[float, float]
 
 _EQUAL = 1e-9  # relative differences below it are rounding, not information
@@ -154,6 +155,11 @@ def _sigmoid(values: Vector, low: float, high: float) -> Vector:
     return low + (high - low) / (1 + np.exp(-4 * z))
 
 
+def _sigmoid_std(values: Vector, low: float, high: float) -> Vector:
+    z = (values - values.mean()) / values.std() if _spread(values) else np.zeros_like(values)
+    return low + (high - low) / (1 + np.exp(-4 * z))
+
+
 def _mean_one(values: Vector, low: float, high: float) -> Vector:
     total = values.sum()
     return np.clip(values * values.size / total if total > 0 else np.ones_like(values), low, high)
@@ -179,6 +185,7 @@ _MAPS: dict[str, Callable[[Vector, float, float], Vector]] = {
     "linear": _linear,
     "rank": _rank,
     "sigmoid": _sigmoid,
+    "sigmoid_std": _sigmoid_std,
     "sqrt": _sqrt,
     "log2": _log2,
     "model_balancing": _model_balancing,

@@ -10,7 +10,7 @@ from htsr.errors import UsageError
 
 scores = st.lists(st.floats(0.5, 50), min_size=1, max_size=12)
 anything = st.lists(st.one_of(st.floats(-5, 5), st.sampled_from([np.nan, np.inf, -np.inf])), max_size=10)
-MAPS = ["linear", "sqrt", "log2", "sigmoid", "rank", "model_balancing"]
+MAPS = ["linear", "sqrt", "log2", "sigmoid", "sigmoid_std", "rank", "model_balancing"]
 ALPHAS = [2.0, 3.0, 2.5, 4.0]
 FREE = (0.0, np.inf)
 
@@ -20,6 +20,12 @@ class TestMaps:
 
     def test_linear(self):
         assert allocate.multipliers(ALPHAS) == pytest.approx([1, 3, 2, 5])
+
+    def test_the_sigmoid_of_llr(self):
+        """2/(1+e^(-4z)), z by the (population's) standard deviation: for 1 and 3 it is ∓1."""
+        found = allocate.multipliers([1.0, 3.0], map="sigmoid_std", bounds=(0, 2))
+        assert found == pytest.approx([2 / (1 + np.exp(4)), 2 / (1 + np.exp(-4))])
+        assert allocate.multipliers([2.0, 2.0], map="sigmoid_std", bounds=(0, 2)) == pytest.approx([1.0, 1.0])
 
     def test_sqrt(self):
         roots = np.sqrt(ALPHAS)
