@@ -141,7 +141,8 @@ def compare(
 ) -> Comparison:
     """Compare two models, or two saved analyses of them.
 
-    Matrices are matched by name; models that name nothing alike (a GGUF file and its original) by role and block. What
+    Matrices are matched by name, and those that are named otherwise in the two (a GGUF file and its original; experts
+    one by one or in a stack) by role and block. What
     llama.cpp's converter permutes is put back; where that is not known the row's warning says so.
 
     Args:
@@ -268,15 +269,18 @@ def _of_one_shape(a: LayerMetrics, b: LayerMetrics) -> bool:
 
 
 def match(a: Sequence[LayerMetrics], b: Sequence[LayerMetrics]) -> list[tuple[LayerMetrics, LayerMetrics]]:
-    """Pairs of rows of `a` and `b` of one matrix: by name, else by the name's end, else by role, block and part."""
-    keys: tuple[Callable[[LayerMetrics], Any], ...] = (_by_name, _by_end, _by_place)
-    for key in keys:
-        there = _unique(b, key)
-        pairs = [(row, there[k]) for k, row in _unique(a, key).items() if k in there]
-        if pairs:
-            order = {row.name: i for i, row in enumerate(a)}
-            return sorted(pairs, key=lambda pair: order[pair[0].name])
-    return []
+    """Pairs of rows of `a` and `b` of one matrix: by name, then by the name's end, then by role, block and part."""
+    pairs: list[tuple[LayerMetrics, LayerMetrics]] = []
+    left_a, left_b = list(a), list(b)
+    for key in (_by_name, _by_end, _by_place):
+        there = _unique(left_b, key)
+        found = [(row, there[k]) for k, row in _unique(left_a, key).items() if k in there]
+        pairs += found
+        taken_a, taken_b = ({id(pair[i]) for pair in found} for i in (0, 1))
+        left_a = [row for row in left_a if id(row) not in taken_a]
+        left_b = [row for row in left_b if id(row) not in taken_b]
+    order = {row.name: i for i, row in enumerate(a)}
+    return sorted(pairs, key=lambda pair: order[pair[0].name])
 
 
 def _by_name(row: LayerMetrics) -> Any:
@@ -290,13 +294,17 @@ def _by_end(row: LayerMetrics) -> Any:
 
 
 def _by_place(row: LayerMetrics) -> Any:
-    return row.role, row.block, "".join(re.findall(r"\[\d+\]", row.name))
+    """Role, block and number of the expert, in a stack or by name; None of a matrix without a role."""
+    if row.role.endswith("other"):
+        return None
+    numbers = re.findall(r"\[(\d+)\]|experts?[._](\d+)", row.name)
+    return row.role, row.block, tuple("".join(number) for number in numbers)
 
 
 def _unique(rows: Sequence[LayerMetrics], key: Callable[[LayerMetrics], Any]) -> dict[Any, LayerMetrics]:
-    """Rows by key, without those whose key is not theirs alone."""
+    """Rows by key, without those that have none or whose key is not theirs alone."""
     counts = Counter(key(row) for row in rows)
-    return {key(row): row for row in rows if counts[key(row)] == 1}
+    return {key(row): row for row in rows if counts[key(row)] == 1 and key(row) is not None}
 
 
 def _esd_distance(a: Vector | None, b: Vector | None) -> float | None:

@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import htsr
 from htsr.comparison import cka, distance
@@ -100,6 +101,30 @@ def test_a_filter_names_what_is_in_one_of_the_two():
     assert len(htsr.compare(a, b, where=wanted, device="cpu")) == 5
     with pytest.raises(htsr.UsageError, match="no name of state dict and state dict matches 'extar'"):
         htsr.compare(a, b, where=htsr.Filter(exclude=("extar",)), device="cpu")
+
+
+@pytest.mark.parametrize("side", ["file first", "module first"])
+def test_experts_one_by_one_in_a_file_are_those_stacked_in_a_module(tmp_path, side):
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=3,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    assert any(".experts.1." in m.name for m in htsr.describe(str(tmp_path)))
+    pair = (str(tmp_path), model) if side == "file first" else (model, str(tmp_path))
+    comparison = htsr.compare(*pair, device="cpu", null=False)
+    assert (comparison.only_a, comparison.only_b) == ((), ())
+    assert {pair.distance.frobenius for pair in comparison} == {0.0}
+    assert all(pair.a.role == pair.b.role for pair in comparison)
+
+
+def test_matrices_without_a_role_are_not_paired_by_it():
+    a, b = state_dict(blocks=1), state_dict(blocks=1)
+    a["some.thing.weight"], b["any.matter.weight"] = torch.randn(20, 30), torch.randn(20, 30)
+    comparison = htsr.compare(a, b, device="cpu")
+    assert (comparison.only_a, comparison.only_b) == (("some.thing",), ("any.matter",))
 
 
 def test_nothing_in_common_is_an_error():
