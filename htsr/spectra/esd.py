@@ -37,7 +37,7 @@ import numpy.typing as npt
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.attempts import attempted
 from htsr.spectra.product import Product
-from htsr.spectra.resolution import distinct, equal_within, without_rounding
+from htsr.spectra.resolution import equal_within, require_tail, without_rounding
 from htsr.spectra.windows import Windows
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ Route: TypeAlias = Literal["auto", "gram", "svd", "lanczos"]
 Precision: TypeAlias = Literal["auto", "float32", "float64"]
 
 LANCZOS_FROM = 16384
-MIN_EIGENVALUES = 8  # with fewer there is no tail to speak of
 BATCH_UP_TO = 500
 _TORCH_FROM = 2048
 _CHUNK = 1 << 20  # elements that are up-cast at a time while a Gram matrix is accumulated
@@ -90,16 +89,10 @@ class ESD:
         """Refuse a spectrum that has no tail to speak of, so that no exponent of it would mean anything.
 
         Raises:
-            MatrixError: fewer than `MIN_EIGENVALUES` eigenvalues above the resolution (status ``tiny``), or of those
-                fewer that differ by more than rounding (``degenerate``), as of an orthogonal matrix.
+            MatrixError: fewer than 8 eigenvalues above the resolution (status ``tiny``), or of those fewer that differ
+                by more than rounding (``degenerate``), as of an orthogonal matrix.
         """
-        rank = self.positive.size
-        if rank < MIN_EIGENVALUES:
-            beyond = "" if rank == self.eigenvalues.size else " above the resolution"
-            raise MatrixError("tiny", f"{rank} eigenvalue{'' if rank == 1 else 's'}{beyond}, too few for a fit")
-        if (found := distinct(self.positive, self.equal_within, MIN_EIGENVALUES)) < MIN_EIGENVALUES:
-            are = "all eigenvalues are equal" if found == 1 else f"{found} distinct eigenvalues"
-            raise MatrixError("degenerate", f"{are} but for rounding, so there is no tail to fit")
+        require_tail(self.eigenvalues, self.equal_within)
 
     @property
     def positive(self) -> npt.NDArray[np.float64]:

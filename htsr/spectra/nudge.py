@@ -105,6 +105,7 @@ def nudge(matrix: Array, strength: float, *, fit: FitMethod = "ks") -> tuple[Arr
         UsageError: a strength outside [0, 1].
     """
     found = decompose(matrix)
+    found.require_tail()
     moved = nudge_spectrum(found.values, strength, fit=fit)
     if strength == 0:
         return matrix, moved

@@ -27,7 +27,7 @@ from htsr.errors import MatrixError, UsageError
 from htsr.spectra.bulk import fit_bulk, permute_entries
 from htsr.spectra.erg import erg
 from htsr.spectra.esd import Array, as_numpy, esd
-from htsr.spectra.resolution import without_rounding
+from htsr.spectra.resolution import equal_within, require_tail, without_rounding
 from htsr.spectra.tail import FitMethod, fit_power_law
 
 if TYPE_CHECKING:
@@ -51,10 +51,20 @@ class Decomposition:
             numbers or of the computation.
         vectors: (pieces, M, M) float64 or float32, columns in the same order; the right singular vectors of W where
             m ≥ n, else the left.
+        equal_within: relative difference of eigenvalues that are equal but for rounding.
     """
 
     values: Vector
     vectors: torch.Tensor
+    equal_within: float = 1e-6
+
+    def require_tail(self) -> None:
+        """Refuse a spectrum that has no tail to speak of.
+
+        Raises:
+            MatrixError: as `htsr.spectra.resolution.require_tail`.
+        """
+        require_tail(np.sort(self.values, axis=None), self.equal_within)
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,8 @@ def project_tail(matrix: Array, keep: Keep, *, fit: FitMethod = "ks") -> Project
     Source: SETOL (arXiv 2507.17912) for the test; Eckart & Young (Psychometrika 1, 1936) for the projection.
     """
     found = decompose(matrix)
+    if keep == "tail" and found.values.any():
+        found.require_tail()
     threshold = _threshold(found.values, keep, fit)
     chosen = found.values >= threshold
     total = float(found.values.sum())
@@ -174,7 +186,8 @@ def decompose(matrix: Array) -> Decomposition:
     resolution = _SAFETY * torch.finfo(kind).eps * values.max(axis=1, keepdims=True)
     values = np.where(values > resolution, values, 0.0)
     stored = str(W.dtype).removeprefix("torch.")
-    return Decomposition(without_rounding(values, max(W.shape[1:]), stored), vectors)
+    M, N = sorted(W.shape[1:])
+    return Decomposition(without_rounding(values, N, stored), vectors, equal_within(M, N, stored))
 
 
 def rescaled(matrix: Array, vectors: torch.Tensor, ratios: Vector) -> Array:

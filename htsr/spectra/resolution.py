@@ -33,8 +33,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from htsr.errors import MatrixError
+
 Vector = npt.NDArray[np.float64]
 
+MIN_EIGENVALUES = 8  # with fewer there is no tail to speak of
 _EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 _MANTISSAS = (0.541 / 12) ** 0.5
 _UNEVEN = 4.0  # of the errors' singular values over those of even errors
@@ -99,3 +102,23 @@ def distinct(values: Vector, within: float, enough: int) -> int:
         start = int(np.searchsorted(values, values[start] * (1 + within), side="right"))
         found += 1
     return found
+
+
+def require_tail(eigenvalues: Vector, within: float) -> None:
+    """Refuse a spectrum that has no tail to speak of, so that no exponent of it would mean anything.
+
+    Args:
+        eigenvalues: (K,) ≥ 0, ascending, what is rounding set to 0.
+        within: relative difference of values that are equal.
+
+    Raises:
+        MatrixError: fewer than `MIN_EIGENVALUES` eigenvalues above the resolution (status ``tiny``), or of those fewer
+            that differ by more than rounding (``degenerate``), as of an orthogonal matrix.
+    """
+    positive = eigenvalues[eigenvalues > 0]
+    if (rank := positive.size) < MIN_EIGENVALUES:
+        beyond = "" if rank == eigenvalues.size else " above the resolution"
+        raise MatrixError("tiny", f"{rank} eigenvalue{'' if rank == 1 else 's'}{beyond}, too few for a fit")
+    if (found := distinct(positive, within, MIN_EIGENVALUES)) < MIN_EIGENVALUES:
+        are = "all eigenvalues are equal" if found == 1 else f"{found} distinct eigenvalues"
+        raise MatrixError("degenerate", f"{are} but for rounding, so there is no tail to fit")

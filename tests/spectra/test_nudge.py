@@ -8,6 +8,7 @@ from htsr.errors import MatrixError, UsageError
 from htsr.spectra.erg import erg
 from htsr.spectra.esd import esd
 from htsr.spectra.nudge import nudge, nudge_spectrum
+from htsr.spectra.projection import project_tail
 from htsr.spectra.tail import fit_power_law
 
 
@@ -135,3 +136,10 @@ def test_what_cannot_be_nudged_says_so():
         nudge_spectrum(np.array([1.0, 2.0, 3.0]), 0.1)
     with pytest.raises(MatrixError, match="2 distinct"):
         nudge_spectrum(np.ones(40), 0.1)
+
+
+def test_an_orthogonal_matrix_has_no_tail_to_move():
+    W = torch.nn.init.orthogonal_(torch.empty(96, 96))
+    for change in (lambda: nudge(W, 0.5), lambda: project_tail(W, "tail")):
+        with pytest.raises(MatrixError, match="all eigenvalues are equal but for rounding"):
+            change()
