@@ -26,6 +26,7 @@ from htsr.matrices.positions import Position
 from htsr.matrices.quantized import dequantized
 from htsr.spectra.esd import Array, as_numpy
 from htsr.spectra.product import Product
+from htsr.spectra.resolution import Difference
 
 if TYPE_CHECKING:
     import torch
@@ -414,8 +415,7 @@ class _Minus:
     def __call__(self, index: int | None = None) -> Array:
         which = () if index is None else (index,)
         a, b = (as_numpy(e.read(*which)) for e in (self.a, self.b))
-        wide = "float64" if "float64" in (a.dtype, b.dtype) else "float32"
-        return a.astype(wide) - b.astype(wide)  # type: ignore[no-any-return]
+        return Difference.of(a, b, (self.a.dtype, self.b.dtype))
 
 
 def matrices_of(entries: list[Entry], config: dict[str, Any]) -> Iterator[WeightMatrix]:

@@ -138,7 +138,7 @@ def esd(
     if route not in ("auto", "gram", "svd", "lanczos"):
         raise UsageError(f"unknown route {route!r}: auto, gram, svd or lanczos")
     automatic, dtype = dtype == "auto", _precision(dtype, device)
-    stored = stored or _dtype(matrix)
+    stored, rounding = stored or _dtype(matrix), getattr(matrix, "rounding", None)
 
     if isinstance(matrix, Product):
         if route == "auto" and windows is None:
@@ -161,16 +161,16 @@ def esd(
             raise MatrixError("unsupported", "the lanczos route takes one whole matrix, without windows or pieces")
         return lanczos_esd(parts[0], device=device, seed=seed)
 
-    found = attempted(lambda: _eigenvalues(parts, route, dtype, device, stored))
+    found = attempted(lambda: _eigenvalues(parts, route, dtype, device, stored, rounding))
     if automatic and dtype == "float32" and (isinstance(found, MatrixError) or _unresolved(found)):
         dtype = "float64"
-        found = attempted(lambda: _eigenvalues(parts, route, dtype, device, stored))
+        found = attempted(lambda: _eigenvalues(parts, route, dtype, device, stored, rounding))
     if isinstance(found, MatrixError):
         raise found
     values = found
     if refine and dtype == stored == "float64" and _unresolved(values):
         route = "svd"
-        values = _eigenvalues(parts, route, dtype, device, stored)
+        values = _eigenvalues(parts, route, dtype, device, stored, rounding)
     within = equal_within(M, N, stored)
     return ESD(values, M, N, values.size // M, route=f"{route}/{dtype}", equal_within=within)
 
@@ -233,7 +233,10 @@ def esd_batch(
         M, N = sorted(matrices[0].shape)
         values = attempted(lambda: _together(matrices, kind))
         if not isinstance(values, MatrixError):
-            rows = [_resolved(row, "gram", kind, (M, N), own) for row, own in zip(values, kinds, strict=True)]
+            rows = [
+                _resolved(row, "gram", kind, (M, N), own, getattr(matrix, "rounding", None))
+                for row, own, matrix in zip(values, kinds, matrices, strict=True)
+            ]
             if route == "gram" or "float64" not in kinds or not any(_unresolved(row) for row in rows):
                 return [
                     ESD(row, M, N, 1, route=f"gram/{kind}", equal_within=equal_within(M, N, own))
@@ -257,24 +260,33 @@ def _pieces(matrix: Array, windows: Windows | None) -> list[Array]:
     return [matrix[..., rows, columns] for rows, columns in windows.slices((matrix.shape[-2], matrix.shape[-1]))]
 
 
-def _eigenvalues(parts: list[Array], route: str, dtype: str, device: str, stored: str) -> npt.NDArray[np.float64]:
+def _eigenvalues(
+    parts: list[Array], route: str, dtype: str, device: str, stored: str, rounding: float | None
+) -> npt.NDArray[np.float64]:
     """All eigenvalues of all parts, ascending, those below the resolution of their own part set to 0."""
     if device.startswith("mps") and dtype == "float64":  # which is not known there
         device = "cpu"
     solve = _solve_cpu if device == "cpu" else _solve_torch
-    pooled = [_resolved(solve(part, route, dtype, device), route, dtype, part.shape, stored) for part in parts]
+    pooled = [
+        _resolved(solve(part, route, dtype, device), route, dtype, part.shape, stored, rounding) for part in parts
+    ]
     return np.sort(np.concatenate([values.ravel() for values in pooled]))
 
 
 def _resolved(
-    values: npt.NDArray[np.float64], route: str, dtype: str, shape: tuple[int, ...], stored: str
+    values: npt.NDArray[np.float64],
+    route: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    stored: str,
+    rounding: float | None,
 ) -> npt.NDArray[np.float64]:
     if not np.isfinite(values).all():
         raise MatrixError("nan", "the matrix has NaN, infinite or overflowing entries")
     eps = float(np.finfo(dtype).eps)
     smallest = (max(shape[-2:]) * eps) ** 2 if route == "svd" else _SAFETY * eps
     found = np.where(values > smallest * values.max(axis=-1, keepdims=True), values, 0.0)
-    return without_rounding(found, max(shape[-2:]), stored)
+    return without_rounding(found, max(shape[-2:]), stored, rounding)
 
 
 def gram(matrix: npt.NDArray[Any], dtype: Precision = "float64") -> Floats:
@@ -356,7 +368,7 @@ def as_numpy(array: Array | Product) -> npt.NDArray[Any]:
     if isinstance(array, Product):
         return array.dense()
     if isinstance(array, np.ndarray):
-        return array
+        return np.asarray(array)
     tensor = array.detach().cpu()
     if str(tensor.dtype) not in ("torch.float64", "torch.float32", "torch.float16"):
         tensor = tensor.float()

@@ -24,11 +24,18 @@ Whatever computed the numbers did so in float32 at least, with errors in the dir
 λ ≤ 2⁻⁴⁸·λ_max, below float32's unit roundoff for singular values, is not resolved, unless stored in float64. That is
 also what a Gram matrix in float64 resolves.
 
+The difference of two stored matrices carries the errors of both, which their entries know and its own do not: a reader
+that subtracts says how large they are (`Difference`). Errors are then often no smaller than the smaller changes, and k
+may also be any number from 8 on above whose eigenvalues the singular values jump to twice as much, as at the rank of a
+merged adapter; a spectrum that runs on through the edge stays whole.
+
 De-quantised weights (integers with scales, float8, 4 bits) are products in float32 and judged as such. Their steps are
 no smaller than the bulk that training leaves: noise of that size cannot be told from true eigenvalues.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +49,7 @@ _EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bflo
 _MANTISSAS = (0.541 / 12) ** 0.5
 _UNEVEN = 4.0  # of the errors' singular values over those of even errors
 _SHARE = 8.0  # of ρ·M times the unevenness: what k must reach
+_JUMP = 2.0  # from the singular values of errors to the smallest of a change
 _COMPUTED = 64.0  # ulps between eigenvalues of a matrix that was made orthogonal in float32 (measured: 31 at M = 1024)
 
 
@@ -54,24 +62,56 @@ def epsilon(stored: str) -> float:
     return _EPSILON.get(stored, _EPSILON["float32"])
 
 
-def without_rounding(eigenvalues: Vector, N: int, stored: str) -> Vector:
+class Difference(np.ndarray[Any, Any]):
+    """a - b with `rounding`, the mean square of its entries' rounding errors; parts of it keep that."""
+
+    rounding: float | None = None
+
+    def __array_finalize__(self, source: Any) -> None:
+        self.rounding = getattr(source, "rounding", None)
+
+    @classmethod
+    def of(cls, a: npt.NDArray[Any], b: npt.NDArray[Any], stored: tuple[str, str]) -> Difference:
+        """The difference of two arrays of one shape, in float64 where one of them is, else in float32.
+
+        Args:
+            a: as read.
+            b: as read.
+            stored: dtypes that they were stored in, as torch names them.
+        """
+        wide = np.float64 if np.float64 in (a.dtype, b.dtype) else np.float32
+        difference = (a.astype(wide) - b.astype(wide)).view(cls)
+        squares = [float(np.square(x, dtype=np.float64).mean()) if x.size else 0.0 for x in (a, b)]
+        difference.rounding = sum(
+            (_MANTISSAS * epsilon(dtype)) ** 2 * square for dtype, square in zip(stored, squares, strict=True)
+        )
+        return difference
+
+
+def without_rounding(eigenvalues: Vector, N: int, stored: str, rounding: float | None = None) -> Vector:
     """The eigenvalues of single matrices, what is rounding set to 0, as the module's text says.
 
     Args:
         eigenvalues: (…, M) ≥ 0, ascending along the last axis.
         N: larger side of the matrices.
         stored: dtype that their entries were stored in, as torch names it.
+        rounding: mean square of their entries' errors, where that is known otherwise (`Difference`).
     """
     M = eigenvalues.shape[-1]
     eps = epsilon(stored)
     summed = min(eps, _EPSILON["float32"])
     largest = eigenvalues[..., -1:]
     k = np.arange(1, M + 1)
-    variance = _MANTISSAS**2 * eigenvalues.sum(axis=-1, keepdims=True) / (M * N)
-    edge = variance * (eps**2 + summed**2 * (M - k) / 2) * (np.sqrt(N - M + k) + np.sqrt(k)) ** 2
-    alike = (eigenvalues <= _UNEVEN**2 * edge) & (k >= _SHARE * _UNEVEN * _MANTISSAS * eps * M)
-    rounding = np.where(alike, k, 0).max(axis=-1, keepdims=True)
-    lost = (k <= rounding) | (eigenvalues <= (summed / 2) ** 2 * largest)
+    square = eigenvalues.sum(axis=-1, keepdims=True) / (M * N)
+    stored_errors = _MANTISSAS**2 * eps**2 * square if rounding is None else np.full_like(square, rounding)
+    errors = stored_errors + _MANTISSAS**2 * summed**2 * square * (M - k) / 2
+    alike = eigenvalues <= _UNEVEN**2 * errors * (np.sqrt(N - M + k) + np.sqrt(k)) ** 2
+    many = k >= _SHARE * _UNEVEN * M * np.sqrt(stored_errors / np.where(square > 0, square, 1.0))
+    if rounding is not None:
+        above = np.append(eigenvalues[..., 1:], np.full_like(largest, np.inf), axis=-1)
+        many |= (k >= MIN_EIGENVALUES) & (above >= _JUMP**2 * eigenvalues) & (k < M)
+    noise = np.where(alike & many, k, 0).max(axis=-1, keepdims=True)
+    lost = (k <= noise) | (eigenvalues <= (summed / 2) ** 2 * largest)
     return np.where(lost, 0.0, eigenvalues)
 
 

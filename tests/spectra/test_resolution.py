@@ -130,3 +130,24 @@ def test_distinct_values_are_counted_in_groups():
     assert distinct(values, 0.15, 10) == 3
     assert distinct(values, 1e-6, 2) == 2
     assert equal_within(100, 100, "bfloat16") > 2**-7 > equal_within(100, 10000, "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=names)
+@pytest.mark.parametrize("rank", [1, 16])
+def test_a_merged_adapter_less_its_base_has_the_adapters_rank(dtype, rank):
+    generator = torch.Generator().manual_seed(0)
+    base = (0.02 * torch.randn(400, 512, generator=generator)).to(dtype)
+    change = 5e-4 / rank**0.5 * product(400, 512, rank, dtype=torch.float64)
+    merged = (base.double() + change.double()).to(dtype)
+    row = htsr.analyze({"w": merged}, against={"w": base}, null=False)["w"]
+    assert row.matrix_rank == rank
+    assert row.norm == pytest.approx(float((change.double() ** 2).sum()), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=names)
+@pytest.mark.parametrize("size", [5e-5, 5e-4, 5e-3])
+def test_a_change_of_full_rank_keeps_it(random, dtype, size):
+    base = torch.from_numpy(0.02 * random.standard_normal((300, 400))).to(dtype)
+    change = torch.from_numpy(size * random.standard_normal((300, 400)))
+    row = htsr.analyze({"w": (base.double() + change).to(dtype)}, against={"w": base}, null=False)["w"]
+    assert row.matrix_rank == 300
