@@ -23,7 +23,7 @@ from htsr.errors import HtsrError, MatrixError, SourceError, UsageError
 from htsr.matrices import adapters, hub
 from htsr.matrices.entries import FLOATS
 from htsr.matrices.files import file_entries, folder_entries
-from htsr.matrices.folders import ModelFiles, model_files
+from htsr.matrices.folders import model_files, named_files
 from htsr.matrices.sources import Filter, WeightMatrix, locate, open_model
 from htsr.matrices.stored import Stored
 from htsr.matrices.tying import repeated, tied
@@ -157,7 +157,7 @@ def project(
     except OSError as error:
         raise HtsrError(f"{goal} cannot be written: {error.strerror}") from error
     try:
-        stored = copy_checkpoint(place, model_files(place) if place.is_dir() else ModelFiles((place,)), folder)
+        stored = copy_checkpoint(place, model_files(place) if place.is_dir() else named_files(place), folder)
         surgeon = _Surgeon(keep, traps, fit, seed)
         operations = _operate(wanted, stored, surgeon, progress)
         if all(operation.status == "quantized" for operation in operations):

@@ -13,7 +13,7 @@ from typing import Any
 
 from htsr.errors import SourceError
 from htsr.matrices.entries import Entry, clean_names, tensor_entry
-from htsr.matrices.folders import ModelFiles, model_files, parts_of
+from htsr.matrices.folders import ModelFiles, model_files, named_files
 from htsr.matrices.gguf_files import gguf_entries
 from htsr.matrices.pickles import PICKLES, pickle_entries, state_dict_in
 from htsr.matrices.stored import safetensors_header
@@ -23,17 +23,16 @@ _LFS = b"version https://git-lfs"
 
 
 def file_entries(path: Path) -> list[Entry]:
-    """The tensors of one file, by its suffix, in natural order of their names; of a split GGUF those of all parts.
+    """The tensors of one file, by its suffix, in natural order of their names.
 
     Args:
-        path: a .safetensors, .gguf or PyTorch file.
+        path: a .safetensors, .gguf or PyTorch file. A shard stands for all of its set, an index for its shards.
 
     Raises:
         SourceError: missing, empty, truncated, of unknown kind, or a pickle of more than tensors.
         MissingDependencyError: a .gguf file without the gguf package.
     """
-    files = parts_of(path) if path.suffix == ".gguf" and path.exists() else [path]  # as llama.cpp does
-    return _together(ModelFiles(tuple(files)))
+    return _together(named_files(path) if path.exists() else ModelFiles((path,)))
 
 
 def folder_entries(folder: Path) -> list[Entry]:

@@ -76,6 +76,22 @@ def model_files(folder: Path) -> ModelFiles:
     raise SourceError(f"{folder} holds no weights (.safetensors, .bin, .pt, .gguf){_hint(folder)}")
 
 
+def named_files(file: Path) -> ModelFiles:
+    """The files of the model that a `file` stands for: an index, or a shard with all others of its set.
+
+    Raises:
+        SourceError: shards that are missing, or an index that is none.
+    """
+    if _INDEX.search(file.name):
+        return _indexed(file)
+    if _PART.match(file.stem) is None:
+        return ModelFiles((file,))
+    for index in _indexes(file.parent):
+        if file.name in weight_map(index).values():
+            return _indexed(index)
+    return _complete(ModelFiles(tuple(_set_of(file))))
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a model `folder`; empty where there is none.
 
@@ -145,7 +161,7 @@ def _candidates(folder: Path) -> dict[str, ModelFiles]:
     weights = [f for f in sorted(folder.iterdir()) if _may_hold_weights(f)]
     found: dict[str, ModelFiles] = {}
     sharded: set[Path] = set()
-    for index in sorted(f for f in folder.iterdir() if _INDEX.search(f.name)):
+    for index in _indexes(folder):
         found[index.name] = _indexed(index)
         sharded.update(found[index.name].files)
     sets: dict[tuple[str, str], list[Path]] = {}
@@ -160,6 +176,10 @@ def _candidates(folder: Path) -> dict[str, ModelFiles]:
     return found
 
 
+def _indexes(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if _INDEX.search(file.name))
+
+
 def _may_hold_weights(file: Path) -> bool:
     hidden = file.name.startswith(".")  # half-written, or another system's companion of a file
     return file.suffix in SUFFIXES and not hidden and not _NOT_WEIGHTS.search(file.stem) and file.is_file()
@@ -169,18 +189,12 @@ def _stem(file: Path) -> str:
     return file.stem.removesuffix(".pth") if file.suffix == ".tar" else file.stem
 
 
-def parts_of(file: Path) -> list[Path]:
-    """All files of the set that a `file` named ``…-00001-of-00003`` belongs to, in order; itself alone for another.
-
-    Raises:
-        SourceError: one is missing.
-    """
-    if (match := _PART.match(file.stem)) is None:
-        return [file]
-    start, end = match.span("part")
+def _set_of(file: Path) -> list[Path]:
+    """The files beside a `file` named ``…-00001-of-00003`` that are named like it but for their number."""
+    match = _PART.match(file.stem)
+    start, end = match.span("part") if match else (0, 0)
     alike = [f for f in file.parent.glob(f"*{file.suffix}") if len(f.stem) == len(file.stem)]
-    parts = sorted(f for f in alike if f.stem[:start] + f.stem[end:] == file.stem[:start] + file.stem[end:])
-    return list(_complete(ModelFiles(tuple(parts))).files)
+    return sorted(f for f in alike if f.stem[:start] + f.stem[end:] == file.stem[:start] + file.stem[end:])
 
 
 def _complete(found: ModelFiles) -> ModelFiles:

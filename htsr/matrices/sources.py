@@ -17,7 +17,7 @@ from htsr.matrices import adapters, fused, hub, layouts, roles, tying
 from htsr.matrices.adapter_config import read_adapter_config
 from htsr.matrices.entries import FLOATS, Entry, unshared
 from htsr.matrices.files import file_entries, folder_entries, state_dict_entries
-from htsr.matrices.folders import SUFFIXES, model_files, read_config, read_json
+from htsr.matrices.folders import SUFFIXES, model_files, named_files, read_config, read_json
 from htsr.matrices.gguf_files import gguf_metadata
 from htsr.matrices.naming import leaf
 from htsr.matrices.parametrized import computed
@@ -308,7 +308,11 @@ def _open_path(name: str, revision: str | None) -> Opened:
         if folder := adapters.adapter_folder(path):
             return name, _adapter(folder), {}, _fingerprint(folder.iterdir())
         if path.is_file():
-            return name, *_converted(path, file_entries(path), read_config(path.parent)), _fingerprint([path])
+            return (
+                name,
+                *_converted(path, file_entries(path), read_config(path.parent)),
+                _fingerprint(named_files(path).files),
+            )
         return name, *_converted(path, folder_entries(path), read_config(path)), _fingerprint(path.iterdir())
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -316,7 +320,7 @@ def _open_path(name: str, revision: str | None) -> Opened:
 
 def _converted(path: Path, entries: list[Entry], config: dict[str, Any]) -> tuple[list[Entry], dict[str, Any]]:
     """The entries, and the configuration, of the model at `path`; those of other formats as transformers'."""
-    file = path if path.is_file() else model_files(path).files[0]
+    file = (named_files(path) if path.is_file() else model_files(path)).files[0]
     if file.suffix == ".gguf":
         metadata = gguf_metadata(file)
         entries, config = layouts.original_layout(entries, metadata), layouts.gguf_config(metadata)

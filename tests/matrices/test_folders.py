@@ -155,7 +155,8 @@ def test_several_models_are_listed_and_none_is_guessed(tmp_path, names):
     with pytest.raises(htsr.SourceError, match=r"holds several models .*name one of them") as caught:
         htsr.describe(tmp_path)
     assert all(name in str(caught.value) for name in names if "00002-of" not in name)
-    assert len(htsr.describe(tmp_path / names[-1]).matrices) == 5
+    for name in names:  # naming one is the way out
+        assert len(htsr.describe(tmp_path / name).matrices) == 5
 
 
 def test_a_diffusers_index_beside_a_whole_file_is_no_guess_either(tmp_path):
@@ -164,6 +165,10 @@ def test_a_diffusers_index_beside_a_whole_file_is_no_guess_either(tmp_path):
     save_file(changed(STATE, 2), tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(htsr.SourceError, match=r"several models \(diffusion_pytorch_model.safetensors, .*index.json\)"):
         htsr.describe(tmp_path)
+    name = next(iter(weights(STATE)))
+    for file, factor in (("safetensors", 2), ("safetensors.index.json", 1)):
+        found = weights(tmp_path / f"diffusion_pytorch_model.{file}")
+        np.testing.assert_array_equal(found[name], weights(STATE)[name] * factor)
 
 
 @pytest.mark.parametrize(
@@ -200,13 +205,23 @@ class TestShardsWithoutIndex:
     def test_complete(self, tmp_path):
         names = list(STATE)
         shards(tmp_path, [{n: STATE[n] for n in names[i::3]} for i in range(3)])
-        assert len(htsr.describe(tmp_path).matrices) == 5
+        assert weights(tmp_path).keys() == weights(STATE).keys()
+        for shard in tmp_path.iterdir():  # one of a set stands for the set: naming it is the way to choose the set
+            assert weights(shard).keys() == weights(STATE).keys()
 
     def test_incomplete(self, tmp_path):
         shards(tmp_path, [STATE, {"a.weight": torch.ones(4, 4)}, {"b.weight": torch.ones(4, 4)}])
         (tmp_path / "model-00002-of-00003.safetensors").unlink()
-        with pytest.raises(htsr.SourceError, match=r"holds 2 of the 3 shards of model\.safetensors, and no index"):
-            htsr.describe(tmp_path)
+        for source in (tmp_path, tmp_path / "model-00001-of-00003.safetensors"):
+            with pytest.raises(htsr.SourceError, match=r"holds 2 of the 3 shards of model\.safetensors, and no index"):
+                htsr.describe(source)
+
+    def test_a_shard_of_an_index_stands_for_it(self, tmp_path):
+        W = torch.randn(8, 6)
+        parts = [{f"{NAME}.weight": W * 100}, {f"{NAME}.weight": W}]
+        shards(tmp_path, parts, {f"{NAME}.weight": 1, "a.weight": 0})
+        found = {row.name: row for row in htsr.analyze(tmp_path / "model-00001-of-00002.safetensors", device="cpu")}
+        assert found[NAME].norm == pytest.approx(float(W.square().sum()), rel=1e-5)
 
 
 def test_a_deepspeed_folder_is_its_model_states(tmp_path):
