@@ -39,6 +39,7 @@ class AdapterConfig:
         dora: whether it is DoRA.
         transposed: whether the adapted layers store (in, out), as GPT-2's do.
         needs_base: why ΔW depends on the base; empty where it does not.
+        at_random: whether the part of the base's weights that it began with cannot be computed again.
         parameters: adapted parameters that are no layers of their own.
         saved: last components of the names of modules that are trained and saved whole.
         tokens: whether single rows of embeddings are trained.
@@ -53,6 +54,7 @@ class AdapterConfig:
     dora: bool
     transposed: bool
     needs_base: str
+    at_random: bool
     parameters: tuple[str, ...]
     saved: tuple[str, ...]
     tokens: bool
@@ -119,6 +121,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         dora=dora,
         transposed=value("fan_in_fan_out", (bool,), False),
         needs_base=reason if method == "LORA" else f"it is of the kind {method}",
+        at_random=str(start).startswith("pissa_niter_"),
         parameters=parameters,
         saved=tuple(name.rpartition(".")[2] for name in strings("modules_to_save")),
         tokens=bool(content.get("trainable_token_indices")),

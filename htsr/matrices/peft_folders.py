@@ -41,6 +41,11 @@ def computed_by_peft(config: AdapterConfig, base: list[Entry]) -> list[Entry]:
             f"{config.folder} is a {config.method} adapter, whose random numbers follow the order of the model's "
             "layers, which files do not tell: load it with PEFT and analyze the PeftModel"
         )
+    if config.at_random:
+        raise SourceError(
+            f"{config.folder} took a part out of its base's weights that PEFT draws anew each time it is loaded "
+            "(pissa_niter_…): convert it to a plain LoRA where it was trained"
+        )
     shift = _shift(stored, base)
     by_name = {shift(entry.name): entry for entry in base}
     for entry in whole_tensors(stored):
@@ -82,7 +87,10 @@ def _adapted(config: AdapterConfig, stored: dict[str, Entry], base: dict[str, En
             why = (str(error) or type(error).__name__).strip().splitlines()[0]
             raise SourceError(f"PEFT cannot put the adapter {config.folder} on this base: {why}") from error
     if unknown:
-        raise SourceError(f"the adapter {config.folder} and this base have no tensor in common for {unknown[0]}")
+        raise SourceError(
+            f"the adapter {config.folder} does not belong to this base, which has no place for {unknown[0]}; if its "
+            "files store layers in another form than the loaded model has, give that as the base"
+        )
     entries = {base_name(entry.name): entry for entry in module_entries(model)}
     return {name: entry for name, entry in entries.items() if name.rpartition(".")[0] in touched and name in base}
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
 import htsr
 from htsr.spectra.esd import as_numpy
+from tests.matrices.test_adapters import Convolutions, gpt2
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -140,6 +142,62 @@ def test_a_saved_adapter_on_its_base_is_what_peft_loads_and_merges(tmp_path, kin
     found = values(str(folder), base=str(base))
     assert_same(dict(sorted(found.items())), dict(sorted(expected.items())), 1e-5)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+GPT2 = {"target_modules": ["c_attn", "mlp.c_proj"]}  # which stores (in, out)
+KERNELS = {"target_modules": ["first", "second"]}
+OTHER_LAYERS = {
+    "gpt2, ia3": ("IA3Config", {"feedforward_modules": ["mlp.c_proj"], **GPT2}),
+    "gpt2, pissa": ("LoraConfig", {"r": 3, "init_lora_weights": "pissa", **GPT2}),
+    "gpt2, vera": ("VeraConfig", {"r": 4, "target_modules": ["c_attn"]}),
+    "kernels, loha": ("LoHaConfig", {"r": 3, **KERNELS}),
+    "kernels, oft": ("OFTConfig", {"oft_block_size": 3, "target_modules": ["first"]}),
+    "kernels, hra": ("HRAConfig", {"r": 2, **KERNELS}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_LAYERS)
+def test_other_layers_than_linear_ones(tmp_path, kind, monkeypatch):
+    monkeypatch.setitem(MERGED, kind, OTHER_LAYERS[kind])
+    make = gpt2 if kind.startswith("gpt2") else Convolutions
+    model = adapted(kind, make())
+    (tmp_path / "base").mkdir()
+    save_file({name: t.clone() for name, t in make().state_dict().items()}, tmp_path / "base" / "model.safetensors")
+    model.save_pretrained(tmp_path / "adapter")
+    assert_same(values(model), values(copy.deepcopy(model).merge_and_unload()), 1e-5)
+    expected = values(peft.PeftModel.from_pretrained(make(), tmp_path / "adapter").merge_and_unload())
+    found = values(str(tmp_path / "adapter"), base=str(tmp_path / "base"))
+    assert {name.partition("[")[0] for name in expected} <= {name.partition("[")[0] for name in found}
+    for name in found.keys() & expected.keys():
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-5, err_msg=name)
+
+
+def test_adapted_stacks_of_experts_on_a_loaded_base(tmp_path):
+    """Files of Mixtral name the experts one by one, the loaded model has them in one tensor."""
+    config = transformers.MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    before = copy.deepcopy(model)
+    targets = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets, init_lora_weights=False)
+    changed = peft.get_peft_model(model, lora)
+    changed.save_pretrained(tmp_path / "adapter")
+    expected = values(changed.merge_and_unload())
+    assert_same(values(str(tmp_path / "adapter"), base=before), expected, 1e-5)
+    with pytest.raises(htsr.SourceError, match="does not belong to this base, which has no place for"):
+        htsr.describe(str(tmp_path / "adapter"), base=str(tmp_path / "base"))
+
+
+def test_a_start_that_is_drawn_anew_is_refused(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(r=3, init_lora_weights="pissa_niter_4", **LINEAR)
+    peft.get_peft_model(llama(), lora).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(htsr.SourceError, match="that PEFT draws anew each time it is loaded"):
+        htsr.describe(str(tmp_path / "adapter"), base=str(tmp_path / "base"))
 
 
 UNMERGED = {
