@@ -84,6 +84,11 @@ def _by_outliers(strategy: str, blocks: Blocks, scores: Scores | None, threshold
     D = scores.distribution(threshold)
     if D.size != len(blocks):
         raise UsageError(f"the outliers of {scores.label} are of {D.size} blocks, and this model has {len(blocks)}")
+    strange = [name for i, name in enumerate(scores.blocks) if blocks.index_of(f"{name}.") != i]
+    if strange:
+        raise UsageError(
+            f"the outliers of {scores.label} are of {strange[0]}, and this model's are {blocks.names[0]} …"
+        )
     if not D.any():
         raise UsageError(f"no entry of {scores.label} exceeds {threshold:g} times the mean; take a lower threshold")
     return allocate.probabilities(D, reverse=strategy == "reverse")

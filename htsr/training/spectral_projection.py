@@ -137,6 +137,16 @@ def _trained(
             continue
         if matrix.problem is not None and matrix.problem[0] == "sharded":
             raise UsageError(f"{matrix.name} is sharded over processes, and a spectrum needs the whole matrix")
-        if matrix.problem is None and not matrix.warning:
+        if matrix.problem is None and _stands(matrix, parameter):
             found.append((matrix, parameter))
     return found
+
+
+def _stands(matrix: WeightMatrix, parameter: torch.Tensor) -> bool:
+    """Whether the matrix is the parameter itself, of whatever class, and not computed from it."""
+    import torch
+
+    if matrix.dtype != str(parameter.dtype).removeprefix("torch."):
+        return False  # de-quantised
+    own: torch.Tensor = matrix.position.take(parameter.detach())  # type: ignore[assignment]
+    return torch.equal(torch.as_tensor(matrix.read()).to(own), own)

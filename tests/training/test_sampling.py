@@ -88,6 +88,8 @@ def test_strategies():
             block_probabilities(strategy, blocks)
     with pytest.raises(htsr.UsageError, match="take a lower threshold"):
         block_probabilities("owlore", blocks, outliers((0, 0, 0, 0)))
+    with pytest.raises(htsr.UsageError, match=r"are of model\.layers\.0, and this model's are transformer\.h\.0"):
+        block_probabilities("owlore", find_blocks(gpt2(4)), scores)
     with pytest.raises(htsr.UsageError, match="are of 3 blocks, and this model has 4"):
         block_probabilities("owlore", blocks, outliers((0.1, 0.1, 0.1)))
 

@@ -120,6 +120,31 @@ def test_frozen_tied_and_fused_weights():
     torch.testing.assert_close(net.transformer.h[0].attn.c_attn.weight.detach()[:, k], expected)
 
 
+class Own(nn.Parameter):
+    """As libraries derive them, to hang attributes on."""
+
+
+def test_parameters_of_a_class_of_their_own_are_nudged():
+    """0.1.0 took them for de-quantised and skipped them without a word."""
+    net, plain = model(), model()
+    net[0].weight = Own(net[0].weight.detach().clone())
+    moved = nudge_model(torch.optim.SGD(net.parameters(), lr=0.1), net, 0.5)
+    assert moved.keys() == nudge_model(torch.optim.SGD(plain.parameters(), lr=0.1), plain, 0.5).keys()
+    assert "0" in moved
+    assert same(net, plain)
+    assert type(net[0].weight) is Own
+
+
+def test_what_is_computed_from_a_parameter_is_left_alone():
+    net = model()
+    nn.utils.parametrizations.weight_norm(net[0])
+    nn.utils.parametrizations.spectral_norm(net[2])
+    adam = torch.optim.AdamW(net.parameters())
+    before = copy.deepcopy(net.state_dict())
+    assert nudge_model(adam, net, 0.5) == {}
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
 def test_wrong_usage_is_a_sentence():
     net = model()
     adam = torch.optim.AdamW(net.parameters())
