@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import htsr
 from htsr.matrices.hub import answers, fetch_rest, is_hub_id, reached
@@ -92,11 +95,25 @@ def test_shards_and_one_that_is_missing(cache):
         htsr.describe("owner/model")
 
 
-def test_adapters_come_with_their_config(cache, tmp_path):
+def test_adapters_come_with_their_config(cache):
+    """Also where the merged model lies beside them: PEFT and transformers take the adapter then."""
     snapshot = cache / "models--owner--model" / "snapshots" / NEW
-    (snapshot / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-    with pytest.raises(htsr.SourceError, match="is a IA3 adapter"):
-        htsr.describe("owner/model")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (snapshot / "adapter_config.json").write_text(json.dumps(config))
+    A, B = torch.ones(2, 6), torch.ones(4, 2)
+    names = [f"base_model.model.{NAME}.lora_{part}.weight" for part in "AB"]
+    save_file(dict(zip(names, (A, B), strict=True)), snapshot / "adapter_model.safetensors")
+    (matrix,) = htsr.describe("owner/model")
+    assert (matrix.name, matrix.kind) == (NAME, "adapter")
+    np.testing.assert_array_equal(matrix.read(), 2.0 * (B @ A))
+
+
+def test_a_single_file_comes_before_an_older_index(cache):
+    snapshot = cache / "models--owner--model" / "snapshots" / NEW
+    shutil.copy(snapshot / "model.safetensors", snapshot / "part-1.safetensors")
+    index = {"weight_map": {f"{NAME}.weight": "part-1.safetensors", "b": "gone.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert len(htsr.describe("owner/model").matrices) == 5
 
 
 @pytest.mark.parametrize(
