@@ -68,13 +68,14 @@ def score(spectrum: ESD, name: Score, fit: FitMethod = "hill") -> float:
 
 
 def _without_gaps(spectrum: ESD) -> npt.NDArray[np.float64]:
-    """The eigenvalues, those few that float32 cannot tell from 0 as the smallest that it can.
+    """The eigenvalues above the resolution, as `htsr.analyze` fits them.
 
-    They lie in the lower half, which `hill` counts but does not read: its tail begins at the median of all M. Where
-    more than half are 0 the matrix is of low rank, and only the others are its spectrum.
+    Those few that a float32 computation cannot tell from 0 count as the smallest that it can: they lie in the lower
+    half, which `hill` counts but does not read. Where more than half are 0 the matrix is of low rank.
     """
     values, positive = spectrum.eigenvalues, spectrum.positive
-    return np.maximum(values, positive[0]) if 2 * positive.size > values.size else positive
+    gaps = spectrum.route.endswith("float32") and 2 * positive.size > values.size
+    return np.maximum(values, positive[0]) if gaps else positive
 
 
 def null_of_shape(

@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 
+import htsr
 from htsr.errors import MatrixError, UsageError
-from htsr.spectra.esd import Windows, esd
+from htsr.spectra.esd import esd
 from htsr.spectra.measure import measure
 from htsr.spectra.metrics import LayerMetrics, Options
 from htsr.spectra.scores import null_of_shape, score
+from htsr.spectra.windows import Windows
 from tests.models import heavy_matrix
 from tests.reference.layerwise import hill_alpha
 
@@ -62,3 +65,20 @@ def test_no_score():
         score(esd(np.eye(60)), "alpha")
     with pytest.raises(UsageError, match="unknown score"):
         score(esd(np.diag(np.arange(1.0, 61))), "beta")
+
+
+@pytest.mark.parametrize("rank", [20, 50])
+def test_low_rank_is_scored_as_it_is_analyzed(random, rank):
+    W = torch.from_numpy(random.standard_normal((64, rank)) @ random.standard_normal((rank, 80))).float()
+    assert score(esd(W), "alpha") == pytest.approx(htsr.analyze({"w": W}, fit="hill")["w"].alpha, rel=1e-9)
+
+
+def test_what_has_no_tail_has_no_score(random):
+    flat = torch.nn.init.orthogonal_(torch.empty(64, 64))
+    thin = torch.from_numpy(random.standard_normal((64, 4)) @ random.standard_normal((4, 64))).float()
+    for W, status in ((flat, "degenerate"), (thin, "tiny")):
+        for name in ("alpha", "alpha_minus_null", "erg_gap", "trace_log"):
+            with pytest.raises(htsr.MatrixError) as caught:
+                score(esd(W), name)
+            assert caught.value.status == status
+        assert np.isfinite(score(esd(W), "stable_rank"))
