@@ -91,7 +91,9 @@ class Layerwise:
         here = {
             slot
             for slot, group in zip(self.of_group, optimizer.param_groups, strict=True)
-            if any(len(whole_shape(p)) > 1 or stem(names[id(p)]) == self.slots[slot].name for p in group["params"])
+            if any(
+                len(whole_shape(p)) > 1 or stem(names.get(id(p), "")) == self.slots[slot].name for p in group["params"]
+            )
         }
         # a matrix in another optimizer takes no part here, and a bias without its matrix stays at 1
         self.settled = [1.0 if v is None and slot not in here else v for slot, v in enumerate(settled)]

@@ -182,6 +182,12 @@ def split_groups(
             own = {"name": name, "role": slots[share.slot].role, "htsr_policy": policy}
             groups.append(_new_group(group, share, own | {"htsr_place": len(groups), "htsr_origin": origin}))
             assigned.append(share.slot)
+    if len(optimizer.param_groups) > 1:
+        logger.info(
+            "the %d groups of the optimizer are %d now: a scheduler takes a list for them through htsr.per_group",
+            len(optimizer.param_groups),
+            len(groups),
+        )
     optimizer.param_groups[:] = groups
     return assigned
 

@@ -258,6 +258,13 @@ class TestListsForGroups:
             assert [rate for _, rate in sorted(groups)] == pytest.approx(wanted)
         assert rates[0] != rates[-1]
 
+    def test_parameters_of_another_model_are_left_alone(self):
+        model, other = TinyLM(), nn.Linear(3, 4)
+        optimizer = htsr.layerwise(SpyingSGD([*model.parameters(), *other.parameters()], lr=LR), model, score=None)
+        loss(model, 0).backward()
+        optimizer.step()
+        assert optimizer.seen[0] == {"embed_tokens": (5 * LR, 0), "lm_head": (5 * LR, 0), "rest": (LR, 0)}
+
     def test_as_many_as_there_were(self):
         _, optimizer = made()
         with pytest.raises(UsageError, match="2 groups"):
