@@ -29,6 +29,7 @@ _GATED_QUERY = ("qwen3_next", "qwen3_5", "qwen4_exp", "qwen3next", "qwen35")  # 
 _EXPERTS_IN_BY_OUT = frozenset({"gpt_oss", "llama4_text", "llama4", "aria_text", "openai_privacy_filter"})
 # names under which gate and up are one where the shapes say so, and their order: of llama.cpp, Megatron and diffusers
 _DOUBLED = {"ffn_up": ("gate", "up"), "linear_fc1": ("gate", "up"), "proj": ("up", "gate")}
+_DOUBLED_FC1 = {"moonshine": ("up", "gate"), "moshi": ("gate", "up"), "kyutai_speech_to_text": ("gate", "up")}
 _UP_FIRST = frozenset({"phi4_multimodal_audio"})
 
 
@@ -70,8 +71,9 @@ def split(
     model_type = str(config.get("model_type", ""))
     if part == "gate_up" or (leaf, model_type) == ("dense_h_to_4h", "chatglm"):
         return _gate_up(leaf, shape, config, model_type, stacked)
-    if part == "up" and is_doubled(shape, inner) and leaf in _DOUBLED:
-        return _sequential(shape, 0, **dict.fromkeys(_DOUBLED[leaf], inner))
+    order = _DOUBLED_FC1.get(model_type) if leaf == "fc1" else _DOUBLED.get(leaf)
+    if part == "up" and is_doubled(shape, inner) and order:
+        return _sequential(shape, 0, **dict.fromkeys(order, inner))
     if part == "rnn" and inner and shape[0] in (gates := {4 * inner: "ifgo", 3 * inner: "rzn"}):
         return _sequential(shape, 0, **dict.fromkeys(gates[shape[0]], inner))
     if part == "qkv":

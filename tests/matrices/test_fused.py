@@ -333,6 +333,26 @@ def test_phi4s_audio_tower_stores_up_before_gate():
     check_gated(network.gate_up_proj.weight, parts_of(model, "mlp.gate_up_proj.weight"), network)
 
 
+@pytest.mark.parametrize("name", ["moonshine", "moshi", "kyutai_speech_to_text"])
+def test_gate_and_up_of_an_fc1_that_is_twice_as_wide(name):
+    from transformers.models.kyutai_speech_to_text import modeling_kyutai_speech_to_text as kyutai
+    from transformers.models.moonshine import modeling_moonshine as moonshine
+    from transformers.models.moshi import modeling_moshi as moshi
+
+    config = transformers.CONFIG_MAPPING[name](hidden_size=HIDDEN, intermediate_size=12, ffn_dim=24)
+    torch.manual_seed(0)
+    network = {
+        "moonshine": lambda: moonshine.MoonshineDecoderMLP(config, "silu"),
+        "moshi": lambda: moshi.MoshiGatingMLP(config),
+        "kyutai_speech_to_text": lambda: kyutai.KyutaiSpeechToTextGatingMLP(config),
+    }[name]().double()
+    for parameter in network.parameters():
+        nn.init.zeros_(parameter) if parameter.ndim == 1 else nn.init.normal_(parameter)
+    model = nn.ModuleDict({"mlp": network})
+    model.config = config
+    check_gated(network.fc1.weight, parts_of(model, "mlp.fc1.weight"), network)
+
+
 def check_gated(weight: torch.Tensor, masks: dict[str, torch.Tensor], network) -> None:
     assert set(masks) == {"gate", "up"}
     torch.manual_seed(1)
