@@ -82,7 +82,8 @@ def check_config(name: str, config: Any, causal: bool = False) -> None:
         return
     kind = config.model_type
     alone = kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "is_encoder_decoder", False)
-    encoder = kind in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    is_decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)  # the latter of XLM
+    encoder = kind in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder
     if encoder or not alone:
         why = ", but an encoder, which sees the tokens that it would have to predict" if encoder else ""
         raise SourceError(f"{name} ({kind}) is no causal language model of transformers{why}")

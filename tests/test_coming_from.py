@@ -227,7 +227,8 @@ def problems(code: str) -> list[str]:
             try:
                 check_training({name: None})
             except UsageError as error:
-                wrong.append(str(error))
+                if f"training.{name} is None" not in str(error):  # the name exists, with values of another kind
+                    wrong.append(str(error))
         if owner in names() and name not in names()[owner]:
             wrong.append(f"{owner}.{name}")
         if owner[0].isupper() and owner not in names():

@@ -210,7 +210,8 @@ def memory_table(memory: MemoryPlans) -> Table:
         table.add_row(part, *(f"{size:.2f}" for size in sizes), style="bold" if part == "total" else "")
     for part in ("process", "merging"):
         sizes = [beside(plan)[part] / 2**30 for plan in memory.plans]
-        table.add_row(f"on a CPU: {part}", *(f"+{size:.2f}" if size else "" for size in sizes), style="dim")
+        if any(sizes):
+            table.add_row(f"on a CPU: {part}", *(f"+{size:.2f}" if size else "" for size in sizes), style="dim")
     table.add_row("peak in", *(plan.moment for plan in memory.plans), style="dim")
     table.add_row("trained", *(_millions(plan.trainable) for plan in memory.plans), style="dim")
     return table
