@@ -344,8 +344,11 @@ def _adapter(folder: Path) -> list[Entry]:
         if old is None or entry.shape != old.shape:
             changes.append(entry)
         elif entry.read is not old.read:
+            # both are computed from the same stored numbers, so that these bring in no rounding of their own
+            dtype = "float64" if old.dtype == "float64" else "float32"
+            read = _Minus(replace(entry, dtype=dtype), replace(old, dtype=dtype))
             more: dict[str, Any] = {"kind": "adapter", "storage": None, "warning": f"ΔW on {settings.base}"}
-            changes.append(replace(entry, read=_Minus(entry, old), **more))
+            changes.append(replace(entry, read=read, dtype=dtype, **more))
     return changes
 
 

@@ -380,3 +380,22 @@ def test_trained_tokens_alone_are_told(tmp_path):
     assert rows["model.embed_tokens"].status == "needs_base"
     assert "has 2 rows that replace its base's" in rows["model.embed_tokens"].warning
     assert rows["model.layers.0.self_attn.q_proj"].status == "zero"
+
+
+def test_a_change_on_a_half_precision_base_is_not_taken_for_its_rounding(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=48, hidden_size=96, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    options = {"boft_block_size": 4, "target_modules": ["q_proj"]}
+    adapted = peft.get_peft_model(model, peft.BOFTConfig(**options))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 1e-3 * torch.randn_like(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    (row,) = htsr.analyze(str(tmp_path / "adapter"), device="cpu", null=False)
+    assert row.stored == "float32"
+    assert row.matrix_rank == 96
