@@ -141,7 +141,7 @@ def analyze(
 ) -> None:
     """Power-law α, ERG and the other spectral metrics of every weight matrix.
 
-    For example:  [bold]htsr analyze ./model --html report.html --fail-on 'alpha>8'[/bold]
+    For example:  [bold]htsr analyze ./model --html report.html --fail-on 'status==nan'[/bold]
     """
     from htsr_cli import run
     from htsr_cli.conditions import parse_conditions

@@ -86,6 +86,16 @@ class _Formatter(logging.Formatter):
         return "\n".join(visible(line) for line in (f"{record.name.split('.')[0]}: {lines[0]}", *lines[1:]))
 
 
+def _is_unsaid(record: logging.LogRecord) -> bool:
+    """Whether no handler of the package that speaks has said it already."""
+    logger: logging.Logger | None = logging.getLogger(record.name)
+    while logger is not None and logger.parent is not None:  # up to the root, which is ours
+        if any(isinstance(handler, logging.StreamHandler) for handler in logger.handlers):
+            return False
+        logger = logger.parent
+    return True
+
+
 @dataclass(frozen=True)
 class Words:
     """How much is said on stderr."""
@@ -97,6 +107,7 @@ class Words:
         level = logging.ERROR if self.quiet else logging.INFO if self.verbose else logging.WARNING
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_Formatter())
+        handler.addFilter(_is_unsaid)
         logging.basicConfig(level=level, handlers=[handler])
         logging.getLogger("htsr").setLevel(level)
 

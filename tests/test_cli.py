@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 from htsr_cli.conditions import NEEDS
 from htsr_cli.main import main
+from htsr_cli.output import _is_unsaid
 
 import htsr
 from htsr.execution import measure_all
@@ -276,3 +278,40 @@ def test_a_saved_analysis_brings_its_fit_to_the_comparison(capsys, folder, tmp_p
     code, out, err = run(capsys, "compare", tmp_path / "a.npz", folder, "--fit", "ks")
     assert (code, out) == (2, "")
     assert "was analyzed with fit hill, this comparison with fit ks" in err
+
+
+def test_what_a_package_says_itself_is_not_said_again():
+    speaker = logging.getLogger("some_package")
+    record = speaker.makeRecord("some_package.part", logging.WARNING, "", 0, "x", (), None)
+    assert _is_unsaid(record)
+    handler = logging.StreamHandler()
+    speaker.addHandler(handler)
+    try:
+        assert not _is_unsaid(record)
+    finally:
+        speaker.removeHandler(handler)
+
+
+def test_a_typo_like_a_hub_id_is_one_question_offline(capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("htsr.matrices.hub.answers", lambda *_: False)
+    code, out, err = run(capsys, "analyze", "runs/typo")
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert "runs/typo is neither a file or folder here nor in the local cache" in err
+
+
+@pytest.mark.parametrize("windows", ["10x10x.", "2x2x..", "0x10", "10x0", "2x2x0", "x", "99999999999x2", ""])
+def test_windows_that_are_none(capsys, folder, windows):
+    code, out, err = run(capsys, "analyze", folder, "--windows", windows)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+
+
+@pytest.mark.parametrize("option", ["--output", "--html", "--save"])
+@pytest.mark.parametrize("place", ["{}.npz", "folder.json", "no/x.json"])
+def test_what_cannot_be_written_is_known_before_the_work(capsys, folder, tmp_path, monkeypatch, option, place):
+    (tmp_path / "folder.json").mkdir()
+    monkeypatch.setattr("htsr_cli.run.analyze_model", lambda *_args, **_more: pytest.fail("work was begun"))
+    name = "n" * 300 + ".json" if place == "{}.npz" else place
+    code, out, err = run(capsys, "analyze", folder, option, tmp_path / name)
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert "cannot be written" in err

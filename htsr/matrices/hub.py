@@ -102,6 +102,11 @@ def fetch(repo: str, revision: str | None = None) -> Path:
     Raises:
         SourceError: no such model or revision, no access, no weights in a known format, or not to be had offline.
     """
+    with reached(repo, revision):
+        return _fetched(repo, revision)
+
+
+def _fetched(repo: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
