@@ -75,8 +75,8 @@ class Difference(np.ndarray[Any, Any]):
         """The difference of two arrays of one shape, in float64 where one of them is, else in float32.
 
         Args:
-            a: as read.
-            b: as read.
+            a: (m, n) or of any other shape, as read.
+            b: of the shape of `a`, as read.
             stored: dtypes that they were stored in, as torch names them.
         """
         wide = np.float64 if np.float64 in (a.dtype, b.dtype) else np.float32

@@ -56,6 +56,9 @@ class Tails:
             rows: indices of the tails.
             points: distinct values of each tail, evenly spread over it, at which gaps are taken; all by default, fewer
                 give a lower bound.
+
+        Returns:
+            D, in the shape of `rows`.
         """
         result = np.empty(rows.size)
         last = self.log.size - 1
