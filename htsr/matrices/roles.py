@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from htsr.matrices.naming import canonical
 from htsr.matrices.naming import stem as stem
@@ -195,6 +196,7 @@ def is_kernel(name: str, shape: Sequence[int], kind: str | None = None) -> bool:
     return "conv" in name.lower() or min(shape[1:]) < shape[0] > 1
 
 
+@lru_cache(maxsize=1 << 17)  # a mixture has tens of thousands of tensors, and each is asked for more than once
 def role_of(name: str, kind: str | None = None) -> str:
     """Role of a matrix by its `name`; `kind` is ``conv`` or ``embedding`` where the source knows."""
     path = canonical(name)
