@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from htsr.errors import SourceError, UsageError
 from htsr.recipe_values import load_yaml, made
+from htsr.training.adapters import HILL
 from htsr.training.arguments import check_lora, check_training
 from htsr.training.block_scores import Strategy
 from htsr.training.sampling import Embedding, FrozenState
@@ -138,7 +139,7 @@ class Lora:
         rank: of each adapter, or the average by parameters with `score`.
         scaling: lora_alpha/r.
         dropout: of the adapters' input.
-        score: ranks follow this metric of the model's analysis, see `htsr.lora_config`; None for equal ranks.
+        score: ranks follow ``hill`` or a metric of the model's analysis, see `htsr.lora_config`; None for equal ranks.
         options: any other argument of PEFT's ``LoraConfig``: use_rslora, use_dora, bias …
 
     Raises:
@@ -157,10 +158,8 @@ class Lora:
         _at_least("lora.", 1, rank=self.rank)
         _between("lora.", 0, math.inf, scaling=self.scaling)
         _between("lora.", 0, 1, closed=True, dropout=self.dropout)
-        if self.score is not None and self.score not in NUMERIC:
-            raise UsageError(
-                f"lora.score: rows have no metric {self.score!r}; alpha, stable_rank and entropy are usual"
-            )
+        if self.score not in (None, HILL, *NUMERIC):
+            raise UsageError(f"lora.score: rows have no metric {self.score!r}; hill, stable_rank and entropy are usual")
 
 
 @dataclass(frozen=True, kw_only=True)
