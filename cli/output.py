@@ -16,7 +16,7 @@ from htsr.analysis import Analysis, Progress
 from htsr.comparison import Comparison
 from htsr.errors import UsageError
 from htsr.files import check_writable, written
-from htsr.matrices.sources import Model
+from htsr.matrices.models import Model
 from htsr.reporting import tables
 from htsr.reporting.text import encodable, plain_console, visible
 from htsr.spectra.notes import CAUTION

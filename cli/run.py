@@ -14,7 +14,8 @@ from htsr.comparison import compare_analyses, filtered_together, options_beside
 from htsr.errors import UsageError
 from htsr.files import check_writable
 from htsr.journal import Journal
-from htsr.matrices.sources import Filter, open_model
+from htsr.matrices.models import Filter
+from htsr.matrices.sources import open_model
 from htsr.reporting import tables
 from htsr.spectra.windows import Windows
 from htsr.training.memory import METHODS, MemoryPlans, TrainingMethod, embeddings_fit, predict_memory

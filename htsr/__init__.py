@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from htsr.analysis import Analysis, Progress, analyze, describe
     from htsr.comparison import Comparison, compare
     from htsr.errors import HtsrError, MatrixError, MissingDependencyError, SourceError, UsageError
-    from htsr.matrices.sources import Filter, Model, WeightMatrix
+    from htsr.matrices.models import Filter, Model, WeightMatrix
     from htsr.outliers import OutlierRow, Outliers, measure_outliers
     from htsr.spectra.esd import ESD, esd
     from htsr.spectra.metrics import LayerMetrics, Options
@@ -40,7 +40,7 @@ _HOMES = {
     "htsr.analysis": ("Analysis", "Progress", "analyze", "describe"),
     "htsr.comparison": ("Comparison", "compare"),
     "htsr.errors": ("HtsrError", "MatrixError", "MissingDependencyError", "SourceError", "UsageError"),
-    "htsr.matrices.sources": ("Filter", "Model", "WeightMatrix"),
+    "htsr.matrices.models": ("Filter", "Model", "WeightMatrix"),
     "htsr.outliers": ("OutlierRow", "Outliers", "measure_outliers"),
     "htsr.spectra.esd": ("ESD", "esd"),
     "htsr.spectra.metrics": ("LayerMetrics", "Options"),

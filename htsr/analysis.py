@@ -25,8 +25,9 @@ from htsr._version import __version__
 from htsr.errors import UsageError
 from htsr.execution import measure_all, pick_device, shared_out
 from htsr.journal import Journal
+from htsr.matrices.models import Filter, Model
 from htsr.matrices.sharded import Shard, in_rounds, open_live
-from htsr.matrices.sources import Filter, Model, Source, open_model
+from htsr.matrices.sources import Source, open_model
 from htsr.ranks import Ranks
 from htsr.saving import read_parts, write_parts
 from htsr.spectra.measure import Measured

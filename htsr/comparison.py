@@ -17,7 +17,8 @@ import numpy as np
 
 from htsr.analysis import FULL, Analysis, analyze_model, make_options
 from htsr.errors import MatrixError, SourceError, UsageError
-from htsr.matrices.sources import Filter, Model, Source, WeightMatrix, open_model
+from htsr.matrices.models import Filter, Model, WeightMatrix
+from htsr.matrices.sources import Source, open_model
 from htsr.ranks import Ranks
 from htsr.spectra.bulk import Vector, jensen_shannon_distance
 from htsr.spectra.esd import Array, as_numpy

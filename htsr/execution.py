@@ -12,8 +12,8 @@ from functools import partial
 from typing import TypeVar
 
 from htsr.errors import UsageError
+from htsr.matrices.models import WeightMatrix, by_tensor
 from htsr.matrices.roles import whole_name
-from htsr.matrices.sources import WeightMatrix, by_tensor
 from htsr.spectra.esd import BATCH_UP_TO
 from htsr.spectra.measure import Measured, measure_batch
 from htsr.spectra.metrics import LayerMetrics, Options

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from htsr._version import __version__
-from htsr.matrices.sources import Model
+from htsr.matrices.models import Model
 from htsr.ranks import checksum, device_type
 from htsr.schema import from_json
 from htsr.spectra.measure import Measured

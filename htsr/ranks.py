@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from htsr.errors import MatrixError, UsageError
+from htsr.matrices.models import Model, WeightMatrix
 from htsr.matrices.roles import whole_name
-from htsr.matrices.sources import Model, WeightMatrix
 from htsr.spectra.esd import Array, as_numpy
 from htsr.spectra.metrics import Options
 from htsr.spectra.product import Product

@@ -24,7 +24,8 @@ from htsr.matrices import adapters, hub
 from htsr.matrices.entries import FLOATS
 from htsr.matrices.files import file_entries, folder_entries
 from htsr.matrices.folders import model_files, named_files
-from htsr.matrices.sources import Filter, WeightMatrix, locate, open_model
+from htsr.matrices.models import Filter, WeightMatrix
+from htsr.matrices.sources import locate, open_model
 from htsr.matrices.stored import Stored
 from htsr.matrices.tying import repeated, tied
 from htsr.matrices.writing import copy_checkpoint

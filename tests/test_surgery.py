@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 import htsr
 from htsr.errors import HtsrError, SourceError, UsageError
-from htsr.matrices.sources import Filter, open_model
+from htsr.matrices.models import Filter
+from htsr.matrices.sources import open_model
 from htsr.spectra.projection import project_tail
 from htsr.surgery import project
 from tests.models import heavy_matrix, save_folder, state_dict

@@ -68,7 +68,11 @@ def whole_name(name: str) -> str:
 
 
 def canonical(name: str) -> str:
-    """The path of a tensor in the words of `htsr.matrices.roles`: lower case, dots, no numbers, no ``.weight``."""
+    """The path of a tensor in the words of `htsr.matrices.roles`: lower case, dots, no numbers, no ``.weight``.
+
+    Args:
+        name: of the tensor, as its checkpoint has it.
+    """
     path = stem(name)
     for pattern, replacement in _REWRITINGS:
         path = pattern.sub(replacement, path)
@@ -79,6 +83,9 @@ def leaf(name: str) -> str:
     """The last word of a tensor's own name, lower case: what tells how a fused tensor is laid out.
 
     A name that stands for something else in its scheme (CTranslate2's ``linear_0``) gives the canonical word.
+
+    Args:
+        name: of the tensor, as its checkpoint has it.
     """
     own = stem(name).replace("/", ".").rsplit(".", 1)[-1].lower()
     return canonical(name).rsplit(".", 1)[-1] if re.fullmatch(r"linear_\d|attn|wi", own) else own

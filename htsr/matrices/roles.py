@@ -219,9 +219,12 @@ def role_of(name: str, kind: str | None = None) -> str:
 
 
 def roles_of(tensors: Iterable[tuple[str, str | None]]) -> list[str]:
-    """`role_of` of all tensors of a model, given as (name, kind), where one name tells what another means.
+    """`role_of` of all tensors of a model, where one name tells what another means.
 
     ``w1`` is the gate where a ``w3`` or ``v1`` stands beside it, and else the way up.
+
+    Args:
+        tensors: name and kind of each, as for `role_of`.
     """
     tensors = list(tensors)
     stems = {stem(name) for name, _ in tensors}

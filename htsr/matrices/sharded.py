@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from htsr.errors import UsageError
+from htsr.matrices.apart import matrices_of
 from htsr.matrices.entries import Entry, base_names, unshared
+from htsr.matrices.models import WeightMatrix
 from htsr.matrices.modules import is_sharded, module_config, module_entries
 from htsr.matrices.parametrized import computed
 from htsr.matrices.quantized import dequantized
 from htsr.matrices.roles import stem, whole_name
-from htsr.matrices.sources import WeightMatrix, matrices_of
 from htsr.matrices.tuners import without_peft
 
 if TYPE_CHECKING:

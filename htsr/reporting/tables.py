@@ -17,7 +17,7 @@ from htsr.analysis import Analysis
 from htsr.comparison import Comparison, Pair
 from htsr.errors import MissingDependencyError
 from htsr.files import written
-from htsr.matrices.sources import Model, WeightMatrix
+from htsr.matrices.models import Model, WeightMatrix
 from htsr.reporting.text import encodable, in_markdown, visible
 from htsr.spectra.metrics import LayerMetrics
 from htsr.surgery import Operation

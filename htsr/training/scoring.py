@@ -12,8 +12,8 @@ import numpy as np
 
 from htsr.errors import HtsrError, MatrixError
 from htsr.execution import for_each, shared_out
+from htsr.matrices.models import WeightMatrix
 from htsr.matrices.sharded import in_rounds, open_live
-from htsr.matrices.sources import WeightMatrix
 from htsr.spectra.esd import Array, esd_batch
 from htsr.spectra.scores import null_of_shape, score
 from htsr.training.policy import Policy, Spectrum

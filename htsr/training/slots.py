@@ -12,9 +12,9 @@ import numpy as np
 
 from htsr import allocate
 from htsr.errors import UsageError
+from htsr.matrices.models import WeightMatrix, by_tensor
 from htsr.matrices.patterns import matches, require
 from htsr.matrices.roles import stem, whole_name
-from htsr.matrices.sources import WeightMatrix, by_tensor
 from htsr.training.policy import Policy
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from htsr.errors import MatrixError, UsageError
 from htsr.matrices.entries import base_names
-from htsr.matrices.sources import Filter, WeightMatrix, open_model
+from htsr.matrices.models import Filter, WeightMatrix
+from htsr.matrices.sources import open_model
 from htsr.spectra.nudge import Nudge, nudge
 from htsr.spectra.tail import FitMethod
 

@@ -119,7 +119,8 @@ import numpy
 from threadpoolctl import threadpool_limits
 import htsr.spectra.esd, htsr.spectra.measure as measure
 from htsr.execution import identity
-from htsr.matrices.sources import WeightMatrix, open_model
+from htsr.matrices.models import WeightMatrix
+from htsr.matrices.sources import open_model
 from htsr.spectra.metrics import Options
 spent = collections.Counter()
 def timed(owner, name, label):

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from htsr.matrices.sources import Model, open_model
+from htsr.matrices.models import Model
+from htsr.matrices.sources import open_model
 from reports import common
 from reports.checkpoints import finetuned, measuring, quantized
 from reports.checkpoints.measuring import METRICS, Row, auc, cached, changed, column, gaussian, measured

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from htsr.analysis import analyze_model, make_options
-from htsr.matrices.sources import Model
+from htsr.matrices.models import Model
 from htsr.spectra.bulk import tw_threshold
 from htsr.spectra.esd import Windows, as_numpy
 from htsr.spectra.null import ShapeNull, shape_null

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from htsr.matrices.sources import Model
+from htsr.matrices.models import Model
 from reports.checkpoints.measuring import METRICS, Matrix, Row, cached, changed, column, measured, spearman
 from reports.checkpoints.quantizing import FORMATS
 

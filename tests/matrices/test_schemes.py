@@ -14,9 +14,9 @@ import transformers
 from torch import nn
 
 import htsr
+from htsr.matrices.apart import matrices_of
 from htsr.matrices.modules import module_config, module_entries
 from htsr.matrices.roles import block_of, is_kernel, role_of
-from htsr.matrices.sources import matrices_of
 
 SCHEMES = {
     'nanoGPT': {

@@ -7,7 +7,7 @@ from torch import nn
 
 import htsr
 from htsr.errors import UsageError
-from htsr.matrices.sources import Filter
+from htsr.matrices.models import Filter
 from htsr.training.spectral_projection import STEPS, nudge_model, spectral_projection
 from tests.models import heavy_matrix
 

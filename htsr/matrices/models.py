@@ -1,0 +1,201 @@
+"""A model as its weight matrices, none of them read yet, and which of them are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeVar
+
+from htsr.errors import MatrixError, UsageError
+from htsr.matrices import roles
+from htsr.matrices.patterns import matches, require
+from htsr.matrices.positions import Position
+from htsr.spectra.esd import Array
+from htsr.spectra.product import Product
+
+if TYPE_CHECKING:
+    pass
+
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True)
+class WeightMatrix:
+    """One weight matrix (or stack of kernel slices) of a model, unread.
+
+    Attributes:
+        name: as the checkpoint names it without ``.weight``, with ``[q]`` or ``[3]`` for a part of a fused tensor.
+        shape: (rows, columns) of the matrix, or of one slice of a kernel.
+        pieces: slices of a convolution kernel or of another stack; 1 for a plain matrix.
+        role: what it does (`htsr.matrices.roles`).
+        block: index of its block; None outside of all.
+        kind: ``linear``, ``embedding``, ``conv``, ``expert``, ``adapter``, or ``stack`` of slices that are no kernel
+            (one matrix per head, say).
+        dtype: it is stored in, as torch names it.
+        load: reads it: (rows, columns), or (pieces, rows, columns).
+        position: where it stands in its stored tensor.
+        problem: (status, sentence) where it cannot be read.
+        warning: what a reader of its row should know.
+        factors: reads the two factors that it is the product of, such as B and A of a LoRA adapter; None where there
+            are none.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pieces: int
+    role: str
+    block: int | None
+    kind: str
+    dtype: str
+    load: Callable[[], Array] = field(repr=False, compare=False)
+    position: Position = field(repr=False, compare=False)
+    problem: tuple[str, str] | None = None
+    warning: str = ""
+    factors: Callable[[], Product] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def parameters(self) -> int:
+        """Number of entries."""
+        return self.pieces * self.shape[0] * self.shape[1]
+
+    @property
+    def cost(self) -> float:
+        """Flops of the exact route, for sharing the work out: Gram matrix and eigenvalues."""
+        small, large = sorted(self.shape)
+        return float(self.pieces * (small * small * large + 4 / 3 * small**3))
+
+    def read(self) -> Array:
+        """The matrix, (rows, columns) or (pieces, rows, columns), as floats; what it is stored as, or float32.
+
+        Raises:
+            MatrixError: it cannot be read; the message names the tensor.
+        """
+        return self._attempt(self.load)
+
+    def opened(self) -> Array | Product:
+        """As `read`, (rows, columns) or (pieces, rows, columns), but a product of factors as those.
+
+        Raises:
+            MatrixError: as `read`.
+        """
+        return self._attempt(self.factors or self.load)
+
+    def _attempt(self, load: Callable[[], Read]) -> Read:
+        if self.problem:
+            raise MatrixError(*self.problem)
+        try:
+            return load()
+        except MatrixError:
+            raise
+        except Exception as error:
+            raise MatrixError("unreadable", f"{self.name} could not be read: {error}") from error
+
+
+def by_tensor(matrices: Iterable[WeightMatrix]) -> list[list[WeightMatrix]]:
+    """The `matrices` that are parts of one tensor together, in their order."""
+    tensors: dict[str, list[WeightMatrix]] = {}
+    for matrix in matrices:
+        tensors.setdefault(roles.whole_name(matrix.name), []).append(matrix)
+    return list(tensors.values())
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which matrices are wanted. Patterns are shell-style and match whole names, as in ``*.q_proj`` or ``mlp.*``.
+
+    ``*`` and ``?`` are wildcards, brackets stand for themselves: ``*.c_attn[q]`` is the query in a fused tensor.
+
+    Attributes:
+        include: name patterns, any of which must match; empty for all.
+        exclude: name patterns, none of which may match.
+        roles: role patterns, any of which must match; empty for all.
+        blocks: block indices; None for all matrices, also those outside of blocks.
+        min_size: least M, the smaller side.
+        max_size: largest M; None for any.
+        exclude_roles: role patterns, none of which may match.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    blocks: frozenset[int] | None = None
+    min_size: int = 0
+    max_size: int | None = None
+    exclude_roles: tuple[str, ...] = ()
+
+    def __call__(self, matrix: WeightMatrix) -> bool:
+        """Whether `matrix` is wanted."""
+        M = min(matrix.shape)
+        return (
+            (not self.include or matches(matrix.name, self.include))
+            and not matches(matrix.name, self.exclude)
+            and (not self.roles or matches(matrix.role, self.roles))
+            and not matches(matrix.role, self.exclude_roles)
+            and (self.blocks is None or matrix.block in self.blocks)
+            and self.min_size <= M
+            and (self.max_size is None or self.max_size >= M)
+        )
+
+    def check(self, matrices: Iterable[WeightMatrix], of: str) -> None:
+        """Refuse what can only be a mistake: a pattern or block that no matrix has.
+
+        Args:
+            matrices: of the model or models that it is meant for, before it is applied.
+            of: what to call them.
+
+        Raises:
+            UsageError: the pattern with the nearest name, or the block with those there are.
+        """
+        matrices = list(matrices)
+        require(self.include + self.exclude, {m.name for m in matrices}, of)
+        require(self.roles + self.exclude_roles, {m.role for m in matrices}, of, "role")
+        known = {m.block for m in matrices} - {None}
+        if unknown := sorted((self.blocks or frozenset()) - known):
+            there = f"its blocks are {_ranges(sorted(b for b in known if b is not None))}" if known else "it has none"
+            raise UsageError(f"{of} has no block {_ranges(unknown)}; {there}")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending `numbers` as text, as in ``0-3, 7``."""
+    starts = [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n - 1]
+    ends = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or numbers[i + 1] != n + 1]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+@dataclass(frozen=True, repr=False)
+class Model:
+    """A model as its matrices.
+
+    Attributes:
+        label: what to call it: path, hub id, or class name.
+        matrices: all weight matrices, in the model's order, tied ones once.
+        fingerprint: changes when the source does; None for sources in memory.
+    """
+
+    label: str
+    matrices: tuple[WeightMatrix, ...]
+    fingerprint: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Model {self.label!r}: {len(self.matrices)} matrices>"
+
+    def __iter__(self) -> Iterator[WeightMatrix]:
+        return iter(self.matrices)
+
+    def filtered(self, wanted: Filter, *, checked: bool = False) -> Model:
+        """The same model with the wanted matrices only.
+
+        Args:
+            wanted: decides on each.
+            checked: whether `wanted.check` was called before, on several models together.
+
+        Raises:
+            UsageError: none is left, or a pattern or block of `wanted` is not in the model.
+        """
+        if self.matrices and not checked:
+            wanted.check(self.matrices, self.label)
+        kept = tuple(matrix for matrix in self.matrices if wanted(matrix))
+        if self.matrices and not kept:
+            known = ", ".join(sorted({m.role for m in self.matrices}))
+            raise UsageError(f"no matrix of {self.label} passes the filter; its roles are {known}")
+        return replace(self, matrices=kept)
