@@ -18,7 +18,7 @@ from htsr.loading import load_model, load_tokenizer
 from htsr.outliers import Outliers, checked_thresholds, measure_outliers
 from htsr.records import read_records, text_of
 from htsr.reporting.plots import check_picture
-from htsr.reporting.text import plain_console, visible
+from htsr.reporting.text import plain_console
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,6 +58,7 @@ def outliers(
         )
     found = replace(found, label=name, meta={**found.meta, "data": data, "length": length, "seed": seed})
     _print(found)
+    words.say(f"htsr: {found.label}: {found.samples} samples, {found.tokens} tokens")
     if save:
         found.save(save)
     if picture:
@@ -80,9 +81,7 @@ def _check_targets(save: Path | None, picture: Path | None) -> None:
 def _print(found: Outliers) -> None:
     from htsr.reporting.outliers import outlier_table
 
-    out = console()
-    out.print(outlier_table(found))
-    out.print(f"{visible(found.label)}: {found.samples} samples, {found.tokens} tokens")
+    console().print(outlier_table(found))
 
 
 @contextmanager

@@ -55,8 +55,14 @@ class Target:
             check_writable(output)
         self.format, self.output = format, output
 
-    def write(self, subject: Subject) -> None:
-        """Write `subject` whole, or not at all."""
+    def write(self, subject: Subject, words: Words | None = None) -> None:
+        """Write `subject` whole, or not at all; `words` say what belongs to a table and is no data."""
+        self._write(subject)
+        if words and self.format == "table":
+            for remark in _remarks(subject):
+                words.say(f"htsr: {remark}")
+
+    def _write(self, subject: Subject) -> None:
         if self.format == "parquet":
             assert self.output is not None
             tables.write_parquet(subject, self.output)
@@ -154,15 +160,8 @@ def _print_tables(subject: Analysis | Comparison | Model | MemoryPlans, to: Cons
     if isinstance(subject, Analysis):
         to.print(tables.terminal_table(subject.rows, to.width))
         to.print(tables.summary_table(subject))
-        to.print(_closing(subject), style="dim")
-        if any(kind in row.warning for row in subject for kind in ("heavy tail", "light tail")):
-            to.print(CAUTION, style="dim")
     elif isinstance(subject, Comparison):
         to.print(tables.comparison_table(subject, to.width))
-        alpha = subject.summary().get("alpha")
-        if alpha:
-            both = sum(pair.a.alpha is not None and pair.b.alpha is not None for pair in subject)
-            to.print(f"mean α {alpha[0]:.3f} → {alpha[1]:.3f} over {both} matrices", style="dim")
     elif isinstance(subject, MemoryPlans):
         to.print(tables.memory_table(subject))
     else:
@@ -171,10 +170,17 @@ def _print_tables(subject: Analysis | Comparison | Model | MemoryPlans, to: Cons
         to.print(f"{len(subject.matrices)} matrices, {total:,} parameters in them", style="dim")
 
 
-def _closing(analysis: Analysis) -> str:
-    failed = sum(row.status != "ok" for row in analysis)
-    problems = f", {failed} without a fit" if failed else ""
-    return f"{visible(analysis.label)}: {len(analysis)} matrices{problems} in {analysis.meta.get('seconds', 0):.1f} s"
+def _remarks(subject: Subject) -> Iterator[str]:
+    """What is said beside a table."""
+    if isinstance(subject, Analysis):
+        failed = sum(row.status != "ok" for row in subject)
+        problems = f", {failed} without a fit" if failed else ""
+        yield f"{subject.label}: {len(subject)} matrices{problems} in {subject.meta.get('seconds', 0):.1f} s"
+        if any(kind in row.warning for row in subject for kind in ("heavy tail", "light tail")):
+            yield CAUTION
+    elif isinstance(subject, Comparison) and (alpha := subject.summary().get("alpha")):
+        both = sum(pair.a.alpha is not None and pair.b.alpha is not None for pair in subject)
+        yield f"mean α {alpha[0]:.3f} → {alpha[1]:.3f} over {both} matrices"
 
 
 def _plain_tables(subject: Subject) -> str:

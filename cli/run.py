@@ -92,8 +92,9 @@ def analyze(
         analysis.save(save)
     if html is not None:
         analysis.to_html(html)
+    target.write(analysis, words)
+    if html is not None:
         words.say(f"htsr: the report is in {html}")
-    target.write(analysis)
     return judge(analysis, conditions)
 
 
@@ -119,7 +120,7 @@ def compare(a: str, b: str, choice: Choice, options: dict[str, Any], words: Word
     ):
         if names:
             words.say(f"htsr: {len(names)} matrices {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
-    target.write(comparison)
+    target.write(comparison, words)
 
 
 def describe(name: str, choice: Choice, target: Target, *, revision: str | None) -> None:

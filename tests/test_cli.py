@@ -14,6 +14,7 @@ from htsr_cli.output import _is_unsaid
 import htsr
 from htsr.execution import measure_all
 from htsr.journal import Journal
+from htsr.spectra.notes import CAUTION
 from tests.models import save_folder, state_dict
 
 
@@ -29,11 +30,26 @@ def run(capsys, *args):
 
 
 def test_table_goes_to_stdout_and_nothing_else(capsys, folder):
-    code, out, err = run(capsys, "analyze", folder)
+    code, out, err = run(capsys, "analyze", folder, "-q")
     assert code == 0
     assert "model.layers.2.mlp.down_proj" in out
     assert "stable rank" in out
+    assert "matrices in" not in out
+    assert CAUTION not in " ".join(out.split())
     assert err == ""
+    code, spoken, err = run(capsys, "analyze", folder)
+    assert (code, spoken) == (0, out)
+    assert "13 matrices in" in err
+    assert CAUTION in err
+    code, out, err = run(capsys, "compare", folder, folder)
+    assert "mean α" in err
+    assert run(capsys, "compare", folder, folder, "-q") == (code, out, "")
+
+
+def test_the_report_is_spoken_of_last(capsys, folder, tmp_path):
+    pytest.importorskip("plotly")
+    _, _, err = run(capsys, "analyze", folder, "--html", tmp_path / "report.html")
+    assert err.splitlines()[-1] == f"htsr: the report is in {tmp_path / 'report.html'}"
 
 
 def test_json_is_strict_and_complete(capsys, folder):
@@ -199,7 +215,7 @@ def test_compare_and_saved_analyses(capsys, folder, tmp_path):
     )
     code, out, _ = run(capsys, "compare", folder, other)
     assert "‖A-B‖/‖A‖" in out
-    code, _, err = run(capsys, "compare", folder, other, "--role", "attn.*")
+    code, _, err = run(capsys, "compare", folder, other, "--role", "attn.*", "-q")
     assert (code, err) == (0, "")
 
 

@@ -33,7 +33,7 @@ _CELLS: dict[str, Callable[[PlanRow], str]] = {
 def plan_table(plan: Plan, width: int) -> Table:
     """The plan as a rich table of at most `width` characters."""
     shown = [(header, [cell(row) for row in plan]) for header, cell in _CELLS.items()]
-    return _fitted_table(shown, width, ("note", "shape", "role"))
+    return _fitted_table(shown, width, ("shape", "role", "note"))
 
 
 def closing(plan: Plan) -> str:

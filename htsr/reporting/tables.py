@@ -91,7 +91,8 @@ def style_of(row: LayerMetrics) -> str:
 def terminal_table(rows: Sequence[LayerMetrics], width: int) -> Table:
     """The rows as a rich table of at most `width` characters, coloured by status."""
     shown = [(header, [cell(row) for row in rows]) for header, cell in columns(rows)]
-    order = ("D", "log ‖W‖²", "tail", "role", "note", "shape", "α null", "stable rank", "± σ")
+    order: tuple[str, ...] = ("D", "log ‖W‖²", "± σ", "stable rank", "role", "α null")
+    order += ("to random", "law", "spikes", "shape", "traps", "tail", "note")
     styles = {"α": (colours := [style_of(row) for row in rows]), "note": colours}
     return _fitted_table(shown, width, order, styles)
 
@@ -101,26 +102,49 @@ def _fitted_table(
     width: int,
     least_telling_first: Sequence[str],
     styles: dict[str, list[str]] | None = None,
+    elsewhere: str = "; --format csv has all",
 ) -> Table:
-    """A table that never cuts a number: without room whole columns go, and the names in the first lose their middle."""
+    """A table that never cuts a number.
+
+    Without room names lose their middle, notes their end, and then whole columns go; the caption says which.
+    """
     from rich.text import Text
 
     (first, names), *rest = ((header, [visible(cell) for cell in cells]) for header, cells in shown)
     longest = max(map(len, names), default=0)
+    left_out: list[str] = []
     for header in (*least_telling_first, None):
-        room = width - _GAP - sum(max(len(h), *map(len, cells)) + _GAP for h, cells in rest)
+        widths = [max(len(h), *map(len, cells), 0) for h, cells in rest]
+        least = [min(w, _LEAST_NOTE) if h == "note" else w for (h, _), w in zip(rest, widths, strict=True)]
+        room = width - _GAP - sum(w + _GAP for w in least)
         if room >= min(longest, _LEAST_NAME) or header is None:
             break
+        left_out += [h for h, _ in rest if h == header]
         rest = [column for column in rest if column[0] != header]
+    note = max(room - longest, 0) + _LEAST_NOTE  # what the names leave
+    rest = [(h, [_first_kinds(cell, note) for cell in cells] if h == "note" else cells) for h, cells in rest]
     table = _table([first, *(header for header, _ in rest)])
     for i, name in enumerate(names):
         cells = [Text(values[i], style=(styles or {}).get(header, [""] * (i + 1))[i]) for header, values in rest]
         table.add_row(_shortened(name, max(room, 8)), *cells)
+    if left_out:
+        table.caption = Text(f"left out for width: {', '.join(left_out)}{elsewhere}", style="dim")
+        table.caption_justify = "left"
     return table
 
 
 _GAP = 3  # between columns
-_LEAST_NAME = 30
+_LEAST_NAME = 24
+_LEAST_NOTE = 12  # of "random-like…"
+
+
+def _first_kinds(note: str, room: int) -> str:
+    """As many of the notes of a row as there is room for, what qualifies all numbers before the rest."""
+    if len(note) <= room:
+        return note
+    kinds = sorted(note.split("; "), key=lambda kind: kind != "random-like")
+    fitting = [text for i in range(len(kinds), 0, -1) if len(text := "; ".join(kinds[:i])) < room]
+    return f"{fitting[0] if fitting else kinds[0][: room - 1].rstrip()}…"
 
 
 def _shortened(name: str, room: int) -> str:
@@ -199,7 +223,7 @@ def description_table(model: Model, width: int) -> Table:
     }
     shown = [(header, [cell(matrix) for matrix in model]) for header, cell in cells.items()]
     shown = [column for column in shown if column[0] != "note" or any(column[1])]
-    return _fitted_table(shown, width, ("note", "Q", "kind", "block", "stored", "role"))
+    return _fitted_table(shown, width, ("Q", "kind", "block", "stored", "role", "note"))
 
 
 def memory_table(memory: MemoryPlans) -> Table:
@@ -236,7 +260,7 @@ def surgery_table(operations: Sequence[Operation], width: int) -> Table:
     }
     shown = [(header, [cell(operation) for operation in operations]) for header, cell in cells.items()]
     filled = [column for column in shown if column[0] == "matrix" or any(column[1])]
-    return _fitted_table(filled, width, ("role", "shape", "mean", "clipped"))
+    return _fitted_table(filled, width, ("role", "shape", "mean", "clipped"), elsewhere="")
 
 
 def _table(headers: Sequence[str]) -> Table:

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from htsr_cli.output import Target
+from htsr_cli.output import Target, Words
 from rich.console import Console
 
 import htsr
@@ -25,18 +25,50 @@ def lines(table, width):
 
 @pytest.mark.parametrize("width", [60, 80, 100, 140, 220])
 def test_numbers_are_never_cut(analysis, width):
-    shown = lines(tables.terminal_table(analysis.rows, width), width)
+    table = tables.terminal_table(analysis.rows, width)
+    assert bool(table.caption) == (width < 220)  # columns are never left out in silence
+    table.caption = None
+    shown = lines(table, width)
     assert len(shown) == len(analysis) + 2
     assert all(len(line) <= width for line in shown)
     for row, line in zip(analysis, shown[2:], strict=True):
         assert f" {row.alpha:.2f} " in line + " "
         assert f" {row.trace_log:.2f} " in line + " "
-        assert "…" not in line[width // 2 :]
+        assert "…" not in line.partition(f" {row.alpha:.2f} ")[2].removesuffix("…")  # of a note
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_a_narrow_terminal_keeps_what_qualifies_alpha(width):
+    warning = "de-quantised by bitsandbytes; random-like; light tail α>6; tail of 22"
+    rows = [
+        replace(row, name=f"encoder.{row.name}", warning=warning) for row in htsr.analyze(state_dict(), device="cpu")
+    ]
+    table = tables.terminal_table(rows, width)
+    headers = [str(column.header) for column in table.columns]
+    assert headers[-1] == "note"
+    assert ("tail" in headers) == (width >= 80)
+    assert all(line.endswith(("random-like…", "de-quantised…")) for line in lines(table, width)[2 : 2 + len(rows)])
+    missing = [header for header, _ in tables.columns(rows) if header not in headers]
+    assert str(table.caption).startswith("left out for width: D, log ‖W‖²")
+    assert all(header in str(table.caption) for header in missing)
+
+
+@pytest.mark.parametrize(
+    ("room", "shown"),
+    [
+        (60, "de-quantised; random-like; tail of 22"),
+        (30, "random-like; de-quantised…"),
+        (12, "random-like…"),
+        (6, "rando…"),
+    ],
+)
+def test_a_note_loses_its_end(room, shown):
+    assert tables._first_kinds("de-quantised; random-like; tail of 22", room) == shown
 
 
 def test_long_names_lose_their_middle(analysis):
     row = replace(analysis[0], name="model." + 20 * "very." + "long.name.of_a_projection")
-    (line,) = lines(tables.terminal_table([row], 100), 100)[2:]
+    line = lines(tables.terminal_table([row], 100), 100)[2]
     assert line.split()[0].startswith("model.")
     assert "of_a_projection" in line
 
@@ -46,6 +78,8 @@ def test_other_tables_fit_too(analysis, width):
     model = htsr.describe(state_dict())
     comparison = htsr.compare(analysis, analysis)
     for table in (tables.description_table(model, width), tables.comparison_table(comparison, width)):
+        assert bool(table.caption) == (width < 200)
+        table.caption = None
         shown = lines(table, width)
         assert len(shown) == 13 + 2
         assert all(len(line) <= width for line in shown)
@@ -86,8 +120,8 @@ def test_names_are_shown_as_they_are(capsys):
 
 
 def test_the_caution_stands_where_a_tail_is_noted(capsys):
-    state = state_dict()
-    Target(None, None).write(htsr.analyze(state, device="cpu"))
-    assert CAUTION.split(":")[0] in " ".join(capsys.readouterr().out.split())
-    Target(None, None).write(htsr.analyze(state, device="cpu", where=htsr.Filter(roles=("mlp.*",), blocks={0})))
-    assert CAUTION.split(":")[0] not in " ".join(capsys.readouterr().out.split())
+    state, words = state_dict(), Words(quiet=False, verbose=False)
+    Target(None, None).write(htsr.analyze(state, device="cpu"), words)
+    assert CAUTION in capsys.readouterr().err
+    Target(None, None).write(htsr.analyze(state, device="cpu", where=htsr.Filter(roles=("mlp.*",), blocks={0})), words)
+    assert CAUTION not in capsys.readouterr().err
