@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from htsr.errors import HtsrError
+from htsr.errors import HtsrError, UsageError
+from htsr.matrices.folders import SUFFIXES
+
+# what stands beside weights under a name that no result has
+_OF_A_MODEL = re.compile(r"^((adapter_|generation_|tokenizer_)?config|params|tokenizer)\.json$|\.index(\.\w+)?\.json$")
 
 
 def check_writable(path: Path) -> None:
-    """Know before hours of work that their result will not fail to be written for its name.
+    """Know before hours of work that their result will not fail to be written for its name, nor replace a model.
 
     Raises:
-        HtsrError: the folder of `path` does not exist or refuses files, `path` is a folder, or its name is too long.
+        UsageError: `path` is a file of a model: weights, their index, or a configuration.
+        HtsrError: the folder of `path` does not exist or refuses files, `path` is a folder, a disk or another thing
+            that takes no files, or its name is too long.
     """
     try:
+        if _is_stream(path):
+            if not os.access(path, os.W_OK):
+                raise HtsrError(f"{path} cannot be written: it refuses data")
+            return
+        path = _target(path)
         if not path.parent.is_dir():
             raise HtsrError(f"{path} cannot be written: {path.parent} is no folder")
         if path.is_dir():
@@ -25,37 +38,63 @@ def check_writable(path: Path) -> None:
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise HtsrError(f"{path} cannot be written: {path.parent} refuses new files")
         os.stat(path.parent / path.name)
+        if not path.is_file():
+            raise HtsrError(f"{path} cannot be written: it is neither a file nor a pipe")
+        if path.suffix in SUFFIXES or _OF_A_MODEL.search(path.name):
+            raise UsageError(f"{path} is not overwritten: it is a file of a model")
     except FileNotFoundError:
         pass
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, HtsrError):
+            raise
         raise _unwritable(path, error) from error
 
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+    """A temporary file that becomes `path` when the block ends well, and vanishes when it does not.
+
+    It lies beside `path`, or beside the file that a link leads to. A pipe or terminal is sent what it holds.
 
     Raises:
+        UsageError: `path` is a file of a model.
         HtsrError: the folder does not exist or cannot be written to, or the disk is full.
     """
     check_writable(path)
+    stream = _is_stream(path)
+    target = path if stream else _target(path)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".htsr-", suffix=path.suffix[:16])
+        folder = None if stream else target.parent
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".htsr-", suffix=path.suffix[:16])
         os.close(handle)
     except OSError as error:
         raise _unwritable(path, error) from error
     temporary = Path(name)
     try:
         yield temporary
+        if stream:
+            with temporary.open("rb") as file, open(os.open(path, os.O_WRONLY), "wb") as out:
+                shutil.copyfileobj(file, out)
+            return
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _unwritable(path: Path, error: OSError | ValueError) -> HtsrError:
+def _is_stream(path: Path) -> bool:
+    """Whether `path` takes data without being a file: a pipe, a terminal or another character device."""
+    return path.is_fifo() or path.is_char_device()
+
+
+def _target(path: Path) -> Path:
+    """The file that a link leads to, so that the link stays; else `path` itself."""
+    return path.resolve() if path.is_symlink() else path
+
+
+def _unwritable(path: Path, error: OSError | RuntimeError | ValueError) -> HtsrError:
     return HtsrError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
