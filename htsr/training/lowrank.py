@@ -90,7 +90,6 @@ class LowRankAdamW(torch.optim.Optimizer):
     """
 
     _hooked: set[Tensor]
-    _ready: dict[Tensor, tuple[Tensor, Tensor]]  # gradients, and what clipping has taken of them
     _places: dict[Tensor, tuple[Group, int]]
 
     def __init__(
@@ -171,16 +170,16 @@ class LowRankAdamW(torch.optim.Optimizer):
                 apply_update(parameter, self.state[parameter], group, R, index)
             if isinstance(parameter.grad, ReleasedGradient):
                 parameter.grad.spent = True
-        self._ready.clear()
         self._places.clear()
         self._hook()
         return loss
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale the coming step's gradients to a global norm of at most `max_norm`; returns the norm before.
+        """Scale the gradients to a global norm of at most `max_norm`; returns the norm before.
 
-        Call it between backward and `step`. The norm is that of what the optimizer will use: ‖R‖_F for low-rank
+        Call it between backward and `step`. It scales what stands in ``grad``, as torch's does, and keeps nothing else.
+        The norm is that of what the optimizer will use: ‖R‖_F for low-rank
         matrices, which is ‖G‖_F less the part outside the subspace, ‖G‖_F for the others, over all parameters and
         processes. ``torch.nn.utils.clip_grad_norm_`` does the same under ``gradients="project"``; under ``keep`` its
         norm is that of the whole gradients.
@@ -197,18 +196,20 @@ class LowRankAdamW(torch.optim.Optimizer):
         """
         if self.gradients == "update":
             raise UsageError("a global norm cannot be known while updating during backward; take gradients='project'")
+        kept, norms = list[Tensor](), list[Tensor]()
         for group, parameter, index in self._members():
-            if (R := self._take(group, parameter, index)) is not None:
-                self._ready[parameter] = parameter.grad, R  # type: ignore[assignment]
-        if not self._ready:
+            R = self._take(group, parameter, index, steps=False)
+            if R is None or parameter.grad is None:
+                continue
+            kept.append(R if isinstance(parameter.grad, ReleasedGradient) else parameter.grad)
+            norms.append(torch.linalg.vector_norm(R, dtype=torch.promote_types(R.dtype, torch.float32)))
+        if not norms:
             return torch.zeros(())
-        ready = [R for _, R in self._ready.values()]
-        norms = [torch.linalg.vector_norm(R, dtype=torch.promote_types(R.dtype, torch.float32)) for R in ready]
         norms = [norm.full_tensor() if is_distributed(norm) else norm for norm in norms]  # type: ignore[attr-defined]
         total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        for R in ready:
-            local(R).mul_(factor.to(R.device, R.dtype))
+        for gradient in kept:
+            local(gradient).mul_(factor.to(gradient.device, gradient.dtype))
         return total
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -221,7 +222,6 @@ class LowRankAdamW(torch.optim.Optimizer):
             if isinstance(parameter.grad, ReleasedGradient):
                 parameter.grad = None
         super().zero_grad(set_to_none)
-        self._ready.clear()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but tensors keep the dtype that they were saved in; torch casts them to the parameter's.
@@ -288,7 +288,6 @@ class LowRankAdamW(torch.optim.Optimizer):
 
     def _begin(self) -> None:
         self._hooked = set()
-        self._ready = {}
         self._places = {}
 
     def _members(self) -> Iterator[tuple[Group, Tensor, int]]:
@@ -331,23 +330,20 @@ class LowRankAdamW(torch.optim.Optimizer):
         self.take_up(parameter, released, G)
         parameter.grad = released
 
-    def _take(self, group: Group, parameter: Tensor, index: int) -> Tensor | None:
-        """The gradient of the coming step, projected, averaged over the ranks; as clipped, where it was."""
+    def _take(self, group: Group, parameter: Tensor, index: int, steps: bool = True) -> Tensor | None:
+        """The gradient of the coming step, projected, averaged over the ranks; `steps`: the step is made with it."""
         G = parameter.grad
         if G is None:
             return None
-        clipped_of, clipped = self._ready.get(parameter, (None, None))
-        if clipped_of is G:
-            return clipped
         if isinstance(G, ReleasedGradient):
             return None if G.spent or G.R is None else self._average(G.R)
-        return self._average(self._gradient(group, parameter, index, G))
+        return self._average(self._gradient(group, parameter, index, G, steps))
 
-    def _gradient(self, group: Group, parameter: Tensor, index: int, G: Tensor) -> Tensor:
+    def _gradient(self, group: Group, parameter: Tensor, index: int, G: Tensor, steps: bool = True) -> Tensor:
         """What Adam will see of the parameter's gradient."""
         if G.is_sparse:
             raise UsageError(f"parameter {index} has a sparse gradient; make its embedding with sparse=False")
-        return G if group["rank"] is None else self._project(group, parameter, index, G)
+        return G if group["rank"] is None else self._project(group, parameter, index, G, steps=steps)
 
     def _average(self, gradient: Tensor) -> Tensor:
         if self.process_group is None:
@@ -355,9 +351,14 @@ class LowRankAdamW(torch.optim.Optimizer):
         torch.distributed.all_reduce(gradient, group=self.process_group)
         return gradient.div_(self.process_group.size())
 
-    def _project(self, group: Group, parameter: Tensor, index: int, G: Tensor, first: bool = True) -> Tensor:
-        """A gradient in its subspace, which is computed anew where that is due and this is the step's first."""
-        state = self.state[parameter]
+    def _project(
+        self, group: Group, parameter: Tensor, index: int, G: Tensor, first: bool = True, steps: bool = True
+    ) -> Tensor:
+        """A gradient in its subspace, which is computed anew where that is due and this is the step's first.
+
+        Without `steps` the state stays as it is: the gradient may change until the step, and the new subspace with it.
+        """
+        state = self.state[parameter] if steps else self.state.get(parameter, {})
         if G.ndim < 2:
             raise UsageError(
                 f"parameter {index} of a group with rank has become flat, {tuple(G.shape)}: DeepSpeed's ZeRO and FSDP1 "
@@ -369,10 +370,13 @@ class LowRankAdamW(torch.optim.Optimizer):
             G = self._average(G)
             generator = torch.Generator().manual_seed(seed_of(group["seed"], index, step))
             try:
-                state["projector"] = new = projector(G, group["rank"], group["method"], old, generator)
+                new = projector(G, group["rank"], group["method"], old, generator)
             except HtsrError as error:
                 where = f"parameter {index} ({'×'.join(map(str, G.shape))}) at step {step + 1}"
                 raise type(error)(f"{where}: {error}") from error
+            if not steps:
+                return project(G, new)
+            state["projector"] = new
             if group["moments"] == "rotate" and old is not None and "exp_avg" in state:
                 moments = stored.read(state, "exp_avg"), stored.read(state, "exp_avg_sq")
                 for name, value in zip(("exp_avg", "exp_avg_sq"), rotated(*moments, old, new, G.shape), strict=True):
