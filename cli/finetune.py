@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from htsr_cli.output import Words, console, is_first
 
-from htsr.recipe import read_recipe
+from htsr.recipe import check_options, read_keys
+from htsr.training.output import check_output
 
 
 def finetune(config: str, changes: dict[str, Any], words: Words, *, resume: bool) -> None:
     """Read the recipe, run it, and print what came of it on the first process."""
-    recipe = read_recipe(config, {key: value for key, value in changes.items() if value is not None})
+    recipe = read_keys(config, {key: value for key, value in changes.items() if value is not None})
+    check_output(Path(recipe.output), resume)  # before what takes long to import
+    check_options(recipe)
     from htsr.finetune import finetune as run
 
     first = is_first()

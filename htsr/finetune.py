@@ -8,8 +8,8 @@ taken up with `--resume` from its last checkpoint and ends with the same weights
 before the model is loaded is checked before (`htsr.training.preflight`); the model is saved before it is evaluated.
 
 The folder of the result holds the model as plain transformers loads it (and LoRA's adapter under ``adapter``), a model
-card, ``results.json``, the recipe, ``spectra_before.npz`` and ``spectra_after.npz`` with their comparison as
-``spectra.csv``, ``outliers.json`` where blocks were drawn by outliers, and the checkpoints.
+card, ``results.json``, the recipe as ``recipe.json``, ``spectra_before.npz`` and ``spectra_after.npz`` with their
+comparison as ``spectra.csv``, ``outliers.json`` where blocks were drawn by outliers, and the checkpoints.
 """
 
 from __future__ import annotations
@@ -72,29 +72,34 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
         `resume`, what it came to: nothing is trained.
 
     Raises:
-        UsageError: arguments without meaning, nothing to learn from, or an output folder that is not empty, without
-            `resume`.
+        UsageError: arguments without meaning, nothing to learn from, an output folder that is not empty, without
+            `resume`, or one with a run of another recipe, with it.
         SourceError: model, data or checkpoint that cannot be had, or that do not go together.
         MissingDependencyError: TRL, datasets or another optional package is not installed.
     """
     from accelerate import PartialState
     from transformers import set_seed
 
-    from htsr.training.arguments import training_arguments
-    from htsr.training.preflight import begin_folder, check_output, check_sharding, prepare_data
-    from htsr.training.saving import finished_result, write_reports
+    from htsr.training.output import begin_folder, check_output, check_same_run
 
     output = Path(recipe.output)
+    check_output(output, resume)
+    if resume:
+        check_same_run(recipe, output, say)
+
+    from htsr.training.arguments import training_arguments
+    from htsr.training.preflight import check_sharding, prepare_data
+    from htsr.training.saving import finished_result, write_reports
+
     arguments = training_arguments(recipe)
     check_sharding(recipe, arguments)
     ranks = PartialState()
-    check_output(output, resume)
     if resume and (finished := finished_result(recipe, output)) is not None:
         say(f"the run in {output} is finished")
         return finished
     prepared = prepare_data(recipe, arguments, resume, say)
     ranks.wait_for_everyone()
-    begin_folder(output, ranks, resume)
+    begin_folder(recipe, output, ranks, resume)
     set_seed(recipe.seed)
     before, accuracy, metrics, coverage = _train(recipe, arguments, prepared, output, ranks, say)
     gc.collect()  # model, optimizer and trainer hold each other, and the saved model is loaded next
@@ -191,7 +196,7 @@ def _accuracy(
 ) -> dict[str, Any] | None:
     from accelerate import PartialState
 
-    from htsr.training.saving import write_json
+    from htsr.training.output import write_json
 
     if not questions:
         return None

@@ -233,6 +233,34 @@ def read_recipe(path: str, changes: Mapping[str, Any] | None = None) -> Recipe:
         UsageError: an unknown key, or a value of the wrong kind or out of its range, with its place.
         MissingDependencyError: TRL is not installed.
     """
+    recipe = read_keys(path, changes)
+    check_options(recipe)
+    return recipe
+
+
+def check_options(recipe: Recipe) -> None:
+    """Insist that TRL and PEFT, which this imports, take what is theirs in a `recipe`.
+
+    Raises:
+        UsageError: an unknown key, or a value of the wrong kind or out of its range, with its place.
+        MissingDependencyError: TRL is not installed.
+    """
+    check_training(recipe.training)
+    if recipe.lora is not None:
+        check_lora(recipe.lora)
+
+
+def read_keys(path: str, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """As `read_recipe`, with options of TRL and PEFT unread: neither is imported.
+
+    Args:
+        path: as there.
+        changes: as there.
+
+    Raises:
+        SourceError: no such file, or no YAML.
+        UsageError: an unknown key, or a value of the wrong kind or out of its range, with its place.
+    """
     file = Path(path)
     try:
         if not file.exists() and (FOLDER / f"{path}.yaml").exists():
@@ -253,7 +281,4 @@ def read_recipe(path: str, changes: Mapping[str, Any] | None = None) -> Recipe:
             if k not in ("sampling", "low_rank", "lora") or k in _SECTIONS_OF.get(str(changes["method"]), ())
         }
     recipe: Recipe = made(Recipe, content, file.name)
-    check_training(recipe.training)
-    if recipe.lora is not None:
-        check_lora(recipe.lora)
     return recipe

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from htsr.errors import SourceError
+from htsr.errors import SourceError, reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -37,21 +38,25 @@ class Checkpoint:
 def last_checkpoint(output: Path) -> Checkpoint | None:
     """The last in the folder `output` that training can go on from; None where there are no checkpoints.
 
-    Folders with other names than ``checkpoint-STEP``, and those without the state that the Trainer writes last, are not
-    counted.
+    Folders with other names than ``checkpoint-STEP``, those without the state that the Trainer writes last, and those
+    that lack a file without which the Trainer would go on as another run are not counted.
 
     Raises:
-        SourceError: there are checkpoints, and none has the optimizer's state.
+        SourceError: there are checkpoints, and none has all files; or a file of the last one is cut.
     """
     found = [folder for folder in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
     whole = [checkpoint for folder in found if (checkpoint := _read(folder)) is not None]
-    resumable = [checkpoint for checkpoint in whole if _has_optimizer(checkpoint.path)]
+    resumable = [checkpoint for checkpoint in whole if _lacking(checkpoint.path) is None]
     if whole and not resumable:
+        last = max(whole, key=lambda checkpoint: checkpoint.step).path
         raise SourceError(
-            f"{max(whole, key=lambda c: c.step).path} has no state of the optimizer (save_only_model?), without which "
-            "the run cannot go on as it was; name another output to begin anew"
+            f"{last} has no {_lacking(last)}, without which the run cannot go on as it was; name another output to "
+            "begin anew"
         )
-    return max(resumable, key=lambda checkpoint: checkpoint.step, default=None)
+    last_whole = max(resumable, key=lambda checkpoint: checkpoint.step, default=None)
+    if last_whole is not None:
+        _check_files(last_whole.path)
+    return last_whole
 
 
 def _read(folder: Path) -> Checkpoint | None:
@@ -65,8 +70,40 @@ def _read(folder: Path) -> Checkpoint | None:
         return None
 
 
-def _has_optimizer(folder: Path) -> bool:
-    return any(True for pattern in ("optimizer*", "global_step*") for _ in folder.glob(pattern))
+def _lacking(folder: Path) -> str | None:
+    """What the Trainer would silently do without, or None."""
+    sharded = any(folder.glob("global_step*"))  # DeepSpeed's, of weights, optimizer and schedule
+    for pattern, what in (
+        ("optimizer*", "state of the optimizer (save_only_model?)"),
+        ("scheduler.pt", "scheduler.pt"),
+        ("*model*", "weights of the model"),
+    ):
+        if not sharded and not any(folder.glob(pattern)):
+            return what
+    return None if any(folder.glob("rng_state*.pth")) else "rng_state.pth"
+
+
+def _check_files(folder: Path) -> None:
+    """Insist that the files of a checkpoint are as long as they say, and shards all there."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.name.endswith(".safetensors"):
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.name.endswith(".index.json"):
+                shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+                if absent := sorted(shard for shard in shards if not (folder / shard).is_file()):
+                    raise ValueError(f"{absent[0]} is not there")
+            elif path.is_file() and path.name.startswith(("optimizer", "scheduler", "rng_state", "pytorch_model")):
+                with zipfile.ZipFile(path):  # as torch saves
+                    pass
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, zipfile.BadZipFile) as error:
+            raise SourceError(
+                f"{path} is damaged ({reason_of(error)}): without the folder {folder.name}, --resume goes on from the "
+                "checkpoint before it"
+            ) from error
 
 
 class LossSum(TrainerCallback, ExportableState):

@@ -1,4 +1,4 @@
-"""What can be known before a model is loaded: the folder, the data, the tokenizer, the checkpoint to go on from."""
+"""What can be known before a model is loaded: the data, the tokenizer, the checkpoint to go on from."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from htsr.errors import HtsrError, UsageError
+from htsr.errors import UsageError
 from htsr.loading import load_config, load_tokenizer
 from htsr.outliers import Outliers
 from htsr.record_forms import Record, form_of
 from htsr.records import read_records, split
 from htsr.training.checkpoints import Checkpoint, last_checkpoint
 from htsr.training.labels import check_labels, check_tokenizer, check_vocabulary, count_labels
-from htsr.training.saving import RESULTS
 
 if TYPE_CHECKING:
     from htsr.recipe import Recipe
-
-PREPARED = ("spectra_before.npz", "accuracy_before.json", "outliers.json")
 
 
 @dataclass(frozen=True)
@@ -61,28 +58,6 @@ def check_sharding(recipe: Recipe, arguments: Any) -> None:
             raise UsageError("data.multiple_choice: ZeRO-3 holds no whole model to ask; ask the saved one afterwards")
         zero = plugin.hf_ds_config.config["zero_optimization"]
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-
-
-def check_output(output: Path, resume: bool) -> None:
-    """Insist on a folder `output` that no run has trained in, or on one to go on with where `resume` is said.
-
-    What a run left that ended before its training (`PREPARED`) does not count: the next one makes it anew.
-
-    Raises:
-        UsageError: it is a file, or holds a run or anything else.
-        HtsrError: it cannot be read.
-    """
-    try:
-        if output.exists() and not output.is_dir():
-            raise UsageError(f"output: {output} is a file; name a folder")
-        holder = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-        if not holder.is_dir():
-            raise UsageError(f"output: {output} cannot be a folder, {holder} is a file")
-        found = [path for path in output.iterdir() if path.name not in PREPARED] if output.is_dir() else []
-    except OSError as error:
-        raise HtsrError(f"output: {output} cannot be used: {error.strerror}") from error
-    if found and not resume:
-        raise UsageError(f"{output} is not empty; --resume goes on with the run in it, or name another output")
 
 
 def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[str], None]) -> Prepared:
@@ -136,24 +111,6 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
         highest = max(highest, count_labels(questions, tokenizer, whole).highest)
     check_vocabulary(recipe.model, highest, int(config.get_text_config().vocab_size))
     return Prepared(tokenizer, train, held_out, questions, checkpoint)
-
-
-def begin_folder(output: Path, ranks: Any, resume: bool) -> None:
-    """Make the folder `output`, on the first process of `ranks` (accelerate's state).
-
-    Without `resume` what an earlier start left in it goes.
-
-    Raises:
-        HtsrError: it cannot be made.
-    """
-    if ranks.is_main_process:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            for name in (RESULTS,) if resume else PREPARED:
-                (output / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise HtsrError(f"output: {output} cannot be made: {error.strerror}") from error
-    ranks.wait_for_everyone()
 
 
 class _Whole:

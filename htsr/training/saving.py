@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from htsr.files import written
 from htsr.loading import load_model
+from htsr.training.output import RESULTS, write_json
 
 if TYPE_CHECKING:
     from htsr.analysis import Analysis
     from htsr.finetune import Result
     from htsr.recipe import Recipe
-
-RESULTS = "results.json"
 
 
 def save_model(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks: Any) -> None:
@@ -88,9 +87,3 @@ def finished_result(recipe: Recipe, output: Path) -> Result | None:
         return Result(content["output"], content["metrics"], tuple(Coverage(**row) for row in content["coverage"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """`content` as JSON in the file `path`, whole or not at all."""
-    with written(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")

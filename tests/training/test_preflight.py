@@ -1,5 +1,6 @@
 """What is refused before a model is loaded, and what a run survives: cut labels, kills near the end, checkpoints."""
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -9,7 +10,7 @@ import weakref
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 import htsr
 from htsr.recipe import read_recipe
@@ -221,7 +222,7 @@ def test_a_start_that_failed_locks_nothing(tmp_path, model, monkeypatch):
         patched.setattr("htsr.training.methods.prepare", lambda *_args, **_kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             finetune(recipe)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["spectra_before.npz"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"spectra_before.npz", "recipe.json"}
     (tmp_path / "run" / "spectra_before.npz").write_text("of another model")
     assert finetune(recipe).metrics["steps"] == 3
     with pytest.raises(htsr.UsageError, match="is not empty"):
@@ -275,7 +276,87 @@ def test_a_checkpoint_without_the_optimizers_state(tmp_path, model, no_model):
         (folder / files).write_text(json.dumps({"global_step": step}))
     with pytest.raises(htsr.SourceError, match="checkpoint-3 has no state of the optimizer"):
         finetune(recipe, resume=True)
-    (tmp_path / "run" / "checkpoint-2" / "optimizer.pt").write_text("")
+
+
+def test_the_last_checkpoint_is_the_last_with_all_files(tmp_path):
     from htsr.training.checkpoints import last_checkpoint
 
-    assert last_checkpoint(tmp_path / "run").step == 2
+    for step, names in ((1, ("optimizer.pt", "scheduler.pt", "rng_state.pth")), (2, ("optimizer.pt",)), (3, ())):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        (folder / "model.safetensors").write_bytes(save({"w": torch.zeros(1)}))
+        for name in names:
+            torch.save({}, folder / name)
+    assert last_checkpoint(tmp_path).step == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"training": {"learning_rate": 0.5}}, "training.learning_rate was 0.01 and is 0.5"),
+        ({"training": {"weight_decay": 0.1}}, "training.weight_decay was not set and is 0.1"),
+        ({"training": {"max_steps": 5}}, "training.max_steps was 3 and is 5"),
+        ({"method": "lisa"}, 'method was "full" and is "lisa", sampling.active was not set and is 2'),
+        ({"seed": 7}, "seed was 0 and is 7"),
+        ({"layerwise": "llr"}, 'layerwise was "none" and is "llr"'),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_does_not_go_on_by_another_recipe(tmp_path, model, no_model, change, named, finished):
+    run = tmp_path / "run"
+    (run / "checkpoint-2").mkdir(parents=True)
+    recipe = recipe_of(tmp_path, model, SHORT)
+    content = json.dumps(dataclasses.asdict(recipe))
+    (run / "recipe.json").write_text(content)
+    if finished:  # as 0.1.0 left it
+        (run / "recipe.json").unlink()
+        (run / "results.json").write_text(json.dumps({"recipe": json.loads(content), "metrics": {}}))
+    with pytest.raises(htsr.UsageError, match=named):
+        finetune(recipe_of(tmp_path, model, SHORT, **change), resume=True)
+    assert read_recipe(str(tmp_path / "recipe.yaml")).output == str(run)
+    assert finished == (run / "results.json").exists()  # as it was
+
+
+def test_the_folder_keeps_the_recipe_and_only_what_changes_no_weight_may_change(tmp_path, model, monkeypatch):
+    recipe = recipe_of(tmp_path, model, SHORT, method="lisa", sampling={"active": 1})
+    finetune(recipe)
+    run = tmp_path / "run"
+    assert read_recipe(str(run / "recipe.json")) == recipe
+    trained = weights(run)
+    said = []
+    other = recipe_of(
+        tmp_path, model, SHORT, method="lisa", sampling={"active": 1}, training={"save_steps": 1, "logging_steps": 2}
+    )
+    assert finetune(other, resume=True, say=said.append).metrics["steps"] == 3
+    assert "going on from checkpoint-3" in said
+    assert read_recipe(str(run / "recipe.json")) == other
+    assert all(torch.equal(trained[name], value) for name, value in weights(run).items())
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, model):
+    """A run killed after two steps, with checkpoint-2, and its recipe."""
+    folder = tmp_path_factory.mktemp("stopped")
+    recipe = recipe_of(folder, model, SHORT, training={"save_steps": 1, "save_total_limit": 1})
+    with killed_after(2):
+        finetune(recipe)
+    assert (folder / "run" / "checkpoint-2").exists()
+    return recipe
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "gone"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+def test_a_spoiled_checkpoint_is_named(tmp_path, stopped, no_model, name, how):
+    shutil.copytree(stopped.output, tmp_path / "run")
+    recipe = dataclasses.replace(stopped, output=str(tmp_path / "run"))
+    file = tmp_path / "run" / "checkpoint-2" / name
+    content = file.read_bytes()
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
+    said = {"optimizer.pt": "state of the optimizer", "model.safetensors": "weights of the model"}.get(name, name)
+    message = f"checkpoint-2 has no {said}" if how == "gone" else f"checkpoint-2/{name} is damaged .*--resume goes on"
+    with pytest.raises(htsr.SourceError, match=message):
+        finetune(recipe, resume=True)
