@@ -23,6 +23,7 @@ from htsr.matrices.entries import FLOATS, Entry
 from htsr.matrices.files import file_entries
 from htsr.spectra.esd import Array, as_numpy
 from htsr.spectra.product import Numbers, Product
+from htsr.spectra.resolution import Difference
 
 PREFIX = "base_model.model."
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -148,7 +149,7 @@ def merged_with_base(adapter: list[Entry], base: list[Entry]) -> list[Entry]:
         if target.shape != entry.shape:
             raise SourceError(f"{target.name} is {target.shape} in the base model and {entry.shape} in the adapter")
         broken = entry.problem if entry.problem and entry.problem[0] != "needs_base" else target.problem
-        by_name[target.name] = replace(_sum(target, delta), problem=broken)
+        by_name[target.name] = replace(target, read=Sum(target, delta), storage=None, problem=broken)
     return list(by_name.values())
 
 
@@ -301,11 +302,24 @@ def _tokens(stored: dict[str, Entry]) -> list[Entry]:
     return entries
 
 
-def _sum(base: Entry, delta: _Delta) -> Entry:
-    def read(index: int | None = None) -> Array:
-        total = as_numpy(base.read()).astype("float32") + as_numpy(delta())
-        if delta.magnitude is not None:
-            total *= dora_factor(total, as_numpy(delta.magnitude.read()), delta.transposed)
-        return total if index is None else total[index]
+@dataclass(frozen=True)
+class Sum:
+    """Reads W + ΔW, in float64 where W is stored so, else in float32.
 
-    return replace(base, read=read, storage=None)
+    Attributes:
+        base: the entry of W.
+        delta: reads ΔW.
+    """
+
+    base: Entry
+    delta: _Delta
+
+    def __call__(self, index: int | None = None) -> Array:
+        own = as_numpy(self.base.read())
+        own = own if own.dtype == np.float64 else own.astype("float32")
+        total = own + as_numpy(self.delta())
+        if self.delta.magnitude is not None:
+            factor = dora_factor(total, as_numpy(self.delta.magnitude.read()), self.delta.transposed)
+            total, own = total * factor, own * factor
+        which = slice(None) if index is None else index
+        return Difference.computed(total[which], [(own[which], self.base.dtype)])

@@ -16,6 +16,7 @@ from htsr.matrices import roles
 from htsr.matrices.adapter_config import AdapterConfig
 from htsr.matrices.adapters import refuse_prompts, stored_tensors, whole_tensors
 from htsr.matrices.entries import Entry, base_name
+from htsr.matrices.tuners import Adapted, Merged
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,10 @@ def computed_by_peft(config: AdapterConfig, base: list[Entry]) -> list[Entry]:
         if found is None:
             result.append(entry)
         else:
-            result.append(replace(entry, read=found.read, problem=found.problem or entry.problem, storage=None))
+            read = found.read
+            if isinstance(read, (Adapted, Merged)):  # the skeleton is in float32, and the base's numbers are not
+                read = replace(read, base=replace(read.base, dtype=entry.dtype))
+            result.append(replace(entry, read=read, problem=found.problem or entry.problem, storage=None))
     return result
 
 
@@ -136,7 +140,7 @@ def _skeleton(base: dict[str, Entry], touched: set[str], transposed: bool) -> to
             parent.add_module(steps[-1], module)
         for leaf, entry in leaves.items():
             tensor = torch.as_tensor(entry.read()) if path in touched and not entry.problem else torch.zeros(())
-            tensor = tensor if tensor.is_floating_point() else tensor.float()
+            tensor = tensor if tensor.dtype == torch.float64 else tensor.float()  # PEFT computes in the base's dtype
             module.register_parameter(leaf, nn.Parameter(tensor.expand(entry.shape), requires_grad=False))
     return root
 

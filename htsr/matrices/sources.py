@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
+import numpy as np
+
 from htsr.errors import SourceError, UsageError
 from htsr.matrices import adapters, hub, layouts, tying
 from htsr.matrices.adapter_config import read_adapter_config
@@ -148,9 +150,7 @@ def _adapter(folder: Path) -> list[Entry]:
         if old is None or entry.shape != old.shape:
             changes.append(entry)
         elif entry.read is not old.read:
-            # both are computed from the same stored numbers, so that these bring in no rounding of their own
-            dtype = "float64" if old.dtype == "float64" else "float32"
-            read = _Minus(replace(entry, dtype=dtype), replace(old, dtype=dtype))
+            dtype, read = _computed_in(old), _Minus(entry, old, exact=True)
             more: dict[str, Any] = {"kind": "adapter", "storage": None, "warning": f"ΔW on {settings.base}"}
             changes.append(replace(entry, read=read, dtype=dtype, **more))
     return changes
@@ -218,12 +218,29 @@ def _difference(entries: list[Entry], other: list[Entry]) -> list[Entry]:
     return result
 
 
+def _computed_in(entry: Entry) -> str:
+    return "float64" if entry.dtype == "float64" else "float32"
+
+
 @dataclass(frozen=True)
 class _Minus:
+    """Reads a - b. Where `exact`, both are computed from the same stored numbers, whose rounding is in both and leaves
+    the difference; so it is where `b` is what `a` has an adapter added to.
+    """
+
     a: Entry
     b: Entry
+    exact: bool = False
 
     def __call__(self, index: int | None = None) -> Array:
         which = () if index is None else (index,)
-        a, b = (as_numpy(e.read(*which)) for e in (self.a, self.b))
+        a, b = (self._read(e, *which) for e in (self.a, self.b))
+        base = getattr(self.a.read, "base", None)
+        if self.exact or (isinstance(base, Entry) and np.array_equal(as_numpy(base.read(*which)), as_numpy(b))):
+            return Difference.of(as_numpy(a), as_numpy(b), (_computed_in(self.a), _computed_in(self.b)))
         return Difference.of(a, b, (self.a.dtype, self.b.dtype))
+
+    @staticmethod
+    def _read(entry: Entry, *which: int) -> Any:
+        values = entry.read(*which)
+        return values if isinstance(values, Difference) else as_numpy(values)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from htsr.errors import MatrixError
 from htsr.matrices.adapters import dora_factor
 from htsr.matrices.entries import Entry, base_name, clean_name
-from htsr.spectra.esd import Array
+from htsr.spectra.esd import Array, as_numpy
+from htsr.spectra.resolution import Difference
 
 Entries = Callable[[Any, str], Iterator[Entry]]
 
@@ -81,7 +82,7 @@ def tuner_entries(layer: Any, prefix: str, entries: Entries, mixture: bool = Fal
         elif mixture:
             yield _refused(entry, layer, "its adapters are mixed anew for each input")
         else:
-            yield replace(entry, read=_Merged(layer, relative, base_name(entry.name)), storage=None)
+            yield replace(entry, read=Merged(entry, layer, relative), storage=None)
 
 
 def _bare(layer: Any) -> Any:
@@ -104,11 +105,19 @@ def _is_plain_lora(layer: Any) -> bool:
     return not unknown and not hasattr(layer.base_layer, "in_proj_weight")
 
 
-class _Merged:
-    """Reads a parameter of the base layer after PEFT has merged the active adapters into a copy of it."""
+@dataclass(frozen=True)
+class Merged:
+    """Reads a parameter of the base layer after PEFT has merged the active adapters into a copy of it.
 
-    def __init__(self, layer: Any, parameter: str, name: str) -> None:
-        self.layer, self.parameter, self.name = layer, parameter, name
+    Attributes:
+        base: the entry that it is computed from.
+        layer: the tuner's.
+        parameter: its name in the layer.
+    """
+
+    base: Entry
+    layer: Any
+    parameter: str
 
     def __call__(self, index: int | None = None) -> Array:
         import warnings
@@ -122,16 +131,18 @@ class _Merged:
             except Exception as error:
                 why = str(error).splitlines()[0] if str(error) else "PEFT cannot merge it"
                 kind = type(self.layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
-                raise MatrixError("unmerged", f"{self.name} has an adapter of PEFT's {kind}: {why}") from error
-        return W if index is None else W[index]  # type: ignore[no-any-return]
+                raise MatrixError(
+                    "unmerged", f"{base_name(self.base.name)} has an adapter of PEFT's {kind}: {why}"
+                ) from error
+            result = as_numpy(W if index is None else W[index])
+        return Difference.computed(result, [(as_numpy(self.base.read(index)), self.base.dtype)])
 
     def _merge(self) -> Any:
         import torch
 
         layer = copy.deepcopy(self.layer)
-        halves = (torch.float16, torch.bfloat16)
         for tensor in (*layer.parameters(), *layer.buffers()):
-            if tensor.dtype in halves:  # or the sum would be rounded to them
+            if tensor.dtype in (torch.float16, torch.bfloat16):  # or the sum would be rounded to them
                 tensor.data = tensor.data.float()
         tuners = [part for part in layer.modules() if is_tuner(part)]
         for part in reversed(tuners):  # from the innermost on
@@ -150,18 +161,58 @@ def _lora(entry: Entry, layer: Any) -> Entry:
     adapters = [a for a in layer.active_adapters if a in layer.scaling and a not in layer.merged_adapters]
     if entry.problem or not adapters:
         return entry
+    return replace(entry, read=Adapted(entry, layer, tuple(adapters)), storage=None)
 
-    def read(index: int | None = None) -> Array:
+
+@dataclass(frozen=True)
+class Adapted:
+    """Reads W + ΔW of plain LoRA and DoRA, summed in float32 or better, whatever W is stored in.
+
+    Attributes:
+        base: the entry of W.
+        layer: the tuner's.
+        adapters: the names of those to add.
+    """
+
+    base: Entry
+    layer: Any
+    adapters: tuple[str, ...]
+
+    def __call__(self, index: int | None = None) -> Array:
         import torch
 
-        base = W = torch.as_tensor(entry.read())
-        for adapter in adapters:
-            delta = layer.get_delta_weight(adapter).detach()
-            W = W + delta.to(W)
-            if layer.use_dora.get(adapter):
-                magnitude = layer.lora_magnitude_vector[adapter].weight.detach()
-                transposed = entry.kind == "embedding" or bool(getattr(layer, "fan_in_fan_out", False))
-                W = W * dora_factor(base + delta.to(base), magnitude, transposed)
-        return W if index is None else W[index]
+        with torch.no_grad():
+            base = W = own = _at_least_float32(torch.as_tensor(self.base.read()))
+            layer = _in_float32(self.layer, W)
+            for adapter in self.adapters:
+                delta = layer.get_delta_weight(adapter).to(W)
+                W = W + delta
+                if layer.use_dora.get(adapter):
+                    magnitude = layer.lora_magnitude_vector[adapter].weight
+                    transposed = self.base.kind == "embedding" or bool(getattr(layer, "fan_in_fan_out", False))
+                    factor = dora_factor(base + delta, magnitude, transposed)
+                    W, own = W * factor, own * factor
+            W, own = (as_numpy(x if index is None else x[index]) for x in (W, own))
+        return Difference.computed(W, [(own, self.base.dtype)])
 
-    return replace(entry, read=read, storage=None)
+
+def _at_least_float32(tensor: Any) -> Any:
+    return tensor if tensor.element_size() > 4 else tensor.float()
+
+
+def _in_float32(layer: Any, base: Any) -> Any:
+    """The `layer`, or one like it that does not round its ΔW to the half precision of its factors or its parameter.
+
+    Args:
+        layer: the tuner's.
+        base: W, not in half precision.
+    """
+    own = {name: part for name, part in layer._modules.items() if name != "base_layer" and part is not None}
+    halves = any(p.element_size() < 4 for part in own.values() for p in part.parameters())
+    if not halves and not hasattr(layer, "get_param"):
+        return layer
+    like = copy.copy(layer)
+    like._modules = layer._modules | {name: copy.deepcopy(part).float() for name, part in own.items()}
+    if hasattr(layer, "get_param"):  # of a bare parameter, in whose dtype PEFT returns ΔW
+        like.get_param = lambda: base
+    return like

@@ -24,8 +24,8 @@ Whatever computed the numbers did so in float32 at least, with errors in the dir
 λ ≤ 2⁻⁴⁸·λ_max, below float32's unit roundoff for singular values, is not resolved, unless stored in float64. That is
 also what a Gram matrix in float64 resolves.
 
-The difference of two stored matrices carries the errors of both, which their entries know and its own do not: a reader
-that subtracts says how large they are (`Difference`). Errors are then often no smaller than the smaller changes, and k
+The difference of two stored matrices carries the errors of both, and a base with an adapter added to it those of the
+base, which their entries know and its own do not: a reader that computes says how large they are (`Difference`). Errors are then often no smaller than the smaller changes, and k
 may also be any number from 8 on above whose eigenvalues the singular values jump to twice as much, as at the rank of a
 merged adapter; a spectrum that runs on through the edge stays whole.
 
@@ -35,6 +35,7 @@ no smaller than the bulk that training leaves: noise of that size cannot be told
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,9 @@ def epsilon(stored: str) -> float:
 
 
 class Difference(np.ndarray[Any, Any]):
-    """a - b with `rounding`, the mean square of its entries' rounding errors; parts of it keep that."""
+    """a - b, or another result, with `rounding`, the mean square of its entries' rounding errors; parts of it keep
+    that.
+    """
 
     rounding: float | None = None
 
@@ -80,12 +83,27 @@ class Difference(np.ndarray[Any, Any]):
             stored: dtypes that they were stored in, as torch names them.
         """
         wide = np.float64 if np.float64 in (a.dtype, b.dtype) else np.float32
-        difference = (a.astype(wide) - b.astype(wide)).view(cls)
-        squares = [float(np.square(x, dtype=np.float64).mean()) if x.size else 0.0 for x in (a, b)]
-        difference.rounding = sum(
-            (_MANTISSAS * epsilon(dtype)) ** 2 * square for dtype, square in zip(stored, squares, strict=True)
-        )
-        return difference
+        return cls.computed(a.astype(wide) - b.astype(wide), tuple(zip((a, b), stored, strict=True)))
+
+    @classmethod
+    def computed(cls, result: npt.NDArray[Any], parts: Iterable[tuple[npt.NDArray[Any], str]]) -> Difference:
+        """The `result` of a computation in float32 or better, as large or small as it is beside what went into it.
+
+        Args:
+            result: of any shape.
+            parts: the summands with the dtypes that they were stored in, as torch names them. One that is a
+                `Difference` has errors that are known.
+        """
+        found = result.view(cls)
+        found.rounding = sum(_mean_square_error(part, dtype) for part, dtype in parts)
+        return found
+
+
+def _mean_square_error(values: npt.NDArray[Any], stored: str) -> float:
+    known: float | None = getattr(values, "rounding", None)
+    if known is not None or values.size == 0:
+        return known or 0.0
+    return (_MANTISSAS * epsilon(stored)) ** 2 * float(np.square(values, dtype=np.float64).mean())
 
 
 def without_rounding(eigenvalues: Vector, N: int, stored: str, rounding: float | None = None) -> Vector:

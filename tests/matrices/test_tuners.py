@@ -267,6 +267,73 @@ def test_half_precision_is_not_rounded_once_more(kind):
     assert_same(values(model), values(exact), 1e-6)
 
 
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ratio", [1e-3, 30])
+def test_a_small_or_large_change_of_a_half_precision_base(tmp_path, ratio, factors):
+    """The sum has the base's rounding, not its own: that would hide W beside a large ΔW; and ΔW has none."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(256, 256, bias=False)).requires_grad_(False)
+    base[0].weight.data.normal_(0, 0.02)
+    base = base.to(torch.bfloat16)
+    config = peft.LoraConfig(r=12, lora_alpha=12, target_modules=["0"])
+    model = peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=factors == torch.float32)
+    A, B = (getattr(model.base_model.model[0], f"lora_{x}").default.weight.data for x in "AB")
+    assert A.dtype == factors
+    B.copy_(torch.randn(256, 12) * torch.logspace(0, -1, 12))
+    B.mul_(ratio * base[0].weight.float().norm() / (B.float() @ A.float()).norm())
+    W, change = base[0].weight.detach().double(), B.double() @ A.double()
+    model.save_pretrained(tmp_path / "adapter")
+    save_file({"0.weight": base[0].weight.detach()}, tmp_path / "base.safetensors")
+    files = str(tmp_path / "adapter"), str(tmp_path / "base.safetensors")
+
+    for source, options in ((model, {}), (files[0], {"base": files[1]})):
+        assert_same(values(source, **options), {"0": (W + change).numpy()}, 1e-6)
+        found = htsr.analyze(source, **options, device="cpu").eigenvalues["0"]
+        expected = np.linalg.svd((W + change).numpy())[1][::-1] ** 2
+        np.testing.assert_allclose(found[1:], expected[1:], rtol=1e-3)
+        other = base if source is model else files[1]
+        found = htsr.analyze(source, against=other, **options, device="cpu").eigenvalues["0"]
+        expected = np.linalg.svd(change.numpy())[1][11::-1] ** 2
+        np.testing.assert_allclose(found[-12:], expected, rtol=1e-4)
+        assert not found[:-12].any()
+
+
+def test_a_large_change_that_peft_merges_has_the_rounding_of_its_base():
+    torch.manual_seed(0)
+    base = llama().to(torch.bfloat16)
+    model = adapted("adalora", copy.deepcopy(base))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_E" in name:
+            parameter.data.mul_(1000)
+    assert {row.status for row in htsr.analyze(model, device="cpu") if row.M == 16} == {"ok"}
+
+
+def test_stacks_of_experts_in_half_precision_are_not_rounded_once_more(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    base = transformers.MixtralForCausalLM(config).to(torch.bfloat16)
+    options = peft.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    model = peft.get_peft_model(copy.deepcopy(base), options)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.02)
+    exact = values(copy.deepcopy(model).float().merge_and_unload())
+    assert_same(values(model), exact, 1e-6)
+    model.save_pretrained(tmp_path / "adapter")
+    assert_same(values(str(tmp_path / "adapter"), base=base), exact, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lora, tokens", "lora, pissa"])
+def test_a_saved_adapter_on_a_half_precision_base_is_not_rounded_once_more(tmp_path, kind):
+    base = llama().to(torch.bfloat16)
+    model = adapted(kind, copy.deepcopy(base).float())
+    model.save_pretrained(tmp_path / "adapter")
+    assert_same(values(str(tmp_path / "adapter"), base=base), values(model.merge_and_unload()), 1e-5)
+
+
 def test_merged_adapters_are_not_merged_twice():
     for kind in ("loha", "ln tuning", "trainable tokens"):
         model = adapted(kind)
