@@ -315,6 +315,11 @@ class Sum:
     delta: _Delta
 
     def __call__(self, index: int | None = None) -> Array:
+        """The whole tensor, or the slice [i] of its first axis.
+
+        Args:
+            index: i; None for the whole.
+        """
         own = as_numpy(self.base.read())
         own = own if own.dtype == np.float64 else own.astype("float32")
         total = own + as_numpy(self.delta())

@@ -120,6 +120,11 @@ class Merged:
     parameter: str
 
     def __call__(self, index: int | None = None) -> Array:
+        """The whole tensor, or the slice [i] of its first axis.
+
+        Args:
+            index: i; None for the whole.
+        """
         import warnings
 
         import torch
@@ -179,6 +184,11 @@ class Adapted:
     adapters: tuple[str, ...]
 
     def __call__(self, index: int | None = None) -> Array:
+        """The whole tensor, or the slice [i] of its first axis.
+
+        Args:
+            index: i; None for the whole.
+        """
         import torch
 
         with torch.no_grad():

@@ -25,9 +25,10 @@ Whatever computed the numbers did so in float32 at least, with errors in the dir
 also what a Gram matrix in float64 resolves.
 
 The difference of two stored matrices carries the errors of both, and a base with an adapter added to it those of the
-base, which their entries know and its own do not: a reader that computes says how large they are (`Difference`). Errors are then often no smaller than the smaller changes, and k
-may also be any number from 8 on above whose eigenvalues the singular values jump to twice as much, as at the rank of a
-merged adapter; a spectrum that runs on through the edge stays whole.
+base, which their entries know and its own do not: a reader that computes says how large they are (`Difference`). Errors
+are then often no smaller than the smaller changes, and k may also be any number from 8 on above whose eigenvalues the
+singular values jump to twice as much, as at the rank of a merged adapter; a spectrum that runs on through the edge
+stays whole.
 
 De-quantised weights (integers with scales, float8, 4 bits) are products in float32 and judged as such. Their steps are
 no smaller than the bulk that training leaves: noise of that size cannot be told from true eigenvalues.
