@@ -37,7 +37,7 @@ import numpy.typing as npt
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.attempts import attempted
 from htsr.spectra.product import Product
-from htsr.spectra.resolution import equal_within, require_tail, without_rounding
+from htsr.spectra.resolution import equal_within, is_coarse, require_tail, rounded_away, without_rounding
 from htsr.spectra.windows import Windows
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def esd_batch(
         values = attempted(lambda: _together(matrices, kind))
         if not isinstance(values, MatrixError):
             rows = [
-                _resolved(row, "gram", kind, (M, N), own, getattr(matrix, "rounding", None))
+                _resolved(row, "gram", kind, matrix, own, getattr(matrix, "rounding", None))
                 for row, own, matrix in zip(values, kinds, matrices, strict=True)
             ]
             if route == "gram" or "float64" not in kinds or not any(_unresolved(row) for row in rows):
@@ -267,9 +267,7 @@ def _eigenvalues(
     if device.startswith("mps") and dtype == "float64":  # which is not known there
         device = "cpu"
     solve = _solve_cpu if device == "cpu" else _solve_torch
-    pooled = [
-        _resolved(solve(part, route, dtype, device), route, dtype, part.shape, stored, rounding) for part in parts
-    ]
+    pooled = [_resolved(solve(part, route, dtype, device), route, dtype, part, stored, rounding) for part in parts]
     return np.sort(np.concatenate([values.ravel() for values in pooled]))
 
 
@@ -277,16 +275,23 @@ def _resolved(
     values: npt.NDArray[np.float64],
     route: str,
     dtype: str,
-    shape: tuple[int, ...],
+    matrix: Array | Product,
     stored: str,
     rounding: float | None,
 ) -> npt.NDArray[np.float64]:
+    shape = matrix.shape
     if not np.isfinite(values).all():
         raise MatrixError("nan", "the matrix has NaN, infinite or overflowing entries")
     eps = float(np.finfo(dtype).eps)
     smallest = (max(shape[-2:]) * eps) ** 2 if route == "svd" else _SAFETY * eps
     found = np.where(values > smallest * values.max(axis=-1, keepdims=True), values, 0.0)
-    return without_rounding(found, max(shape[-2:]), stored, rounding)
+    without = without_rounding(found, max(shape[-2:]), stored, rounding)
+    if rounding is not None or not is_coarse(stored) or np.count_nonzero(without) == np.count_nonzero(found):
+        return without
+    kept = zip(found.reshape(-1, found.shape[-1]), as_numpy(matrix).reshape(-1, *shape[-2:]), strict=True)
+    return np.stack([np.where(np.arange(v.size) < rounded_away(W, stored), 0.0, v) for v, W in kept]).reshape(
+        found.shape
+    )
 
 
 def gram(matrix: npt.NDArray[Any], dtype: Precision = "float64") -> Floats:

@@ -17,6 +17,15 @@ W is stored so). So the `k` smallest are taken for rounding, and set to 0, where
 - k ≥ 32ρ·M, six times as many as a Gaussian matrix of full rank has below that edge, which grows with k. In float32
   that is any k, in bfloat16 5 % of M. Fewer small eigenvalues are what full rank looks like, and stay.
 
+In bfloat16 and float16, errors are not much smaller than what training leaves, and what the rule above finds there is
+held to more. A row or column of small entries has small errors, and scaling rows and columns changes no rank: W is
+scaled so that the errors, known from the entries' exponents, are alike in all rows and columns. In that matrix the k
+smallest eigenvalues must end within 1.5² of the edge of errors, and singular values jump to twice as much from there;
+k ≥ 8,
+or M/4 of a small matrix, is then enough. Noise beside signals is told from rounding where it is larger than 1.2 times
+ρ·rms (in bfloat16 0.2 % of the rms). A spectrum that runs on through the edge stays whole: the stored numbers do have
+it.
+
 max(m, n)·ε·σ_max, the usual threshold, is a bound on errors that conspire. In bfloat16 it exceeds σ_max itself from
 N = 128 on, and in float32 it takes true eigenvalues away from a Gaussian matrix of N = 4096.
 
@@ -48,9 +57,12 @@ Vector = npt.NDArray[np.float64]
 
 MIN_EIGENVALUES = 8  # with fewer there is no tail to speak of
 _EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+_SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133}  # steps of subnormal numbers
+_BALANCING = 4
 _MANTISSAS = (0.541 / 12) ** 0.5
 _UNEVEN = 4.0  # of the errors' singular values over those of even errors
 _SHARE = 8.0  # of ρ·M times the unevenness: what k must reach
+_EVEN = 1.5  # of the largest singular value of errors that were made even over its expectation
 _JUMP = 2.0  # from the singular values of errors to the smallest of a change
 _COMPUTED = 64.0  # ulps between eigenvalues of a matrix that was made orthogonal in float32 (measured: 31 at M = 1024)
 
@@ -127,11 +139,56 @@ def without_rounding(eigenvalues: Vector, N: int, stored: str, rounding: float |
     alike = eigenvalues <= _UNEVEN**2 * errors * (np.sqrt(N - M + k) + np.sqrt(k)) ** 2
     many = k >= _SHARE * _UNEVEN * M * np.sqrt(stored_errors / np.where(square > 0, square, 1.0))
     if rounding is not None:
-        above = np.append(eigenvalues[..., 1:], np.full_like(largest, np.inf), axis=-1)
-        many |= (k >= MIN_EIGENVALUES) & (above >= _JUMP**2 * eigenvalues) & (k < M)
+        many |= (k >= MIN_EIGENVALUES) & _jumps(eigenvalues)
     noise = np.where(alike & many, k, 0).max(axis=-1, keepdims=True)
     lost = (k <= noise) | (eigenvalues <= (summed / 2) ** 2 * largest)
     return np.where(lost, 0.0, eigenvalues)
+
+
+def is_coarse(stored: str) -> bool:
+    """Whether errors of that dtype are not much smaller than what training leaves.
+
+    Args:
+        stored: dtype as torch names it.
+    """
+    return stored in _SMALLEST
+
+
+def rounded_away(matrix: npt.NDArray[Any], stored: str) -> int:
+    """How many eigenvalues of a matrix in a coarse dtype are rounding, judged with errors made even.
+
+    Args:
+        matrix: (m, n), the numbers as stored, in any float dtype.
+        stored: ``bfloat16`` or ``float16``.
+
+    Returns:
+        k, counted among the M = min(m, n) eigenvalues of the Gram matrix; zero rows and columns among them.
+    """
+    W = matrix.astype(np.float64)
+    W = W[W.any(axis=1)][:, W.any(axis=0)]
+    W = W if W.shape[0] >= W.shape[1] else W.T
+    N, M = W.shape
+    empty = min(matrix.shape) - M
+    if M == 0:
+        return empty
+    step = np.maximum(epsilon(stored) * np.exp2(np.frexp(W)[1] - 1.0), _SMALLEST[stored])
+    errors = np.where(W == 0, 0.0, step**2 / 12)
+    for _ in range(_BALANCING):
+        for axis in (0, 1):
+            mean = errors.mean(axis=axis, keepdims=True)
+            errors, W = errors / mean, W / np.sqrt(mean)
+    eigenvalues = np.linalg.eigvalsh(W.T @ W)
+    k = np.arange(1, M + 1)
+    alike = eigenvalues <= _EVEN**2 * (np.sqrt(N - M + k) + np.sqrt(k)) ** 2
+    many = k >= min(MIN_EIGENVALUES, M / 4)
+    return empty + int(np.where(alike & many & _jumps(eigenvalues), k, 0).max())
+
+
+def _jumps(eigenvalues: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.bool_]:
+    """Whether singular values jump from one to the next."""
+    jumps: npt.NDArray[np.bool_] = np.zeros(eigenvalues.shape, dtype=np.bool_)
+    jumps[..., :-1] = eigenvalues[..., 1:] >= _JUMP**2 * eigenvalues[..., :-1]
+    return jumps
 
 
 def equal_within(M: int, N: int, stored: str) -> float:

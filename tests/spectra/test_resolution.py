@@ -76,6 +76,35 @@ def test_a_matrix_of_full_rank_loses_nothing(dtype, shape, share):
     assert found.eigenvalues == pytest.approx(exact, rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", STORED, ids=names)
+@pytest.mark.parametrize("noise", [0.003, 0.01, 0.03])
+@pytest.mark.parametrize("side", [64, 512])
+def test_noise_above_the_rounding_is_no_rounding(random, dtype, side, noise):
+    W = product(side, side, 16, dtype=torch.float64)
+    W += noise * W.square().mean().sqrt() * torch.from_numpy(random.standard_normal((side, side)))
+    exact, row = (htsr.analyze({"w": x}, null=False)["w"] for x in (W, W.to(dtype)))
+    assert row.matrix_rank == side
+    assert row.alpha == pytest.approx(exact.alpha, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=names[2:])
+@pytest.mark.parametrize("rank", [16, 512])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_columns_of_any_size_change_no_rank(dtype, rank, axis):
+    W = product(512, 512, rank, dtype=torch.float64)
+    scale = torch.logspace(0, -2.5, 512, dtype=torch.float64)
+    assert esd((W * scale.unsqueeze(axis)).to(dtype)).positive.size == rank
+    small = product(64, 64, 64, dtype=torch.float64)
+    small[:, 3] *= 300
+    found = esd_batch([small.to(dtype), product(64, 64, 5, dtype=dtype)])
+    assert [spectrum.positive.size for spectrum in found] == [64, 5]
+
+
+def test_subnormal_numbers_have_the_rounding_of_their_steps():
+    W = 1e-5 * product(512, 512, 16, dtype=torch.float64)
+    assert esd(W.half()).positive.size == 16
+
+
 def test_exact_zeros_are_told_in_every_precision(random):
     for dtype in STORED:
         padded = torch.from_numpy(random.standard_normal((100, 140))).to(dtype)
