@@ -159,6 +159,9 @@ def test_rows_that_a_condition_was_not_asked_of_are_named(capsys, tmp_path):
     ("args", "code", "sentence"),
     [
         (["analyze", "./nowhere"], 1, "./nowhere does not exist"),
+        (["analyze", ""], 2, "the name of the model is empty"),
+        (["analyze", "{folder}", "--against", ""], 2, "the name of the model is empty"),
+        (["analyze", "{folder}", "--role", "attn.[qv]"], 2, "brackets are no wildcards, give one pattern per role"),
         (["analyze", "{folder}", "--fit", "median"], 2, "unknown fit 'median'"),
         (["analyze", "{folder}", "--format", "xml"], 2, "the format is one of table, json"),
         (["analyze", "{folder}", "-o", "x.xml"], 2, "does not tell which"),
@@ -313,7 +316,7 @@ def test_a_typo_like_a_hub_id_is_one_question_offline(capsys, monkeypatch):
     monkeypatch.setattr("htsr.matrices.hub.answers", lambda *_: False)
     code, out, err = run(capsys, "analyze", "runs/typo")
     assert (code, out, len(err.splitlines())) == (1, "", 1)
-    assert "runs/typo is neither a file or folder here nor in the local cache" in err
+    assert "runs/typo is neither a file or a folder here, nor in the local cache" in err
 
 
 @pytest.mark.parametrize("windows", ["10x10x.", "2x2x..", "0x10", "10x0", "2x2x0", "x", "99999999999x2", ""])

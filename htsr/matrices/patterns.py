@@ -39,7 +39,9 @@ def require(patterns: Iterable[str], subjects: Collection[str], of: str, what: s
     """
     for pattern in patterns:
         if not any(matches(subject, (pattern,)) for subject in subjects):
-            raise UsageError(f"no {what} of {of} matches {pattern!r}{_nearest(pattern, subjects)}")
+            as_class = any(fnmatchcase(subject, pattern) for subject in subjects)
+            hint = f"; brackets are no wildcards, give one pattern per {what}" if as_class else ""
+            raise UsageError(f"no {what} of {of} matches {pattern!r}{hint or _nearest(pattern, subjects)}")
 
 
 def _nearest(pattern: str, subjects: Collection[str]) -> str:

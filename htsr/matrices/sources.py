@@ -91,8 +91,10 @@ def locate(name: str, revision: str | None = None) -> Path:
 
     Raises:
         SourceError: there is none, or the hub does not give it.
-        UsageError: a revision of a local path.
+        UsageError: an empty name, or a revision of a local path.
     """
+    if not name:
+        raise UsageError("the name of the model is empty: MODEL is a path or a hub id")
     try:
         path = Path(name).expanduser()
         there = path.exists()
@@ -112,13 +114,11 @@ def _open_path(name: str, revision: str | None) -> Opened:
     path = locate(name, revision)
     try:
         if folder := adapters.adapter_folder(path):
-            return name, _adapter(folder), {}, _fingerprint(folder.iterdir())
+            entries, base = _adapter(folder)
+            return name, entries, {}, "-".join(filter(None, (_fingerprint(folder.iterdir()), base)))
         if path.is_file():
-            return (
-                name,
-                *_converted(path, file_entries(path), read_config(path.parent)),
-                _fingerprint(named_files(path).files),
-            )
+            read = _fingerprint(_files_of(path))
+            return name, *_converted(path, file_entries(path), read_config(path.parent)), read
         return name, *_converted(path, folder_entries(path), read_config(path)), _fingerprint(path.iterdir())
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -136,13 +136,23 @@ def _converted(path: Path, entries: list[Entry], config: dict[str, Any]) -> tupl
     return tying.tied(adapters.loose_factors(layouts.flax_layout(entries))), config
 
 
-def _adapter(folder: Path) -> list[Entry]:
-    """The changes of an adapter; one that depends on its base is taken on the one it names, where that lies here."""
+def _files_of(file: Path) -> list[Path]:
+    """All that is read of the model that one `file` of it names, whether or not it is there."""
+    model = named_files(file)
+    beside = [file.parent / name for name in ("config.json", "params.json")]
+    return [*model.files, *beside, *([model.index] if model.index else [])]
+
+
+def _adapter(folder: Path) -> tuple[list[Entry], str | None]:
+    """The changes of an adapter; one that depends on its base is taken on the one it names, where that lies here.
+
+    With them goes the fingerprint of that base.
+    """
     settings = read_adapter_config(folder)
     on_base = settings.changes_weights and (settings.dora or settings.needs_base)
     if not on_base or settings.base is None or not Path(settings.base).is_dir():
-        return adapters.adapter_entries(folder)
-    _, base, config, _ = _open(settings.base, None)
+        return adapters.adapter_entries(folder), None
+    _, base, config, fingerprint = _open(settings.base, None)
     before = {entry.name: entry for entry in base}
     changes = []
     for entry in _merged(folder, base, config):
@@ -153,7 +163,7 @@ def _adapter(folder: Path) -> list[Entry]:
             dtype, read = _computed_in(old), _Minus(entry, old, exact=True)
             more: dict[str, Any] = {"kind": "adapter", "storage": None, "warning": f"ΔW on {settings.base}"}
             changes.append(replace(entry, read=read, dtype=dtype, **more))
-    return changes
+    return changes, fingerprint
 
 
 def _merged(folder: Path, base: list[Entry], config: dict[str, Any]) -> list[Entry]:

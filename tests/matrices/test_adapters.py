@@ -367,6 +367,11 @@ def test_a_change_that_depends_on_the_base_is_taken_on_the_one_it_names(tmp_path
         change = merged.get_submodule(name).weight.detach() - llama().get_submodule(name).weight.detach()
         np.testing.assert_allclose(matrix.read(), change, atol=1e-5)
         assert matrix.warning == f"ΔW on {tmp_path / 'base'}"
+    before = htsr.describe(str(tmp_path / "adapter")).fingerprint
+    with torch.no_grad():
+        plain.get_submodule(next(iter(found))).weight.mul_(2)
+    plain.save_pretrained(tmp_path / "base")
+    assert htsr.describe(str(tmp_path / "adapter")).fingerprint != before
     change_config(tmp_path / "adapter", base_model_name_or_path=None)
     rows = htsr.analyze(str(tmp_path / "adapter"), device="cpu").rows
     assert {row.status for row in rows} == {"needs_base"}

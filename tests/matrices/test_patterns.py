@@ -34,6 +34,7 @@ def test_brackets_are_brackets(pattern, found):
     ("pattern", "sentence"),
     [
         ("*.c_atn[q]", r"no name of it matches '\*.c_atn\[q\]'; the nearest is \*.c_attn\[q\]$"),
+        ("*.c_at[tu]n[[]q]", r"brackets are no wildcards, give one pattern per name$"),
         ("emebd_tokens", "matches 'emebd_tokens'; the nearest is embed_tokens$"),
         ("layers.0.mpl.*", "the nearest is layers.0.mlp.up_proj$"),
         ("*.mlp.upproj", "the nearest is mlp.up_proj$"),

@@ -112,6 +112,21 @@ def test_a_fingerprint_changes_with_the_files(tmp_path):
     assert htsr.describe(state_dict(blocks=1)).fingerprint is None
 
 
+def test_the_fingerprint_of_one_file_covers_the_configuration_that_is_read_beside_it(tmp_path):
+    """Bloom's heads tell q, k and v apart: rows of another number of heads are of other matrices."""
+    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    save_file({"h.0.self_attention.query_key_value.weight": torch.randn(48, 16)}, file)
+    found = []
+    for heads in (2, 4, None):
+        config.write_text(json.dumps({"model_type": "bloom", "n_head": heads, "hidden_size": 16}))
+        found.append(htsr.describe(file).fingerprint)
+    config.unlink()
+    found.append(htsr.describe(file).fingerprint)
+    (tmp_path / "params.json").write_text("{}")
+    found.append(htsr.describe(file).fingerprint)
+    assert len(set(found)) == len(found)
+
+
 class TestAgainst:
     def test_the_difference_is_that_of_the_values(self, tmp_path):
         a, b = state_dict(seed=1), state_dict(seed=2)
