@@ -325,7 +325,7 @@ def _distance_of(a: WeightMatrix | None, b: WeightMatrix | None) -> Distance | N
 
 
 def distance(a: Array, b: Array) -> Distance | None:
-    """Distances between two matrices, computed in float32 with sums in float64.
+    """Distances between two matrices, computed in float32, or float64 where one is stored so, with sums in float64.
 
     Args:
         a: (m, n) or (pieces, m, n), any float dtype.
@@ -334,20 +334,38 @@ def distance(a: Array, b: Array) -> Distance | None:
     Returns:
         None where one is zero or not finite.
     """
-    A, B = (as_numpy(x).astype(np.float32) for x in (a, b))
-    A, B = (x.reshape(-1, *x.shape[-2:]) for x in (A, B))
-    inner, a2, b2 = (float(np.einsum("pij,pij->", x, y, dtype=np.float64)) for x, y in ((A, B), (A, A), (B, B)))
-    if a2 == 0 or b2 == 0 or not np.isfinite(a2 + b2):
+    A, B = as_numpy(a), as_numpy(b)
+    wide = np.float64 if np.float64 in (A.dtype, B.dtype) else np.float32
+    A, B = (x.astype(wide, copy=False).reshape(-1, *x.shape[-2:]) for x in (A, B))
+    largest = [float(np.abs(x).max(initial=0.0)) for x in (A, B)]
+    if 0 in largest or not np.isfinite(largest).all():
         return None
-    frobenius = float(np.sqrt(np.square(A - B, dtype=np.float64).sum()))
-    return Distance(frobenius, frobenius / a2**0.5, inner / (a2 * b2) ** 0.5, cka(A, B))
+    exponent = _exponent(*largest)
+    frobenius = float(np.ldexp(_norm(np.ldexp(A, -exponent) - np.ldexp(B, -exponent)), exponent))
+    A, B = (np.ldexp(x, -_exponent(size)) for x, size in zip((A, B), largest, strict=True))
+    inner, norm_a, norm_b = float(np.einsum("pij,pij->", A, B, dtype=np.float64)), _norm(A), _norm(B)
+    relative = frobenius / float(np.ldexp(norm_a, _exponent(largest[0])))
+    cosine = min(max(inner / (norm_a * norm_b), -1.0), 1.0)
+    return Distance(frobenius, relative, cosine, cka(A, B))
+
+
+def _exponent(*numbers: float) -> int:
+    """Of the power of two above the largest: scaling by it rounds nothing and keeps squares from overflowing."""
+    return int(np.frexp(max(numbers))[1])
+
+
+def _norm(x: Any) -> float:
+    """‖x‖_F of entries of any size."""
+    largest = float(np.abs(x).max())
+    exponent = _exponent(largest)
+    return float(np.ldexp(np.sqrt(np.square(np.ldexp(x, -exponent), dtype=np.float64).sum()), exponent))
 
 
 def cka(A: Any, B: Any) -> float:
     """Linear CKA, ‖AᵀB‖_F² / (‖AᵀA‖_F ‖BᵀB‖_F) for centred columns, summed over pieces; the long side is contracted.
 
     Args:
-        A: (pieces, m, n), NumPy.
+        A: (pieces, m, n), NumPy, of any scale.
         B: in the same shape.
 
     Returns:
@@ -355,6 +373,7 @@ def cka(A: Any, B: Any) -> float:
 
     Source: Kornblith, Norouzi, Lee & Hinton (ICML 2019), eq. 4.
     """
+    A, B = (np.ldexp(X, -_exponent(float(np.abs(X).max()))) for X in (A, B))
     cross = own_a = own_b = 0.0
     for x, y in zip(A, B, strict=True):
         x, y = (z if z.shape[0] >= z.shape[1] else z.T for z in (x, y))
@@ -363,7 +382,7 @@ def cka(A: Any, B: Any) -> float:
         own_a += float(np.square(x.T @ x, dtype=np.float64).sum())
         own_b += float(np.square(y.T @ y, dtype=np.float64).sum())
     scale = (own_a * own_b) ** 0.5
-    return cross / scale if scale > 0 else float("nan")
+    return min(cross / scale, 1.0) if scale > 0 else float("nan")
 
 
 def _flat(pair: Pair) -> dict[str, Any]:

@@ -35,6 +35,35 @@ def test_distances_are_their_definitions(random):
     assert found.cka == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_small_difference_of_float64_matrices_keeps_its_size(random):
+    A, noise = random.standard_normal((2, 60, 60))
+    found = distance(A, A + 1e-10 * noise)
+    assert found.relative == pytest.approx(1e-10 * np.linalg.norm(noise) / np.linalg.norm(A), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (np.float32, 1e20),
+        (np.float32, 1e37),
+        (np.float32, 1e-25),
+        (np.float64, 1e-50),
+        (np.float64, 1e-200),
+        (np.float64, 1e200),
+    ],
+)
+def test_distances_are_those_of_any_scale(random, dtype, scale):
+    A, B = random.standard_normal((2, 1, 60, 40))
+    plain, found = distance(A, B), distance(*((scale * x).astype(dtype) for x in (A, B)))
+    for name in ("relative", "cosine", "cka"):
+        assert getattr(found, name) == pytest.approx(getattr(plain, name), rel=1e-4)
+    assert found.frobenius == pytest.approx(scale * plain.frobenius, rel=1e-4)
+    itself = distance((scale * A).astype(dtype), (scale * A).astype(dtype))
+    assert 1 - 1e-6 < itself.cka <= 1
+    assert itself.relative == 0
+
+
 def test_cka_is_blind_to_rotation_and_scale(random):
     A = random.standard_normal((60, 25))
     rotation, _ = np.linalg.qr(random.standard_normal((25, 25)))
