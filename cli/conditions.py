@@ -8,12 +8,14 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from htsr.analysis import Analysis
 from htsr.errors import UsageError
 from htsr.reporting.text import visible
+from htsr.spectra.alternatives import LAWS
 from htsr.spectra.metrics import LayerMetrics
+from htsr.spectra.tail import FitMethod
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
@@ -35,6 +37,30 @@ NEEDS = {
     "quality": r"quality_\w+",
 }
 """Options by the fields of `LayerMetrics` that they fill in."""
+
+
+KNOWN = {
+    "status": (
+        *("ok", "absent", "adapter", "degenerate", "empty", "failed", "meta", "missing", "nan", "needs_base"),
+        *(
+            "nested",
+            "quantized",
+            "sharded",
+            "sparse",
+            "tiny",
+            "underflow",
+            "unmatched",
+            "unmerged",
+            "unreadable",
+            "unsupported",
+            "zero",
+        ),
+    ),
+    "kind": ("linear", "embedding", "conv", "expert", "adapter", "stack"),
+    "best_law": ("power_law", *LAWS),
+    "fit": get_args(FitMethod),
+}
+"""Values of the fields of `LayerMetrics` that have no others."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +104,11 @@ def _parsed(text: str) -> Condition:
             raise UsageError(f"--fail-on: {name} is text, which has no order: {name}=={value}, {name}!={value}")
         if name == "warning" and symbol != "~":
             raise UsageError(f"--fail-on: a row has several notes; those with one of them are note~{value}")
+        known = KNOWN.get(name, (value,))
+        if not any(value in each if symbol == "~" else value == each for each in known):
+            raise UsageError(
+                f"--fail-on: no {name} {'contains' if symbol == '~' else 'is'} {value!r}: {', '.join(known)}"
+            )
         return Condition(name, symbol, value)
     if symbol == "~":
         raise UsageError(f"--fail-on: {name} is a number, and ~ looks for text")
@@ -116,16 +147,20 @@ def judge(analysis: Analysis, conditions: Sequence[Condition]) -> int:
 def _judge(analysis: Analysis, condition: Condition) -> int:
     for row in (met := [row for row in analysis if condition.met(row)]):
         value = getattr(row, condition.field)
-        _say(f"{condition} holds for {row.name}: {f'{value:.4g}' if isinstance(value, float) else value}")
+        say_error(f"{condition} holds for {row.name}: {f'{value:.4g}' if isinstance(value, float) else value}")
     without = [row.name for row in analysis if getattr(row, condition.field) is None]
+    if condition.field == "role" and condition.symbol != "!=" and not met:
+        say_error(f"{condition} cannot be judged: there are {', '.join(sorted({row.role for row in analysis}))}")
+        return 2
     if len(without) == len(analysis):
-        _say(f"{condition} cannot be judged: no matrix has {condition.field}")
+        say_error(f"{condition} cannot be judged: no matrix has {condition.field}")
         return 2
     if without and condition.field != "block":
         others = f" and {len(without) - 1} more" if len(without) > 1 else ""
-        _say(f"{condition} was not asked of {without[0]}{others}, without {condition.field}")
+        say_error(f"{condition} was not asked of {without[0]}{others}, without {condition.field}")
     return 3 if met else 0
 
 
-def _say(text: str) -> None:
+def say_error(text: str) -> None:
+    """A sentence on stderr that explains an exit code, also to who asked for quiet."""
     print(f"htsr: {visible(text)}", file=sys.stderr)  # noqa: T201

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from htsr_cli.conditions import Condition, judge, with_needed
+from htsr_cli.conditions import Condition, judge, say_error, with_needed
 from htsr_cli.output import Target, Words, console, is_first
 
 from htsr.analysis import Analysis, analyze_model, make_options
@@ -95,7 +95,12 @@ def analyze(
     target.write(analysis, words)
     if html is not None:
         words.say(f"htsr: the report is in {html}")
-    return judge(analysis, conditions)
+    code = judge(analysis, conditions)
+    if analysis.rows and not analysis.eigenvalues:
+        first = analysis[0]
+        say_error(f"no matrix of {name} could be analyzed; {first.name} is {first.status}: {first.warning}")
+        return 3 if code == 3 else 1
+    return code
 
 
 def compare(a: str, b: str, choice: Choice, options: dict[str, Any], words: Words, target: Target) -> None:

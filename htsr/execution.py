@@ -190,7 +190,8 @@ def pick_device(device: str) -> str:
         import torch
 
         try:
-            torch.zeros(1, device=device)
+            if torch.zeros(1, device=device).is_meta:
+                raise UsageError("device 'meta' computes nothing")
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise UsageError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
         return device

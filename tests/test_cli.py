@@ -5,9 +5,10 @@ import logging
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from htsr_cli.conditions import NEEDS
+from htsr_cli.conditions import KNOWN, NEEDS
 from htsr_cli.main import main
 from htsr_cli.output import _is_unsaid
 
@@ -107,6 +108,7 @@ def test_filters(capsys, folder):
         ("alpha>1e9", 0),
         ("status!=ok", 0),
         ("role==attn.q", 3),
+        ("status~unread", 0),
         ("note~tail of", 3),
         ("note~no such note", 0),
         ("erg_crossing==false", 0),
@@ -145,6 +147,32 @@ def test_what_conditions_need_is_all_that_options_add(folder):
         assert not any(re.fullmatch(names, name) for name in plain)
 
 
+def test_a_role_that_no_matrix_has_is_no_pass(capsys, folder):
+    code, _, err = run(capsys, "analyze", folder, "--fail-on", "role==attn.qq", "-q")
+    assert code == 2
+    assert "role==attn.qq cannot be judged: there are attn.k, attn.q, embed" in err
+
+
+def test_conditions_know_every_status():
+    said = r'(?:MatrixError\(|problem=\(|problem = (?:problem or )?\(|"(?:problem|status)": \(?|, status: str = )\s*"(\w+)"'
+    of_surgery = ("projection.py", "surgery.py")
+    paths = [path for path in Path(htsr.__file__).parent.rglob("*.py") if path.name not in of_surgery]
+    texts = [path.read_text(encoding="utf-8") for path in paths]
+    found = {status for text in texts for status in re.findall(said, text)}
+    assert {"meta", "sparse", "unreadable", "ok", "needs_base", "quantized"} <= found
+    assert found <= set(KNOWN["status"])
+
+
+def test_an_analysis_without_a_spectrum_is_no_success(capsys, tmp_path):
+    state = {name: tensor * float("nan") for name, tensor in state_dict(blocks=1).items()}
+    folder = save_folder(tmp_path / "model", state)
+    code, out, err = run(capsys, "analyze", folder, "-q")
+    assert code == 1
+    assert "model.embed_tokens" in out
+    assert f"no matrix of {folder} could be analyzed; model.embed_tokens is nan: " in err
+    assert run(capsys, "analyze", folder, "--fail-on", "status==nan", "-q")[0] == 3
+
+
 def test_rows_that_a_condition_was_not_asked_of_are_named(capsys, tmp_path):
     state = state_dict()
     state["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
@@ -173,6 +201,13 @@ def test_rows_that_a_condition_was_not_asked_of_are_named(capsys, tmp_path):
         (["analyze", "{folder}", "--fail-on", "alpha>nan"], 2, "'nan' is no number"),
         (["analyze", "{folder}", "--fail-on", "status>5"], 2, "status is text, which has no order"),
         (["analyze", "{folder}", "--fail-on", "warning==random-like"], 2, "note~random-like"),
+        (["analyze", "{folder}", "--fail-on", "status==OK"], 2, "no status is 'OK': ok, absent"),
+        (["analyze", "{folder}", "--fail-on", "status!=nann"], 2, "no status is 'nann'"),
+        (["analyze", "{folder}", "--fail-on", "status~nann"], 2, "no status contains 'nann'"),
+        (["analyze", "{folder}", "--fail-on", "kind==Conv"], 2, "no kind is 'Conv'"),
+        (["analyze", "{folder}", "--fail-on", "best_law==powerlaw"], 2, "no best_law is 'powerlaw': power_law"),
+        (["analyze", "{folder}", "--device", "meta"], 2, "device 'meta' computes nothing"),
+        (["analyze", "{folder}", "--windows", "10x999999999"], 2, "at most 200 × 200 windows of a matrix are pooled"),
         (["analyze", "{folder}", "--fail-on", "alpha~5"], 2, "alpha is a number"),
         (["analyze", "{folder}", "--fail-on", "alpha_low<2"], 2, "--bootstrap 200"),
         (["analyze", "{folder}", "--fail-on", "alpha_null>9", "--xmin", "1"], 2, "no α of pure noise"),

@@ -103,7 +103,8 @@ def content(analysis: Analysis) -> dict[str, Any]:
     """
     rows = analysis.rows
     shown = [f.name for f in fields(LayerMetrics) if any(getattr(row, f.name) not in (None, "") for row in rows)]
-    short = tables.columns(rows)
+    name, role, *numbers, note = tables.columns(rows)
+    short = [name, note, role, *numbers]  # what qualifies the numbers is never off the screen
     cells = figures.grid(rows)
     metrics = figures.metrics_of(rows)
     spectra = [_spectrum(analysis.eigenvalues.get(row.name)) for row in rows]

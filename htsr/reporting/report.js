@@ -238,6 +238,8 @@ const step = (by) => open(order[Math.min(Math.max(order.indexOf(current) + by, 0
 
 const AROUND = 10; // rows kept above and below those in sight
 const ROW_REM = 1.9; // --row
+const WIDEST = 52; // of a column, in characters; a name, which leads to all the rest, and a note have less
+const NARROWER = { matrix: 40, note: 26 };
 const COLOURED = new Set(["α", "note", "alpha", "status", "warning"]);
 let columns = [];
 let order = [];
@@ -265,7 +267,8 @@ function buildTable() {
   const widths = columns.map(({ header, cells, numeric }) => {
     const longest = cells.reduce((most, cell) => Math.max(most, cell.length), 0) + (numeric ? 0 : 1);
     const column = make("col");
-    column.style.width = `calc(${Math.min(Math.max(longest, 0.85 * header.length + 1.6), 52)}ch + 1rem)`;
+    const most = NARROWER[header] ?? WIDEST;
+    column.style.width = `calc(${Math.min(Math.max(longest, 0.85 * header.length + 1.6), most)}ch + 1.6rem)`;
     return column;
   });
   const heads = columns.map((column) => {

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from htsr.errors import UsageError
 
+_MOST = 200  # along an axis; more than ten times what was published
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -20,7 +22,7 @@ class Windows:
         aspect: columns per row.
 
     Raises:
-        UsageError: rows or count below 1, or an aspect that is not positive.
+        UsageError: rows or count below 1, a count above 200, or an aspect that is not positive.
 
     Source: FARMS (ICML 2025).
     """
@@ -32,6 +34,10 @@ class Windows:
     def __post_init__(self) -> None:
         if self.rows < 1 or self.count < 1 or not self.aspect > 0:
             raise UsageError(f"windows need rows ≥ 1, count ≥ 1 and aspect > 0, not {self}")
+        if self.count > _MOST:
+            raise UsageError(
+                f"at most {_MOST} × {_MOST} windows of a matrix are pooled, not {self.count} × {self.count}"
+            )
 
     def slices(self, shape: tuple[int, int]) -> list[tuple[slice, slice]]:
         """Row and column slices of the windows, row by row.

@@ -53,6 +53,12 @@ def test_the_page_holds_every_number(analysis, page):
     assert heat[role][block] == pytest.approx(analysis["model.layers.1.mlp.up_proj"].alpha, rel=1e-3)
 
 
+def test_the_note_stands_where_it_is_seen(analysis, page):
+    short = data_of(page.read_text(encoding="utf-8"))["short"]
+    assert short["headers"][:3] == ["matrix", "note", "role"]
+    assert short["cells"][0][1] == analysis[0].warning
+
+
 def test_curves_belong_to_their_matrix(analysis, page):
     data = data_of(page.read_text(encoding="utf-8"))
     for i, row in enumerate(analysis):
