@@ -315,7 +315,7 @@ class Sum:
     delta: _Delta
 
     def __call__(self, index: int | None = None) -> Array:
-        """The whole tensor, or the slice [i] of its first axis.
+        """The whole tensor, of the shape of `base`, or the slice [i] of its first axis.
 
         Args:
             index: i; None for the whole.

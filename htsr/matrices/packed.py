@@ -44,12 +44,14 @@ class Packed:
         shape: (out_features, in_features).
         bits: of a number.
         read: the weight, float32.
+        note: what the row should say about its groups, to go on with what it says about bits.
     """
 
     name: str
     shape: tuple[int, int]
     bits: int
     read: Callable[[], Numbers]
+    note: str = ""
 
 
 def unpacked(words: Numbers, bits: int, axis: int) -> Numbers:
@@ -77,7 +79,10 @@ def gptq_or_awq(words: Entry, parts: Mapping[str, Entry], config: Mapping[str, A
     Args:
         words: the entry of ``qweight``.
         parts: ``scales``, ``qzeros`` and ``g_idx``, those that there are.
-        config: the model's; its `quantization_config` may say ``gptq_v2``.
+        config: the model's; its `quantization_config` may say ``gptq_v2``, and how large groups are.
+
+    Raises:
+        ValueError: the groups are not those of the configuration.
     """
     if not {"scales", "qzeros"} <= parts.keys() or len(words.shape) != 2:
         return None
@@ -90,8 +95,9 @@ def gptq_or_awq(words: Entry, parts: Mapping[str, Entry], config: Mapping[str, A
     inputs = words.shape[0] if is_awq else words.shape[0] * 32 // bits
     if is_awq and (bits != 4 or words.shape[1] * 8 != out):
         return None
-    if inputs % groups if order is None else order.shape != (inputs,):
+    if order is not None and order.shape != (inputs,):
         return None
+    size, note = _group_size(inputs, groups, config) if order is None else (0, "")
     stored_less_one = not is_awq and quantization_config(config).get("checkpoint_format") != "gptq_v2"
 
     def read() -> Numbers:
@@ -101,45 +107,80 @@ def gptq_or_awq(words: Entry, parts: Mapping[str, Entry], config: Mapping[str, A
             z, q = (x.reshape(len(x), -1, 8)[:, :, _AWQ].reshape(x.shape) for x in (z, q))
         if stored_less_one:
             z = (z + 1) & np.uint8(2**bits - 1)
-        group = _groups(inputs, groups, order)
+        group = _groups(inputs, size, order)
         return np.ascontiguousarray((s[group] * (q.astype(np.float32) - z[group])).T)
 
-    return Packed(words.name.removesuffix(".qweight") + ".weight", (out, inputs), bits, read)
+    return Packed(words.name.removesuffix(".qweight") + ".weight", (out, inputs), bits, read, note)
 
 
-def compressed(words: Entry, parts: Mapping[str, Entry]) -> Packed | None:
+def compressed(words: Entry, parts: Mapping[str, Entry], config: Mapping[str, Any]) -> Packed | None:
     """The weight in ``weight_packed``, or None where its parts do not fit one another.
 
     Args:
         words: the entry of ``weight_packed``.
         parts: ``weight_scale``, ``weight_shape``, ``weight_zero_point`` and ``weight_g_idx``, those that there are.
+        config: the model's; its `quantization_config` may say how large groups are.
+
+    Raises:
+        ValueError: the groups are not those of the configuration.
     """
     if not {"weight_scale", "weight_shape"} <= parts.keys() or len(words.shape) != 2:
         return None
     scale, zero, order = parts["weight_scale"], parts.get("weight_zero_point"), parts.get("weight_g_idx")
     out, inputs = (int(size) for size in as_numpy(parts["weight_shape"].read()))
     bits = next((b for b in (4, 8) if words.shape == (out, -(-inputs * b // 32))), 0)
-    if not bits or len(scale.shape) != 2 or scale.shape[0] != out or (order is None and inputs % scale.shape[1]):
+    if not bits or len(scale.shape) != 2 or scale.shape[0] != out:
         return None
+    size, note = _group_size(inputs, scale.shape[1], config) if order is None else (0, "")
     middle = 2 ** (bits - 1)
 
     def read() -> Numbers:
         s = as_numpy(scale.read()).astype(np.float32)
         q = unpacked(as_numpy(words.read()), bits, 1)[:, :inputs].astype(np.float32) - middle
-        group = _groups(inputs, s.shape[1], order)
+        group = _groups(inputs, size, order)
         if zero is None:
             return np.ascontiguousarray(q * s[:, group])
         z = as_numpy(zero.read())
         z = unpacked(z, bits, 0)[:out].astype(np.float32) - middle if z.dtype == np.int32 else z.astype(np.float32)
         return np.ascontiguousarray((q - z[:, group]) * s[:, group])
 
-    return Packed(words.name.removesuffix("_packed"), (out, inputs), bits, read)
+    return Packed(words.name.removesuffix("_packed"), (out, inputs), bits, read, note)
 
 
-def _groups(inputs: int, groups: int, order: Entry | None) -> Numbers:
-    """The group of each input: as `order` has it, else equal runs."""
+def _group_size(inputs: int, groups: int, config: Mapping[str, Any]) -> tuple[int, str]:
+    """How many inputs share a scale, the last ones fewer, and what is to be said about it.
+
+    The configuration says so; where it does not, groups are equal.
+    """
+    told = _told_sizes(quantization_config(config))
+    fitting = {min(size, inputs) for size in told if -(-inputs // size) == groups}
+    if len(fitting) == 1:
+        return fitting.pop(), ""
+    if told or groups < 1 or inputs % groups:
+        sizes = " or ".join(map(str, sorted(told))) or "one size"
+        raise ValueError(f"{groups} scales for {inputs} inputs are not those of groups of {sizes}")
+    size = inputs // groups
+    usual = groups == 1 or size & (size - 1) == 0
+    return size, "" if usual else f" in groups of {size}, which no configuration says"
+
+
+def _told_sizes(quantization: Mapping[str, Any]) -> set[int]:
+    """The sizes of groups in a configuration, also those of some modules only; the whole input is one of 2³⁰."""
+    places = [quantization]
+    for key in ("config_groups", "dynamic"):
+        if isinstance(more := quantization.get(key), Mapping):
+            places += [place.get("weights", place) for place in more.values() if isinstance(place, Mapping)]
+    sizes = set()
+    for place in places:
+        if isinstance(place, Mapping):
+            sizes.add(1 << 30 if place.get("strategy") == "channel" else place.get("group_size"))
+    return {1 << 30 if size == -1 else size for size in sizes if isinstance(size, int) and (size > 0 or size == -1)}
+
+
+def _groups(inputs: int, size: int, order: Entry | None) -> Numbers:
+    """The group of each input: as `order` has it, else runs of one size."""
     if order is None:
-        return np.arange(inputs) // (inputs // groups)
+        return np.arange(inputs) // size
     found = as_numpy(order.read())
     if found.shape != (inputs,) or found.min(initial=0) < 0:  # NumPy would count them from the end
         raise ValueError(f"{order.name} gives groups that there are not")

@@ -78,7 +78,7 @@ def _dequantized(entry: Entry, by_name: dict[str, Entry], config: Mapping[str, A
 def _unpacked(entry: Entry, by_name: dict[str, Entry], config: Mapping[str, Any]) -> Entry:
     stem = entry.name.rsplit(".", 1)[0]
     parts = {c[1:]: by_name[stem + c] for c in _COMPANIONS if c[0] == "." and stem + c in by_name}
-    found = gptq_or_awq(entry, parts, config) if entry.name.endswith(".qweight") else compressed(entry, parts)
+    found = gptq_or_awq(entry, parts, config) if entry.name.endswith(".qweight") else compressed(entry, parts, config)
     if found is None:
         return _unreadable(entry, "a packed format (GPTQ, AWQ, compressed-tensors) that htsr does not unpack")
 
@@ -86,7 +86,7 @@ def _unpacked(entry: Entry, by_name: dict[str, Entry], config: Mapping[str, Any]
         W = found.read()
         return W if index is None else W[index]  # type: ignore[no-any-return]
 
-    more: dict[str, Any] = {"dtype": f"{found.bits}-bit", "warning": f"de-quantised from {found.bits}-bit"}
+    more: dict[str, Any] = {"dtype": f"{found.bits}-bit", "warning": f"de-quantised from {found.bits}-bit{found.note}"}
     return replace(entry, name=found.name, shape=found.shape, read=read, **more)
 
 

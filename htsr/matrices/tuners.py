@@ -120,7 +120,7 @@ class Merged:
     parameter: str
 
     def __call__(self, index: int | None = None) -> Array:
-        """The whole tensor, or the slice [i] of its first axis.
+        """The whole tensor, of the shape of `base`, or the slice [i] of its first axis.
 
         Args:
             index: i; None for the whole.
@@ -184,7 +184,7 @@ class Adapted:
     adapters: tuple[str, ...]
 
     def __call__(self, index: int | None = None) -> Array:
-        """The whole tensor, or the slice [i] of its first axis.
+        """The whole tensor, of the shape of `base`, or the slice [i] of its first axis.
 
         Args:
             index: i; None for the whole.

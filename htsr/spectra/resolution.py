@@ -103,9 +103,9 @@ class Difference(np.ndarray[Any, Any]):
         """The `result` of a computation in float32 or better, as large or small as it is beside what went into it.
 
         Args:
-            result: of any shape.
-            parts: the summands with the dtypes that they were stored in, as torch names them. One that is a
-                `Difference` has errors that are known.
+            result: (m, n) or of any other shape.
+            parts: the summands, (m, n) or as `result`, with the dtypes that they were stored in, as torch names them.
+                One that is a `Difference` has errors that are known.
         """
         found = result.view(cls)
         found.rounding = sum(_mean_square_error(part, dtype) for part, dtype in parts)

@@ -305,7 +305,42 @@ def test_compressed_tensors(tmp_path, random, bits, symmetric):
         parts["weight_zero_point"] = pack(torch.from_numpy(z).to(torch.int8), bits, packed_dim=0).numpy()
     matrix = read_packed(tmp_path, parts)
     assert (matrix.name, matrix.shape) == ("model.layers.0.mlp.up_proj", (36, 60))
+    assert matrix.warning == f"de-quantised from {bits}-bit in groups of 20, which no configuration says"
     np.testing.assert_allclose(matrix.read(), W, rtol=1e-6)
+
+
+def in_groups(random, format, size, inputs=160):
+    """A weight whose last group is shorter, as `format` stores it, and its configuration."""
+    group = np.arange(inputs) // size
+    q, z = random.integers(0, 16, (32, inputs)), random.integers(0, 16, (32, group[-1] + 1))
+    s = random.random(z.shape).astype(np.float16)
+    W = (q - (8 if format == "compressed-tensors" else z[:, group])) * s[:, group].astype(np.float32)
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    if format == "compressed-tensors":
+        parts = {"weight_packed": words_of(q, 4), "weight_scale": s, "weight_shape": np.array(q.shape)}
+        return parts, {"config_groups": {"group_0": {"weights": {"group_size": size, "strategy": "group"}}}}, W
+    if format == "awq":
+        parts = {"qweight": words_of(q.T, 4, order), "qzeros": words_of(z.T, 4, order), "scales": s.T}
+    else:
+        parts = {"qweight": words_of(q, 4).T, "qzeros": words_of((z.T - 1) % 16, 4), "scales": s.T}
+    return parts, {"group_size": size}, W
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "compressed-tensors"])
+def test_the_configuration_says_how_large_groups_are(tmp_path, random, format):
+    parts, config, W = in_groups(random, format, 128)
+    matrix = read_packed(tmp_path, parts, {"quantization_config": config})
+    np.testing.assert_allclose(matrix.read(), W, rtol=1e-6)
+    assert matrix.warning == "de-quantised from 4-bit"
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "compressed-tensors"])
+def test_groups_that_the_configuration_does_not_say_give_no_numbers(tmp_path, random, format):
+    parts, _, _ = in_groups(random, format, 80)
+    _, config, _ = in_groups(random, format, 32)
+    matrix = read_packed(tmp_path, parts, {"quantization_config": config})
+    assert matrix.problem[0] == "quantized"
+    assert "2 scales for 160 inputs are not those of groups of 32" in matrix.problem[1]
 
 
 def test_a_packed_model_is_compared_with_its_original(tmp_path, random):
