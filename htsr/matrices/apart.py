@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     pass
 
 
+# a layer's weight, whatever the layer is called: a bias that is computed has weights, too
+_WEIGHTS = re.compile(r"(^|[._/])(weight(_[ih][hr]_l\d+(_reverse)?)?|kernel|embedding)$")
 # floats of two and more dimensions that are no weights
 _NOT_WEIGHTS = re.compile(
     r"(^|[._])(bias|biases|(pos_)?bias_[uv]|mask|inv_freq|freqs_cis|cos_cached|sin_cached|position_ids|relative_position_index|"
@@ -77,8 +79,10 @@ def _is_weight(entry: Entry) -> bool:
     name, empty = roles.stem(entry.name), 0 in entry.shape
     if len(entry.shape) < 2:
         return False
-    if empty or _NOT_WEIGHTS.search(name):
-        return empty and (entry.name.endswith("weight") or not (entry.problem is None or _NOT_WEIGHTS.search(name)))
+    layer = _WEIGHTS.search(entry.name) and "lora_magnitude_vector" not in name
+    no_weight = not layer and _NOT_WEIGHTS.search(name)
+    if empty or no_weight:
+        return empty and (entry.name.endswith("weight") or not (entry.problem is None or no_weight))
     kernel = entry.kind is not None or "conv" in name.lower() or entry.name.endswith(".weight")
     if sum(size > 1 for size in entry.shape) < 2 and len(entry.shape) > 2 and not kernel:
         return False  # a vector with axes of one: class tokens, scales

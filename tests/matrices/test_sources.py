@@ -328,8 +328,45 @@ def test_what_is_no_weight_is_no_row():
         "position_ids": torch.arange(6)[None],
         "bn.num_batches_tracked": torch.tensor(3),
         "model.experts.gate_up_proj_bias": torch.ones(4, 6),
+        "head.logit_bias": torch.ones(1, 6),
     }
     assert [m.name for m in htsr.describe(state)] == ["layers.0.up_proj"]
+
+
+class Biased(nn.Module):
+    """Layers whose names say bias and mask, as pair representations and T5 have, beside real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair_bias = nn.Linear(6, 8)
+        self.to_attn_bias = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4))
+        self.mask, self.bias = nn.Linear(8, 6), nn.Linear(5, 7)
+        self.relative_attention_bias = nn.Embedding(9, 4)
+        self.inv_freq = nn.Conv1d(3, 4, 2)
+        self.spatial_mask, self.attn_mask = nn.LSTM(4, 5, proj_size=2), nn.MultiheadAttention(4, 2, bias=False)
+        self.logit_bias, self.a_bias = nn.Parameter(torch.ones(1, 7)), nn.Parameter(torch.ones(3, 7))
+
+
+def test_a_layer_is_a_matrix_whatever_it_is_called(tmp_path):
+    model = Biased()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    found = facts(model)
+    assert list(found) == [
+        "attn_mask.in_proj_weight[k]", "attn_mask.in_proj_weight[q]", "attn_mask.in_proj_weight[v]",
+        "attn_mask.out_proj", "bias", "inv_freq", "mask", "pair_bias", "relative_attention_bias",
+        "spatial_mask.weight_hh_l0", "spatial_mask.weight_hr_l0", "spatial_mask.weight_ih_l0", "to_attn_bias.1",
+    ]  # fmt: skip
+    assert_same(found, facts(tmp_path / "model.pt"))
+
+
+def test_relative_positions_of_t5_are_a_matrix(tmp_path):
+    config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    model = transformers.T5Model(config)
+    model.save_pretrained(tmp_path)
+    found = facts(model)
+    roles = [row[2] for name, row in found.items() if name.endswith("relative_attention_bias")]
+    assert roles == ["decoder.embed.position", "encoder.embed.position"]
+    assert_same(found, facts(str(tmp_path)))
 
 
 def test_costs_grow_with_the_smaller_side():
