@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
+import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +25,30 @@ from htsr.errors import SourceError
 from htsr.files import written
 from htsr.schema import from_json
 from htsr.spectra.metrics import LayerMetrics, Options
+from htsr.spectra.tail import FitMethod
 
 Vector = npt.NDArray[np.float64]
 Spectra = Mapping[str, Vector]
 
 _KINDS = ("eigenvalues", "permuted")
+_FITS = (*get_args(FitMethod), "fixed")
+_NEAR = 1e-3  # relative: other versions add up in another order
+_SHARES = ("D", "entropy", "mp_distance", "tpl_p", "exponential_p", "stretched_exponential_p", "lognormal_p")
+_COUNTS = (
+    *(
+        "block",
+        "rows",
+        "columns",
+        "num_eigenvalues",
+        "num_pl_tail",
+        "num_fingers",
+        "erg_num",
+        "matrix_rank",
+        "rank_loss",
+    ),
+    *("num_spikes", "num_traps", "sigma", "lambda_min", "lambda_max", "norm", "spectral_norm", "stable_rank"),
+    *("alpha_null_sd", "alpha_error", "sigma_mp", "lambda_plus", "seconds"),
+)
 
 
 def write_parts(
@@ -94,12 +115,14 @@ def _parts(archive: zipfile.ZipFile, size: int) -> dict[str, Any]:
             raise ValueError(f"{key!r} is no spectrum of one of its {len(rows)} rows")
         row = rows[int(index)]
         spectra[kind][row.name] = _spectrum(values, row)
+    options = from_json(Options, _field(header, "options", dict))
     for row in rows:
-        _check_fit(row, spectra["eigenvalues"].get(row.name))
+        _check_row(row)
+        if row.name in spectra["eigenvalues"]:
+            _check_fit(row, spectra["eigenvalues"][row.name], options.xmax)
     meta = _field(header, "meta", dict)
     if not isinstance(meta.get("seconds", 0.0), (int, float)):
         raise ValueError("meta: seconds is no number")
-    options = from_json(Options, _field(header, "options", dict))
     return {"label": _field(header, "label", str), "rows": rows, "options": options, "meta": meta, **spectra}
 
 
@@ -131,14 +154,53 @@ def _spectrum(values: npt.NDArray[Any], row: LayerMetrics) -> Vector:
     return values
 
 
-def _check_fit(row: LayerMetrics, eigenvalues: Vector | None) -> None:
-    """That the counts of a row are those of its eigenvalues."""
-    if eigenvalues is None:
-        return
+def _check_row(row: LayerMetrics) -> None:
+    """That the numbers of a row are some that it can have."""
+    for name, value in asdict(row).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{row.name!r}: {name} is {value}, no finite number")
+    for name in _COUNTS:
+        _require(row, name, 0)
+    for name in ("M", "N", "Q", "pieces"):
+        _require(row, name, 1)
+    for name in _SHARES:
+        _require(row, name, 0, 1)
+    _require(row, "alpha", 1)
+    if row.fit is not None and row.fit not in _FITS:
+        raise ValueError(f"{row.name!r}: fit is {row.fit!r}, none of {', '.join(_FITS)}")
+    if not re.fullmatch("[a-z_]+", row.status):
+        raise ValueError(f"{row.name!r}: status is {row.status!r}, no word of htsr's")
+
+
+def _require(row: LayerMetrics, name: str, least: float, most: float = math.inf) -> None:
+    value = getattr(row, name)
+    if value is not None and not least <= value <= most:
+        raise ValueError(
+            f"{row.name!r}: {name} is {value}, not {least} {'or more' if most == math.inf else f'to {most}'}"
+        )
+
+
+def _check_fit(row: LayerMetrics, eigenvalues: Vector, xmax: float | None) -> None:
+    """That counts, ends and exponent of a row are those of its eigenvalues."""
     size = eigenvalues.size
     counts = (row.num_pl_tail, row.num_fingers, row.matrix_rank)
-    if row.num_eigenvalues != size or any(count is not None and not 0 <= count <= size for count in counts):
+    if row.num_eigenvalues != size or any(count is not None and count > size for count in counts):
         raise ValueError(f"{row.name!r} counts other eigenvalues than the {size} it has")
+    own = {"lambda_max": float(eigenvalues[-1]), "norm": float(eigenvalues.sum())}
+    kept = eigenvalues if xmax is None else eigenvalues[eigenvalues <= xmax]
+    tail = kept[: kept.size - (row.num_fingers or 0)][-(row.num_pl_tail or 0) :]
+    if row.alpha is not None and row.num_pl_tail and row.lambda_min:
+        if tail.size == 0 or not 0 < row.lambda_min <= tail[0] * (1 + _NEAR):
+            raise ValueError(
+                f"{row.name!r}: lambda_min is {row.lambda_min}, not where a tail of its eigenvalues begins"
+            )
+        excess = float(np.log(tail / row.lambda_min).sum())
+        own["alpha"] = 1 + row.num_pl_tail / excess if excess > 0 else math.inf
+        own["sigma"] = (row.alpha - 1) / row.num_pl_tail**0.5
+    for name, right in own.items():
+        value = getattr(row, name)
+        if value is not None and not math.isclose(value, right, rel_tol=_NEAR):
+            raise ValueError(f"{row.name!r}: {name} is {value}, and {right} by its eigenvalues")
 
 
 def _one_line(error: Exception) -> str:

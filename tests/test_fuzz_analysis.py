@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
+import torch
 from htsr_cli.output import Target
 
 import htsr
@@ -80,6 +81,38 @@ def with_header(content, change):
         members["header.npy"] = npy(np.frombuffer(json.dumps(header).encode(), np.uint8))
 
     return rewritten(content, write)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("alpha", float("inf")), ("alpha", -3.0), ("alpha", 99.0), ("M", -1), ("Q", 0.0), ("lambda_min", 1e30),
+        ("sigma", -1.0), ("status", "ok?"), ("fit", "zzz"), ("norm", 1.0), ("lambda_max", 1e9), ("D", 2.0),
+        ("trace_log", float("nan")),
+    ],
+)  # fmt: skip
+def test_numbers_that_a_row_cannot_have_are_named(saved, tmp_path, field, value):
+    def change(header):
+        row = next(row for row in header["rows"] if row["alpha"] is not None)
+        row[field] = value
+        change.name = row["name"]
+
+    path = tmp_path / "a.npz"
+    path.write_bytes(with_header(saved, change))
+    with pytest.raises(htsr.SourceError, match=field) as refusal:
+        htsr.Analysis.load(path)
+    assert change.name in str(refusal.value)
+
+
+@pytest.mark.parametrize("fit", ["ks", "hill", "hill_paper", "fix_fingers", "clip_xmax"])
+@pytest.mark.parametrize("how", [{}, {"xmax": 30.0}, {"xmin": 5.0}], ids=str)
+def test_what_every_fit_saves_is_believed(tmp_path, fit, how):
+    state = {f"w{i}": torch.from_numpy(np.random.default_rng(i).standard_normal((40, 60))) for i in range(2)}
+    state["low"] = state["w1"][:, :20] @ state["w0"][:20]
+    state["spike"] = state["w0"] + 5 * torch.outer(state["w1"][:, 0], state["w1"][0])
+    analysis = htsr.analyze(state, fit=fit, device="cpu", **how)
+    analysis.save(tmp_path / "a.npz")
+    assert htsr.Analysis.load(tmp_path / "a.npz").rows == analysis.rows
 
 
 def test_bytes_that_changed(saved, tmp_path):

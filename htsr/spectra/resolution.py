@@ -21,10 +21,8 @@ In bfloat16 and float16, errors are not much smaller than what training leaves, 
 held to more. A row or column of small entries has small errors, and scaling rows and columns changes no rank: W is
 scaled so that the errors, known from the entries' exponents, are alike in all rows and columns. In that matrix the k
 smallest eigenvalues must end within 1.5² of the edge of errors, and singular values jump to twice as much from there;
-k ≥ 8,
-or M/4 of a small matrix, is then enough. Noise beside signals is told from rounding where it is larger than 1.2 times
-ρ·rms (in bfloat16 0.2 % of the rms). A spectrum that runs on through the edge stays whole: the stored numbers do have
-it.
+k ≥ 8, or M/4 of a small matrix, is then enough. Noise beside signals is told from rounding where it is larger than
+1.2 times ρ·rms (in bfloat16 0.2 % of the rms). A spectrum that runs on through the edge stays whole.
 
 max(m, n)·ε·σ_max, the usual threshold, is a bound on errors that conspire. In bfloat16 it exceeds σ_max itself from
 N = 128 on, and in float32 it takes true eigenvalues away from a Gaussian matrix of N = 4096.
