@@ -44,6 +44,7 @@ KNOWN = {
         *("ok", "absent", "adapter", "degenerate", "empty", "failed", "meta", "missing", "nan", "needs_base"),
         *(
             "nested",
+            "parametrized",
             "quantized",
             "sharded",
             "sparse",
