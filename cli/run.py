@@ -105,19 +105,22 @@ def analyze(
 
 def compare(a: str, b: str, choice: Choice, options: dict[str, Any], words: Words, target: Target) -> None:
     """`htsr compare`."""
-    saved = {name: Analysis.load(name) for name in (a, b) if name.endswith(".npz")}
-    settings = options_beside(list(saved.values()), **options)
-    models = filtered_together([None if name in saved else open_model(name) for name in (a, b)], choice.filter)
+    opened = [Analysis.load(name) if name.endswith(".npz") else open_model(name) for name in (a, b)]
+    settings = options_beside([side for side in opened if isinstance(side, Analysis)], **options)
+    sides = filtered_together(opened, choice.filter)
     analyses = []
-    for name, model in zip((a, b), models, strict=True):
-        if model is None:
-            analyses.append(saved[name])
+    for name, side in zip((a, b), sides, strict=True):
+        if isinstance(side, Analysis):
+            analyses.append(side)
             continue
         with words.progress(name) as progress:
-            analyses.append(analyze_model(model, settings, progress=progress))
+            analyses.append(analyze_model(side, settings, progress=progress))
     if not is_first():
         return
+    models = [None if isinstance(side, Analysis) else side for side in sides]
     comparison = compare_analyses(analyses[0], analyses[1], models[0], models[1])
+    if None in models:
+        words.say("htsr: a saved analysis has no weights: the distances of weights are left out")
     for what, names in (
         (f"are in {a} only", comparison.only_a),
         (f"are in {b} only", comparison.only_b),

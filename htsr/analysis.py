@@ -13,10 +13,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -98,14 +99,28 @@ class Analysis:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: str | int) -> LayerMetrics:
-        """A row by name or position."""
-        if isinstance(key, int):
+    @overload
+    def __getitem__(self, key: str | int) -> LayerMetrics: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> tuple[LayerMetrics, ...]: ...
+
+    def __getitem__(self, key: str | int | slice) -> LayerMetrics | tuple[LayerMetrics, ...]:
+        """A row by name or position, or the rows of a slice.
+
+        Raises:
+            KeyError: no such name; the message has the nearest.
+            TypeError: none of these.
+        """
+        if isinstance(key, (slice, int, np.integer)):
             return self.rows[key]
+        if not isinstance(key, str):
+            raise TypeError(f"rows go by name, position or slice, not by {type(key).__name__}")
         for row in self.rows:
             if row.name == key:
                 return row
-        raise KeyError(f"{self.label} has no matrix {key}")
+        near = get_close_matches(key, [row.name for row in self.rows], n=1, cutoff=0)
+        raise KeyError(f"{self.label} has no matrix {key}" + "".join(f"; the nearest is {name}" for name in near))
 
     def summary(self) -> dict[str, float]:
         """Mean of every metric over the matrices that have it, and their number as ``matrices`` and ``fitted``."""

@@ -10,7 +10,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from htsr.analysis import FULL, Analysis, analyze_model, make_options
 from htsr.errors import MatrixError, SourceError, UsageError
 from htsr.matrices.models import Filter, Model, WeightMatrix
+from htsr.matrices.positions import Position
 from htsr.matrices.sources import Source, open_model
 from htsr.ranks import Ranks
 from htsr.spectra.bulk import Vector, jensen_shannon_distance
@@ -149,7 +150,7 @@ def compare(
     Args:
         a: a source as `htsr.analyze` takes it, or an `Analysis`.
         b: likewise.
-        where: which matrices; does not apply to what is analyzed already.
+        where: which matrices, also of what is analyzed already.
         full: as in `htsr.analyze`.
         distributed: as in `htsr.analyze`.
         **options: as in `htsr.analyze`; beside an `Analysis`, those that it was made with where they are not given.
@@ -162,13 +163,12 @@ def compare(
         UsageError: an option without meaning, a filter that nothing passes, or two fits that give different numbers.
     """
     settings = options_beside([x for x in (a, b) if isinstance(x, Analysis)], full=full, **options)
-    models = filtered_together([None if isinstance(x, Analysis) else open_model(x) for x in (a, b)], where or Filter())
-    analyses = []
-    for x, model in zip((a, b), models, strict=True):
-        if model is not None:
-            x = analyze_model(model, settings, ranks=Ranks(distributed))
-        assert isinstance(x, Analysis)
-        analyses.append(x)
+    sides = filtered_together([x if isinstance(x, Analysis) else open_model(x) for x in (a, b)], where or Filter())
+    analyses = [
+        side if isinstance(side, Analysis) else analyze_model(side, settings, ranks=Ranks(distributed))
+        for side in sides
+    ]
+    models = [side if isinstance(side, Model) else None for side in sides]
     return compare_analyses(analyses[0], analyses[1], models[0], models[1])
 
 
@@ -199,20 +199,51 @@ def _insist_on_one_fit(a: str, options_a: Options, b: str, options_b: Options) -
             raise UsageError(f"{a} was analyzed with {name} {x}, {b} with {name} {y}: their numbers do not compare")
 
 
-def filtered_together(models: Sequence[Model | None], where: Filter) -> list[Model | None]:
-    """The wanted matrices of each of `models`; what `where` names need be in one of them only.
+def filtered_together(sides: Sequence[Model | Analysis], where: Filter) -> list[Model | Analysis]:
+    """The wanted matrices of each of `sides`; what `where` names need be in one of them only.
 
     Args:
-        models: to be compared; None for one whose analysis exists.
+        sides: to be compared.
         where: which matrices.
 
     Raises:
-        UsageError: a pattern or block that none has, or a model of which nothing is left.
+        UsageError: a pattern or block that none has, or a side of which nothing is left.
     """
-    there = [model for model in models if model is not None]
-    if there:
-        where.check([matrix for model in there for matrix in model], " and ".join(model.label for model in there))
-    return [model and model.filtered(where, checked=True) for model in models]
+    where.check([matrix for side in sides for matrix in _matrices(side)], " and ".join(side.label for side in sides))
+    kept: list[Model | Analysis] = []
+    for side in sides:
+        if isinstance(side, Model):
+            kept.append(side.filtered(where, checked=True))
+            continue
+        rows = tuple(row for row, matrix in zip(side.rows, _matrices(side), strict=True) if where(matrix))
+        if side.rows and not rows:
+            raise UsageError(f"no matrix of {side.label} passes the filter")
+        kept.append(replace(side, rows=rows))
+    return kept
+
+
+def _matrices(side: Model | Analysis) -> Sequence[WeightMatrix]:
+    """The matrices of a side, of an analysis those that its rows speak of, which nobody reads."""
+    if isinstance(side, Model):
+        return side.matrices
+
+    def gone() -> Array:
+        raise MatrixError("unreadable", "a saved analysis has no weights")
+
+    return [
+        WeightMatrix(
+            name=row.name,
+            shape=(row.rows or 0, row.columns or 0),
+            pieces=row.pieces or 1,
+            role=row.role,
+            block=row.block,
+            kind=row.kind,
+            dtype=row.stored or "",
+            load=gone,
+            position=Position(row.name),
+        )
+        for row in side
+    ]
 
 
 def compare_analyses(

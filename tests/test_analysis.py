@@ -384,3 +384,15 @@ def test_batches_hold_matrices_of_one_shape_only():
         assert len(shapes) == 1
         assert (len(batch) - 1) * min(*shapes) <= 500
     assert max(len(batch) for batch in batches) == 500 // 100 + 1
+
+
+def test_rows_go_by_name_position_and_slice():
+    analysis = htsr.analyze(state_dict(blocks=1), device="cpu")
+    assert analysis[:2] == analysis.rows[:2]
+    assert analysis[np.int64(1)] == analysis.rows[1]
+    with pytest.raises(TypeError, match="by name, position or slice, not by float"):
+        analysis[1.5]
+    with pytest.raises(KeyError, match=r"no matrix model\.layers\.0\.mlp\.upproj; the nearest is .*mlp\.up_proj"):
+        analysis.plot("model.layers.0.mlp.upproj")
+    assert "&lt;" not in analysis._repr_html_()
+    assert analysis._repr_html_().startswith("<p>Analysis of ")

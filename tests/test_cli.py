@@ -255,6 +255,21 @@ def test_compare_and_saved_analyses(capsys, folder, tmp_path):
     assert (code, err) == (0, "")
 
 
+def test_a_filter_applies_to_a_saved_analysis(capsys, folder, tmp_path):
+    saved = tmp_path / "a.npz"
+    assert run(capsys, "analyze", folder, "--save", saved, "-q")[0] == 0
+    code, out, err = run(capsys, "compare", saved, folder, "--block", "0-0")
+    assert code == 0
+    assert "only" not in err
+    assert "a saved analysis has no weights: the distances of weights are left out" in err
+    assert "model.layers.0.mlp.up_proj" in out
+    assert "cosine" not in out
+    assert "‖A-B‖/‖A‖" not in out
+    assert "CKA" not in out
+    code, _, err = run(capsys, "compare", saved, saved, "--role", "nothing")
+    assert (code, len(err.splitlines())) == (2, 1)
+
+
 def test_resume_takes_up_what_was_done(capsys, folder, monkeypatch):
     model = htsr.describe(folder)
     options = htsr.analyze(folder).options

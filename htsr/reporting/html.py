@@ -252,7 +252,7 @@ def _summary(analysis: Analysis) -> str:
 
 def summary_html(analysis: Analysis) -> str:
     """What a notebook shows of an analysis: means by role."""
-    return f"<p>{escape(repr(analysis))}</p><table>{_summary(analysis)}</table>"
+    return f"<p>{escape(repr(analysis)[1:-1])}</p><table>{_summary(analysis)}</table>"
 
 
 def comparison_html(comparison: Comparison) -> str:
@@ -266,7 +266,7 @@ def comparison_html(comparison: Comparison) -> str:
         if name in means
     )
     head = "".join(f'<th scope="col">{text}</th>' for text in ("mean", "a", "b", "b − a"))
-    return f"<p>{escape(repr(comparison))}</p><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+    return f"<p>{escape(repr(comparison)[1:-1])}</p><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
 
 
 def _asset(name: str) -> str:

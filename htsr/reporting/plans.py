@@ -14,7 +14,7 @@ from htsr.errors import MissingDependencyError
 from htsr.files import written
 from htsr.reporting.plots import check_picture
 from htsr.reporting.tables import _fitted_table
-from htsr.reporting.text import in_markdown, plain_console, visible
+from htsr.reporting.text import in_csv, in_markdown, plain_console, visible
 from htsr.training.plan import Plan, PlanRow
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def as_csv(plan: Plan) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(lines[0]) if lines else [], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({key: in_csv(value) for key, value in line.items()} for line in lines)
     return out.getvalue()
 
 

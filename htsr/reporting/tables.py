@@ -18,7 +18,7 @@ from htsr.comparison import Comparison, Pair
 from htsr.errors import MissingDependencyError
 from htsr.files import written
 from htsr.matrices.models import Model, WeightMatrix
-from htsr.reporting.text import encodable, in_markdown, visible
+from htsr.reporting.text import encodable, in_csv, in_markdown, visible
 from htsr.spectra.metrics import LayerMetrics
 from htsr.surgery import Operation
 from htsr.training.memory import PARTS, MemoryPlans, beside
@@ -205,6 +205,7 @@ def comparison_table(comparison: Comparison, width: int) -> Table:
         "ESD dist.": lambda p: number(p.esd_distance, 4),
     }
     shown = [(header, [cell(pair) for pair in comparison]) for header, cell in cells.items()]
+    shown = [column for column in shown if any(column[1])]
     return _fitted_table(shown, width, ("CKA", "role", "⟨ln λ̃⟩ a", "⟨ln λ̃⟩ b", "cosine", "ESD dist.", "α a"))
 
 
@@ -227,13 +228,15 @@ def description_table(model: Model, width: int) -> Table:
 
 
 def memory_table(memory: MemoryPlans) -> Table:
-    """Parts of the peak in GiB, a column a method."""
-    table = _table(["GiB at the peak", *(plan.method for plan in memory.plans)])
+    """Parts of the peak, a column a method, in the binary unit in which the largest peak is at least 1."""
+    peak = max((plan.total for plan in memory.plans), default=0)
+    unit, size = next(((name, size) for name, size in _UNITS if peak >= size), _UNITS[-1])
+    table = _table([f"{unit} at the peak", *(plan.method for plan in memory.plans)])
     for part in (*PARTS, "total"):
-        sizes = [getattr(plan, part) / 2**30 for plan in memory.plans]
+        sizes = [getattr(plan, part) / size for plan in memory.plans]
         table.add_row(part, *(f"{size:.2f}" for size in sizes), style="bold" if part == "total" else "")
     for part in ("process", "merging"):
-        sizes = [beside(plan)[part] / 2**30 for plan in memory.plans]
+        sizes = [beside(plan)[part] / size for plan in memory.plans]
         if any(sizes):
             table.add_row(f"on a CPU: {part}", *(f"+{size:.2f}" if size else "" for size in sizes), style="dim")
     table.add_row("peak in", *(plan.moment for plan in memory.plans), style="dim")
@@ -241,8 +244,11 @@ def memory_table(memory: MemoryPlans) -> Table:
     return table
 
 
+_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
 def _millions(parameters: int) -> str:
-    return f"{parameters / 1e6:,.1f} M"
+    return f"{parameters / 1e6:,.1f} M" if parameters >= 1e5 else f"{parameters:,}"
 
 
 def surgery_table(operations: Sequence[Operation], width: int) -> Table:
@@ -267,7 +273,7 @@ def _table(headers: Sequence[str]) -> Table:
     from rich import box
     from rich.table import Table
 
-    words = {"GiB at the peak", "matrix", "role", "note", "kind", "stored", "law"}
+    words = {*(f"{unit} at the peak" for unit, _ in _UNITS), "matrix", "role", "note", "kind", "stored", "law"}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for header in headers:
         left = header in words
@@ -331,7 +337,7 @@ def as_csv(subject: Analysis | Comparison | Model | MemoryPlans) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(lines[0]) if lines else [], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({key: in_csv(value) for key, value in line.items()} for line in lines)
     return out.getvalue()
 
 

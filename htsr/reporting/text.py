@@ -21,6 +21,13 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def in_csv(value: Any) -> Any:
+    """`value` for a cell of a CSV file; no text moves the cursor of a terminal, or is a formula to a spreadsheet."""
+    if not isinstance(value, str):
+        return value
+    return "'" * value.startswith(("=", "+", "-", "@")) + visible(value)
+
+
 def in_markdown(text: str) -> str:
     """`text` for a cell of a Markdown table, where it means itself."""
     return re.sub(r"[\\|<`*]|(?<!\w)_|_(?!\w)|(?<=\])(?=\()", r"\\\g<0>", visible(text))

@@ -9,6 +9,7 @@ from rich.console import Console
 import htsr
 from htsr.reporting import tables
 from htsr.spectra.notes import CAUTION
+from htsr.training.memory import MemoryPlan, MemoryPlans
 from tests.models import state_dict
 
 
@@ -117,6 +118,26 @@ def test_names_are_shown_as_they_are(capsys):
         assert shown in out["markdown"]
     assert {line.replace("\\|", "").count("|") for line in out["markdown"].splitlines()} == {13}
     assert "a.[/red]" in out["csv"]
+    assert "c.\\x1b[31mx\\n" in out["csv"]
+
+
+@pytest.mark.parametrize("name", ["=HYPERLINK(1)", "+a", "-a", "@a"])
+def test_no_name_is_a_formula_in_a_csv(name):
+    analysis = htsr.analyze({f"{name}.weight": torch.randn(20, 20)}, device="cpu")
+    assert tables.as_csv(analysis).splitlines()[1].startswith(f"'{name},")
+
+
+@pytest.mark.parametrize(("scale", "unit"), [(1 << 10, "KiB"), (1 << 20, "MiB"), (1 << 30, "GiB")])
+def test_the_unit_of_memory_fits_its_size(scale, unit):
+    plan = MemoryPlan(
+        "tiny", "full", "step", total=2 * scale, weights=scale, gradients=scale, optimizer=0, projectors=0,
+        activations=0, logits=0, workspace=0, parameters=1234, trainable=1234,
+    )  # fmt: skip
+    shown = [line.split() for line in lines(tables.memory_table(MemoryPlans("tiny", (plan,))), 100)]
+    assert shown[0] == [unit, "at", "the", "peak", "full"]
+    assert ["weights", "1.00"] in shown
+    assert ["total", "2.00"] in shown
+    assert ["trained", "1,234"] in shown
 
 
 def test_the_caution_stands_where_a_tail_is_noted(capsys):
