@@ -1,6 +1,7 @@
 """Fixtures: the real models that packages carry, and small ones made here."""
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 
@@ -22,6 +23,13 @@ hypothesis.settings.load_profile("htsr")
 def _own_cache(tmp_path, monkeypatch):
     """Journals go to a folder of the test's own."""
     monkeypatch.setenv("HTSR_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _own_log_level():
+    """`--quiet` is for a process, which here has other tests to come."""
+    yield
+    logging.getLogger("htsr").setLevel(logging.NOTSET)
 
 
 @pytest.fixture
