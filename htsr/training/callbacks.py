@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from htsr.errors import UsageError
 from htsr.training.hooks import engine_of
 from htsr.training.layerwise import layerwise, log_values
 from htsr.training.policy import PolicyLike, make_policy
@@ -33,10 +34,15 @@ class LayerwiseCallback(TrainerCallback):
         **changes: fields of `htsr.Policy` to be changed.
 
     Raises:
-        UsageError: a policy without meaning; later, from `train`, as `htsr.layerwise`.
+        UsageError: no Trainer, or a policy without meaning; later, from `train`, as `htsr.layerwise`.
     """
 
     def __init__(self, trainer: Trainer, policy: PolicyLike = "llr", **changes: Any) -> None:
+        if not callable(getattr(trainer, "create_optimizer", None)):
+            raise UsageError(
+                "LayerwiseCallback needs its Trainer: make the Trainer first, then "
+                "trainer.add_callback(htsr.LayerwiseCallback(trainer, 'llr'))"
+            )
         self.trainer, self.policy = trainer, make_policy(policy, **changes)
         self._create: Callable[..., Any] = trainer.create_optimizer
         setattr(trainer, "create_optimizer", self._create_layerwise)  # noqa: B010 - of this trainer, whatever its class

@@ -12,20 +12,20 @@ All state is in the param groups (`htsr.training.groups`), so `optimizer.state_d
 from __future__ import annotations
 
 import logging
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from htsr.errors import UsageError
 from htsr.matrices.modules import whole_shape
 from htsr.matrices.roles import stem
 from htsr.matrices.sharded import open_live, refuse_flat
 from htsr.training.groups import adapt_state_dict, parameter_names, require_fresh, split_groups
 from htsr.training.hooks import running_steps
-from htsr.training.policy import Policy
+from htsr.training.policy import Policy, require_count
 from htsr.training.scoring import live_scores, view_of
 from htsr.training.slots import Outcome, decide, fixed, has_tied_head, matrix_slots, pinned, require_patterns, slot_of
 
@@ -74,15 +74,24 @@ class Layerwise:
     ) -> None:
         require_fresh(optimizer, policy)
         refuse_flat(model)
-        if total_steps is not None and total_steps < 1:
-            raise UsageError(f"total_steps is at least 1, not {total_steps}")
+        if total_steps is not None:
+            require_count("total_steps", total_steps, 1)
         self.model, self.policy, self.total_steps = model, policy, total_steps
         matrices = matrix_slots(open_live(model).matrices)
         names = parameter_names(model)
         places = {slot.name: i for i, slot in enumerate(matrices)}
         vectors = [name for name in names.values() if slot_of(name, places) is None]
         require_patterns(policy, matrices, vectors, type(model).__name__)
-        values = fixed(policy, matrices, tied=has_tied_head(model))
+        tied = has_tied_head(model)
+        values = fixed(policy, matrices, tied=tied)
+        of_any_size = fixed(replace(policy, min_size=0), matrices, tied=tied)
+        small = [s.name for s, v, w in zip(matrices, values, of_any_size, strict=True) if v is not None and w is None]
+        if small:
+            logger.info(
+                "%d of %d matrices have fewer eigenvalues than min_size, %d, and stay at 1: %s%s",
+                *(len(small), len(matrices), policy.min_size),
+                *(", ".join(small[:3]), ", …" if len(small) > 3 else ""),
+            )
         moving = [(slot, value) for slot, value in zip(matrices, values, strict=True) if value != 1.0]
         self.slots = [slot for slot, _ in moving]
         self.of_group = split_groups(optimizer, names, self.slots, policy.pin, policy.describe())
@@ -145,10 +154,14 @@ class Layerwise:
         wanted = {part for slot, value in zip(self.slots, settled, strict=True) if value is None for part in slot.parts}
         found = live_scores(self.model, self.policy, wanted, view_of(self.policy.spectrum, optimizer)) if wanted else {}
         known = {name: value for name, value in found.items() if isinstance(value, float)}
-        for i, slot in enumerate(self.slots):
-            if settled[i] is None and (failed := [part for part in slot.parts if part not in known]):
-                kept[i], settled[i] = str(found[failed[0]]), 1.0
+        measured = [i for i, value in enumerate(settled) if value is None]
+        for i in measured:
+            if failed := [part for part in self.slots[i].parts if part not in known]:
+                kept[i] = str(found[failed[0]])
+                known |= dict.fromkeys(self.slots[i].parts, math.nan)
                 logger.warning("%s keeps its multiplier, step %d could not measure it: %s", failed[0], step, kept[i])
+        if measured and all(i in kept for i in measured):  # and so nothing is known of the largest
+            kept |= {i: "no matrix could be measured" for i, v in enumerate(settled) if v is not None and math.isnan(v)}
         outcome = decide(self.policy, self.slots, settled, known)
         self.seconds += time.perf_counter() - began
         logger.info("step %d: %d matrices scored in %.2f s", step, len(found), time.perf_counter() - began)

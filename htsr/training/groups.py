@@ -111,6 +111,11 @@ def require_fresh(optimizer: torch.optim.Optimizer, policy: Policy) -> None:
         raise UsageError("this optimizer sets its own learning rate (lr=None, relative_step); give it an lr")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UsageError(f"{kind} takes one group of parameters, which cannot have a learning rate for each matrix")
+    if getattr(optimizer, "gradients", None) == "update":
+        raise UsageError(
+            f"{kind}(gradients='update') moves its parameters during backward, where no multiplier can be set: take "
+            "gradients='project'"
+        )
     if policy.sets != "lr":
         return
     if any("d" in group and not _OF_ONE_RATE.isdisjoint(group) for group in groups):

@@ -14,7 +14,7 @@ from htsr.matrices.roles import whole_name
 from htsr.matrices.sources import Source, open_model
 from htsr.training.groups import parameter_names
 from htsr.training.policy import Policy, PolicyLike, make_policy
-from htsr.training.scoring import Failure, scores
+from htsr.training.scoring import Failure, refuse_faults, scores
 from htsr.training.slots import Slot, decide, fixed, has_tied_head, matrix_slots, require_patterns
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ def layerwise_plan(source: Source, policy: PolicyLike = "llr", *, revision: str 
     Raises:
         SourceError: the source cannot be read.
         UsageError: a policy without meaning.
+        HtsrError: a score of your own that fails.
     """
     chosen = make_policy(policy, **({"interval": None} | changes if policy == "tempbalance" else changes))
     if chosen.spectrum != "weights":
@@ -97,6 +98,7 @@ def layerwise_plan(source: Source, policy: PolicyLike = "llr", *, revision: str 
     settled = fixed(chosen, slots, tied=tied)
     wanted = {part for slot, value in zip(slots, settled, strict=True) if value is None for part in slot.parts}
     found = scores([matrix for matrix in model if matrix.name in wanted], chosen)
+    refuse_faults(found, chosen)
     known = {name: value for name, value in found.items() if not isinstance(value, Failure)}
     for name in found.keys() - known.keys():
         logger.warning("%s could not be measured: %s", name, found[name])

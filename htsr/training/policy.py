@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -95,23 +97,35 @@ class Policy:
             _one_of("score", self.score, get_args(ScoreName))
         if isinstance(self.embeddings, str):
             _one_of("embeddings", self.embeddings, ("max", "measured", "leave"))
-        elif not self.embeddings >= 0:
-            raise UsageError(f"the embeddings' multiplier is not negative, unlike {self.embeddings}")
-        low, high = self.bounds
-        if not 0 <= low <= high:
-            raise UsageError(f"bounds are (s1, s2) with 0 ≤ s1 ≤ s2, not {self.bounds}")
-        if (self.interval is not None and self.interval < 1) or self.ramp < 0:
-            raise UsageError(
-                f"an interval is at least one step and a ramp not negative, not {self.interval} and {self.ramp}"
-            )
-        if not 0 < self.active_fraction <= 1:
-            raise UsageError(f"the active fraction lies in (0, 1], unlike {self.active_fraction}")
-        if any(not value >= 0 for value in self.pin.values()):
-            raise UsageError(f"pinned multipliers are not negative, unlike those of {dict(self.pin)}")
+        elif not _is_multiplier(self.embeddings):
+            raise UsageError(f"embeddings is max, measured, leave or a finite number ≥ 0, not {self.embeddings!r}")
+        self._require_numbers()
+        if not (self.windows is None or isinstance(self.windows, Windows)):
+            raise UsageError(f"windows is htsr.Windows(rows, count) or None, not {self.windows!r}")
+        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise UsageError(f"exclude is a tuple of patterns, not {self.exclude!r}")
+        if not isinstance(self.pin, Mapping):
+            raise UsageError(f"pin is a mapping of patterns to multipliers, not {self.pin!r}")
+        for pattern, value in self.pin.items():
+            if not (isinstance(pattern, str) and _is_multiplier(value)):
+                raise UsageError(f"pin gives finite multipliers that are not negative, unlike {pattern!r}: {value!r}")
         if self.decouple_weight_decay and self.sets != "lr":
             raise UsageError(
                 "decouple_weight_decay undoes what an lr multiplier does to the decay; this policy sets it"
             )
+
+    def _require_numbers(self) -> None:
+        bounds: Any = self.bounds
+        if not (isinstance(bounds, Sequence) and len(bounds) == 2 and all(map(_is_multiplier, bounds))) or (
+            bounds[0] > bounds[1]
+        ):
+            raise UsageError(f"bounds are (s1, s2), finite numbers with 0 ≤ s1 ≤ s2, not {bounds!r}")
+        if self.interval is not None:
+            require_count("interval", self.interval, 1)
+        require_count("ramp", self.ramp, 0)
+        require_count("min_size", self.min_size, 0)
+        if not (_is_multiplier(self.active_fraction) and 0 < self.active_fraction <= 1):
+            raise UsageError(f"active_fraction lies in (0, 1], unlike {self.active_fraction!r}")
 
     @property
     def static(self) -> bool:
@@ -124,9 +138,27 @@ class Policy:
         values["pin"] = dict(self.pin)
         if self.windows is not None:
             values["windows"] = [self.windows.rows, self.windows.count, self.windows.aspect]
-        if callable(self.score):
-            values["score"] = getattr(self.score, "__qualname__", type(self.score).__name__)
-        return json.dumps(values)
+        values["score"] = name_of(self.score)
+        return json.dumps(values, default=float)  # what NumPy counts and measures
+
+
+def name_of(score: Score | None) -> str | None:
+    """The name of a `score`, also of one that is a function."""
+    return getattr(score, "__qualname__", type(score).__name__) if callable(score) else score
+
+
+def require_count(name: str, value: Any, least: int) -> None:
+    """Refuse a `value` of the argument `name` that is no whole number of at `least` so many.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
+        raise UsageError(f"{name} is a whole number, at least {least}, not {value!r}")
+
+
+def _is_multiplier(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and float(value) >= 0
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
@@ -172,6 +204,8 @@ def make_policy(policy: PolicyLike = "llr", **changes: Any) -> Policy:
         if policy == "tempbalance" and "interval" not in changes:
             raise UsageError("tempbalance measures once an epoch: give interval=the optimizer steps of one epoch")
         policy = PRESETS[policy]
+    elif not isinstance(policy, (Policy, Mapping)):
+        raise UsageError(f"a policy is one of {', '.join(PRESETS)}, a Policy or a mapping of multipliers: {policy!r}")
     elif not isinstance(policy, Policy):
         policy = Policy(score=None, embeddings="leave", min_size=1, pin=dict(policy))
     known = {f.name for f in fields(Policy)}

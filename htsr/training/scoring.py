@@ -16,7 +16,7 @@ from htsr.matrices.models import WeightMatrix
 from htsr.matrices.sharded import in_rounds, open_live
 from htsr.spectra.esd import Array, esd_batch
 from htsr.spectra.scores import null_of_shape, score
-from htsr.training.policy import Policy, Spectrum
+from htsr.training.policy import Policy, Spectrum, name_of
 
 if TYPE_CHECKING:
     import torch
@@ -104,10 +104,24 @@ def live_scores(
         raise HtsrError(
             f"no rank has scored {missing[0]}: all ranks must hold the same parameters (no pipeline stages)"
         )
-    for matrix in todo:
-        if isinstance(failure := found[matrix.name], Failure) and not failure.passing:
-            raise HtsrError(f"the score of {matrix.name} fails: {failure}")
-    return {matrix.name: found[matrix.name] for matrix in todo}
+    found = {matrix.name: found[matrix.name] for matrix in todo}
+    refuse_faults(found, policy)
+    return found
+
+
+def refuse_faults(found: Mapping[str, float | Failure], policy: Policy) -> None:
+    """Refuse scores that are at fault themselves.
+
+    Args:
+        found: by matrix.
+        policy: whose score it is.
+
+    Raises:
+        HtsrError: a failure that will not pass.
+    """
+    for name, failure in found.items():
+        if isinstance(failure, Failure) and not failure.passing:
+            raise HtsrError(f"the score {name_of(policy.score)} of {name} fails: {failure}")
 
 
 def scores(matrices: Sequence[WeightMatrix], policy: Policy) -> dict[str, float | Failure]:
@@ -132,8 +146,12 @@ def _work(policy: Policy, matrices: Sequence[WeightMatrix]) -> list[float | Fail
     except Exception as error:
         if len(matrices) > 1:
             return [_work(policy, [matrix])[0] for matrix in matrices]
-        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        return [Failure(why.removesuffix(": "), isinstance(error, _PASSING))]
+        return [_failure(error, isinstance(error, _PASSING))]
+
+
+def _failure(error: Exception, passing: bool) -> Failure:
+    why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return Failure(why.removesuffix(": "), passing)
 
 
 def _together(policy: Policy, matrices: Sequence[WeightMatrix]) -> list[float | Failure]:
@@ -154,6 +172,10 @@ def _together(policy: Policy, matrices: Sequence[WeightMatrix]) -> list[float | 
                 results[i] = score(spectrum, policy.score, policy.fit)
             except MatrixError as problem:
                 logger.warning("%s keeps a multiplier of 1: %s", matrices[i].name, problem)
+            except Exception as error:
+                if not callable(policy.score):
+                    raise
+                results[i] = _failure(error, passing=False)  # a function of the user's fails the next time, too
     return [results[i] for i in range(len(matrices))]
 
 

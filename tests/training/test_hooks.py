@@ -361,10 +361,34 @@ class TestEventsThatFail:
         assert f"{victim} keeps its multiplier" in caplog.text
         assert sum(after[name] != before[name] for name in MATRICES) >= 3
 
-    def test_a_score_of_the_users_own_that_fails_is_told(self):
-        model, optimizer = made(score=lambda spectrum: spectrum.no_such_thing)
-        with pytest.raises(HtsrError, match=r"the score of layers.*AttributeError"):
+    @pytest.mark.parametrize("error", [AttributeError("no"), ZeroDivisionError("by zero"), RuntimeError("no")])
+    def test_a_score_of_the_users_own_that_fails_is_told(self, error):
+        def score(spectrum):
+            raise error
+
+        model, optimizer = made(score=score)
+        with pytest.raises(HtsrError, match=rf"the score .*score of layers.*fails: {type(error).__name__}"):
             train(model, optimizer, [0])
+        with pytest.raises(HtsrError, match=rf"the score .*score of layers.*fails: {type(error).__name__}"):
+            htsr.layerwise_plan(model, score=score)
+
+    def test_where_no_matrix_has_a_score_the_ends_keep_theirs_too(self, monkeypatch):
+        model, optimizer = made(ramp=0)
+        original = scoring.esd_batch
+
+        def failing(*_args, **_more):
+            raise torch.OutOfMemoryError("no memory")
+
+        monkeypatch.setattr(scoring, "esd_batch", failing)
+        train(model, optimizer, [0])
+        assert set(htsr.multipliers(optimizer).values()) == {1.0}
+        monkeypatch.setattr(scoring, "esd_batch", original)
+        train(model, optimizer, [1, 2])
+        found = htsr.multipliers(optimizer)
+        assert found["embed_tokens"] == found["lm_head"] == 5.0
+        monkeypatch.setattr(scoring, "esd_batch", failing)
+        train(model, optimizer, [3, 4])
+        assert htsr.multipliers(optimizer) == found
 
 
 class TestWarnings:

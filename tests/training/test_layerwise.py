@@ -325,10 +325,12 @@ class TestGroups:
         assert {name: seen[name] for name in expected} == pytest.approx(expected, abs=1e-3)
         assert seen["layers.0.mlp.up_proj"] == 1.0
 
-    def test_small_matrices_stay_at_one(self):
+    def test_small_matrices_stay_at_one(self, caplog):
         model = nn.Sequential(nn.Linear(60, 60), nn.Linear(60, 49), nn.Linear(49, 70))
-        optimizer = htsr.layerwise(torch.optim.SGD(model.parameters(), lr=1.0), model)
+        with caplog.at_level("INFO", "htsr"):
+            optimizer = htsr.layerwise(torch.optim.SGD(model.parameters(), lr=1.0), model)
         assert [g["name"] for g in optimizer.param_groups] == ["0", "rest"]
+        assert "2 of 3 matrices have fewer eigenvalues than min_size, 50, and stay at 1: 1, 2" in caplog.text
 
     def test_broken_and_low_rank_matrices_never_give_nan(self):
         model = TinyLM()
@@ -454,17 +456,44 @@ class TestRefusals:
             ("llr", {"score": "beta"}, "unknown score"),
             ("llr", {"bounds": (5, 1)}, "s1 ≤ s2"),
             ("llr", {"embeddings": "most"}, "unknown embeddings"),
-            ("llr", {"active_fraction": 0.0}, "active fraction"),
+            ("llr", {"active_fraction": 0.0}, "active_fraction"),
             ("llr", {"interval": 0}, "interval"),
             ("llr", {"total_steps": 0}, "total_steps"),
             ("alphadecay", {"decouple_weight_decay": True}, "decouple"),
             ({"mlp.*": -1}, {}, "not negative"),
+            *[("llr", {"bounds": value}, "^bounds are") for value in ((1, math.inf), (1,), "15", 5, (math.nan, 2))],
+            *[("llr", {"embeddings": value}, "^embeddings is") for value in (math.inf, math.nan, None, True)],
+            *[("llr", {"pin": {"attn.q": value}}, "^pin gives.*attn.q") for value in (math.inf, "4", None)],
+            ("llr", {"pin": ["attn.q"]}, "^pin is"),
+            *[("llr", {"interval": value}, "^interval is") for value in (1.5, True, math.inf)],
+            *[("llr", {"total_steps": value}, "^total_steps is") for value in (10.5, "10", math.inf)],
+            *[("llr", {"ramp": value}, "^ramp is") for value in (-1, 0.5, None)],
+            *[("llr", {"min_size": value}, "^min_size is") for value in (-1, 0.5, None)],
+            ("llr", {"active_fraction": "1"}, "^active_fraction lies"),
+            ("llr", {"windows": 3}, "^windows is"),
+            ("llr", {"exclude": "mlp.*"}, "^exclude is"),
+            (3, {}, "^a policy is"),
         ],
     )
     def test_policies_without_meaning(self, policy, changes, match):
         model = TinyLM()
         with pytest.raises(UsageError, match=match):
             htsr.layerwise(torch.optim.AdamW(model.parameters()), model, policy, **changes)
+
+    def test_numbers_of_numpy(self):
+        numbers = {"bounds": (np.float32(1), np.float64(4)), "interval": np.int64(2), "total_steps": np.int32(4)}
+        found = rates(multipliers_at_start(embeddings=np.float32(2.5), **numbers))
+        assert (found["embed_tokens"], max(found.values())) == (2.5, 4.0)
+
+    def test_what_steps_during_backward(self):
+        model = TinyLM()
+        optimizer = htsr.LowRankAdamW(model.parameters(), gradients="update")
+        with pytest.raises(UsageError, match=r"during backward.*gradients='project'"):
+            htsr.layerwise(optimizer, model)
+
+    def test_a_callback_without_its_trainer(self):
+        with pytest.raises(UsageError, match="make the Trainer first"):
+            htsr.LayerwiseCallback("llr")
 
     def test_relative_step(self):
         from transformers.optimization import Adafactor
