@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from htsr.errors import UsageError
@@ -52,9 +54,10 @@ def low_rank_groups(
         Up to three groups, those without parameters left out: low rank, full rank, vectors.
 
     Raises:
-        UsageError: no matrix of the model gets a low rank, or FSDP1 has flattened them.
+        UsageError: a rank below 1, no matrix of the model that gets it, or FSDP1 has flattened them.
     """
     refuse_flat(model)
+    _insist_on_count("rank", rank)
     low: list[Any] = []
     full: list[Any] = []
     vectors: list[Any] = []
@@ -88,19 +91,34 @@ def check_group(group: dict[str, Any]) -> None:
     ):
         if group[name] not in known:
             raise UsageError(f"unknown {name} {group[name]!r}: one of {', '.join(known)}")
-    for name in ("lr", "eps", "weight_decay"):
-        if not float(group[name]) >= 0:
-            raise UsageError(f"{name} is {group[name]}; it is at least 0")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise UsageError(f"betas are {group['betas']}; both are in [0, 1)")
+    for name in ("lr", "eps", "weight_decay", "scale"):
+        if not 0 <= _number(group[name]) < math.inf:
+            raise UsageError(f"{name} is {group[name]!r}; it is a finite number, at least 0")
+    betas = group["betas"]
+    if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= _number(beta) < 1 for beta in betas)):
+        raise UsageError(f"betas are {betas!r}; they are two numbers in [0, 1)")
+    if not isinstance(group["stochastic_rounding"], bool):
+        raise UsageError(f"stochastic_rounding is {group['stochastic_rounding']!r}; it is True or False")
+    _insist_on_count("refresh_every", group["refresh_every"])
     if group["rank"] is None:
         return
-    for name in ("rank", "refresh_every"):
-        if group[name] < 1:
-            raise UsageError(f"{name} is {group[name]}; it is at least 1")
+    _insist_on_count("rank", group["rank"])
     for parameter in group["params"]:
         if parameter.ndim not in (2, 3):
             raise UsageError(
                 "a group with rank holds matrices and stacks of them, and one of its parameters is "
                 f"{tuple(parameter.shape)}"
             )
+
+
+def _number(value: Any) -> float:
+    """Of a number or a tensor with one; NaN of anything else."""
+    try:
+        return math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
+
+
+def _insist_on_count(name: str, value: Any) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise UsageError(f"{name} is {value!r}; it is a whole number, at least 1")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from htsr.matrices.blocks import Blocks
-from htsr.matrices.entries import clean_name
+from htsr.matrices.entries import base_name, clean_name
+from htsr.matrices.roles import role_of
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +19,8 @@ class Trainable:
 
     Attributes:
         blocks: for each block.
-        embedding: input embedding with all that comes before the first block in its tower, and head.
+        embedding: input embedding with all that comes before the first block of its tower (encoder and decoder are
+            two), position tables and embedding norms wherever a tower registers them, and head.
         rest: of anything else: final norm, classifier, vision tower.
     """
 
@@ -45,19 +47,31 @@ def trainable(model: torch.nn.Module, blocks: Blocks) -> Trainable:
                 ends |= {id(parameter) for parameter in end.parameters()} if end is not None else set()
             break
     found = Trainable([[] for _ in blocks.names], [], [])
-    before = True
+    lists = {block.rpartition(".")[0] for block in blocks.names}
+    parents = sorted((name.rpartition(".")[0] for name in lists), key=len)
+    begun = set[str]()  # towers of which a block has come, "" for all outside of them
     for full, parameter in model.named_parameters():
         index, name = blocks.index_of(full), clean_name(full)
-        before = before and index is None
+        parent = next((own for own in reversed(parents) if own and base_name(name).startswith(f"{own}.")), "")
+        begun |= set() if index is None else {parent, ""}
         if not parameter.requires_grad:
             continue
         if index is not None:
             found.blocks[index].append(name)
-        elif (before and blocks.holds(name)) or id(parameter) in ends:
+        elif id(parameter) in ends or (blocks.holds(name) and _embeds(name, before=parent not in begun)):
             found.embedding.append(name)
         else:
             found.rest.append(name)
     return found
+
+
+def _embeds(name: str, before: bool) -> bool:
+    """Whether a parameter outside of the blocks embeds; `before`: it is registered before its tower's first block.
+
+    Registration is not the order of forward: OPT's final norm comes before its blocks, BART's embedding norm after.
+    """
+    roles = {role_of(name), role_of(f"{name.rpartition('.')[0]}.weight")}  # a norm's bias has no role of its own
+    return any(role.split(".")[0] == "embed" for role in roles) or (before and "final" not in name)
 
 
 def what_else_trains(model: torch.nn.Module, blocks: Blocks, names: Trainable) -> str | None:

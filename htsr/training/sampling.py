@@ -135,13 +135,11 @@ class LayerSampler:
             raise UsageError(f"{empty[0]} has no trainable parameters; make the sampler before freezing anything")
         possible = int((self.probabilities > 0).sum())
         if not 1 <= active <= possible:
-            raise UsageError(f"active is between 1 and the {possible} blocks with a probability above 0, not {active}")
+            which = "" if possible == len(self.names) else " with a probability above 0"
+            raise UsageError(f"active is between 1 and the {possible} blocks{which}, not {active}")
         self.model, self.interval, self.top = model, interval, top
         self.embedding, self.frozen_state, self.seed, self._gamma = embedding, frozen_state, seed, active
-        self._optimizers: tuple[torch.optim.Optimizer, ...] = ()
-        self._parameters: list[list[torch.nn.Parameter]] = []
-        self._flags, self._handles, self._stopped = HeldFlags(), list[Any](), list[Any]()
-        self._stepped = set[int]()  # optimizers since the last step
+        self._begin()
         self._steps, self._active, self._loading = 0, self.draw(0), False
         self._tally = Tally(np.zeros(len(self.names), dtype=np.int64))
 
@@ -218,6 +216,29 @@ class LayerSampler:
         logger.info("%d of %d blocks train at a time: %s", self._gamma, len(self.names), shown)
         if sentence := what_else_trains(self.model, self._blocks, self._trainable):
             logger.warning(sentence)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which stand where this one does and are attached to nothing: hooks are not copied."""
+        state = self.__dict__.copy()
+        for name in ("_optimizers", "_parameters", "_flags", "_handles", "_stopped", "_stepped"):
+            del state[name]
+        if self._optimizers:
+            logger.warning(
+                "the copy of a LayerSampler samples nothing until it is attached: copy model, sampler and optimizer in "
+                "one deepcopy, and call attach with the copied optimizer"
+            )
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy."""
+        self.__dict__.update(state)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._optimizers: tuple[torch.optim.Optimizer, ...] = ()
+        self._parameters: list[list[torch.nn.Parameter]] = []
+        self._flags, self._handles, self._stopped = HeldFlags(), list[Any](), list[Any]()
+        self._stepped = set[int]()  # optimizers since the last step
 
     def detach(self) -> None:
         """End: all that took part trains again, and the optimizers and the model are as they were before `attach`.

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 
 import numpy as np
 import pytest
@@ -643,6 +644,16 @@ def test_clipping_by_a_step_hook():
         ({"gradients": "drop"}, "unknown gradients 'drop'"),
         ({"lr": -1.0}, "lr is -1.0"),
         ({"betas": (0.9, 1.0)}, "betas are"),
+        ({"betas": (0.9,)}, "betas are"),
+        ({"betas": 0.9}, "betas are"),
+        ({"betas": (0.9, "x")}, "betas are"),
+        ({"scale": math.nan}, "scale is nan; it is a finite number, at least 0"),
+        ({"scale": -1}, "scale is -1; it is"),
+        ({"lr": math.inf}, "lr is inf; it is"),
+        ({"eps": None}, "eps is None; it is"),
+        ({"refresh_every": 1.5}, "refresh_every is 1.5; it is a whole number, at least 1"),
+        ({"refresh_every": None}, "refresh_every is None; it is"),
+        ({"stochastic_rounding": "no"}, "stochastic_rounding is 'no'; it is True or False"),
         ({"refresh_every": 0}, "refresh_every is 0"),
     ],
 )
@@ -652,8 +663,12 @@ def test_bad_options_are_a_sentence(options, sentence):
 
 
 def test_bad_parameters_and_gradients_are_a_sentence():
-    with pytest.raises(UsageError, match="rank is 0"):
-        LowRankAdamW(groups(parameters(), rank=0))
+    for rank in (0, True, 2.5, None):
+        if rank is not None:
+            with pytest.raises(UsageError, match=f"rank is {rank}; it is a whole number, at least 1"):
+                LowRankAdamW(groups(parameters(), rank=rank))
+        with pytest.raises(UsageError, match=f"rank is {rank}; it is a whole number, at least 1"):
+            low_rank_groups(make(), rank)
     with pytest.raises(UsageError, match=r"one of its parameters is \(10,\)"):
         LowRankAdamW([{"params": parameters(), "rank": 2}])
     params = parameters()

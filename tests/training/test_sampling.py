@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 from torch import nn
@@ -164,6 +165,60 @@ def test_the_embedding_as_chosen():
     np.testing.assert_allclose(sampler.probabilities, 0.25)
 
 
+_SIDES = {"layers": 2, "attention_heads": 2, "ffn_dim": 48}
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+
+
+def _encoder_decoder(name, **more):
+    sides = {f"{side}_{part}": n for side in ("encoder", "decoder") for part, n in _SIDES.items()}
+    config = getattr(transformers, f"{name}Config")(vocab_size=100, d_model=32, **sides, **more)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+
+def _opt():
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.OPTForCausalLM(transformers.OPTConfig(vocab_size=100, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("make", "trains"),
+    [
+        (lambda: _encoder_decoder("Bart"), set()),
+        (lambda: _encoder_decoder("MBart"), {"encoder.layer_norm", "decoder.layer_norm"}),
+        (
+            lambda: _encoder_decoder("Whisper", num_mel_bins=8, **dict.fromkeys(_TOKENS, 1)),
+            {"encoder.layer_norm", "decoder.layer_norm"},
+        ),
+        (_opt, {"decoder.final_layer_norm"}),
+    ],
+    ids=["BART", "mBART", "Whisper", "OPT"],
+)
+def test_the_embedding_is_all_that_stands_before_the_blocks_of_each_tower(make, trains):
+    """0.1.0 went by the order of registration: BART's and Whisper's tables of positions trained, OPT's norm did not."""
+    model = make()
+    LayerSampler(model, active=1).attach(torch.optim.AdamW(model.parameters()))
+    outside = {n for n, p in model.named_parameters() if p.requires_grad and ".layers." not in n}
+    assert {name.removeprefix("model.").rpartition(".")[0] for name in outside} == trains
+
+
+def test_a_copy_of_model_sampler_and_optimizer_is_attached_anew_and_goes_on(caplog):
+    """0.1.0's copy sampled nothing, and attach took it for attached."""
+    model = llama(4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sampler = LayerSampler(model, active=1, interval=2, seed=1)
+    sampler.attach(optimizer)
+    train(model, optimizer, batches(3))
+    twins = copy.deepcopy((model, sampler, optimizer))
+    assert "samples nothing until it is attached" in caplog.text
+    twins[1].attach(twins[2])
+    for one, _, its in ((model, sampler, optimizer), twins):
+        train(one, its, batches(9)[3:])
+    assert twins[1].coverage() == sampler.coverage()
+    assert twins[1].steps == sampler.steps == 9
+    for name, value in model.state_dict().items():
+        assert torch.equal(twins[0].state_dict()[name], value), name
+
+
 def test_backward_ends_at_the_lowest_active_block():
     for checkpointing in (False, True):
         model = llama(4)
@@ -301,8 +356,8 @@ def test_what_would_train_nothing_is_refused():
         train(model.train(), optimizer, batches(1))
 
     for arguments, message in (
-        ({"active": 4}, "between 1 and the 3 blocks"),
-        ({"strategy": [1, 0, 0], "active": 2}, "between 1 and the 1 blocks"),
+        ({"active": 4}, "between 1 and the 3 blocks, not 4"),
+        ({"strategy": [1, 0, 0], "active": 2}, "between 1 and the 1 blocks with a probability above 0, not 2"),
         ({"interval": 0}, "number of optimizer steps"),
         ({"embedding": "melt"}, "embedding 'melt'"),
     ):
