@@ -77,7 +77,8 @@ def lora_config(
         PEFT's `LoraConfig`, for `peft.get_peft_model`.
 
     Raises:
-        UsageError: no such metric, negative scores, no such modules, or a budget that the bounds do not allow.
+        UsageError: no such metric, negative scores, no such modules, an analysis of other shapes, or a budget that
+            the bounds do not allow.
         SourceError: a model without blocks.
 
     Source: AlphaLoRA (arXiv 2410.10054) for ranks that follow α; LoRA (arXiv 2106.09685).
@@ -135,7 +136,8 @@ def adapter_ranks(
         reverse: more rank for smaller scores.
 
     Raises:
-        UsageError: no such metric, negative scores, no such modules, or a budget that the bounds do not allow.
+        UsageError: no such metric, negative scores, no such modules, an analysis of other shapes, or a budget that
+            the bounds do not allow.
         SourceError: a model without blocks.
     """
     from htsr.activations import linear_modules
@@ -146,15 +148,13 @@ def adapter_ranks(
     inside = {name: module for name, module in linear_modules(model) if found.index_of(name) is not None}
     if tuple(roles) != _ROLES:
         require(roles, {role_of(name) for name in inside}, type(model).__name__, "role of a Linear inside the blocks")
-    modules = {
-        name: cast("torch.Tensor", module.weight).shape
-        for name, module in inside.items()
-        if matches(role_of(name), roles)
-    }
+    modules = {name: _sides(module) for name, module in inside.items() if matches(role_of(name), roles)}
     if not modules:
         raise UsageError(f"no Linear inside the blocks of {type(model).__name__} has a role among {', '.join(roles)}")
     values: dict[str, list[float]] = {name: [] for name in modules}
     rows = [row for row in analysis if _module_of(row) in modules]
+    for row in rows:
+        _insist_on_shape(row, modules[_module_of(row)], analysis.label, type(model).__name__)
     for row, value in zip(rows, _relative_hill(analysis, rows) if score == HILL else _metric(rows, score), strict=True):
         if value is not None:
             values[_module_of(row)].append(float(value))
@@ -169,6 +169,27 @@ def adapter_ranks(
 
 def _module_of(row: LayerMetrics) -> str:
     return row.name.split("[")[0]  # parts of a fused matrix share its adapter
+
+
+def _sides(module: torch.nn.Module) -> tuple[int, int]:
+    """Out and in of a Linear, whose weight may be packed in 4 bits; the weight's shape of a Conv1D."""
+    if hasattr(module, "out_features") and hasattr(module, "in_features"):
+        return int(cast("int", module.out_features)), int(cast("int", module.in_features))
+    out, into = cast("torch.Tensor", module.weight).shape
+    return out, into
+
+
+def _insist_on_shape(row: LayerMetrics, sides: tuple[int, int], label: str, model: str) -> None:
+    if row.rows is None or row.columns is None:
+        return
+    own = (row.rows, row.columns)
+    part = row.name != _module_of(row)
+    fits = bool({*own} & {*sides}) and max(own) <= max(sides) if part else sorted(own) == sorted(sides)
+    if not fits:
+        raise UsageError(
+            f"the analysis of {label} is of another model: {row.name} is {own[0]}×{own[1]} there, and "
+            f"{_module_of(row)} of {model} is {sides[0]}×{sides[1]}"
+        )
 
 
 def _metric(rows: Sequence[LayerMetrics], score: str) -> list[float | None]:

@@ -90,7 +90,12 @@ def _by_outliers(strategy: str, blocks: Blocks, scores: Scores | None, threshold
             f"the outliers of {scores.label} are of {strange[0]}, and this model's are {blocks.names[0]} …"
         )
     if not D.any():
-        raise UsageError(f"no entry of {scores.label} exceeds {threshold:g} times the mean; take a lower threshold")
+        exceeded = [lower for lower in scores.thresholds if lower < threshold and scores.distribution(lower).any()]
+        to = f"{max(exceeded):g}, which some exceed" if exceeded else "a lower one, measured with it"
+        raise UsageError(
+            f"no entry of {scores.label} exceeds {threshold:g} times its block's mean: set sampling.threshold "
+            f"(threshold=) to {to}, or sampling.strategy (strategy=) to uniform"
+        )
     return allocate.probabilities(D, reverse=strategy == "reverse")
 
 

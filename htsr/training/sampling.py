@@ -100,6 +100,13 @@ class LayerSampler:
         SourceError: a model without blocks.
     """
 
+    _optimizers: tuple[torch.optim.Optimizer, ...]
+    _parameters: list[list[torch.nn.Parameter]]
+    _flags: HeldFlags
+    _handles: list[Any]
+    _stopped: list[Any]
+    _stepped: set[int]  # optimizers since the last step
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -235,10 +242,9 @@ class LayerSampler:
         self._begin()
 
     def _begin(self) -> None:
-        self._optimizers: tuple[torch.optim.Optimizer, ...] = ()
-        self._parameters: list[list[torch.nn.Parameter]] = []
-        self._flags, self._handles, self._stopped = HeldFlags(), list[Any](), list[Any]()
-        self._stepped = set[int]()  # optimizers since the last step
+        self._optimizers, self._parameters = (), []
+        self._flags, self._handles, self._stopped = HeldFlags(), [], []
+        self._stepped = set()
 
     def detach(self) -> None:
         """End: all that took part trains again, and the optimizers and the model are as they were before `attach`.

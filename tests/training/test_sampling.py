@@ -2,6 +2,7 @@ import copy
 import io
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,8 +88,12 @@ def test_strategies():
     ):
         with pytest.raises(htsr.UsageError, match=message):
             block_probabilities(strategy, blocks)
-    with pytest.raises(htsr.UsageError, match="take a lower threshold"):
-        block_probabilities("owlore", blocks, outliers((0, 0, 0, 0)))
+    for thresholds, advice in (((13.0,), "a lower one, measured with it"), ((3.0, 5.0, 7.0, 13.0), "5, which some")):
+        none = outliers((0, 0, 0, 0))
+        rows = tuple(replace(row, block_counts=(9, 2, 0, 0)[-len(thresholds) :]) for row in none.rows)
+        none = replace(none, thresholds=thresholds, rows=rows)
+        with pytest.raises(htsr.UsageError, match=rf"set sampling\.threshold \(threshold=\) to {advice}"):
+            block_probabilities("owlore", blocks, none)
     with pytest.raises(htsr.UsageError, match=r"are of model\.layers\.0, and this model's are transformer\.h\.0"):
         block_probabilities("owlore", find_blocks(gpt2(4)), scores)
     with pytest.raises(htsr.UsageError, match="are of 3 blocks, and this model has 4"):
