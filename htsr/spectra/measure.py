@@ -23,6 +23,7 @@ from htsr.spectra.notes import notes
 from htsr.spectra.null import alpha_null
 from htsr.spectra.product import Product
 from htsr.spectra.quality import quality
+from htsr.spectra.resolution import Difference
 from htsr.spectra.tail import PowerLawFit, bootstrap_alpha, fit_power_law
 
 Vector = npt.NDArray[np.float64]
@@ -96,7 +97,7 @@ def measure_batch(
         route: Route = "lanczos" if any(s.error is not None for s in spectra.values()) else "gram"
         others = _decompose(noise, stored, attempt, replace(options, route=route, dtype="float32"))
     for i, spectrum in spectra.items():
-        if (found := attempt(i, partial(_numbers, spectrum, options))) is None:
+        if (found := attempt(i, partial(_numbers, spectrum, options, _is_change(matrices[i])))) is None:
             continue
         numbers, warnings = found
         other = others.get(i)
@@ -145,7 +146,7 @@ def _decompose(
     return {index: spectrum for index, spectrum in found.items() if spectrum is not None}
 
 
-def _numbers(spectrum: ESD, options: Options) -> tuple[dict[str, Any], list[str]]:
+def _numbers(spectrum: ESD, options: Options, change: bool) -> tuple[dict[str, Any], list[str]]:
     values, positive = spectrum.eigenvalues, spectrum.positive
     numbers: dict[str, Any] = {
         "status": "ok",
@@ -175,7 +176,7 @@ def _numbers(spectrum: ESD, options: Options) -> tuple[dict[str, Any], list[str]
     warnings += notes(numbers, spectrum)
 
     if options.null and options.xmin is None and options.xmax is None and spectrum.M <= LANCZOS_FROM:
-        null = alpha_null(spectrum.M, spectrum.N, spectrum.pieces, options.fit, _low_rank(spectrum), _product(spectrum))
+        null = alpha_null(spectrum.M, spectrum.N, spectrum.pieces, options.fit, _low_rank(spectrum), change)
         numbers |= {
             "alpha_null": null.alpha,
             "alpha_null_sd": null.sd,
@@ -276,8 +277,11 @@ def _low_rank(spectrum: ESD) -> int | None:
     return rank if 0 < rank < spectrum.M else None
 
 
-def _product(spectrum: ESD) -> bool:
-    return spectrum.route.startswith("factors")
+def _is_change(matrix: Array | Product) -> bool:
+    """Whether it is the change of a model, as two factors or multiplied out; where it is of low rank, it was made as
+    a product, and one null serves for both.
+    """
+    return isinstance(matrix, (Product, Difference))
 
 
 def _jackknife(replicates: Vector, options: Options) -> float:

@@ -10,9 +10,10 @@ ensemble (Dumitriu & Edelman, J. Math. Phys. 43, 2002): M χ-variables on each d
 Where matrices are pooled (slices of a kernel, windows), more than 4 draws come from a bank for 4: two draws share a
 quarter, and the median's standard error is at most two thirds of the standard deviation that is given beside it.
 
-A matrix of rank r < M is held against noise of its rank: where it is known as a product of two factors, such as the
-change of a LoRA adapter, against the product of two Gaussian factors (M × r and r × N, drawn as the triangles of their
-QR decompositions: Bartlett, Proc. R. Soc. Edinb. 53, 1933), else against a Gaussian matrix on r directions, r × N.
+A matrix of rank r < M is held against noise of its rank: the change of a model, be it the two factors of a LoRA adapter
+or one stored model less another, against the product of two Gaussian factors (M × r and r × N, drawn as the triangles
+of their QR decompositions: Bartlett, Proc. R. Soc. Edinb. 53, 1933), else against a Gaussian matrix on r directions,
+r × N.
 """
 
 from __future__ import annotations

@@ -6,6 +6,9 @@ import torch
 
 import htsr
 from htsr.spectra.esd import esd, esd_batch
+from htsr.spectra.measure import measure
+from htsr.spectra.metrics import LayerMetrics, Options
+from htsr.spectra.product import Product
 from htsr.spectra.resolution import distinct, equal_within
 
 STORED = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -180,3 +183,14 @@ def test_a_change_of_full_rank_keeps_it(random, dtype, size):
     change = torch.from_numpy(size * random.standard_normal((300, 400)))
     row = htsr.analyze({"w": (base.double() + change).to(dtype)}, against={"w": base}, null=False)["w"]
     assert row.matrix_rank == 300
+
+
+def test_a_change_has_one_null_as_factors_and_merged():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(96, 128, generator=generator)
+    left, right = torch.randn(96, 16, generator=generator), torch.randn(16, 128, generator=generator)
+    merged = htsr.analyze({"w": base + 0.05 * left @ right}, against={"w": base})["w"]
+    factors = measure(lambda: Product(left.numpy(), right.numpy()), LayerMetrics(name="w"), Options()).row
+    assert merged.matrix_rank == factors.matrix_rank == 16
+    assert (merged.alpha_null, merged.alpha_null_sd) == (factors.alpha_null, factors.alpha_null_sd)
+    assert merged.alpha == pytest.approx(factors.alpha, rel=1e-3)
