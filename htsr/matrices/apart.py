@@ -15,6 +15,7 @@ from htsr.matrices.entries import FLOATS, Entry
 from htsr.matrices.models import WeightMatrix
 from htsr.matrices.naming import leaf
 from htsr.matrices.positions import Position
+from htsr.matrices.quantized import is_packed
 from htsr.spectra.esd import Array
 from htsr.spectra.product import Product
 
@@ -87,7 +88,7 @@ def _is_weight(entry: Entry) -> bool:
     if sum(size > 1 for size in entry.shape) < 2 and len(entry.shape) > 2 and not kernel:
         return False  # a vector with axes of one: class tokens, scales
     numeric = entry.dtype in FLOATS or entry.problem is not None or bool(entry.warning)
-    return numeric or entry.name.endswith("weight")
+    return numeric or entry.name.endswith("weight") or is_packed(entry)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from htsr.spectra.esd import Array
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"})
 
+INTEGERS = frozenset({"int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"})
+
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
 _PEFT = "base_model.model."
 _SPARSE_LIMIT = 1 << 30  # bytes of a nearly empty sparse tensor made dense

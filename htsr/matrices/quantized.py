@@ -10,16 +10,18 @@ FP8                 ``weight`` float8 with a scale         `htsr.matrices.scaled
 MXFP4               ``*_blocks``, ``*_scales``             transformers' reader
 GPTQ, AWQ, packed   ``qweight`` / ``weight_packed``        `htsr.matrices.packed`; 3 bits and what a kernel has
                                                            rearranged not: status ``quantized``
+HQQ, quanto, …      `_FOREIGN`                             none: one row with status ``quantized``
 =================== ====================================== =========================================================
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from htsr.matrices.entries import Entry
+from htsr.matrices.entries import FLOATS, INTEGERS, Entry
 from htsr.matrices.packed import compressed, gptq_or_awq
 from htsr.matrices.scaled import EIGHT_BITS, quantization_config, scale_of, scaled, unknown_scale
 from htsr.spectra.esd import Array, as_numpy
@@ -30,6 +32,24 @@ _COMPANIONS = (
     ".weight_scale_inv", ".input_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx", ".qzeros", ".scales",
     ".g_idx", ".scale_weight", "_scale_inv", "_scales",
 )  # fmt: skip
+_OWNERS = ("", ".weight", ".qweight", ".weight_packed", "_blocks")  # what companions stand beside
+_PLAIN = FLOATS - {"float8_e4m3fn", "float8_e5m2"}
+_FOREIGN = {  # a tensor of integers, and what stands beside it where the name alone says little: whose format it is
+    (".W_q", ""): "HQQ",
+    (".weight._data", ""): "quanto",
+    ("._weight_qdata", ""): "torchao",
+    (".weight_qdata", ""): "torchao",
+    (".B", ".s"): "Marlin",
+    (".codes", ".codebooks"): "AQLM",
+    (".indices", ".centroids"): "VPTQ",
+    (".indices", ".centroids.weight"): "VPTQ",
+    (".dense_weights", ".row_offsets"): "SpQR",
+}
+_INDICES = re.compile(  # integers of two axes or more that are no weights
+    r"(^|[._])(ids?|idx|index|indices|mask|perm|permutation|counts?|buckets?|positions?|coords?|offsets?|steps?|bias|table|"
+    r"tid2eid|shape|lengths?|tokens?|labels?|sizes?|order|map|initialized|seed|rng_state|state)(\.|_?\d*$)"
+)
+_SCALE = re.compile(r"(^|_)(q?scales?|q?zeros?|zero_?points?|absmax|codebooks?|centroids|g_idx)($|[_.\d])")
 
 
 def dequantized(entries: list[Entry], config: Mapping[str, Any] | None = None) -> list[Entry]:
@@ -42,9 +62,24 @@ def dequantized(entries: list[Entry], config: Mapping[str, Any] | None = None) -
     by_name = {entry.name: entry for entry in entries}
     eight = {entry.name for entry in entries if entry.dtype in EIGHT_BITS}
     used = {scale.name for name in eight if (scale := scale_of(name, by_name))}
+    foreign = _foreign(by_name)
+    modules = {module for module, _ in foreign.values()}
+    integers = {e.name.rpartition(".")[0] for e in entries if is_packed(e)}
     result = []
     for entry in entries:
-        if entry.name in used or entry.name.endswith(_COMPANIONS) or ".quant_state." in entry.name:
+        module, _, leaf = entry.name.rpartition(".")
+        if entry.name in used or _is_companion(entry.name, by_name):
+            continue
+        if entry.name in foreign:
+            shape = entry.shape if len(entry.shape) > 1 else (1, *entry.shape)
+            module, writer = foreign[entry.name]
+            why = f"{writer}'s packed format, that htsr does not unpack"
+            result.append(_unreadable(replace(entry, name=f"{module}.weight", shape=shape), why))
+            continue
+        above = {entry.name[: i.start()] for i in re.finditer(r"\.", entry.name)}
+        if leaf != "bias" and not above.isdisjoint(modules):
+            continue
+        if module in integers and _SCALE.search(leaf) and entry.dtype in FLOATS:
             continue
         try:
             found = _dequantized(entry, by_name, config or {})
@@ -54,6 +89,30 @@ def dequantized(entries: list[Entry], config: Mapping[str, Any] | None = None) -
             found = _without_scale(entry, by_name, bool(used) or bool(quantization_config(config or {})))
         result.append(found)
     return result
+
+
+def is_packed(entry: Entry) -> bool:
+    """Whether `entry` holds integers that can only be a weight's: of two axes or more, and no indices by their name."""
+    return len(entry.shape) > 1 and entry.dtype in INTEGERS and not _INDICES.search(entry.name)
+
+
+def _is_companion(name: str, by_name: Mapping[str, Entry]) -> bool:
+    """Whether `name` goes by its ending with a quantised tensor that is there."""
+    weight, found, _ = name.partition(".quant_state.")
+    stems = [weight] if found else [name.removesuffix(ending) for ending in _COMPANIONS if name.endswith(ending)]
+    owners = (by_name.get(stem + owner) for stem in stems for owner in _OWNERS)
+    return any(owner is not None and owner.dtype not in _PLAIN for owner in owners)
+
+
+def _foreign(by_name: Mapping[str, Entry]) -> dict[str, tuple[str, str]]:
+    """The modules whose weight is in a packed format that is known and not read, by the tensor that stands for it."""
+    found = {}
+    for name, entry in by_name.items():
+        for (ending, beside), writer in _FOREIGN.items():
+            if name.endswith(ending) and entry.dtype not in _PLAIN:
+                if not beside or name.removesuffix(ending) + beside in by_name:
+                    found[name] = name.removesuffix(ending), writer
+    return found
 
 
 def _dequantized(entry: Entry, by_name: dict[str, Entry], config: Mapping[str, Any]) -> Entry:
@@ -69,6 +128,9 @@ def _dequantized(entry: Entry, by_name: dict[str, Entry], config: Mapping[str, A
     if entry.dtype == "int8" and f"{stem}.weight_scale_inv" in by_name:
         return _unreadable(entry, "FP4 numbers, two to a byte, that htsr does not unpack")
     if entry.dtype in EIGHT_BITS and (scale := scale_of(name, by_name)):
+        if (more := f"{scale.name}_2") in by_name:
+            why = f"{name} is stored as {entry.dtype} with {scale.name} and {more}, which htsr does not know together"
+            return replace(entry, problem=("quantized", why))
         return scaled(entry, scale, by_name.get(f"{stem}.weight_zero_point"), config)
     if name.endswith("_blocks") and (scale := by_name.get(name.removesuffix("_blocks") + "_scales")):
         return _mxfp4(entry, scale)

@@ -390,6 +390,68 @@ def test_packed_formats_have_one_row_and_the_rest_is_analyzed(kind, tmp_path):
     assert {row.status for row in rows.values()} == {"ok"}
 
 
+BYTES, WORDS = torch.ones(32, 16, dtype=torch.uint8), torch.ones(16, 32, dtype=torch.int32)
+FOREIGN = {
+    "HQQ": {"W_q": BYTES, "scale": torch.rand(32, 16), "zero": torch.rand(32, 16)},
+    "HQQ, saved by itself": {"W_q": BYTES, "meta.scale": torch.rand(32, 16), "meta.zero": torch.rand(32, 16)},
+    "quanto": {"weight._data": BYTES, "weight._scale": torch.rand(32, 16), "weight._shift": torch.rand(32, 16)},
+    "torchao": {"_weight_qdata": BYTES, "_weight_scale": torch.rand(32, 16), "_weight_zero_point": BYTES + 1},
+    "Marlin": {"B": WORDS, "s": torch.rand(16, 32).half()},
+    "AQLM": {
+        "codebooks": torch.rand(2, 256, 1, 8),
+        "codes": torch.ones(32, 4, 2, dtype=torch.int8),
+        "scales": torch.rand(32, 1, 1, 1),
+    },
+    "VPTQ": {
+        "centroids.weight": torch.rand(16, 64),
+        "res_centroids.weight": torch.rand(16, 64),
+        "indices": WORDS[None],
+        "weight_scale": torch.rand(32),
+    },
+    "SpQR": {
+        "dense_weights": torch.ones(512, dtype=torch.int64),
+        "row_offsets": torch.ones(33, dtype=torch.int32),
+        "col_vals": torch.ones(64, dtype=torch.int32),
+    },
+    "one that nobody knows": {"secret": BYTES, "secret_scales": torch.rand(32, 16)},
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_formats_that_are_not_read_have_one_row(kind, tmp_path):
+    """Neither do their integers vanish nor do their scales and codebooks stand as weights."""
+    state = state_dict(blocks=1)
+    name = "model.layers.0.mlp.up_proj"
+    del state[f"{name}.weight"]
+    state |= {f"{name}.{part}": tensor for part, tensor in FOREIGN[kind].items()}
+    save_file(state, tmp_path / "model.safetensors")
+    rows = {row.name: row for row in htsr.analyze(str(tmp_path), device="cpu")}
+    assert len(rows) == 5
+    bad = rows.pop(f"{name}.secret" if "secret" in FOREIGN[kind] else name)
+    assert bad.status == "quantized"
+    assert kind.partition(",")[0] in bad.warning or "secret" in bad.warning
+    assert {row.status for row in rows.values()} == {"ok"}
+
+
+@pytest.mark.parametrize("name", ["noise_scales", "x.scales", "x.weight_scale", "x_scale_inv"])
+def test_what_only_has_the_name_of_a_scale_is_a_matrix(name):
+    state = {name: torch.rand(64, 64), "x.weight": torch.rand(64, 64)}
+    assert [row.status for row in htsr.analyze(state, device="cpu")] == ["ok", "ok"]
+
+
+def test_indices_are_no_weights():
+    names = ("position_ids", "attn.relative_position_index", "gate.tid2eid", "attn.bias", "token_ids", "code_counts")
+    state = {name: torch.ones(8, 8, dtype=torch.int64) for name in names} | {"x.weight": torch.rand(64, 64)}
+    assert [matrix.name for matrix in htsr.describe(state)] == ["x"]
+
+
+def test_fp8_with_two_scales_gives_no_numbers():
+    W = torch.randn(32, 32).to(torch.float8_e4m3fn)
+    state = {"x.weight": W, "x.weight_scale": torch.rand(()), "x.weight_scale_2": torch.rand(())}
+    (row,) = htsr.analyze(state, device="cpu")
+    assert (row.status, "x.weight_scale_2" in row.warning) == ("quantized", True)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_bitsandbytes_4bit_files(tmp_path, kind, nested):
