@@ -129,7 +129,7 @@ def load_model(
                 raise ValueError(
                     f"its weights lack {lacking[0]}" + (f" and {len(lacking) - 1} more" if len(lacking) > 1 else "")
                 )
-    if "gguf_file" in more:  # it holds plain floats now, and may be saved and trained as such
+    if "gguf_file" in more and hasattr(model, "hf_quantizer"):  # plain floats now, to be saved and trained as such
         model.hf_quantizer.remove_quantization_config(model)
     for module in model.modules() if four_bit else ():
         if hasattr(module, "support_avx512bf16_for_cpu"):
