@@ -26,7 +26,7 @@ from htsr._version import __version__
 from htsr.errors import UsageError
 from htsr.execution import measure_all, pick_device, shared_out
 from htsr.journal import Journal
-from htsr.matrices.models import Filter, Model
+from htsr.matrices.models import Filter, Model, as_filter
 from htsr.matrices.sharded import Shard, in_rounds, open_live
 from htsr.matrices.sources import Source, open_model
 from htsr.ranks import Ranks
@@ -247,11 +247,11 @@ def analyze(
     Sources: HT-SR (Martin & Mahoney, JMLR 2021); SETOL (arXiv 2507.17912); of each number, see `LayerMetrics`.
     """
     settings = make_options(full=full, **options)
-    model = open_model(source, revision=revision, against=against, base=base).filtered(where or Filter())
+    model = open_model(source, revision=revision, against=against, base=base).filtered(as_filter(where))
     shards: Mapping[str, Shard] = {}
     if distributed and against is None and any(matrix.problem and matrix.problem[0] == "sharded" for matrix in model):
         live = open_live(source)  # type: ignore[arg-type]  # only a module has such
-        model, shards = replace(model, matrices=live.matrices).filtered(where or Filter()), live.shards
+        model, shards = replace(model, matrices=live.matrices).filtered(as_filter(where)), live.shards
     kept = Journal(model, settings, Path(journal)) if journal else None
     return analyze_model(model, settings, kept, progress, shards, Ranks(distributed))
 
@@ -359,7 +359,7 @@ def describe(
         SourceError: the source cannot be read at all.
         UsageError: a filter that nothing passes, a `base` without an adapter, or a `revision` of a local path.
     """
-    return open_model(source, revision=revision, against=against, base=base).filtered(where or Filter())
+    return open_model(source, revision=revision, against=against, base=base).filtered(as_filter(where))
 
 
 _NOT_AVERAGED = {"rows", "columns", "M", "N", "pieces", "num_eigenvalues", "erg_crossing"}

@@ -17,7 +17,7 @@ import numpy as np
 
 from htsr.analysis import FULL, Analysis, analyze_model, make_options
 from htsr.errors import MatrixError, SourceError, UsageError
-from htsr.matrices.models import Filter, Model, WeightMatrix
+from htsr.matrices.models import Filter, Model, WeightMatrix, as_filter
 from htsr.matrices.positions import Position
 from htsr.matrices.sources import Source, open_model
 from htsr.ranks import Ranks
@@ -163,7 +163,7 @@ def compare(
         UsageError: an option without meaning, a filter that nothing passes, or two fits that give different numbers.
     """
     settings = options_beside([x for x in (a, b) if isinstance(x, Analysis)], full=full, **options)
-    sides = filtered_together([x if isinstance(x, Analysis) else open_model(x) for x in (a, b)], where or Filter())
+    sides = filtered_together([x if isinstance(x, Analysis) else open_model(x) for x in (a, b)], as_filter(where))
     analyses = [
         side if isinstance(side, Analysis) else analyze_model(side, settings, ranks=Ranks(distributed))
         for side in sides

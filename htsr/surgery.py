@@ -24,7 +24,7 @@ from htsr.matrices import adapters, hub
 from htsr.matrices.entries import FLOATS
 from htsr.matrices.files import file_entries, folder_entries
 from htsr.matrices.folders import model_files, named_files
-from htsr.matrices.models import Filter, WeightMatrix
+from htsr.matrices.models import Filter, WeightMatrix, as_filter
 from htsr.matrices.sources import locate, open_model
 from htsr.matrices.stored import Stored
 from htsr.matrices.tying import repeated, tied
@@ -150,7 +150,7 @@ def project(
     model = open_model(place)
     if any(matrix.kind == "adapter" for matrix in model):
         raise UsageError(adapter)
-    wanted = model.filtered(where or Filter()).matrices
+    wanted = model.filtered(as_filter(where)).matrices
     copies = repeated(tied(folder_entries(place) if place.is_dir() else file_entries(place)))
 
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from operator import index
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from htsr.errors import MatrixError, UsageError
 from htsr.matrices import roles
@@ -103,7 +104,8 @@ def by_tensor(matrices: Iterable[WeightMatrix]) -> list[list[WeightMatrix]]:
 class Filter:
     """Which matrices are wanted. Patterns are shell-style and match whole names, as in ``*.q_proj`` or ``mlp.*``.
 
-    ``*`` and ``?`` are wildcards, brackets stand for themselves: ``*.c_attn[q]`` is the query in a fused tensor.
+    ``*`` and ``?`` are wildcards, brackets stand for themselves: ``*.c_attn[q]`` is the query in a fused tensor. Of
+    patterns and of block indices any collection is taken, and of patterns one alone.
 
     Attributes:
         include: name patterns, any of which must match; empty for all.
@@ -113,6 +115,9 @@ class Filter:
         min_size: least M, the smaller side.
         max_size: largest M; None for any.
         exclude_roles: role patterns, none of which may match.
+
+    Raises:
+        UsageError: a field of another kind.
     """
 
     include: tuple[str, ...] = ()
@@ -122,6 +127,22 @@ class Filter:
     min_size: int = 0
     max_size: int | None = None
     exclude_roles: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        kinds: dict[str, tuple[Callable[[Any], Any], str]] = {
+            **dict.fromkeys(
+                ("include", "exclude", "roles", "exclude_roles"), (_patterns, "patterns such as '*.q_proj'")
+            ),
+            "blocks": (_blocks, "block indices such as (0, 1)"),
+            "min_size": (index, "a whole number"),
+            "max_size": (_size, "a whole number"),
+        }
+        for name, (as_kind, kind) in kinds.items():
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, as_kind(value))
+            except TypeError as error:
+                raise UsageError(f"{name} of a Filter takes {kind}, not {value!r}") from error
 
     def __call__(self, matrix: WeightMatrix) -> bool:
         """Whether `matrix` is wanted."""
@@ -153,6 +174,36 @@ class Filter:
         if unknown := sorted((self.blocks or frozenset()) - known):
             there = f"its blocks are {_ranges(sorted(b for b in known if b is not None))}" if known else "it has none"
             raise UsageError(f"{of} has no block {_ranges(unknown)}; {there}")
+
+
+def as_filter(where: Filter | None, default: Filter | None = None) -> Filter:
+    """What a caller's `where` says.
+
+    Args:
+        where: as given.
+        default: what None stands for; all matrices, if None.
+
+    Raises:
+        UsageError: it is no `Filter`.
+    """
+    if where is not None and not isinstance(where, Filter):
+        raise UsageError(f"where takes a Filter such as htsr.Filter(roles='attn.*'), not {where!r}")
+    return where or default or Filter()
+
+
+def _patterns(given: str | Iterable[str]) -> tuple[str, ...]:
+    patterns = (given,) if isinstance(given, str) else tuple(given)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError
+    return patterns
+
+
+def _blocks(given: Iterable[int] | None) -> frozenset[int] | None:
+    return None if given is None else frozenset(index(block) for block in given)
+
+
+def _size(given: int | None) -> int | None:
+    return None if given is None else index(given)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

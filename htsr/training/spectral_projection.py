@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from htsr.errors import MatrixError, UsageError
 from htsr.matrices.entries import base_names
-from htsr.matrices.models import Filter, WeightMatrix
+from htsr.matrices.models import Filter, WeightMatrix, as_filter
 from htsr.matrices.sources import open_model
 from htsr.spectra.nudge import Nudge, nudge
 from htsr.spectra.tail import FitMethod
@@ -65,7 +65,7 @@ def spectral_projection(
         raise UsageError(f"strength is between 0 and 1, not {strength}")
     if interval < 1:
         raise UsageError(f"interval is a number of steps, at least 1, not {interval}")
-    wanted = where or Filter(min_size=MIN_SIZE)
+    wanted = as_filter(where, Filter(min_size=MIN_SIZE))
     if not _trained(optimizer, model, wanted):
         raise UsageError("the optimizer trains no matrix of the model that could be nudged")
 
@@ -108,7 +108,7 @@ def nudge_model(
     import torch
 
     moved: dict[str, Nudge] = {}
-    for matrix, parameter in _trained(optimizer, model, where or Filter(min_size=MIN_SIZE)):
+    for matrix, parameter in _trained(optimizer, model, as_filter(where, Filter(min_size=MIN_SIZE))):
         whole = parameter.detach()
         try:
             W, moved[matrix.name] = nudge(matrix.position.take(whole), strength, fit=fit)

@@ -236,6 +236,38 @@ class TestFilter:
         with pytest.raises(htsr.UsageError, match=sentence):
             htsr.describe(state_dict(), where=htsr.Filter(**wanted))
 
+    @pytest.mark.parametrize(
+        ("loose", "exact"),
+        [
+            ({"blocks": (0,)}, {"blocks": frozenset({0})}),
+            ({"blocks": [0, np.int64(1)]}, {"blocks": frozenset({0, 1})}),
+            ({"blocks": range(2)}, {"blocks": frozenset({0, 1})}),
+            ({"include": "*.q_proj"}, {"include": ("*.q_proj",)}),
+            ({"roles": ["attn.q"], "exclude_roles": "embed*"}, {"roles": ("attn.q",), "exclude_roles": ("embed*",)}),
+        ],
+    )
+    def test_any_collection_is_taken(self, loose, exact):
+        assert htsr.Filter(**loose) == htsr.Filter(**exact)
+        assert hash(htsr.Filter(**loose)) == hash(htsr.Filter(**exact))
+        assert len(htsr.describe(state_dict(), where=htsr.Filter(**loose)).matrices) > 0
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"blocks": 3}, {"blocks": "3"}, {"blocks": (0.5,)}, {"blocks": [None]}, {"min_size": "3"},
+            {"min_size": None}, {"max_size": 4.5}, {"include": 3}, {"exclude": (3,)}, {"roles": None},
+        ],
+    )  # fmt: skip
+    def test_other_kinds_are_refused_in_one_sentence(self, wrong):
+        with pytest.raises(htsr.UsageError, match=f"^{next(iter(wrong))} of a Filter takes [^\n]+$"):
+            htsr.Filter(**wrong)
+
+    @pytest.mark.parametrize("where", ["*.q_proj", ("*.q_proj",), {"roles": "attn.q"}, len])
+    def test_where_is_a_filter(self, where):
+        for call in (htsr.analyze, htsr.describe):
+            with pytest.raises(htsr.UsageError, match=r"^where takes a Filter"):
+                call(state_dict(), where=where)
+
 
 @settings(max_examples=40)
 @given(shape=st.lists(st.integers(1, 6), min_size=3, max_size=5), seed=st.integers(0, 99))
