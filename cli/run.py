@@ -18,7 +18,7 @@ from htsr.matrices.models import Filter
 from htsr.matrices.sources import open_model
 from htsr.reporting import tables
 from htsr.spectra.windows import Windows
-from htsr.training.memory import METHODS, MemoryPlans, TrainingMethod, embeddings_fit, predict_memory
+from htsr.training.memory import LOW_RANK, METHODS, MemoryPlans, TrainingMethod, embeddings_fit, predict_memory
 
 if TYPE_CHECKING:
     from htsr.spectra.projection import Keep
@@ -145,6 +145,8 @@ def memory(name: str, methods: list[str] | None, options: dict[str, Any], target
         wanted = mine["embeddings"]
         if len(asked) > 1 and method in METHODS and wanted and not embeddings_fit(method, wanted):
             mine["embeddings"] = None
+        if len(asked) > 1 and method in METHODS and method not in LOW_RANK:
+            mine["gradients"] = "keep"
         plans.append(predict_memory(name, method, **mine))
     target.write(MemoryPlans(name, tuple(plans)))
 

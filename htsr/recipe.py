@@ -219,6 +219,13 @@ class Recipe:
             raise UsageError(
                 f"layerwise sets learning rates of whole matrices, which the method {self.method} does not train"
             )
+        if self.layerwise != "none" and self.low_rank is not None and self.low_rank.gradients == "update":
+            raise UsageError("low_rank.gradients: update steps before layerwise can set a rate; take project or keep")
+        for key in ("optim", "optim_args"):
+            if self.low_rank is not None and key in self.training:
+                raise UsageError(
+                    f"training.{key} has no meaning for the method {self.method}, whose optimizer is htsr's"
+                )
 
 
 def read_recipe(path: str, changes: Mapping[str, Any] | None = None) -> Recipe:

@@ -67,12 +67,21 @@ def form_of(record: Record) -> str:
             ", ".join(sorted(f"{k}: null" if value is None else str(k) for k, value in record.items())[:8]) or "nothing"
         )
         raise SourceError(
-            f"a record has text, messages, prompt and completion, or question, choices and answer, and this one {has}"
+            f"a record has text, messages, prompt and completion, or question, choices and answer; this one has {has}"
+            + ("; rename them to prompt, completion" if {"instruction", "output"} <= record.keys() else "")
         )
     if len(found) > 1:
         both = " and ".join(" + ".join(_FORMS[form]) for form in found)
         raise SourceError(f"{both} in one record: which of them is trained on cannot be told; leave one")
     return found[0]
+
+
+def columns_of(record: Record) -> str:
+    """What a data set of TRL has of a record, in words; records with others cannot be in it."""
+    row = _columns(record)
+    return " and ".join(key for key in row if key not in _FOR_TEMPLATE) + " of turns" * (
+        "prompt" in row and is_chat(row)
+    )
 
 
 def is_chat(record: Record) -> bool:

@@ -13,12 +13,12 @@ from typing import Any
 from htsr.errors import MissingDependencyError, SourceError, UsageError, reason_of
 from htsr.loading import resolve
 from htsr.matrices.hub import is_hub_id, reached
-from htsr.record_forms import Record, as_dataset, checked, question_of, text_of
+from htsr.record_forms import Record, as_dataset, checked, columns_of, question_of, text_of
 
 __all__ = ["Record", "as_dataset", "question_of", "read_records", "split", "text_of"]
 
 
-def read_records(source: str, limit: int | None = None) -> list[Record]:
+def read_records(source: str, limit: int | None = None, *, alike: bool = False) -> list[Record]:
     """The records of a data file or data set, in its order, each of a form that `htsr.record_forms` knows.
 
     Args:
@@ -26,14 +26,23 @@ def read_records(source: str, limit: int | None = None) -> list[Record]:
             record ``{"text": …}`` a paragraph), each also as ``package:MODULE/PATH``, or an id of the `datasets` hub
             with an optional split, as in ``org/name:train`` (the split ``train`` by default).
         limit: the first so many only.
+        alike: insist on records that go into one data set of TRL (`as_dataset`).
 
     Raises:
-        SourceError: it cannot be read, holds no records, or one that has no form; with file and line.
+        SourceError: it cannot be read, holds no records, one that has no form, or one unlike the first where they are
+            to be `alike`; with file and line.
         MissingDependencyError: a data set of the hub wants datasets.
     """
     records = []
     for place, record in islice(_read(source, streaming=limit is not None), limit):
         records.append(checked(record, place))
+        if not alike:
+            continue
+        columns = columns_of(records[-1])
+        if len(records) == 1:
+            wanted, first = columns, place.rpartition(", ")[2]
+        elif columns != wanted:
+            raise SourceError(f"{place}: {columns}, while {first} has {wanted}; a data set is of one form")
     if not records:
         raise SourceError(f"{source} holds no records")
     return records

@@ -226,7 +226,7 @@ def test_records_and_their_text(tmp_path):
     assert text_of(question) == "Question: Why?\nAnswer: y"
     with pytest.raises(htsr.SourceError, match="no index of the choices"):
         text_of(question | {"answer": 2})
-    with pytest.raises(htsr.SourceError, match="and this one other"):
+    with pytest.raises(htsr.SourceError, match="this one has other"):
         text_of({"other": 1})
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n[1]\n')
     with pytest.raises(htsr.SourceError, match="line 2: a JSON object is wanted, not a list"):

@@ -113,7 +113,7 @@ def test_an_array_of_records(tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"text": None}, "and this one text: null"),
+        ({"text": None}, "this one has text: null"),
         ({"text": 5}, "text is a text, not a number"),
         ({"text": ["a"]}, "text is a text, not a list"),
         ({"text": "a", "messages": [TURN]}, r"text and messages in one record: which of them"),

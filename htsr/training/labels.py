@@ -6,11 +6,13 @@ label left, or a token that the model does not know.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from htsr.errors import SourceError, UsageError
+from htsr.errors import SourceError, UsageError, reason_of
 from htsr.record_forms import Record, is_chat, question_of, text_of, written_by_template
 
 
@@ -99,8 +101,35 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i in range(shorter) if a[i] != b[i]), shorter)
 
 
+def take_own(name: str, tokenizer: Any, arguments: Any) -> None:
+    """Give a tokenizer the chat template and the end of text that TRL's arguments name, as TRL will.
+
+    Args:
+        name: of the model, for the message.
+        tokenizer: of it.
+        arguments: TRL's; chat_template_path and eos_token are read.
+
+    Raises:
+        UsageError: no such template, or no such token.
+    """
+    end, path = arguments.eos_token, arguments.chat_template_path
+    if end is not None:
+        if end not in tokenizer.get_vocab():
+            raise UsageError(f"training.eos_token: the tokenizer of {name} has no token {end!r}")
+        tokenizer.eos_token = end
+        tokenizer.pad_token = tokenizer.pad_token or end
+    if path is None:
+        return
+    if not path.endswith((".jinja", ".j2")):  # of another model TRL would take new tokens, too, and resize this one
+        raise UsageError(f"training.chat_template_path: {path} is no .jinja or .j2 file")
+    try:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"training.chat_template_path: {path} cannot be read: {reason_of(error)}") from error
+
+
 def check_tokenizer(name: str, tokenizer: Any, records: Sequence[Record], arguments: Any) -> None:
-    """Insist on a chat template where there are chats, and on a token that ends a text.
+    """Insist on a chat template where there are chats, marks of answers if wanted, and on a token that ends a text.
 
     Args:
         name: of the model, for the message.
@@ -110,15 +139,36 @@ def check_tokenizer(name: str, tokenizer: Any, records: Sequence[Record], argume
 
     Raises:
         SourceError: the tokenizer has none.
+        UsageError: the loss of answers alone is wanted, and they cannot be told.
     """
-    own = getattr(arguments, "chat_template_path", None)
-    if any(is_chat(record) for record in records) and not getattr(tokenizer, "chat_template", None) and not own:
+    if any(is_chat(record) for record in records) and not getattr(tokenizer, "chat_template", None):
         raise SourceError(
             f"the tokenizer of {name} has no chat template, with which messages are written; take the model's chat "
             "variant, or set training.chat_template_path"
         )
-    if tokenizer.eos_token is None and not getattr(arguments, "eos_token", None):
+    if arguments.assistant_only_loss:
+        if not all(is_chat(record) for record in records):
+            raise UsageError("training.assistant_only_loss is for chats, and there are records that are none")
+        if not _marks_answers(tokenizer):
+            raise UsageError(
+                f"training.assistant_only_loss wants a chat template with {{% generation %}}, and that of {name} has "
+                "none; set training.chat_template_path"
+            )
+    if tokenizer.eos_token is None:
         raise SourceError(f"the tokenizer of {name} has no token that ends a text; set training.eos_token")
+
+
+def _marks_answers(tokenizer: Any) -> bool:
+    """Whether the chat template says which tokens are the assistant's, or TRL knows one for it that does."""
+    from trl.chat_template_utils import get_training_chat_template
+
+    if re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
+        return True
+    try:
+        get_training_chat_template(tokenizer)
+    except ValueError:
+        return False
+    return True
 
 
 def check_labels(found: Labels, arguments: Any, what: str) -> None:

@@ -157,7 +157,7 @@ def predict_memory(
             `LowRankAdamW`.
         embeddings: embedding and head under ``lisa`` and ``owlore``: ``freeze``, the default as in `LayerSampler`, or
             ``train`` as in the papers; under ``galore`` and ``owlore`` also ``lowrank``, with low-rank states.
-        gradients: as in `LowRankAdamW` and in a recipe.
+        gradients: of ``galore`` and ``owlore``, as in `LowRankAdamW` and in a recipe.
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -177,6 +177,9 @@ def predict_memory(
     if embeddings is not None and not embeddings_fit(method, embeddings):
         where = " and ".join(SAMPLED if embeddings == "freeze" else LOW_RANK)
         raise UsageError(f"embeddings={embeddings!r} is for {where}, not for {method}")
+    if gradients != "keep" and method not in LOW_RANK:
+        raise UsageError(f"gradients={gradients!r} is for {' and '.join(LOW_RANK)}, not for {method}")
+    given = rank
     rank = rank if rank is not None else 128 if method in LOW_RANK else 8
     for name, number in (("batch", batch), ("sequence", sequence), ("rank", rank), ("active_blocks", active_blocks)):
         if number < 1:
@@ -197,11 +200,14 @@ def predict_memory(
 
     label, config = _configuration(source, revision)
     try:
-        return simulate(label, config, setting)
+        plan = simulate(label, config, setting)
     except HtsrError:
         raise
     except Exception as error:  # whatever transformers' code for a model raises on sizes that do not go together
         raise SourceError(f"a training step of {label} cannot be simulated: {reason_of(error)}") from error
+    if given is not None and method in LOW_RANK and not plan.projectors:
+        raise UsageError(f"no matrix of a block of {label} can have rank {rank}: none has both sides larger")
+    return plan
 
 
 def embeddings_fit(method: TrainingMethod, embeddings: Embeddings) -> bool:

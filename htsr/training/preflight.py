@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from htsr.errors import UsageError
 from htsr.loading import load_config, load_tokenizer
+from htsr.matrices.blocks import find_blocks
 from htsr.outliers import Outliers
 from htsr.record_forms import Record, form_of
 from htsr.records import read_records, split
 from htsr.training.checkpoints import Checkpoint, last_checkpoint
-from htsr.training.labels import check_labels, check_tokenizer, check_vocabulary, count_labels
+from htsr.training.labels import check_labels, check_tokenizer, check_vocabulary, count_labels, take_own
+from htsr.training.lowrank_groups import low_rank_groups
 
 if TYPE_CHECKING:
     from htsr.recipe import Recipe
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,11 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
     if recipe.sampling is not None and recipe.sampling.outliers:
         Outliers.load(recipe.sampling.outliers).distribution(recipe.sampling.threshold)
     data = recipe.data
-    train, held_out = split(read_records(data.train), 0.0 if data.evaluation else data.evaluation_share, recipe.seed)
+    train, held_out = split(
+        read_records(data.train, alike=True), 0.0 if data.evaluation else data.evaluation_share, recipe.seed
+    )
     train = train[: data.limit]
-    held_out = read_records(data.evaluation) if data.evaluation else held_out
+    held_out = read_records(data.evaluation, alike=True) if data.evaluation else held_out
     questions = read_records(data.multiple_choice) if data.multiple_choice else []
     if any(form_of(record) != "question" for record in questions):
         raise UsageError(
@@ -88,7 +96,9 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
         )
     say(f"{len(train)} training records, {len(held_out)} held out, {len(questions)} questions")
     config = load_config(recipe.model, revision=recipe.revision, causal=True)
+    check_sizes(recipe, config)
     tokenizer = load_tokenizer(recipe.model, revision=recipe.revision)
+    take_own(recipe.model, tokenizer, arguments)
     check_tokenizer(recipe.model, tokenizer, [*train, *held_out], arguments)
     found = count_labels(train, tokenizer, arguments)
     check_labels(found, arguments, "training records")
@@ -111,6 +121,35 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
         highest = max(highest, count_labels(questions, tokenizer, whole).highest)
     check_vocabulary(recipe.model, highest, int(config.get_text_config().vocab_size))
     return Prepared(tokenizer, train, held_out, questions, checkpoint)
+
+
+def check_sizes(recipe: Recipe, config: Any) -> None:
+    """Insist that the model of transformers' `config` is large enough for the rank and the blocks of a `recipe`.
+
+    Raises:
+        UsageError: it is not.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if recipe.low_rank is None and recipe.sampling is None:
+        return
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception:  # a class that cannot be made without values: the model itself will be asked
+        logger.debug("%s cannot be made on the meta device", recipe.model, exc_info=True)
+        return
+    sampling = recipe.sampling
+    if sampling is not None:
+        blocks = len(find_blocks(model)) + (sampling.embedding == "sampled")
+        if sampling.active > blocks:
+            raise UsageError(f"sampling.active is {sampling.active}, and {recipe.model} has {blocks} blocks to draw")
+    if recipe.low_rank is not None:
+        try:
+            low_rank_groups(model, recipe.low_rank.rank, embeddings=bool(sampling and sampling.embedding == "lowrank"))
+        except UsageError as error:
+            raise UsageError(f"low_rank.rank: {error}") from error
 
 
 class _Whole:

@@ -32,6 +32,7 @@ class FinetuneTrainer(SFTTrainer):
 
     Attributes:
         losses: sum of the training loss, over the pieces of an interrupted run.
+        epoch_steps: optimizer steps of one epoch, known when training begins.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class FinetuneTrainer(SFTTrainer):
     ) -> None:
         self.recipe, self.sampler, self.checkpoint = recipe, sampler, checkpoint
         self.losses = LossSum(checkpoint)
+        self.epoch_steps: int | None = None
         callbacks = [self.losses, *([LayerSamplerCallback(sampler)] if sampler else [])]
         super().__init__(callbacks=callbacks, **arguments)
         if recipe.method == "qlora":  # TRL has put adapters in bfloat16, where small updates are lost
@@ -78,9 +80,9 @@ class FinetuneTrainer(SFTTrainer):
         Returns:
             Epochs first and steps last.
         """
-        _, *others = plan = super().set_initial_training_values(*args, **kwargs)
+        _, self.epoch_steps, *others = plan = super().set_initial_training_values(*args, **kwargs)
         done = self.checkpoint is not None and self.checkpoint.step >= plan[-1]
-        return (0, *others) if done else plan
+        return (0, self.epoch_steps, *others) if done else plan
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer over all trainable parameters; made before blocks are frozen.
@@ -95,7 +97,8 @@ class FinetuneTrainer(SFTTrainer):
             self.optimizer = self._low_rank_optimizer(inner)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.recipe.layerwise != "none":
-            layerwise(optimizer, inner, self.recipe.layerwise, total_steps=self.state.max_steps)
+            changes = {"interval": self.epoch_steps} if self.recipe.layerwise == "tempbalance" else {}
+            layerwise(optimizer, inner, self.recipe.layerwise, total_steps=self.state.max_steps, **changes)
         return optimizer
 
     def _low_rank_optimizer(self, model: torch.nn.Module) -> LowRankAdamW:

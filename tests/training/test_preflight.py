@@ -360,3 +360,83 @@ def test_a_spoiled_checkpoint_is_named(tmp_path, stopped, no_model, name, how):
     message = f"checkpoint-2 has no {said}" if how == "gone" else f"checkpoint-2/{name} is damaged .*--resume goes on"
     with pytest.raises(htsr.SourceError, match=message):
         finetune(recipe, resume=True)
+
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}</s>"
+
+
+def test_an_end_of_text_and_a_chat_template_that_the_tokenizer_has_not(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    llama(2).save_pretrained(tmp_path / "model")
+    inner = word_tokenizer().backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>").save_pretrained(tmp_path / "model")
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    recipe = recipe_of(
+        tmp_path, tmp_path / "model", CHAT,
+        training={"eos_token": "</s>", "chat_template_path": str(tmp_path / "chat.jinja"), "max_steps": 1},
+    )  # fmt: skip
+    assert finetune(recipe).metrics["steps"] == 1
+    assert (tmp_path / "run" / "chat_template.jinja").read_text() == TEMPLATE
+    text = recipe_of(tmp_path, tmp_path / "model", SHORT, output=str(tmp_path / "text"), training={"eos_token": "</s>"})
+    assert finetune(text).metrics["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("train", "more", "message"),
+    [
+        (SHORT, {"training": {"eos_token": "<end>"}}, "training.eos_token: .* has no token '<end>'"),
+        (
+            CHAT,
+            {"training": {"chat_template_path": "none.jinja"}},
+            "chat_template_path: none.jinja cannot be read: .*No",
+        ),
+        (CHAT, {"training": {"chat_template_path": "org/model"}}, "org/model is no .jinja or .j2 file"),
+        (SHORT, {"training": {"assistant_only_loss": True}}, "assistant_only_loss is for chats"),
+        (CHAT, {"training": {"assistant_only_loss": True}}, "wants a chat template with {% generation %}"),
+        (SHORT, {"method": "galore", "low_rank": {"rank": 999}}, "low_rank.rank: no matrix of .* can have rank 999"),
+        (SHORT, {"method": "lisa", "sampling": {"active": 3}}, "sampling.active is 3, and .* has 2 blocks to draw"),
+        ([*SHORT, {"text": "w5"}], {}, "train.jsonl, line 17: text, while line 1 has prompt and completion"),
+        ([*CHAT, SHORT[0]], {}, "line 9: prompt and completion, while line 1 has messages"),
+        (
+            [{"instruction": "w5", "output": "w6"}],
+            {},
+            "; this one has instruction, output; rename them to prompt, comp",
+        ),
+    ],
+)
+def test_what_was_known_only_of_the_loaded_model_is_known_before(tmp_path, model, no_model, train, more, message):
+    more = {**more, "training": dict(more.get("training", {}))}
+    if "assistant_only_loss" in more["training"] and train is CHAT:
+        (tmp_path / "chat.jinja").write_text(TEMPLATE)
+        more["training"]["chat_template_path"] = str(tmp_path / "chat.jinja")
+    with pytest.raises(htsr.HtsrError, match=message):
+        finetune(recipe_of(tmp_path, model, train, **more))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"method": "galore", "training": {"optim": "sgd"}}, "training.optim has no meaning for the method galore"),
+        ({"method": "owlore", "training": {"optim_args": "x=1"}}, "training.optim_args has no meaning"),
+        (
+            {"method": "galore", "low_rank": {"gradients": "update"}, "layerwise": "llr"},
+            "low_rank.gradients: update steps before layerwise",
+        ),
+    ],
+)
+def test_what_a_recipe_cannot_mean(tmp_path, model, more, message):
+    with pytest.raises(htsr.UsageError, match=message):
+        recipe_of(tmp_path, model, SHORT, **more)
+
+
+def test_tempbalance_measures_once_an_epoch(tmp_path, model, monkeypatch):
+    from htsr.training import trainer
+
+    seen = []
+    original = trainer.layerwise
+    monkeypatch.setattr(trainer, "layerwise", lambda *a, **k: seen.append(k) or original(*a, **k))
+    training = {"gradient_accumulation_steps": 3}  # 16 records, 2 a batch: 8 batches
+    assert finetune(recipe_of(tmp_path, model, SHORT, layerwise="tempbalance", training=training)).metrics["steps"] == 3
+    assert seen == [{"total_steps": 3, "interval": 3}]
