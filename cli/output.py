@@ -159,7 +159,7 @@ def console() -> Console:
 def _print_tables(subject: Analysis | Comparison | Model | MemoryPlans, to: Console) -> None:
     if isinstance(subject, Analysis):
         to.print(tables.terminal_table(subject.rows, to.width))
-        to.print(tables.summary_table(subject))
+        to.print(tables.summary_table(subject, to.width))
     elif isinstance(subject, Comparison):
         to.print(tables.comparison_table(subject, to.width))
     elif isinstance(subject, MemoryPlans):

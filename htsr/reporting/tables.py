@@ -158,8 +158,8 @@ def _shortened(name: str, room: int) -> str:
     return f"{name[:head]}…{name[len(name) - (room - 1 - head) :]}"
 
 
-def summary_table(analysis: Analysis) -> Table:
-    """Means by role, and of the whole model in the last line."""
+def summary_table(analysis: Analysis, width: int = 1000) -> Table:
+    """Means by role, and of the whole model in the last line, in at most `width` characters."""
     shown: tuple[tuple[str, str, int], ...] = (
         ("α", "alpha", 2),
         ("α null", "alpha_null", 1),
@@ -174,11 +174,13 @@ def summary_table(analysis: Analysis) -> Table:
     )
     whole = analysis.summary()
     shown = tuple(column for column in shown if column[1] in whole)
-    table = _table(["role", "matrices", *(header for header, _, _ in shown)])
     groups: dict[str, dict[str, float]] = {**analysis.summary_by("role"), "all": whole}
-    for role, means in groups.items():
-        cells = [f"{means[f]:.{digits}f}" if f in means else "" for _, f, digits in shown]
-        table.add_row(visible(role), f"{means['matrices']:.0f}", *cells, style="bold" if role == "all" else "")
+    lines = [("role", list(groups)), ("matrices", [f"{means['matrices']:.0f}" for means in groups.values()])]
+    for header, field, digits in shown:
+        lines.append((header, [f"{means[field]:.{digits}f}" if field in means else "" for means in groups.values()]))
+    order = ("log ‖W‖²", "log λ_max", "entropy", "α̂", "stable rank", "matrices", "α null", "traps", "spikes")
+    table = _fitted_table(lines, width, order, elsewhere="; --format json has all")
+    table.rows[-1].style = "bold"
     return table
 
 

@@ -98,6 +98,15 @@ def test_colours_tell_the_status(analysis):
     assert {style: tables.style_of(case) for style, case in cases.items()} == {style: style for style in cases}
 
 
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_the_summary_cuts_no_number(analysis, width):
+    table = tables.summary_table(analysis, width)
+    assert str(table.caption).startswith("left out for width: log ‖W‖²")
+    shown = lines(table, width)
+    assert all(len(line) <= width and "…" not in line for line in shown)
+    assert f" {analysis.summary()['alpha']:.2f} " in shown[1 + len(analysis.summary_by("role")) + 1]
+
+
 def test_the_summary_ends_with_the_whole_model(analysis):
     shown = lines(tables.summary_table(analysis), 200)
     assert shown[-1].split()[:2] == ["all", "13"]
