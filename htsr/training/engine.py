@@ -24,7 +24,7 @@ from htsr.matrices.modules import whole_shape
 from htsr.matrices.roles import stem
 from htsr.matrices.sharded import open_live, refuse_flat
 from htsr.training.groups import adapt_state_dict, parameter_names, require_fresh, split_groups
-from htsr.training.hooks import running_steps
+from htsr.training.hooks import running_steps, skipped_by_scaler
 from htsr.training.policy import Policy, require_count
 from htsr.training.scoring import live_scores, view_of
 from htsr.training.slots import Outcome, decide, fixed, has_tied_head, matrix_slots, pinned, require_patterns, slot_of
@@ -197,7 +197,7 @@ class Layerwise:
         self.restore()  # where the last step raised
         self._outermost = running[0]
         groups = self._stepped(optimizer)
-        if not groups or _skipped_by_scaler(optimizer):
+        if not groups or skipped_by_scaler(optimizer):
             return
         if later := sum(len(group["params"]) for group in optimizer.param_groups if "htsr_step" not in group):
             self._tell("later", f"{later} parameters came to the optimizer after htsr.layerwise, and stay at 1")
@@ -215,7 +215,7 @@ class Layerwise:
             return
         self._outermost = None
         self.restore()
-        if not _skipped_by_scaler(optimizer):
+        if not skipped_by_scaler(optimizer):
             for _, group in self._stepped(optimizer):
                 group["htsr_step"] += 1
 
@@ -268,9 +268,3 @@ class Layerwise:
         self._event = None
         self._states_before = len(state_dict["state"])
         return adapt_state_dict(optimizer, state_dict)
-
-
-def _skipped_by_scaler(optimizer: Any) -> bool:
-    """Whether a fused optimizer was called by a GradScaler with gradients that overflowed, and will do nothing."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found.item())

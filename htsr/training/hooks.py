@@ -69,6 +69,12 @@ def running_steps() -> list[FrameType | None]:
     return found or [None]
 
 
+def skipped_by_scaler(optimizer: Any) -> bool:
+    """Whether a fused optimizer was called by a GradScaler with gradients that overflowed, and does nothing."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())
+
+
 def _restore_when_step_raises(engine: Layerwise, optimizer: torch.optim.Optimizer) -> None:
     """No hook of torch runs after a step that raises, and a scheduler would go on from the multiplied rates."""
     step: Any = optimizer.step

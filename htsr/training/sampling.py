@@ -36,6 +36,7 @@ from htsr.training.freezing import (
     set_up_anew,
     stop_input_gradients,
 )
+from htsr.training.hooks import skipped_by_scaler
 from htsr.training.members import trainable, what_else_trains
 
 if TYPE_CHECKING:
@@ -342,7 +343,7 @@ class LayerSampler:
             self._flags.drop_gradients()
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._loading or _skipped_by_scaler(optimizer):
+        if self._loading or skipped_by_scaler(optimizer):
             return
         self._tally.add([i for i, own in enumerate(self._parameters) if any(p.grad is not None for p in own)])
         self._stepped.add(id(optimizer))
@@ -412,9 +413,3 @@ class LayerSampler:
                     "wrapper may have been made while it was frozen, or reentrant checkpointing needs "
                     "gradient_checkpointing_kwargs={'use_reentrant': False}"
                 )
-
-
-def _skipped_by_scaler(optimizer: Any) -> bool:
-    """Whether a fused optimizer was called by a GradScaler with gradients that overflowed, and did nothing."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found.item())
