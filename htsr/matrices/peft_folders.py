@@ -47,6 +47,11 @@ def computed_by_peft(config: AdapterConfig, base: list[Entry]) -> list[Entry]:
             f"{config.folder} took a part out of its base's weights that PEFT draws anew each time it is loaded "
             "(pissa_niter_…): convert it to a plain LoRA where it was trained"
         )
+    if any(entry.name.startswith("blk.") for entry in base):
+        raise SourceError(
+            f"{config.folder} is a {config.method} adapter, whose change is computed on the model, and the "
+            "base has GGUF's names: give the model that the GGUF file was made from as the base"
+        )
     shift = _shift(stored, base)
     by_name = {shift(entry.name): entry for entry in base}
     for entry in whole_tensors(stored):

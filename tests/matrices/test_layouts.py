@@ -117,6 +117,17 @@ def test_layouts_that_cannot_be_subtracted_are_told(tmp_path):
     assert rows["blk.0.ffn_up"] is None
 
 
+@pytest.mark.parametrize("kind", ["IA3Config", "LoHaConfig"])
+def test_an_adapter_that_peft_computes_is_refused_on_a_gguf_file(tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    path = write(tmp_path / "tiny.gguf", "llama", *ARCHITECTURES["llama"])
+    more = {"feedforward_modules": []} if kind == "IA3Config" else {}
+    config = getattr(peft, kind)(target_modules=["k_proj"], **more)
+    peft.get_peft_model(loaded(path), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(htsr.SourceError, match="the base has GGUF's names"):
+        htsr.describe(str(tmp_path / "adapter"), base=str(path))
+
+
 def test_an_adapter_on_a_gguf_file_is_one_on_the_model(tmp_path):
     peft = pytest.importorskip("peft")
     path = write(tmp_path / "tiny.gguf", "llama", *ARCHITECTURES["llama"])
