@@ -23,5 +23,15 @@ def finetune(config: str, changes: dict[str, Any], words: Words, *, resume: bool
     if first:
         out = console()
         for key, value in result.metrics.items():
-            out.print(f"{key.replace('_', ' '):24} {value:.4g}" if isinstance(value, float) else f"{key:24} {value}")
+            if key != "peak_of":
+                label, shown = _line(key, value, result.metrics, resume)
+                out.print(f"{label:24} {shown}")
         out.print(f"{'model':24} {result.output}")
+
+
+def _line(key: str, value: Any, metrics: dict[str, Any], resumed: bool) -> tuple[str, str]:
+    """A metric in words."""
+    if key == "peak_mib":
+        return "peak memory", f"{value:.0f} MiB ({metrics['peak_of']})"
+    shown = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return key.replace("_", " "), shown + " over all steps" * (resumed and key == "train_loss")

@@ -194,8 +194,16 @@ def _located(name: str, revision: str | None) -> Iterator[tuple[str, dict[str, A
     elif not is_hub_id(path):
         raise SourceError(f"{name} does not exist")
     else:
-        with reached(path, revision):
-            yield path, {"revision": revision} if revision else {}
+        try:
+            with reached(path, revision):
+                yield path, {"revision": revision} if revision else {}
+        except SourceError as error:
+            if "cached files" not in str(error.__cause__):  # transformers' word where there is neither hub nor cache
+                raise
+            at = f" at revision {revision}" if revision else ""
+            raise SourceError(
+                f"{name} is neither a file or a folder here, nor{at} in the local cache, and the hub cannot be reached"
+            ) from error
 
 
 @contextmanager

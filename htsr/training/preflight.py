@@ -94,7 +94,8 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
         raise UsageError(
             f"data.multiple_choice: {data.multiple_choice} holds records without question, choices, answer"
         )
-    say(f"{len(train)} training records, {len(held_out)} held out, {len(questions)} questions")
+    asked = f", {len(questions)} questions" if questions else ""
+    say(f"{len(train)} training records, {len(held_out)} held out{asked}")
     config = load_config(recipe.model, revision=recipe.revision, causal=True)
     check_sizes(recipe, config)
     tokenizer = load_tokenizer(recipe.model, revision=recipe.revision)

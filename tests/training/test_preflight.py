@@ -182,7 +182,7 @@ def test_held_out_records_that_are_all_cut_leave_the_model_saved(tmp_path, model
         (SHORT, {"training": {"bf16": True, "fp16": True}}, htsr.UsageError, "training: .*fp16"),
         (SHORT, {"training": {"deepspeed": "none.json"}}, htsr.HtsrError, r"training.*(deepspeed|none\.json)"),
         (SHORT, {"training": {"save_strategy": "sometimes"}}, htsr.UsageError, "training.save_strategy: sometimes"),
-        (SHORT, {"model": "runs/typo"}, htsr.SourceError, "runs/typo"),
+        (SHORT, {"model": "runs/typo"}, htsr.SourceError, "runs/typo is neither a file or a folder here, nor in"),
         (SHORT, {"model": "./runs/typo"}, htsr.SourceError, "./runs/typo does not exist"),
         (SHORT, {"data": {"multiple_choice": "train"}}, htsr.UsageError, "holds records without question"),
         (SHORT, {"method": "lisa", "sampling": {"outliers": "none.json"}}, htsr.SourceError, "none.json is not a file"),
@@ -440,3 +440,18 @@ def test_tempbalance_measures_once_an_epoch(tmp_path, model, monkeypatch):
     training = {"gradient_accumulation_steps": 3}  # 16 records, 2 a batch: 8 batches
     assert finetune(recipe_of(tmp_path, model, SHORT, layerwise="tempbalance", training=training)).metrics["steps"] == 3
     assert seen == [{"total_steps": 3, "interval": 3}]
+
+
+def test_what_is_told_of_a_run(tmp_path, model, capsys):
+    from htsr_cli.main import main
+
+    recipe_of(tmp_path, model, SHORT)
+    for more in ([], ["--resume"]):
+        assert main(["finetune", "--config", str(tmp_path / "recipe.yaml"), *more]) == 0
+        told = capsys.readouterr()
+        lines = {line[:24].strip(): line[25:].strip() for line in told.out.splitlines() if line[24:25] == " "}
+        assert "peak of" not in lines
+        assert lines["peak memory"].endswith(("MiB (resident, whole process)", "MiB (accelerator, training)"))
+        assert lines["trainable parameters"] == f"{sum(p.numel() for p in llama(2).parameters()):,}"
+        assert lines["train loss"].endswith(" over all steps") == bool(more)
+        assert "questions" not in told.err
