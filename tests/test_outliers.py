@@ -205,10 +205,10 @@ def test_command(capsys, tmp_path, texts):
     saved, picture = tmp_path / "outliers.json", tmp_path / "outliers.png"
     args = ["outliers", tmp_path / "model", "--data", data, "--threshold", 2, "--threshold", 3]
     code = main([str(a) for a in [*args, "--save", saved, "--picture", picture, "--samples", 5]])
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert code == 0
     assert "model.layers.2" in out
-    assert "5 samples" in out
+    assert "5 samples" in err
     assert picture.read_bytes()[:4] == b"\x89PNG"
     found = htsr.Outliers.load(saved)
     assert found.thresholds == (2.0, 3.0)
