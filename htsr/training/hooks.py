@@ -70,7 +70,11 @@ def running_steps() -> list[FrameType | None]:
 
 
 def skipped_by_scaler(optimizer: Any) -> bool:
-    """Whether a fused optimizer was called by a GradScaler with gradients that overflowed, and does nothing."""
+    """Whether a fused optimizer was called by a GradScaler with gradients that overflowed, and does nothing.
+
+    Args:
+        optimizer: whose `step` is being called.
+    """
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found.item())
 

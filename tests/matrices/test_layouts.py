@@ -68,7 +68,8 @@ def write(path: Path, architecture: str, blocks=None, changes=None, more=None) -
     shapes = {f"blk.{i}.{name}": shape for i in range(BLOCKS) for name, shape in (blocks or _LLAMA).items()}
     for name, shape in ({"token_embd": (TOKENS, WIDTH)} | (more or {}) | shapes).items():
         values = np.ones(shape) if len(shape) == 1 else random.standard_normal(shape)
-        writer.add_tensor(f"{name}.weight", values.astype(np.float32))
+        suffix = "" if name.endswith("ssm_a") else ".weight"  # llama.cpp names A without one
+        writer.add_tensor(f"{name}{suffix}", values.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
