@@ -7,8 +7,8 @@ from typing import Any
 
 from htsr_cli.output import Words, console, is_first
 
-from htsr.recipe import check_options, read_keys
-from htsr.training.output import check_output
+from htsr.finetuning.reading import check_options, read_keys
+from htsr.finetuning.run_folder import check_output
 
 
 def finetune(config: str, changes: dict[str, Any], words: Words, *, resume: bool) -> None:
@@ -16,7 +16,7 @@ def finetune(config: str, changes: dict[str, Any], words: Words, *, resume: bool
     recipe = read_keys(config, {key: value for key, value in changes.items() if value is not None})
     check_output(Path(recipe.output), resume)  # before what takes long to import
     check_options(recipe)
-    from htsr.finetune import finetune as run
+    from htsr.finetuning.run import finetune as run
 
     first = is_first()
     result = run(recipe, resume=resume, say=words.say if first else lambda _: None)

@@ -59,7 +59,7 @@ def plan(
     from htsr.reporting import plans
     from htsr.reporting.plots import check_picture
     from htsr.reporting.text import encodable
-    from htsr.training.plan import layerwise_plan
+    from htsr.training.layerwise.plan import layerwise_plan
 
     if format is None:
         format = "table" if output is None else _FORMATS.get(output.suffix.lower(), "")

@@ -326,7 +326,7 @@ def outliers(
     from htsr_cli.outliers import outliers as measure
     from htsr_cli.output import Words
 
-    from htsr.outliers import THRESHOLDS
+    from htsr.calibration.outliers import THRESHOLDS
 
     measure(
         model, data, threshold or list(THRESHOLDS), Words(quiet, verbose),

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from htsr_cli.output import Words, console
 
+from htsr.analysis.execution import pick_device
+from htsr.calibration.loading import load_model, load_tokenizer
+from htsr.calibration.outliers import Outliers, checked_thresholds, measure_outliers
+from htsr.calibration.records import read_records, text_of
 from htsr.errors import HtsrError, MissingDependencyError, UsageError
-from htsr.execution import pick_device
 from htsr.files import check_writable, written
-from htsr.loading import load_model, load_tokenizer
-from htsr.outliers import Outliers, checked_thresholds, measure_outliers
-from htsr.records import read_records, text_of
 from htsr.reporting.plots import check_picture
 from htsr.reporting.text import plain_console
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from htsr.analysis import Analysis, Progress
-from htsr.comparison import Comparison
+from htsr.analysis.analyze import Analysis, Progress
+from htsr.analysis.comparison import Comparison
 from htsr.errors import UsageError
 from htsr.files import check_writable, written
 from htsr.matrices.models import Model
 from htsr.reporting import tables
 from htsr.reporting.text import encodable, plain_console, visible
 from htsr.spectra.notes import CAUTION
-from htsr.training.memory import MemoryPlans
+from htsr.training.memory.plan import MemoryPlans
 
 if TYPE_CHECKING:
     from rich.console import Console

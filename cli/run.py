@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any, cast
 from htsr_cli.conditions import Condition, judge, say_error, with_needed
 from htsr_cli.output import Target, Words, console, is_first
 
-from htsr.analysis import Analysis, analyze_model, make_options
-from htsr.comparison import compare_analyses, filtered_together, options_beside
+from htsr.analysis.analyze import Analysis, analyze_model, make_options
+from htsr.analysis.comparison import compare_analyses, filtered_together, options_beside
+from htsr.analysis.journal import Journal
 from htsr.errors import UsageError
 from htsr.files import check_writable
-from htsr.journal import Journal
 from htsr.matrices.models import Filter
 from htsr.matrices.sources import open_model
 from htsr.reporting import tables
 from htsr.spectra.windows import Windows
-from htsr.training.memory import LOW_RANK, METHODS, MemoryPlans, TrainingMethod, embeddings_fit, predict_memory
+from htsr.training.memory.plan import LOW_RANK, METHODS, MemoryPlans, TrainingMethod
+from htsr.training.memory.prediction import embeddings_fit, predict_memory
 
 if TYPE_CHECKING:
-    from htsr.spectra.projection import Keep
+    from htsr.spectra.directions import Keep
 
 _MOST_BLOCKS = 100_000
 
@@ -164,7 +165,7 @@ def project(
     revision: str | None,
 ) -> None:
     """`htsr project`."""
-    from htsr.surgery import project as operate
+    from htsr.analysis.surgery import project as operate
 
     surgery = operate(
         name, output, keep,

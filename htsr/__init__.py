@@ -12,53 +12,54 @@ from typing import TYPE_CHECKING, Any
 from htsr._version import __version__
 
 if TYPE_CHECKING:
-    from htsr.analysis import Analysis, Progress, analyze, describe
-    from htsr.comparison import Comparison, compare
+    from htsr.analysis.analyze import Analysis, Progress, analyze, describe
+    from htsr.analysis.comparison import Comparison, compare
+    from htsr.analysis.surgery import project
+    from htsr.calibration.outliers import OutlierRow, Outliers, measure_outliers
     from htsr.errors import HtsrError, MatrixError, MissingDependencyError, SourceError, UsageError
     from htsr.matrices.models import Filter, Model, WeightMatrix
-    from htsr.outliers import OutlierRow, Outliers, measure_outliers
+    from htsr.spectra.directions import project_tail, remove_traps
     from htsr.spectra.esd import ESD, esd
     from htsr.spectra.metrics import LayerMetrics, Options
-    from htsr.spectra.projection import project_tail, remove_traps
     from htsr.spectra.tail import PowerLawFit, fit_power_law
     from htsr.spectra.windows import Windows
-    from htsr.surgery import project
-    from htsr.training.adapters import lora_config
     from htsr.training.callbacks import LayerSamplerCallback, LayerwiseCallback
-    from htsr.training.groups import per_group
-    from htsr.training.layerwise import layerwise, multipliers, remove_layerwise
-    from htsr.training.lowrank import LowRankAdamW
-    from htsr.training.lowrank_groups import low_rank_groups
-    from htsr.training.memory import MemoryPlan, predict_memory
-    from htsr.training.plan import Plan, layerwise_plan
-    from htsr.training.policy import Policy
-    from htsr.training.sampling import LayerSampler
-    from htsr.training.schedulers import LayerwiseLR
+    from htsr.training.layerwise.groups import per_group
+    from htsr.training.layerwise.plan import Plan, layerwise_plan
+    from htsr.training.layerwise.policy import Policy
+    from htsr.training.layerwise.schedulers import LayerwiseLR
+    from htsr.training.layerwise.wrapper import layerwise, multipliers, remove_layerwise
+    from htsr.training.lora import lora_config
+    from htsr.training.lowrank.groups import low_rank_groups
+    from htsr.training.lowrank.optimizer import LowRankAdamW
+    from htsr.training.memory.plan import MemoryPlan
+    from htsr.training.memory.prediction import predict_memory
+    from htsr.training.sampling.sampler import LayerSampler
     from htsr.training.spectral_projection import spectral_projection
 
 _HOMES = {
-    "htsr.analysis": ("Analysis", "Progress", "analyze", "describe"),
-    "htsr.comparison": ("Comparison", "compare"),
+    "htsr.analysis.analyze": ("Analysis", "Progress", "analyze", "describe"),
+    "htsr.analysis.comparison": ("Comparison", "compare"),
     "htsr.errors": ("HtsrError", "MatrixError", "MissingDependencyError", "SourceError", "UsageError"),
     "htsr.matrices.models": ("Filter", "Model", "WeightMatrix"),
-    "htsr.outliers": ("OutlierRow", "Outliers", "measure_outliers"),
+    "htsr.calibration.outliers": ("OutlierRow", "Outliers", "measure_outliers"),
     "htsr.spectra.esd": ("ESD", "esd"),
     "htsr.spectra.metrics": ("LayerMetrics", "Options"),
-    "htsr.spectra.projection": ("project_tail", "remove_traps"),
+    "htsr.spectra.directions": ("project_tail", "remove_traps"),
     "htsr.spectra.tail": ("PowerLawFit", "fit_power_law"),
     "htsr.spectra.windows": ("Windows",),
-    "htsr.surgery": ("project",),
-    "htsr.training.adapters": ("lora_config",),
+    "htsr.analysis.surgery": ("project",),
+    "htsr.training.lora": ("lora_config",),
     "htsr.training.callbacks": ("LayerSamplerCallback", "LayerwiseCallback"),
-    "htsr.training.groups": ("per_group",),
-    "htsr.training.layerwise": ("layerwise", "multipliers", "remove_layerwise"),
-    "htsr.training.plan": ("Plan", "layerwise_plan"),
-    "htsr.training.lowrank": ("LowRankAdamW",),
-    "htsr.training.lowrank_groups": ("low_rank_groups",),
-    "htsr.training.memory": ("MemoryPlan", "predict_memory"),
-    "htsr.training.policy": ("Policy",),
-    "htsr.training.sampling": ("LayerSampler",),
-    "htsr.training.schedulers": ("LayerwiseLR",),
+    "htsr.training.layerwise.groups": ("per_group",),
+    "htsr.training.layerwise.wrapper": ("layerwise", "multipliers", "remove_layerwise"),
+    "htsr.training.layerwise.plan": ("Plan", "layerwise_plan"),
+    "htsr.training.lowrank.optimizer": ("LowRankAdamW",),
+    "htsr.training.lowrank.groups": ("low_rank_groups",),
+    "htsr.training.memory.prediction": ("MemoryPlan", "predict_memory"),
+    "htsr.training.layerwise.policy": ("Policy",),
+    "htsr.training.sampling.sampler": ("LayerSampler",),
+    "htsr.training.layerwise.schedulers": ("LayerwiseLR",),
     "htsr.training.spectral_projection": ("spectral_projection",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -35,9 +35,9 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
+from htsr.arrays import Vector
 from htsr.errors import UsageError
 
-Vector: TypeAlias = npt.NDArray[np.float64]
 Map: TypeAlias = Literal["linear", "sqrt", "log2", "sigmoid", "sigmoid_std", "rank", "model_balancing"]
 Bounds: TypeAlias = tuple[float, float]
 

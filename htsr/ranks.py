@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from htsr.arrays import Array, Product, as_numpy
 from htsr.errors import MatrixError, UsageError
 from htsr.matrices.models import Model, WeightMatrix
 from htsr.matrices.roles import whole_name
-from htsr.spectra.esd import Array, as_numpy
 from htsr.spectra.metrics import Options
-from htsr.spectra.product import Product
 
 logger = logging.getLogger(__name__)
 

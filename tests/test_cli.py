@@ -13,8 +13,8 @@ from htsr_cli.main import main
 from htsr_cli.output import _is_unsaid
 
 import htsr
-from htsr.execution import measure_all
-from htsr.journal import Journal
+from htsr.analysis.execution import measure_all
+from htsr.analysis.journal import Journal
 from htsr.spectra.notes import CAUTION
 from tests.models import save_folder, state_dict
 

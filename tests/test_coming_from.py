@@ -143,7 +143,7 @@ def text(value) -> str:
 
 
 def test_the_presets_are_as_the_table_has_them():
-    from htsr.training.policy import PRESETS
+    from htsr.training.layerwise.policy import PRESETS
 
     rows = [row for row in tables(PAGES / "coming-from" / "layerwise.md") if "`llr`" in row]
     fields_shown = [row["htsr"].strip("`").removeprefix("Policy.") for row in rows]
@@ -157,7 +157,7 @@ def test_the_presets_are_as_the_table_has_them():
 
 
 def test_the_defaults_of_recipes_are_as_the_table_has_them():
-    from htsr.recipe import LowRank, Sampling
+    from htsr.finetuning.recipe import LowRank, Sampling
 
     rows = [row["htsr"] for row in tables(PAGES / "coming-from" / "low-rank.md") if "GaLore (script; README)" in row]
     found = 0
@@ -190,8 +190,8 @@ def options() -> dict[str, set[str]]:
 @cache
 def names() -> dict[str, set[str]]:
     """What may follow the dot of a name in the column of htsr."""
-    from htsr.comparison import Distance, Pair
-    from htsr.recipe import Data, Lora, LowRank, Recipe, Sampling
+    from htsr.analysis.comparison import Distance, Pair
+    from htsr.finetuning.recipe import Data, Lora, LowRank, Recipe, Sampling
 
     found = {"htsr": set(htsr.__all__)}
     kinds = (htsr.Options, htsr.Policy, htsr.LayerMetrics, htsr.Filter, htsr.Windows, htsr.Analysis, Distance, Pair)
@@ -209,7 +209,7 @@ def names() -> dict[str, set[str]]:
 def problems(code: str) -> list[str]:
     """What of a piece of code in the column of htsr does not exist."""
     from htsr.errors import UsageError
-    from htsr.recipe import check_training
+    from htsr.finetuning.arguments import check_training
 
     wrong = []
     words = code.split()
@@ -268,7 +268,7 @@ def test_every_command_line_is_understood(page):
 
 
 def test_its_recipe_can_be_read(tmp_path):
-    from htsr.recipe import read_recipe
+    from htsr.finetuning.reading import read_recipe
 
     page = (PAGES / "coming-from" / "low-rank.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)

@@ -29,7 +29,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 import htsr
-from htsr.recipe import FOLDER, read_recipe
+from htsr.finetuning.reading import FOLDER, read_recipe
 from tests.transformer import llama, word_tokenizer
 
 ROOT = Path(__file__).parents[1]

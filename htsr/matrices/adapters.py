@@ -17,13 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from htsr.arrays import Array, Difference, Numbers, Product, as_numpy
 from htsr.errors import SourceError
 from htsr.matrices.adapter_config import CONFIG, AdapterConfig, read_adapter_config
-from htsr.matrices.entries import FLOATS, Entry
-from htsr.matrices.files import file_entries
-from htsr.spectra.esd import Array, as_numpy
-from htsr.spectra.product import Numbers, Product
-from htsr.spectra.resolution import Difference
+from htsr.matrices.checkpoint_files import file_entries
+from htsr.matrices.stored_tensors import FLOATS, StoredTensor
 
 PREFIX = "base_model.model."
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -54,7 +52,7 @@ def base_of(folder: Path) -> str | None:
     return read_adapter_config(folder).base
 
 
-def adapter_entries(folder: Path) -> list[Entry]:
+def adapter_entries(folder: Path) -> list[StoredTensor]:
     """One entry for the ΔW of each adapted module, and those of `modules_to_save`, under the base's names.
 
     Args:
@@ -88,7 +86,7 @@ def refuse_prompts(config: AdapterConfig) -> None:
         raise SourceError(f"{config.folder} is a {config.method} adapter: it adds to the input and changes no weight")
 
 
-def stored_tensors(folder: Path) -> dict[str, Entry]:
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of the adapter in `folder` by name, without PEFT's prefix.
 
     Raises:
@@ -100,13 +98,13 @@ def stored_tensors(folder: Path) -> dict[str, Entry]:
     raise SourceError(f"{folder} has no {_FILES[0]}")
 
 
-def whole_tensors(stored: dict[str, Entry]) -> list[Entry]:
+def whole_tensors(stored: dict[str, StoredTensor]) -> list[StoredTensor]:
     """The tensors that an adapter saves whole, under the base's names: `modules_to_save`, resized embeddings.
 
     Args:
         stored: of the adapter.
     """
-    found: dict[str, Entry] = {}
+    found: dict[str, StoredTensor] = {}
     for name, entry in stored.items():
         module, wrapped, _ = name.partition(".base_layer.")
         if _ALONE.search(f".{name}") or "token_adapter." in name or name.startswith("base_model."):
@@ -120,7 +118,7 @@ def whole_tensors(stored: dict[str, Entry]) -> list[Entry]:
     return list(found.values())
 
 
-def merged_with_base(adapter: list[Entry], base: list[Entry]) -> list[Entry]:
+def merged_with_base(adapter: list[StoredTensor], base: list[StoredTensor]) -> list[StoredTensor]:
     """The base's entries, those that the adapter touches replaced by W + ΔW (or by what it holds whole).
 
     Args:
@@ -153,7 +151,7 @@ def merged_with_base(adapter: list[Entry], base: list[Entry]) -> list[Entry]:
     return list(by_name.values())
 
 
-def loose_factors(entries: list[Entry]) -> list[Entry]:
+def loose_factors(entries: list[StoredTensor]) -> list[StoredTensor]:
     """`entries` in which the factors of adapters that lie there without a configuration are no matrices.
 
     Kohya's ``lora_down`` and ``lora_up`` with their ``alpha`` become the entry of ΔW = alpha/r · up·down; all others
@@ -178,7 +176,7 @@ def loose_factors(entries: list[Entry]) -> list[Entry]:
     return result
 
 
-def _kohya(by_name: dict[str, Entry]) -> Iterator[tuple[str, Entry]]:
+def _kohya(by_name: dict[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor]]:
     """Modules, each with the entry of its ΔW, whose two factors and alpha are all there and all there is."""
     for name, down in by_name.items():
         module, found, _ = name.partition(".lora_down.weight")
@@ -186,7 +184,10 @@ def _kohya(by_name: dict[str, Entry]) -> Iterator[tuple[str, Entry]]:
         more = {f"{module}.dora_scale", f"{module}.lora_mid.weight"} & by_name.keys()
         if found and up and alpha and not more and not _broken(down, up):
             read, warning = _Delta(down, up, None, False, alpha=alpha), f"ΔW of rank {down.shape[0]}"
-            yield module, Entry(f"{module}.weight", read.shape, down.dtype, read, kind="adapter", warning=warning)
+            yield (
+                module,
+                StoredTensor(f"{module}.weight", read.shape, down.dtype, read, kind="adapter", warning=warning),
+            )
 
 
 def dora_factor(adapted: Any, magnitude: Any, transposed: bool) -> Any:
@@ -212,13 +213,13 @@ def dora_factor(adapted: Any, magnitude: Any, transposed: bool) -> Any:
 class _Delta:
     """Reads ΔW = scaling · B·A; kohya's files hold alpha = scaling · r."""
 
-    A: Entry
-    B: Entry
+    A: StoredTensor
+    B: StoredTensor
     scaling: float | None
     transposed: bool
-    magnitude: Entry | None = None
-    base: Entry | None = None
-    alpha: Entry | None = None
+    magnitude: StoredTensor | None = None
+    base: StoredTensor | None = None
+    alpha: StoredTensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -248,7 +249,7 @@ class _Delta:
         return a, scaling * b.reshape(b.shape[0], -1)  # type: ignore[operator]
 
 
-def _change(name: str, A: Entry, stored: dict[str, Entry], config: AdapterConfig) -> Entry:
+def _change(name: str, A: StoredTensor, stored: dict[str, StoredTensor], config: AdapterConfig) -> StoredTensor:
     """The entry of the ΔW whose first factor is `A`."""
     module, embedding = _FACTOR_A.sub(r"\1", name), "lora_embedding_A" in name
     B = stored.get(name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B"))
@@ -265,7 +266,7 @@ def _change(name: str, A: Entry, stored: dict[str, Entry], config: AdapterConfig
     if problem or (magnitude is not None and magnitude.shape and 0 in magnitude.shape):
         problem = problem or ("unreadable", f"{module}: its lora_magnitude_vector is empty")
         shape = (B.shape[0] if B.shape else 0, *A.shape[1:])
-        return Entry(f"{module}.weight", shape, A.dtype, A.read, kind="adapter", problem=problem)
+        return StoredTensor(f"{module}.weight", shape, A.dtype, A.read, kind="adapter", problem=problem)
     scaling, transposed = config.scaling(module, A.shape[0]), embedding or config.transposed
     delta = _Delta(A, B, scaling, transposed, magnitude, base)
     on_parameter = any(target.rpartition(".")[0] in module for target in config.parameters)
@@ -275,10 +276,12 @@ def _change(name: str, A: Entry, stored: dict[str, Entry], config: AdapterConfig
         why = "it adapts parameters, not layers" if on_parameter else config.needs_base
         problem = ("needs_base", f"the ΔW of {module} depends on its base, for {why}: analyze it with base=…")
     warning = f"ΔW of rank {A.shape[0]}"
-    return Entry(f"{module}.weight", delta.shape, A.dtype, delta, kind="adapter", problem=problem, warning=warning)
+    return StoredTensor(
+        f"{module}.weight", delta.shape, A.dtype, delta, kind="adapter", problem=problem, warning=warning
+    )
 
 
-def _broken(A: Entry, B: Entry) -> str:
+def _broken(A: StoredTensor, B: StoredTensor) -> str:
     """Why `A` and `B` are no factors of a ΔW; empty where they are."""
     if len(A.shape) < 2 or len(B.shape) < 2:
         return f"its factors have shapes {A.shape} and {B.shape}"
@@ -291,7 +294,7 @@ def _broken(A: Entry, B: Entry) -> str:
     return ""
 
 
-def _tokens(stored: dict[str, Entry]) -> list[Entry]:
+def _tokens(stored: dict[str, StoredTensor]) -> list[StoredTensor]:
     """Rows of embeddings that were trained: they replace the base's."""
     entries = []
     for name, entry in stored.items():
@@ -311,7 +314,7 @@ class Sum:
         delta: reads ΔW.
     """
 
-    base: Entry
+    base: StoredTensor
     delta: _Delta
 
     def __call__(self, index: int | None = None) -> Array:

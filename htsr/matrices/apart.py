@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from htsr.arrays import Array, Product
 from htsr.matrices import fused, roles
-from htsr.matrices.entries import FLOATS, Entry
 from htsr.matrices.models import WeightMatrix
 from htsr.matrices.naming import leaf
 from htsr.matrices.positions import Position
 from htsr.matrices.quantized import is_packed
-from htsr.spectra.esd import Array
-from htsr.spectra.product import Product
+from htsr.matrices.stored_tensors import FLOATS, StoredTensor
 
 if TYPE_CHECKING:
     pass
@@ -33,7 +32,7 @@ _NOT_WEIGHTS = re.compile(
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
-def matrices_of(entries: list[Entry], config: dict[str, Any]) -> Iterator[WeightMatrix]:
+def matrices_of(entries: list[StoredTensor], config: dict[str, Any]) -> Iterator[WeightMatrix]:
     """The weight matrices in stored tensors: tied heads once, fused and stacked ones apart.
 
     Args:
@@ -76,7 +75,7 @@ def _part_config(config: dict[str, Any], stack: str) -> dict[str, Any]:
     return config if name in ("vision", "audio") else _text(config)
 
 
-def _is_weight(entry: Entry) -> bool:
+def _is_weight(entry: StoredTensor) -> bool:
     name, empty = roles.stem(entry.name), 0 in entry.shape
     if len(entry.shape) < 2:
         return False
@@ -95,7 +94,7 @@ def _is_weight(entry: Entry) -> bool:
 class _Place:
     """A stored weight and where it stands in the model."""
 
-    entry: Entry
+    entry: StoredTensor
     role: str
     stack: str
     block: int | None

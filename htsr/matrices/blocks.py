@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from htsr.errors import SourceError, UsageError
-from htsr.matrices.entries import clean_name
+from htsr.matrices.stored_tensors import clean_name
 
 if TYPE_CHECKING:
     import torch

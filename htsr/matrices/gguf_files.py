@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from htsr.arrays import Array
 from htsr.errors import MissingDependencyError, SourceError
-from htsr.matrices.entries import Entry
-from htsr.matrices.stored import SAFETENSORS_DTYPES, Stored
-from htsr.spectra.esd import Array
+from htsr.matrices.file_bytes import SAFETENSORS_DTYPES, Stored
+from htsr.matrices.stored_tensors import StoredTensor
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -46,7 +46,7 @@ def gguf_metadata(path: Path) -> dict[str, Any]:
     return _header(path)[0]
 
 
-def gguf_entries(path: Path) -> list[Entry]:
+def gguf_entries(path: Path) -> list[StoredTensor]:
     """The tensors of a GGUF file, which read as floats.
 
     Args:
@@ -64,7 +64,7 @@ def gguf_entries(path: Path) -> list[Entry]:
     return [_entry(path, tensor) for tensor in tensors]
 
 
-def _entry(path: Path, tensor: _Tensor) -> Entry:
+def _entry(path: Path, tensor: _Tensor) -> StoredTensor:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
     length = path.stat().st_size
@@ -74,7 +74,7 @@ def _entry(path: Path, tensor: _Tensor) -> Entry:
         if math.prod(tensor.shape) > 8 * length:  # not even a bit for each number
             raise _unfitting(path, tensor, f"GGML type {tensor.kind}") from None
         why = f"{tensor.name} is stored as GGML type {tensor.kind}, which the gguf package does not know"
-        return Entry(tensor.name, tensor.shape, f"ggml_{tensor.kind}", _unread, problem=("quantized", why))
+        return StoredTensor(tensor.name, tensor.shape, f"ggml_{tensor.kind}", _unread, problem=("quantized", why))
     block, size = GGML_QUANT_SIZES[kind]
     columns = tensor.shape[-1] if tensor.shape else 1
     row = columns // block * size
@@ -83,14 +83,14 @@ def _entry(path: Path, tensor: _Tensor) -> Entry:
         raise _unfitting(path, tensor, kind.name)
     plain = SAFETENSORS_DTYPES.get(kind.name)
     if plain and kind.name != "BF16":
-        return Entry(tensor.name, tensor.shape, plain, Stored(path, tensor.offset, plain, tensor.shape).array)
+        return StoredTensor(tensor.name, tensor.shape, plain, Stored(path, tensor.offset, plain, tensor.shape).array)
 
     def read(index: int | slice | None = None) -> Array:
         stored = Stored(path, tensor.offset, "uint8", (*tensor.shape[:-1], row))
         return np.asarray(dequantize(np.asarray(stored.array(index)), kind), dtype=np.float32)
 
     warning = "" if plain else f"de-quantised from {kind.name}"
-    return Entry(tensor.name, tensor.shape, plain or kind.name.lower(), read, warning=warning)
+    return StoredTensor(tensor.name, tensor.shape, plain or kind.name.lower(), read, warning=warning)
 
 
 def _unfitting(path: Path, tensor: _Tensor, kind: str) -> SourceError:

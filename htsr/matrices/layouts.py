@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from htsr.matrices.entries import Entry
-from htsr.spectra.esd import Array
+from htsr.arrays import Array
+from htsr.matrices.stored_tensors import StoredTensor
 
 Metadata = Mapping[str, Any]
 
@@ -53,7 +53,7 @@ _REORDERED = dict.fromkeys(("qwen35", "qwen35moe"), "attn_qkv attn_gate ssm_out 
 _REGROUPED = frozenset({"bloom", "falcon", "gptneox"})  # q, k, v of all heads in sequence, not head by head
 
 
-def original_layout(entries: Iterable[Entry], metadata: Metadata) -> list[Entry]:
+def original_layout(entries: Iterable[StoredTensor], metadata: Metadata) -> list[StoredTensor]:
     """The `entries` of a GGUF file as the checkpoint it was made from has them.
 
     q and k of an architecture of which it is not known whether they were permuted keep their rows, and a warning.
@@ -83,8 +83,8 @@ def gguf_config(metadata: Metadata) -> dict[str, Any]:
 
 
 def meta_layout(
-    entries: Iterable[Entry], params: Mapping[str, Any], config: dict[str, Any]
-) -> tuple[list[Entry], dict[str, Any]]:
+    entries: Iterable[StoredTensor], params: Mapping[str, Any], config: dict[str, Any]
+) -> tuple[list[StoredTensor], dict[str, Any]]:
     """The `entries` of a model, and its configuration; those of a checkpoint in Meta's format as transformers has them.
 
     Args:
@@ -105,7 +105,7 @@ def meta_layout(
     return found, config | told
 
 
-def flax_layout(entries: Iterable[Entry]) -> list[Entry]:
+def flax_layout(entries: Iterable[StoredTensor]) -> list[StoredTensor]:
     """The `entries`, in which kernels of flax with three axes or more are not guessed at but have a problem.
 
     A convolution's is (height, width, in, out), an attention's (in, heads, size) or (heads, size, out), and a scanned
@@ -124,8 +124,11 @@ def flax_layout(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def as_named(
-    entries: Iterable[Entry], others: Iterable[Entry], config: Mapping[str, Any], other_config: Mapping[str, Any]
-) -> list[Entry]:
+    entries: Iterable[StoredTensor],
+    others: Iterable[StoredTensor],
+    config: Mapping[str, Any],
+    other_config: Mapping[str, Any],
+) -> list[StoredTensor]:
     """The `entries` of one model under the names of another, where one of the two is a GGUF file.
 
     Args:
@@ -168,7 +171,7 @@ def _gguf_names(config: Mapping[str, Any]) -> Callable[[str], str] | None:
     return name_of
 
 
-def _original(entry: Entry, architecture: str, metadata: Metadata) -> Entry:
+def _original(entry: StoredTensor, architecture: str, metadata: Metadata) -> StoredTensor:
     match = re.fullmatch(r"(?:\w+\.)*?blk\.(\d+)\.(\w+)(?:\.\w+)*?\.weight", entry.name)
     if match is None or entry.problem is not None or len(entry.shape) < 2:
         return entry
@@ -187,7 +190,7 @@ def _original(entry: Entry, architecture: str, metadata: Metadata) -> Entry:
     return _with_rows_back(entry, heads, f"what llama.cpp does to {architecture} is not known")
 
 
-def _with_rows_back(entry: Entry, heads: Any, why: str) -> Entry:
+def _with_rows_back(entry: StoredTensor, heads: Any, why: str) -> StoredTensor:
     """q or k in transformers' order of rows; with a warning where its `heads` are not known."""
     if entry.problem is None and isinstance(heads, int) and heads > 0 and entry.shape[0] % (2 * heads) == 0:
         return replace(entry, read=_Changed(entry.read, 0, lambda W: unpermuted(W, heads)))

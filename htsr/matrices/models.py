@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from operator import index
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from htsr.arrays import Array, Product
 from htsr.errors import MatrixError, UsageError
 from htsr.matrices import roles
 from htsr.matrices.patterns import matches, require
 from htsr.matrices.positions import Position
-from htsr.spectra.esd import Array
-from htsr.spectra.product import Product
 
 if TYPE_CHECKING:
     pass

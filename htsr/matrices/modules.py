@@ -9,11 +9,11 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from htsr.matrices.entries import Entry, base_names, clean_name, tensor_entry
+from htsr.arrays import Array
 from htsr.matrices.parametrized import BUFFERS
 from htsr.matrices.quantized import PACKED
+from htsr.matrices.stored_tensors import StoredTensor, base_names, clean_name, tensor_entry
 from htsr.matrices.tuners import is_tuner, model_in_peft, tuner_entries, wrapped_by_peft
-from htsr.spectra.esd import Array
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ _WRAPPERS = {
 }
 
 
-def module_entries(module: torch.nn.Module) -> list[Entry]:
+def module_entries(module: torch.nn.Module) -> list[StoredTensor]:
     """The parameters of a `module` as it computes: with its active adapters, parametrizations, and de-quantised."""
     entries = list(_entries(module, "", set()))
     names = base_names(entry.name for entry in entries)
@@ -57,7 +57,7 @@ def whole_shape(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _entries(module: Any, prefix: str, seen: set[int], mixture: bool = False) -> Iterator[Entry]:
+def _entries(module: Any, prefix: str, seen: set[int], mixture: bool = False) -> Iterator[StoredTensor]:
     """The weights of `module` and of what is inside, named from `prefix` on; `mixture` inside of X-LoRA."""
     from torch.nn.utils.parametrize import is_parametrized
 
@@ -101,14 +101,14 @@ def _kind(module: Any) -> str | None:
     return "linear" if isinstance(module, nn.Linear) else None
 
 
-def _parameter(name: str, parameter: Any, kind: str | None) -> Entry:
+def _parameter(name: str, parameter: Any, kind: str | None) -> StoredTensor:
     import torch
 
     if is_sharded(parameter):
         why = f"{clean_name(name)} is sharded over processes; analyze the gathered model or its checkpoint"
         dtype = str(parameter.dtype).removeprefix("torch.")
         memory = ("sharded", id(parameter))
-        return Entry(name, whole_shape(parameter), dtype, lambda: parameter, memory, kind, ("sharded", why))
+        return StoredTensor(name, whole_shape(parameter), dtype, lambda: parameter, memory, kind, ("sharded", why))
     if parameter.is_quantized or type(parameter).dequantize is not torch.Tensor.dequantize:
 
         def read(index: int | None = None) -> Array:
@@ -116,11 +116,11 @@ def _parameter(name: str, parameter: Any, kind: str | None) -> Entry:
             return values if index is None else values[index]  # type: ignore[no-any-return]
 
         shape, dtype = tuple(parameter.shape), type(parameter).__name__
-        return Entry(name, shape, dtype, read, storage=id(parameter), kind=kind, warning="de-quantised")
+        return StoredTensor(name, shape, dtype, read, storage=id(parameter), kind=kind, warning="de-quantised")
     return tensor_entry(name, parameter, kind=kind)
 
 
-def _parametrized(module: Any, prefix: str) -> Iterator[Entry]:
+def _parametrized(module: Any, prefix: str) -> Iterator[StoredTensor]:
     """Weights that are computed from others: weight norm, spectral norm."""
     for name, parametrization in module.parametrizations.items():
         original = next(chain(parametrization.parameters(), parametrization.buffers()))
@@ -145,7 +145,7 @@ class _Computed:
         return W if index is None else W[index]  # type: ignore[no-any-return]
 
 
-def _bitsandbytes(name: str, layer: Any) -> Entry:
+def _bitsandbytes(name: str, layer: Any) -> StoredTensor:
     def read(index: int | None = None) -> Array:
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
@@ -153,4 +153,4 @@ def _bitsandbytes(name: str, layer: Any) -> Entry:
         return W if index is None else W[index]  # type: ignore[no-any-return]
 
     shape = (layer.out_features, layer.in_features)
-    return Entry(name, shape, type(layer).__name__, read, kind="linear", warning="de-quantised by bitsandbytes")
+    return StoredTensor(name, shape, type(layer).__name__, read, kind="linear", warning="de-quantised by bitsandbytes")

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from htsr.matrices.entries import Entry
+from htsr.arrays import as_numpy
 from htsr.matrices.scaled import quantization_config
-from htsr.spectra.esd import as_numpy
+from htsr.matrices.stored_tensors import StoredTensor
 
 Numbers = npt.NDArray[Any]
 
@@ -73,7 +73,7 @@ def unpacked(words: Numbers, bits: int, axis: int) -> Numbers:
     return numbers.astype(np.uint8).reshape(shape)
 
 
-def gptq_or_awq(words: Entry, parts: Mapping[str, Entry], config: Mapping[str, Any]) -> Packed | None:
+def gptq_or_awq(words: StoredTensor, parts: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Packed | None:
     """The weight in ``qweight``, or None where its parts do not fit one another.
 
     Args:
@@ -113,7 +113,7 @@ def gptq_or_awq(words: Entry, parts: Mapping[str, Entry], config: Mapping[str, A
     return Packed(words.name.removesuffix(".qweight") + ".weight", (out, inputs), bits, read, note)
 
 
-def compressed(words: Entry, parts: Mapping[str, Entry], config: Mapping[str, Any]) -> Packed | None:
+def compressed(words: StoredTensor, parts: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Packed | None:
     """The weight in ``weight_packed``, or None where its parts do not fit one another.
 
     Args:
@@ -177,7 +177,7 @@ def _told_sizes(quantization: Mapping[str, Any]) -> set[int]:
     return {1 << 30 if size == -1 else size for size in sizes if isinstance(size, int) and (size > 0 or size == -1)}
 
 
-def _groups(inputs: int, size: int, order: Entry | None) -> Numbers:
+def _groups(inputs: int, size: int, order: StoredTensor | None) -> Numbers:
     """The group of each input: as `order` has it, else runs of one size."""
     if order is None:
         return np.arange(inputs) // size

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from htsr.matrices.entries import Entry
-from htsr.spectra.esd import Array, as_numpy
+from htsr.arrays import Array, as_numpy
+from htsr.matrices.stored_tensors import StoredTensor
 
 BUFFERS = re.compile(r"weight\w*_(u|v|mask)$")  # of modules, which are no parameters
 _NEW = re.compile(r"(?P<module>(?:.*\.)?)parametrizations\.(?P<name>\w+)\.(?P<part>original[01]?|\d+\.\w+)")
@@ -36,14 +36,14 @@ _PARTS = {"g": "original0", "v": "original1", "orig": "original", "u": "0._u", "
 Compute = Callable[..., Any]
 
 
-def computed(entries: Sequence[Entry]) -> list[Entry]:
+def computed(entries: Sequence[StoredTensor]) -> list[StoredTensor]:
     """`entries`, those of one weight that is computed from several replaced by one entry, which computes it.
 
     Args:
         entries: of a model.
     """
     names = {entry.name for entry in entries}
-    groups: dict[str, dict[str, Entry]] = {}
+    groups: dict[str, dict[str, StoredTensor]] = {}
     places: dict[str, str] = {}
     for entry in entries:
         if (found := _part(entry.name, names)) is not None:
@@ -77,7 +77,7 @@ def _part(name: str, names: set[str]) -> tuple[str, str] | None:
     return None
 
 
-def _weight(name: str, parts: dict[str, Entry]) -> Entry:
+def _weight(name: str, parts: dict[str, StoredTensor]) -> StoredTensor:
     main = parts.get("original1") or parts.get("original") or next(iter(parts.values()))
     more: dict[str, Any] = {"name": name, "storage": None}
     problem = next((part.problem for part in parts.values() if part.problem is not None), None)
@@ -92,7 +92,7 @@ def _weight(name: str, parts: dict[str, Entry]) -> Entry:
     return replace(main, read=read, **more)
 
 
-def _rule(parts: dict[str, Entry]) -> tuple[list[Entry], Compute | None, str]:
+def _rule(parts: dict[str, StoredTensor]) -> tuple[list[StoredTensor], Compute | None, str]:
     """What is computed how; without a way, why."""
     kinds = set(parts)
     if kinds == {"original0", "original1"}:

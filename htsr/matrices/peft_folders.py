@@ -15,7 +15,7 @@ from htsr.errors import SourceError
 from htsr.matrices import roles
 from htsr.matrices.adapter_config import AdapterConfig
 from htsr.matrices.adapters import refuse_prompts, stored_tensors, whole_tensors
-from htsr.matrices.entries import Entry, base_name
+from htsr.matrices.stored_tensors import StoredTensor, base_name
 from htsr.matrices.tuners import Adapted, Merged
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _BY_ORDER = ("TINYLORA", "UNILORA")
 
 
-def computed_by_peft(config: AdapterConfig, base: list[Entry]) -> list[Entry]:
+def computed_by_peft(config: AdapterConfig, base: list[StoredTensor]) -> list[StoredTensor]:
     """The base's entries, those that the adapter touches as PEFT computes them.
 
     Args:
@@ -74,7 +74,9 @@ def computed_by_peft(config: AdapterConfig, base: list[Entry]) -> list[Entry]:
     return result
 
 
-def _adapted(config: AdapterConfig, stored: dict[str, Entry], base: dict[str, Entry]) -> dict[str, Entry]:
+def _adapted(
+    config: AdapterConfig, stored: dict[str, StoredTensor], base: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
     """The entries of the modules that the adapter touches, merged when they are read."""
     import torch
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType
@@ -119,16 +121,16 @@ def _touches(options: Any, stored: Iterable[str], path: str) -> bool:
     return bool(getattr(options, "target_modules", None) and check_target_module_exists(options, path))
 
 
-def _modules(base: dict[str, Entry]) -> dict[str, dict[str, Entry]]:
+def _modules(base: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
     """The base's tensors by the module that they are in."""
-    modules: dict[str, dict[str, Entry]] = {}
+    modules: dict[str, dict[str, StoredTensor]] = {}
     for name, entry in base.items():
         path, _, leaf = name.rpartition(".")
         modules.setdefault(path, {})[leaf] = entry
     return modules
 
 
-def _skeleton(base: dict[str, Entry], touched: set[str], transposed: bool) -> torch.nn.Module:
+def _skeleton(base: dict[str, StoredTensor], touched: set[str], transposed: bool) -> torch.nn.Module:
     """A module with the base's names and shapes; only what is `touched` takes memory."""
     import torch
     from torch import nn
@@ -150,7 +152,7 @@ def _skeleton(base: dict[str, Entry], touched: set[str], transposed: bool) -> to
     return root
 
 
-def _layer(leaves: dict[str, Entry], transposed: bool) -> torch.nn.Module:
+def _layer(leaves: dict[str, StoredTensor], transposed: bool) -> torch.nn.Module:
     """The kind of layer that PEFT sees, told from the shape and name of its weight."""
     import torch
     from torch import nn
@@ -174,7 +176,7 @@ def _layer(leaves: dict[str, Entry], transposed: bool) -> torch.nn.Module:
     return layer
 
 
-def _shift(stored: Iterable[str], base: list[Entry]) -> Any:
+def _shift(stored: Iterable[str], base: list[StoredTensor]) -> Any:
     """What turns the base's names into those that the adapter knows: one of the two may have the head's prefix."""
     paths = {entry.name.rpartition(".")[0] for entry in base} - {""}
     for name in stored:

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from htsr.arrays import Array
 from htsr.errors import SourceError
-from htsr.matrices.entries import Entry, tensor_entry
-from htsr.spectra.esd import Array
+from htsr.matrices.stored_tensors import StoredTensor, tensor_entry
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ _DEPTH = 5
 _KEPT = 64 << 20  # bytes that are read from one mapping before it is made anew
 
 
-def pickle_entries(path: Path) -> list[Entry]:
+def pickle_entries(path: Path) -> list[StoredTensor]:
     """The tensors of a PyTorch file, named as stored.
 
     Args:
@@ -36,7 +36,7 @@ def pickle_entries(path: Path) -> list[Entry]:
         return [tensor_entry(name, tensor) for name, tensor in state.items()]
     mapping = _Mapping(path, state)
 
-    def entry(name: str, tensor: torch.Tensor) -> Entry:
+    def entry(name: str, tensor: torch.Tensor) -> StoredTensor:
         found = tensor_entry(name, tensor)
 
         def read(index: int | slice | None = None) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from htsr.spectra.esd import Array
+from htsr.arrays import Array
 
 
 @dataclass(frozen=True)

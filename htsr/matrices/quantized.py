@@ -21,10 +21,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from htsr.matrices.entries import FLOATS, INTEGERS, Entry
+from htsr.arrays import Array, as_numpy
 from htsr.matrices.packed import compressed, gptq_or_awq
 from htsr.matrices.scaled import EIGHT_BITS, quantization_config, scale_of, scaled, unknown_scale
-from htsr.spectra.esd import Array, as_numpy
+from htsr.matrices.stored_tensors import FLOATS, INTEGERS, StoredTensor
 
 PACKED = (".qweight", ".weight_packed")
 _COMPANIONS = (
@@ -52,7 +52,7 @@ _INDICES = re.compile(  # integers of two axes or more that are no weights
 _SCALE = re.compile(r"(^|_)(q?scales?|q?zeros?|zero_?points?|absmax|codebooks?|centroids|g_idx)($|[_.\d])")
 
 
-def dequantized(entries: list[Entry], config: Mapping[str, Any] | None = None) -> list[Entry]:
+def dequantized(entries: list[StoredTensor], config: Mapping[str, Any] | None = None) -> list[StoredTensor]:
     """`entries` with quantised tensors and their companions replaced by one entry each that reads as floats.
 
     Args:
@@ -91,12 +91,12 @@ def dequantized(entries: list[Entry], config: Mapping[str, Any] | None = None) -
     return result
 
 
-def is_packed(entry: Entry) -> bool:
+def is_packed(entry: StoredTensor) -> bool:
     """Whether `entry` holds integers that can only be a weight's: of two axes or more, and no indices by their name."""
     return len(entry.shape) > 1 and entry.dtype in INTEGERS and not _INDICES.search(entry.name)
 
 
-def _is_companion(name: str, by_name: Mapping[str, Entry]) -> bool:
+def _is_companion(name: str, by_name: Mapping[str, StoredTensor]) -> bool:
     """Whether `name` goes by its ending with a quantised tensor that is there."""
     weight, found, _ = name.partition(".quant_state.")
     stems = [weight] if found else [name.removesuffix(ending) for ending in _COMPANIONS if name.endswith(ending)]
@@ -104,7 +104,7 @@ def _is_companion(name: str, by_name: Mapping[str, Entry]) -> bool:
     return any(owner is not None and owner.dtype not in _PLAIN for owner in owners)
 
 
-def _foreign(by_name: Mapping[str, Entry]) -> dict[str, tuple[str, str]]:
+def _foreign(by_name: Mapping[str, StoredTensor]) -> dict[str, tuple[str, str]]:
     """The modules whose weight is in a packed format that is known and not read, by the tensor that stands for it."""
     found = {}
     for name, entry in by_name.items():
@@ -115,11 +115,11 @@ def _foreign(by_name: Mapping[str, Entry]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _dequantized(entry: Entry, by_name: dict[str, Entry], config: Mapping[str, Any]) -> Entry:
+def _dequantized(entry: StoredTensor, by_name: dict[str, StoredTensor], config: Mapping[str, Any]) -> StoredTensor:
     name, stem = entry.name, entry.name.removesuffix(".weight")
     if name.endswith(PACKED):
         return _unpacked(entry, by_name, config)
-    scale: Entry | None
+    scale: StoredTensor | None
     if entry.dtype == "int8" and (scale := by_name.get(f"{stem}.SCB")):
         return _llm_int8(entry, scale)
     for kind in ("nf4", "fp4"):
@@ -137,7 +137,7 @@ def _dequantized(entry: Entry, by_name: dict[str, Entry], config: Mapping[str, A
     return entry
 
 
-def _unpacked(entry: Entry, by_name: dict[str, Entry], config: Mapping[str, Any]) -> Entry:
+def _unpacked(entry: StoredTensor, by_name: dict[str, StoredTensor], config: Mapping[str, Any]) -> StoredTensor:
     stem = entry.name.rsplit(".", 1)[0]
     parts = {c[1:]: by_name[stem + c] for c in _COMPANIONS if c[0] == "." and stem + c in by_name}
     found = gptq_or_awq(entry, parts, config) if entry.name.endswith(".qweight") else compressed(entry, parts, config)
@@ -152,7 +152,7 @@ def _unpacked(entry: Entry, by_name: dict[str, Entry], config: Mapping[str, Any]
     return replace(entry, name=found.name, shape=found.shape, read=read, **more)
 
 
-def _llm_int8(entry: Entry, absmax: Entry) -> Entry:
+def _llm_int8(entry: StoredTensor, absmax: StoredTensor) -> StoredTensor:
     def read(index: int | None = None) -> Array:
         W = as_numpy(entry.read()).astype("float32") * as_numpy(absmax.read()).reshape(-1, 1) / 127.0
         return W if index is None else W[index]  # type: ignore[no-any-return]
@@ -160,7 +160,7 @@ def _llm_int8(entry: Entry, absmax: Entry) -> Entry:
     return replace(entry, read=read, warning="de-quantised from 8-bit")
 
 
-def _without_scale(entry: Entry, by_name: dict[str, Entry], quantised: bool) -> Entry:
+def _without_scale(entry: StoredTensor, by_name: dict[str, StoredTensor], quantised: bool) -> StoredTensor:
     """FP8 without a scale that is known: numbers only where nothing speaks of one."""
     if other := unknown_scale(entry.name, by_name):
         why = f"{entry.name} is stored as FP8 with {other} beside it, a scale that htsr does not know"
@@ -171,7 +171,7 @@ def _without_scale(entry: Entry, by_name: dict[str, Entry], quantised: bool) -> 
     return replace(entry, problem=("quantized", why))
 
 
-def _bitsandbytes(entry: Entry, state: Entry, by_name: dict[str, Entry]) -> Entry:
+def _bitsandbytes(entry: StoredTensor, state: StoredTensor, by_name: dict[str, StoredTensor]) -> StoredTensor:
     try:
         from bitsandbytes.functional import QuantState, dequantize_4bit
     except ImportError:
@@ -196,7 +196,7 @@ def _bitsandbytes(entry: Entry, state: Entry, by_name: dict[str, Entry]) -> Entr
     )
 
 
-def _mxfp4(blocks: Entry, scales: Entry) -> Entry:
+def _mxfp4(blocks: StoredTensor, scales: StoredTensor) -> StoredTensor:
     """gpt-oss experts: (E, rows, groups, 16) bytes of two 4-bit numbers and (E, rows, groups) exponents."""
     experts, rows, groups, width = blocks.shape
     name = blocks.name.removesuffix("_blocks")
@@ -214,7 +214,7 @@ def _mxfp4(blocks: Entry, scales: Entry) -> Entry:
     return replace(blocks, name=name, shape=shape, dtype="mxfp4", read=read, warning="de-quantised from MXFP4")
 
 
-def _unreadable(entry: Entry, why: str) -> Entry:
+def _unreadable(entry: StoredTensor, why: str) -> StoredTensor:
     name = entry.name
     for suffix in (*PACKED, ".weight"):
         name = name.removesuffix(suffix)

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from htsr.arrays import Array, as_numpy
 from htsr.errors import MatrixError
-from htsr.matrices.entries import Entry
-from htsr.spectra.esd import Array, as_numpy
+from htsr.matrices.stored_tensors import StoredTensor
 
 EIGHT_BITS = ("int8", "float8_e4m3fn", "float8_e5m2")
 _OF_WEIGHT = (".weight_scale_inv", ".weight_scale", ".scale_weight", ".scale")
@@ -36,7 +36,7 @@ _USUAL = 128
 Blocks = tuple[int, int]
 
 
-def scale_of(name: str, names: Mapping[str, Entry]) -> Entry | None:
+def scale_of(name: str, names: Mapping[str, StoredTensor]) -> StoredTensor | None:
     """The scale that is stored beside the weight `name`; None where there is none under a name that is known.
 
     Args:
@@ -47,7 +47,7 @@ def scale_of(name: str, names: Mapping[str, Entry]) -> Entry | None:
     return next((names[stem + ending] for ending in endings if stem + ending in names), None)
 
 
-def unknown_scale(name: str, names: Mapping[str, Entry]) -> str:
+def unknown_scale(name: str, names: Mapping[str, StoredTensor]) -> str:
     """The name of a tensor beside the weight `name` that is a scale by its name, and no known one; or nothing.
 
     Args:
@@ -63,7 +63,9 @@ def unknown_scale(name: str, names: Mapping[str, Entry]) -> str:
     return ""
 
 
-def scaled(entry: Entry, scale: Entry, zero: Entry | None, config: Mapping[str, Any]) -> Entry:
+def scaled(
+    entry: StoredTensor, scale: StoredTensor, zero: StoredTensor | None, config: Mapping[str, Any]
+) -> StoredTensor:
     """The entry of a weight times its scale.
 
     Args:
@@ -82,7 +84,7 @@ def scaled(entry: Entry, scale: Entry, zero: Entry | None, config: Mapping[str, 
         why = f"{entry.name} is stored as {what} of shape {entry.shape} with a scale of {scale.shape}: {note}"
         return replace(entry, problem=("quantized", why))
 
-    def factor(part: Entry, index: int | None) -> Any:
+    def factor(part: StoredTensor, index: int | None) -> Any:
         values = as_numpy(part.read()).reshape(shape)
         if part is scale and part.dtype == "uint8":
             values = np.exp2(values.astype(np.float32) - 127)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from htsr.errors import UsageError
 from htsr.matrices.apart import matrices_of
-from htsr.matrices.entries import Entry, base_names, unshared
 from htsr.matrices.models import WeightMatrix
 from htsr.matrices.modules import is_sharded, module_config, module_entries
 from htsr.matrices.parametrized import computed
 from htsr.matrices.quantized import dequantized
 from htsr.matrices.roles import stem, whole_name
+from htsr.matrices.stored_tensors import StoredTensor, base_names, unshared
 from htsr.matrices.tuners import without_peft
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def in_rounds(
             shards[whole_name(mine[0].name)].release()
 
 
-def _viewed(entry: Entry, tensor: Any) -> Entry:
+def _viewed(entry: StoredTensor, tensor: Any) -> StoredTensor:
     def read(index: int | None = None) -> Any:
         return tensor.detach() if index is None else tensor.detach()[index]
 

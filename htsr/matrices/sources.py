@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import numpy as np
 
+from htsr.arrays import Array, Difference, as_numpy
 from htsr.errors import SourceError, UsageError
 from htsr.matrices import adapters, hub, layouts, tying
 from htsr.matrices.adapter_config import read_adapter_config
 from htsr.matrices.apart import matrices_of
-from htsr.matrices.entries import Entry, unshared
-from htsr.matrices.files import file_entries, folder_entries, state_dict_entries
+from htsr.matrices.checkpoint_files import file_entries, folder_entries, state_dict_entries
 from htsr.matrices.folders import SUFFIXES, model_files, named_files, read_config, read_json
 from htsr.matrices.gguf_files import gguf_metadata
 from htsr.matrices.models import Model
 from htsr.matrices.parametrized import computed
 from htsr.matrices.quantized import dequantized
-from htsr.spectra.esd import Array, as_numpy
-from htsr.spectra.resolution import Difference
+from htsr.matrices.stored_tensors import StoredTensor, unshared
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +60,7 @@ def open_model(
     return Model(label, matrices, fingerprint)
 
 
-Opened: TypeAlias = tuple[str, list[Entry], dict[str, Any], str | None]
+Opened: TypeAlias = tuple[str, list[StoredTensor], dict[str, Any], str | None]
 
 
 def _open(source: Source, revision: str | None) -> Opened:
@@ -124,7 +123,9 @@ def _open_path(name: str, revision: str | None) -> Opened:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _converted(path: Path, entries: list[Entry], config: dict[str, Any]) -> tuple[list[Entry], dict[str, Any]]:
+def _converted(
+    path: Path, entries: list[StoredTensor], config: dict[str, Any]
+) -> tuple[list[StoredTensor], dict[str, Any]]:
     """The entries, and the configuration, of the model at `path`; those of other formats as transformers'."""
     file = (named_files(path) if path.is_file() else model_files(path)).files[0]
     if file.suffix == ".gguf":
@@ -143,7 +144,7 @@ def _files_of(file: Path) -> list[Path]:
     return [*model.files, *beside, *([model.index] if model.index else [])]
 
 
-def _adapter(folder: Path) -> tuple[list[Entry], str | None]:
+def _adapter(folder: Path) -> tuple[list[StoredTensor], str | None]:
     """The changes of an adapter; one that depends on its base is taken on the one it names, where that lies here.
 
     With them goes the fingerprint of that base.
@@ -166,7 +167,7 @@ def _adapter(folder: Path) -> tuple[list[Entry], str | None]:
     return changes, fingerprint
 
 
-def _merged(folder: Path, base: list[Entry], config: dict[str, Any]) -> list[Entry]:
+def _merged(folder: Path, base: list[StoredTensor], config: dict[str, Any]) -> list[StoredTensor]:
     """The base with the adapter in `folder`, under the base's names."""
     settings = read_adapter_config(folder)
     if settings.needs_base:
@@ -204,7 +205,7 @@ def _on_base(source: Source, base: Source, revision: str | None) -> Opened:
     return os.fspath(source), merged, config, fingerprint and f"{_fingerprint(folder.iterdir())}-{fingerprint}"  # type: ignore[arg-type]
 
 
-def _difference(entries: list[Entry], other: list[Entry]) -> list[Entry]:
+def _difference(entries: list[StoredTensor], other: list[StoredTensor]) -> list[StoredTensor]:
     by_name = {entry.name: entry for entry in other}
     again = tying.repeated(entries)
     result = []
@@ -228,7 +229,7 @@ def _difference(entries: list[Entry], other: list[Entry]) -> list[Entry]:
     return result
 
 
-def _computed_in(entry: Entry) -> str:
+def _computed_in(entry: StoredTensor) -> str:
     return "float64" if entry.dtype == "float64" else "float32"
 
 
@@ -238,19 +239,19 @@ class _Minus:
     the difference; so it is where `b` is what `a` has an adapter added to.
     """
 
-    a: Entry
-    b: Entry
+    a: StoredTensor
+    b: StoredTensor
     exact: bool = False
 
     def __call__(self, index: int | None = None) -> Array:
         which = () if index is None else (index,)
         a, b = (self._read(e, *which) for e in (self.a, self.b))
         base = getattr(self.a.read, "base", None)
-        if self.exact or (isinstance(base, Entry) and np.array_equal(as_numpy(base.read(*which)), as_numpy(b))):
+        if self.exact or (isinstance(base, StoredTensor) and np.array_equal(as_numpy(base.read(*which)), as_numpy(b))):
             return Difference.of(as_numpy(a), as_numpy(b), (_computed_in(self.a), _computed_in(self.b)))
         return Difference.of(a, b, (self.a.dtype, self.b.dtype))
 
     @staticmethod
-    def _read(entry: Entry, *which: int) -> Any:
+    def _read(entry: StoredTensor, *which: int) -> Any:
         values = entry.read(*which)
         return values if isinstance(values, Difference) else as_numpy(values)

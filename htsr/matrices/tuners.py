@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from htsr.arrays import Array, Difference, as_numpy
 from htsr.errors import MatrixError
 from htsr.matrices.adapters import dora_factor
-from htsr.matrices.entries import Entry, base_name, clean_name
-from htsr.spectra.esd import Array, as_numpy
-from htsr.spectra.resolution import Difference
+from htsr.matrices.stored_tensors import StoredTensor, base_name, clean_name
 
-Entries = Callable[[Any, str], Iterator[Entry]]
+Entries = Callable[[Any, str], Iterator[StoredTensor]]
 
 _ADDED = re.compile(r"(^|\.)(?:(?:base_layer|original_module|modules_to_save\.[^.]+)\.)+")
 
@@ -55,7 +54,7 @@ def without_peft(name: str) -> str:
     return _ADDED.sub(r"\1", name)
 
 
-def tuner_entries(layer: Any, prefix: str, entries: Entries, mixture: bool = False) -> Iterator[Entry]:
+def tuner_entries(layer: Any, prefix: str, entries: Entries, mixture: bool = False) -> Iterator[StoredTensor]:
     """The weights of a `layer` that PEFT has wrapped, as it computes with them.
 
     Args:
@@ -90,7 +89,7 @@ def _bare(layer: Any) -> Any:
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.base_layer
 
 
-def _refused(entry: Entry, layer: Any, why: str) -> Entry:
+def _refused(entry: StoredTensor, layer: Any, why: str) -> StoredTensor:
     kind = type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
     problem = ("unmerged", f"{base_name(entry.name)} has an adapter of PEFT's {kind} whose weight cannot be had: {why}")
     return replace(entry, problem=problem, storage=None)
@@ -115,7 +114,7 @@ class Merged:
         parameter: its name in the layer.
     """
 
-    base: Entry
+    base: StoredTensor
     layer: Any
     parameter: str
 
@@ -162,7 +161,7 @@ class Merged:
         return W.detach()
 
 
-def _lora(entry: Entry, layer: Any) -> Entry:
+def _lora(entry: StoredTensor, layer: Any) -> StoredTensor:
     adapters = [a for a in layer.active_adapters if a in layer.scaling and a not in layer.merged_adapters]
     if entry.problem or not adapters:
         return entry
@@ -179,7 +178,7 @@ class Adapted:
         adapters: the names of those to add.
     """
 
-    base: Entry
+    base: StoredTensor
     layer: Any
     adapters: tuple[str, ...]
 

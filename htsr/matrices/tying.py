@@ -12,15 +12,15 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from htsr.arrays import Array, as_numpy
 from htsr.matrices import roles
-from htsr.matrices.entries import FLOATS, Entry
-from htsr.spectra.esd import Array, as_numpy
+from htsr.matrices.stored_tensors import FLOATS, StoredTensor
 
 _COMPARED = 16 << 20  # bytes at once
 _EMBEDDINGS = ("embed", "head")
 
 
-def tied(entries: Sequence[Entry]) -> list[Entry]:
+def tied(entries: Sequence[StoredTensor]) -> list[StoredTensor]:
     """`entries` of a checkpoint, in which an embedding or head that is stored twice has one `storage`.
 
     Args:
@@ -46,7 +46,7 @@ def tied(entries: Sequence[Entry]) -> list[Entry]:
     return [found[i] for i in sorted(range(len(found)), key=copies.__contains__)]
 
 
-def repeated(entries: Iterable[Entry]) -> dict[str, str]:
+def repeated(entries: Iterable[StoredTensor]) -> dict[str, str]:
     """Those of `entries` that are the same weight as an earlier one, by name: the name of the earlier."""
     first: dict[object, str] = {}
     found = {}
@@ -56,16 +56,16 @@ def repeated(entries: Iterable[Entry]) -> dict[str, str]:
     return found
 
 
-def _is_table(entry: Entry) -> bool:
+def _is_table(entry: StoredTensor) -> bool:
     plain = len(entry.shape) == 2 and 0 not in entry.shape and entry.dtype in FLOATS and not entry.warning
     return plain and entry.problem is None and _role(entry) in _EMBEDDINGS
 
 
-def _role(entry: Entry) -> str:
+def _role(entry: StoredTensor) -> str:
     return roles.role_of(entry.name, entry.kind)
 
 
-def _equal(a: Entry, b: Entry) -> bool:
+def _equal(a: StoredTensor, b: StoredTensor) -> bool:
     """Whether two tables hold the same numbers; a few rows tell that they do not."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from htsr.errors import HtsrError, SourceError
-from htsr.matrices.entries import clean_names
+from htsr.matrices.file_bytes import SAFETENSORS_DTYPES, Stored, safetensors_header
 from htsr.matrices.folders import ModelFiles
 from htsr.matrices.pickles import PICKLES, load_pickle
-from htsr.matrices.stored import SAFETENSORS_DTYPES, Stored, safetensors_header
+from htsr.matrices.stored_tensors import clean_names
 
 _WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", *PICKLES)
 _INDEX = re.compile(r"\.(?:safetensors|bin)\.index(\.\w+)?\.json$")

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from htsr.arrays import Vector
 from htsr.spectra.metrics import NUMERIC, LayerMetrics
-
-Vector = npt.NDArray[np.float64]
 
 BINS = 100
 POINTS = 200

@@ -23,8 +23,9 @@ from string import Template
 from typing import Any
 
 from htsr._version import __version__
-from htsr.analysis import Analysis
-from htsr.comparison import Comparison
+from htsr.analysis.analyze import Analysis
+from htsr.analysis.comparison import Comparison
+from htsr.arrays import Vector
 from htsr.errors import MissingDependencyError
 from htsr.files import written
 from htsr.reporting import figures, tables
@@ -136,7 +137,7 @@ def content(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def _spectrum(eigenvalues: figures.Vector | None) -> dict[str, Any] | None:
+def _spectrum(eigenvalues: Vector | None) -> dict[str, Any] | None:
     histogram = None if eigenvalues is None else figures.log_histogram(eigenvalues)
     if eigenvalues is None or histogram is None:
         return None

@@ -12,7 +12,7 @@ from htsr.reporting.text import visible
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from htsr.outliers import Outliers
+    from htsr.calibration.outliers import Outliers
 
 _BAR = 24
 

@@ -15,7 +15,7 @@ from htsr.files import written
 from htsr.reporting.plots import check_picture
 from htsr.reporting.tables import _fitted_table
 from htsr.reporting.text import in_csv, in_markdown, plain_console, visible
-from htsr.training.plan import Plan, PlanRow
+from htsr.training.layerwise.plan import Plan, PlanRow
 
 if TYPE_CHECKING:
     from rich.table import Table

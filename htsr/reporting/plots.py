@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from htsr.arrays import Vector
 from htsr.errors import MissingDependencyError, UsageError
 from htsr.files import check_writable
 from htsr.reporting import figures
@@ -17,7 +18,7 @@ from htsr.spectra.metrics import NUMERIC
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from htsr.analysis import Analysis
+    from htsr.analysis.analyze import Analysis
 
 # Okabe and Ito's colours, apart for every kind of colour vision
 _BLUE, _GREY, _VERMILION, _GREEN, _PURPLE = "#0072b2", "#8a8f98", "#d55e00", "#009e73", "#9b4f96"
@@ -124,6 +125,6 @@ def _axes(ax: Any, size: tuple[float, float]) -> Any:
     return pyplot.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
 
 
-def _gaps(density: figures.Vector) -> figures.Vector:
+def _gaps(density: Vector) -> Vector:
     """Empty bins as NaN: a logarithmic axis has no place for 0."""
     return np.where(density > 0, density, np.nan)

@@ -13,15 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from htsr.analysis import Analysis
-from htsr.comparison import Comparison, Pair
+from htsr.analysis.analyze import Analysis
+from htsr.analysis.comparison import Comparison, Pair
+from htsr.analysis.surgery import Operation
 from htsr.errors import MissingDependencyError
 from htsr.files import written
 from htsr.matrices.models import Model, WeightMatrix
 from htsr.reporting.text import encodable, in_csv, in_markdown, visible
 from htsr.spectra.metrics import LayerMetrics
-from htsr.surgery import Operation
-from htsr.training.memory import PARTS, MemoryPlans, beside
+from htsr.training.memory.plan import PARTS, MemoryPlans, beside
 
 if TYPE_CHECKING:
     from rich.table import Table

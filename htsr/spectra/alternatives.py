@@ -28,9 +28,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from htsr.arrays import Vector
 from htsr.errors import MatrixError
-
-Vector = npt.NDArray[np.float64]
 
 LAWS = ("truncated_power_law", "exponential", "stretched_exponential", "lognormal")
 SIGNIFICANT = 0.05

@@ -22,7 +22,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-Vector = npt.NDArray[np.float64]
+from htsr.arrays import Vector
 
 TW1_99 = 2.0234
 _QUANTILES = np.linspace(0.05, 0.95, 91)

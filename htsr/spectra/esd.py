@@ -34,17 +34,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from htsr.arrays import Array, Product, as_numpy
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.attempts import attempted
-from htsr.spectra.product import Product
+from htsr.spectra.product import product_eigenvalues
 from htsr.spectra.resolution import equal_within, is_coarse, require_tail, rounded_away, without_rounding
 from htsr.spectra.windows import Windows
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
-Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 Route: TypeAlias = Literal["auto", "gram", "svd", "lanczos"]
 Precision: TypeAlias = Literal["auto", "float32", "float64"]
 
@@ -142,7 +142,7 @@ def esd(
 
     if isinstance(matrix, Product):
         if route == "auto" and windows is None:
-            values = matrix.eigenvalues()
+            values = product_eigenvalues(matrix)
             _require_finite(values.sum())
             M, N = sorted(matrix.shape[-2:])
             within = equal_within(M, M, stored)
@@ -366,15 +366,3 @@ def _require_squares(largest: float, dtype: str, has_entries: Callable[[], Any])
     _require_finite(largest)
     if largest < np.finfo(dtype).tiny / np.finfo(dtype).eps and bool(has_entries()):
         raise MatrixError("underflow", f"its entries are so small that {dtype} cannot hold their squares")
-
-
-def as_numpy(array: Array | Product) -> npt.NDArray[Any]:
-    """`array`, of any shape, as NumPy on the CPU; dtypes that NumPy lacks (bfloat16, float8) become float32."""
-    if isinstance(array, Product):
-        return array.dense()
-    if isinstance(array, np.ndarray):
-        return np.asarray(array)
-    tensor = array.detach().cpu()
-    if str(tensor.dtype) not in ("torch.float64", "torch.float32", "torch.float16"):
-        tensor = tensor.float()
-    return np.asarray(tensor.numpy())

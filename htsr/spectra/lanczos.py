@@ -16,12 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
+from htsr.arrays import Array, Vector, as_numpy
 from htsr.errors import MatrixError
-from htsr.spectra.esd import ESD, Array, as_numpy
-
-Vector = npt.NDArray[np.float64]
+from htsr.spectra.esd import ESD
 
 STEPS = 128
 PROBES = 8

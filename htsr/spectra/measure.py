@@ -10,23 +10,19 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from htsr.arrays import Array, Difference, Product, Vector, as_numpy
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.alternatives import best_law, compare_laws, fit_truncated
 from htsr.spectra.attempts import attempted
 from htsr.spectra.bulk import fit_bulk, jensen_shannon_distance, permute_entries
 from htsr.spectra.erg import erg
-from htsr.spectra.esd import ESD, LANCZOS_FROM, Array, Route, as_numpy, esd, esd_batch
+from htsr.spectra.esd import ESD, LANCZOS_FROM, Route, esd, esd_batch
 from htsr.spectra.metrics import LayerMetrics, Options
 from htsr.spectra.notes import notes
 from htsr.spectra.null import alpha_null
-from htsr.spectra.product import Product
 from htsr.spectra.quality import quality
-from htsr.spectra.resolution import Difference
 from htsr.spectra.tail import PowerLawFit, bootstrap_alpha, fit_power_law
-
-Vector = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from htsr.arrays import Array, Vector
 from htsr.errors import MatrixError, UsageError
-from htsr.spectra.esd import Array
-from htsr.spectra.projection import decompose, rescaled
+from htsr.spectra.directions import decompose, rescaled
 from htsr.spectra.tail import FitMethod, fit_power_law
-
-Vector = npt.NDArray[np.float64]
 
 LEAST_TAIL = 8  # a shorter one has no exponent worth moving
 HALVINGS = 6
@@ -101,7 +99,7 @@ def nudge(matrix: Array, strength: float, *, fit: FitMethod = "ks") -> tuple[Arr
         fit: how the tail is chosen.
 
     Raises:
-        MatrixError: as `nudge_spectrum` and `htsr.spectra.projection.decompose`.
+        MatrixError: as `nudge_spectrum` and `htsr.spectra.directions.decompose`.
         UsageError: a strength outside [0, 1].
     """
     found = decompose(matrix)

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from htsr.arrays import Vector
 from htsr.errors import MatrixError
-
-Vector = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -43,78 +43,22 @@ no smaller than the bulk that training leaves: noise of that size cannot be told
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from htsr.arrays import EPSILON, MANTISSAS, Vector, epsilon
 from htsr.errors import MatrixError
 
-Vector = npt.NDArray[np.float64]
-
 MIN_EIGENVALUES = 8  # with fewer there is no tail to speak of
-_EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 _SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133}  # steps of subnormal numbers
 _BALANCING = 4
-_MANTISSAS = (0.541 / 12) ** 0.5
 _UNEVEN = 4.0  # of the errors' singular values over those of even errors
 _SHARE = 8.0  # of ρ·M times the unevenness: what k must reach
 _EVEN = 1.5  # of the largest singular value of errors that were made even over its expectation
 _JUMP = 2.0  # from the singular values of errors to the smallest of a change
 _COMPUTED = 64.0  # ulps between eigenvalues of a matrix that was made orthogonal in float32 (measured: 31 at M = 1024)
-
-
-def epsilon(stored: str) -> float:
-    """Machine epsilon of the dtype that the numbers were stored in; float32's of what is no plain float.
-
-    Args:
-        stored: dtype as torch names it.
-    """
-    return _EPSILON.get(stored, _EPSILON["float32"])
-
-
-class Difference(np.ndarray[Any, Any]):
-    """a - b, or another result, with `rounding`, the mean square of its entries' rounding errors; parts of it keep
-    that.
-    """
-
-    rounding: float | None = None
-
-    def __array_finalize__(self, source: Any) -> None:
-        self.rounding = getattr(source, "rounding", None)
-
-    @classmethod
-    def of(cls, a: npt.NDArray[Any], b: npt.NDArray[Any], stored: tuple[str, str]) -> Difference:
-        """The difference of two arrays of one shape, in float64 where one of them is, else in float32.
-
-        Args:
-            a: (m, n) or of any other shape, as read.
-            b: of the shape of `a`, as read.
-            stored: dtypes that they were stored in, as torch names them.
-        """
-        wide = np.float64 if np.float64 in (a.dtype, b.dtype) else np.float32
-        return cls.computed(a.astype(wide) - b.astype(wide), tuple(zip((a, b), stored, strict=True)))
-
-    @classmethod
-    def computed(cls, result: npt.NDArray[Any], parts: Iterable[tuple[npt.NDArray[Any], str]]) -> Difference:
-        """The `result` of a computation in float32 or better, as large or small as it is beside what went into it.
-
-        Args:
-            result: (m, n) or of any other shape.
-            parts: the summands, (m, n) or as `result`, with the dtypes that they were stored in, as torch names them.
-                One that is a `Difference` has errors that are known.
-        """
-        found = result.view(cls)
-        found.rounding = sum(_mean_square_error(part, dtype) for part, dtype in parts)
-        return found
-
-
-def _mean_square_error(values: npt.NDArray[Any], stored: str) -> float:
-    known: float | None = getattr(values, "rounding", None)
-    if known is not None or values.size == 0:
-        return known or 0.0
-    return (_MANTISSAS * epsilon(stored)) ** 2 * float(np.square(values, dtype=np.float64).mean())
 
 
 def without_rounding(eigenvalues: Vector, N: int, stored: str, rounding: float | None = None) -> Vector:
@@ -128,12 +72,12 @@ def without_rounding(eigenvalues: Vector, N: int, stored: str, rounding: float |
     """
     M = eigenvalues.shape[-1]
     eps = epsilon(stored)
-    summed = min(eps, _EPSILON["float32"])
+    summed = min(eps, EPSILON["float32"])
     largest = eigenvalues[..., -1:]
     k = np.arange(1, M + 1)
     square = eigenvalues.sum(axis=-1, keepdims=True) / (M * N)
-    stored_errors = _MANTISSAS**2 * eps**2 * square if rounding is None else np.full_like(square, rounding)
-    errors = stored_errors + _MANTISSAS**2 * summed**2 * square * (M - k) / 2
+    stored_errors = MANTISSAS**2 * eps**2 * square if rounding is None else np.full_like(square, rounding)
+    errors = stored_errors + MANTISSAS**2 * summed**2 * square * (M - k) / 2
     alike = eigenvalues <= _UNEVEN**2 * errors * (np.sqrt(N - M + k) + np.sqrt(k)) ** 2
     many = k >= _SHARE * _UNEVEN * M * np.sqrt(stored_errors / np.where(square > 0, square, 1.0))
     if rounding is not None:
@@ -200,7 +144,7 @@ def equal_within(M: int, N: int, stored: str) -> float:
         N: larger side.
         stored: dtype that the entries were stored in, as torch names it.
     """
-    return 2.4 * epsilon(stored) * (M / N) ** 0.5 + _COMPUTED * _EPSILON["float32"]
+    return 2.4 * epsilon(stored) * (M / N) ** 0.5 + _COMPUTED * EPSILON["float32"]
 
 
 def distinct(values: Vector, within: float, enough: int) -> int:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Vector = npt.NDArray[np.float64]
+from htsr.arrays import Vector
+
 Indices = npt.NDArray[np.intp]
 
 _TIE = 1e-9  # relative; closer values are equal but for the rounding of what computed them

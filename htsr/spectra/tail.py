@@ -30,12 +30,11 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
+from htsr.arrays import Vector
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.scan import Tails
 
 FitMethod: TypeAlias = Literal["ks", "hill", "hill_paper", "fix_fingers", "clip_xmax"]
-Vector: TypeAlias = npt.NDArray[np.float64]
-
 MAX_FINGERS = 10
 FINGER_DROP = 1.0
 PEAK_BINS = 100

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from htsr.errors import UsageError
-from htsr.training.hooks import engine_of
-from htsr.training.layerwise import layerwise, log_values
-from htsr.training.policy import PolicyLike, make_policy
-from htsr.training.sampling import LayerSampler
+from htsr.training.layerwise.hooks import engine_of
+from htsr.training.layerwise.policy import PolicyLike, make_policy
+from htsr.training.layerwise.wrapper import layerwise, log_values
+from htsr.training.sampling.sampler import LayerSampler
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -26,7 +26,7 @@ class LayerwiseCallback(TrainerCallback):
     Learning rate, weight decay, betas and scheduler are those of the Trainer's arguments, and its checkpoints resume.
     An optimizer that was given to the Trainer is made layerwise as well, unless it is already. Each time that the
     Trainer logs, which it does with the lr of its first group, the user's own, this adds what
-    `htsr.training.layerwise.log_values` returns.
+    `htsr.training.layerwise.wrapper.log_values` returns.
 
     Args:
         trainer: the one that the callback is added to, before `train`.

@@ -19,9 +19,9 @@ import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from htsr.errors import MatrixError, UsageError
-from htsr.matrices.entries import base_names
 from htsr.matrices.models import Filter, WeightMatrix, as_filter
 from htsr.matrices.sources import open_model
+from htsr.matrices.stored_tensors import base_names
 from htsr.spectra.nudge import Nudge, nudge
 from htsr.spectra.tail import FitMethod
 

@@ -118,7 +118,7 @@ import collections, json, sys, time
 import numpy
 from threadpoolctl import threadpool_limits
 import htsr.spectra.esd, htsr.spectra.measure as measure
-from htsr.execution import identity
+from htsr.analysis.execution import unmeasured_row
 from htsr.matrices.models import WeightMatrix
 from htsr.matrices.sources import open_model
 from htsr.spectra.metrics import Options
@@ -142,7 +142,7 @@ options = Options(permuted=True, bulk=True, null=False)
 with threadpool_limits(1):
     start = time.perf_counter()
     for matrix in open_model(sys.argv[1]):
-        measure.measure(matrix.read, identity(matrix), options)
+        measure.measure(matrix.read, unmeasured_row(matrix), options)
     total = time.perf_counter() - start
 print(json.dumps({**spent, "the rest": total - sum(spent.values()), "total": total}))
 """
@@ -159,7 +159,7 @@ def one_billion(work: Path) -> dict[str, Any]:
         m = common.in_process(code, str(folder), json.dumps({"null": False} if tool == "htsr" else {}), *more)
         result[tool] = {"process": m.seconds, "peak_mib": m.peak_mib, **m.result}
         print(f"1.1 B: {tool} {m.seconds:.0f} s, peak {m.peak_mib:.0f} MiB", flush=True)
-    baseline = common.in_process("import htsr, numpy, htsr.analysis, scipy.linalg, torch")
+    baseline = common.in_process("import htsr, numpy, htsr.analysis.analyze, scipy.linalg, torch")
     result["imports_mib"] = baseline.peak_mib
     return result
 

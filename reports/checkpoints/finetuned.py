@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from htsr.arrays import as_numpy
 from htsr.matrices.models import Model
 from htsr.matrices.sources import open_model
-from htsr.spectra.esd import as_numpy
 from reports import common
 from reports.checkpoints.measuring import Matrix, Row, cached, changed, column, generator, measured, spearman
 from reports.checkpoints.training import ARMS, tuned

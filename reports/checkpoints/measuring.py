@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from htsr.analysis import analyze_model, make_options
+from htsr.analysis.analyze import analyze_model, make_options
+from htsr.arrays import as_numpy
 from htsr.matrices.models import Model
 from htsr.spectra.bulk import tw_threshold
-from htsr.spectra.esd import Windows, as_numpy
+from htsr.spectra.esd import Windows
 from htsr.spectra.null import ShapeNull, shape_null
 from htsr.spectra.tail import fit_power_law
 

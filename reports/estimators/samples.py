@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from htsr.arrays import Vector
 from htsr.spectra.null import gaussian_eigenvalues
-
-Vector = npt.NDArray[np.float64]
 
 
 def pareto(random: np.random.Generator, alpha: float, size: int) -> Vector:

@@ -43,12 +43,12 @@ EVENT = (
     COMMON
     + """
 import htsr
-from htsr.execution import share
+from htsr.analysis.execution import share
 from htsr.matrices.sharded import open_live
 from htsr.spectra.esd import esd
 from htsr.spectra.scores import score
-from htsr.training import scoring
-from htsr.training.hooks import engine_of
+from htsr.training.layerwise.wrapper import live_scores as scoring
+from htsr.training.layerwise.hooks import engine_of
 times = 1 if quick else 3
 matrices = open_live(model).matrices
 body = [m for m in matrices if min(m.shape) >= 50 and not m.role.startswith(("embed", "head"))]

@@ -142,7 +142,7 @@ def refresh(rows: int, columns: int, rank: int, rounds: int) -> dict[str, Any]:
     """Seconds of one projector by route, and the part of the best possible ‖R‖² that it keeps."""
     import torch
 
-    from htsr.training.projection import project, projector
+    from htsr.training.lowrank.subspace import project, projector
 
     before, now = gradient(rows, columns, 0), gradient(rows, columns, 0) + 0.05 * gradient(rows, columns, 1)
     exact = projector(now, rank)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from htsr.training.lowrank import LowRankAdamW
-from htsr.training.lowrank_groups import low_rank_groups
+from htsr.training.lowrank.groups import low_rank_groups
+from htsr.training.lowrank.optimizer import LowRankAdamW
 
 STEPS = "training steps"
 

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from htsr.execution import workers
+from htsr.analysis.execution import workers
 from reports import common
 
 HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ def study(work: Path, **shapes: int) -> dict[str, Any]:
     folder = work / "model"
     parameters = make(folder, **shapes)
     environment = os.environ | {"HTSR_CACHE": str(work / "cache")}
-    command = [sys.executable, "-m", "htsr.analysis", str(folder), "--device", "cpu", "-v", "-o"]
+    command = [sys.executable, "-m", "htsr.analysis.analyze", str(folder), "--device", "cpu", "-v", "-o"]
 
     started = time.perf_counter()
     total = 7 * shapes["blocks"] + 2
@@ -56,7 +56,9 @@ def study(work: Path, **shapes: int) -> dict[str, Any]:
     one_rows, two_rows = (json.loads((work / f"{name}.json").read_text())["rows"] for name in ("one", "two"))
     names = {row["name"] for row in two_rows}
     worst = compare([row for row in one_rows if row["name"] in names], two_rows)
-    imports = common.in_process("import torch, numpy, scipy.linalg, safetensors.torch, htsr.analysis, htsr_cli.run")
+    imports = common.in_process(
+        "import torch, numpy, scipy.linalg, safetensors.torch, htsr.analysis.analyze, htsr_cli.run"
+    )
     return {
         "parameters": parameters,
         "matrices": len(one_rows),

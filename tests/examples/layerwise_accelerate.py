@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
 import htsr
-from htsr.training.layerwise import log_values
+from htsr.training.layerwise.wrapper import log_values
 
 accelerator = Accelerator()
 model = LlamaForCausalLM(

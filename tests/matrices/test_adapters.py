@@ -322,7 +322,7 @@ def test_kohyas_files_hold_their_scaling(tmp_path):
 def test_a_head_and_an_embedding_that_were_resized_and_saved_whole(tmp_path, tied):
     """Refused whole with its base, and without it the head was there twice under one name."""
     from htsr.matrices.adapters import adapter_entries, merged_with_base
-    from htsr.matrices.files import folder_entries
+    from htsr.matrices.checkpoint_files import folder_entries
 
     model = llama()
     model.config.tie_word_embeddings = tied

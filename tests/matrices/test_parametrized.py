@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import htsr
-from htsr.spectra.esd import as_numpy
+from htsr.arrays import as_numpy
 
 
 def layers() -> dict[str, nn.Module]:

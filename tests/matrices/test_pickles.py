@@ -15,7 +15,7 @@ from torch import nn
 
 import htsr
 from htsr.matrices import pickles
-from htsr.matrices.files import file_entries
+from htsr.matrices.checkpoint_files import file_entries
 from tests.models import state_dict
 
 STATE = state_dict(blocks=1)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import htsr
-from htsr.spectra.esd import as_numpy
+from htsr.arrays import as_numpy
 from tests.matrices.test_adapters import Convolutions, gpt2
 
 peft = pytest.importorskip("peft")

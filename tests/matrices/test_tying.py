@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import htsr
-from htsr.matrices.files import folder_entries
+from htsr.matrices.checkpoint_files import folder_entries
 from htsr.matrices.tying import repeated, tied
 from tests.matrices.test_sources import tiny
 

@@ -9,7 +9,7 @@ from rich.console import Console
 import htsr
 from htsr.reporting import tables
 from htsr.spectra.notes import CAUTION
-from htsr.training.memory import MemoryPlan, MemoryPlans
+from htsr.training.memory.plan import MemoryPlan, MemoryPlans
 from tests.models import state_dict
 
 

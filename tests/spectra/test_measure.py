@@ -3,12 +3,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from htsr.arrays import Product
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.bulk import Bulk
 from htsr.spectra.measure import measure, measure_batch, scalar_metrics
 from htsr.spectra.metrics import LayerMetrics, Options
 from htsr.spectra.notes import kind_of
-from htsr.spectra.product import Product
 from htsr.spectra.tail import fit_power_law
 from htsr.spectra.windows import Windows
 from tests.reference import statistics as plain

@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from htsr.errors import MatrixError, UsageError
+from htsr.spectra.directions import project_tail
 from htsr.spectra.erg import erg
 from htsr.spectra.esd import esd
 from htsr.spectra.nudge import nudge, nudge_spectrum
-from htsr.spectra.projection import project_tail
 from htsr.spectra.tail import fit_power_law
 
 

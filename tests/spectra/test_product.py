@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import htsr
+from htsr.arrays import Product
 from htsr.matrices.sources import open_model
 from htsr.spectra.esd import Windows, esd
-from htsr.spectra.product import Product
 
 
 @settings(max_examples=40)

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import htsr
+from htsr.arrays import Product
 from htsr.spectra.esd import esd, esd_batch
 from htsr.spectra.measure import measure
 from htsr.spectra.metrics import LayerMetrics, Options
-from htsr.spectra.product import Product
 from htsr.spectra.resolution import distinct, equal_within
 
 STORED = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

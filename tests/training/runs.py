@@ -42,7 +42,7 @@ class KilledError(Exception):
 @contextmanager
 def killed_after(steps: int) -> Iterator[None]:
     """The fine-tuning inside stops after that many optimizer steps, as a crash would stop it."""
-    from htsr.training.trainer import FinetuneTrainer
+    from htsr.finetuning.trainer import FinetuneTrainer
 
     original = FinetuneTrainer.training_step
 
@@ -68,7 +68,7 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
 
-    from htsr.training.sampling import LayerSampler
+    from htsr.training.sampling.sampler import LayerSampler
 
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1")

@@ -11,7 +11,7 @@ from transformers.optimization import Adafactor as TransformersAdafactor
 
 import htsr
 from htsr.errors import UsageError
-from htsr.training.groups import plain_state_dict
+from htsr.training.layerwise.groups import plain_state_dict
 from tests.training.models import Spying, TinyLM, decay_groups, loss, train, warmup_cosine
 
 TOTAL, LR = 16, 2e-3

@@ -1,0 +1,436 @@
+"""Compare two models matrix by matrix: every metric of both, and how far the weights are apart.
+
+comparison = htsr.compare("base", "fine-tuned")
+comparison.to_pandas()
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from htsr.analysis.analyze import FULL, Analysis, analyze_model, make_options
+from htsr.arrays import Array, Vector, as_numpy
+from htsr.errors import MatrixError, SourceError, UsageError
+from htsr.matrices.models import Filter, Model, WeightMatrix, as_filter
+from htsr.matrices.positions import Position
+from htsr.matrices.sources import Source, open_model
+from htsr.ranks import Ranks
+from htsr.spectra.bulk import jensen_shannon_distance
+from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
+
+if TYPE_CHECKING:
+    import pandas
+
+logger = logging.getLogger(__name__)
+
+_DECISIVE = ("fit", "xmin", "xmax", "windows")  # options under which α is another number
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far two matrices A and B of the same shape are apart.
+
+    Attributes:
+        frobenius: ‖A - B‖_F, in the unit of the weights.
+        relative: ‖A - B‖_F / ‖A‖_F.
+        cosine: ⟨A, B⟩ / (‖A‖_F ‖B‖_F), in [-1, 1].
+        cka: linear centred kernel alignment of the rows' Gram matrices (Kornblith et al. 2019), on the smaller side; 1
+            where B is A times a rotation.
+    """
+
+    frobenius: float
+    relative: float
+    cosine: float
+    cka: float
+
+
+@dataclass(frozen=True, repr=False)
+class Pair:
+    """One matrix in both models.
+
+    Attributes:
+        name: in the first model.
+        a: its row in the first model.
+        b: its row in the second.
+        distance: between the weights; None for saved analyses, for one of zeros, and where one is stored transposed.
+        esd_distance: Jensen-Shannon distance between the ESDs, in [0, √ln 2]; None where their sizes differ, or one is
+            missing or zero.
+    """
+
+    name: str
+    a: LayerMetrics
+    b: LayerMetrics
+    distance: Distance | None
+    esd_distance: float | None
+
+    def __repr__(self) -> str:
+        return f"<Pair {self.name!r}: alpha {self.a.alpha} and {self.b.alpha}, {self.distance}>"
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """Two models, matrix by matrix.
+
+    Attributes:
+        a: analysis of the first.
+        b: analysis of the second.
+        pairs: the matrices that are in both, in the first's order.
+        only_a: names of those that are in the first only.
+        only_b: names of those that are in the second only.
+        reshaped: names in the first of those whose counterpart has another shape. They are no pair: α and most other
+            numbers depend on the shape.
+    """
+
+    a: Analysis
+    b: Analysis
+    pairs: tuple[Pair, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    reshaped: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        alpha = self.summary().get("alpha")
+        means = f", mean alpha {alpha[0]:.3f} and {alpha[1]:.3f}" if alpha else ""
+        return f"<Comparison of {self.a.label!r} and {self.b.label!r}: {len(self)} matrices in both{means}>"
+
+    def _repr_html_(self) -> str:
+        from htsr.reporting.html import comparison_html
+
+        return comparison_html(self)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def summary(self) -> dict[str, tuple[float, float, float]]:
+        """Metric by metric: mean in a, mean in b, mean difference b - a, over the matrices that have it in both."""
+        table = {}
+        for name in NUMERIC:
+            both = [
+                (x, y)
+                for pair in self.pairs
+                if (x := getattr(pair.a, name)) is not None and (y := getattr(pair.b, name)) is not None
+            ]
+            if both:
+                x, y = np.array(both, dtype=np.float64).T
+                table[name] = (float(x.mean()), float(y.mean()), float((y - x).mean()))
+        return table
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One line per pair: name, role, block, distances, and each metric as ``m_a``, ``m_b`` and ``m_delta``."""
+        import pandas as pd
+
+        return pd.DataFrame([_flat(pair) for pair in self.pairs])
+
+
+def compare(
+    a: Source | Analysis,
+    b: Source | Analysis,
+    *,
+    where: Filter | None = None,
+    full: bool = False,
+    distributed: bool = True,
+    **options: Any,
+) -> Comparison:
+    """Compare two models, or two saved analyses of them.
+
+    Matrices are matched by name, and those that are named otherwise in the two (a GGUF file and its original; experts
+    one by one or in a stack) by role and block. What
+    llama.cpp's converter permutes is put back; where that is not known the row's warning says so.
+
+    Args:
+        a: a source as `htsr.analyze` takes it, or an `Analysis`.
+        b: likewise.
+        where: which matrices, also of what is analyzed already.
+        full: as in `htsr.analyze`.
+        distributed: as in `htsr.analyze`.
+        **options: as in `htsr.analyze`; beside an `Analysis`, those that it was made with where they are not given.
+
+    Returns:
+        A `Comparison`. Distances between weights are there where both are sources, not analyses.
+
+    Raises:
+        SourceError: one cannot be read, or no matrix of one has a counterpart of its shape in the other.
+        UsageError: an option without meaning, a filter that nothing passes, or two fits that give different numbers.
+    """
+    settings = options_beside([x for x in (a, b) if isinstance(x, Analysis)], full=full, **options)
+    sides = filtered_together([x if isinstance(x, Analysis) else open_model(x) for x in (a, b)], as_filter(where))
+    analyses = [
+        side if isinstance(side, Analysis) else analyze_model(side, settings, ranks=Ranks(distributed))
+        for side in sides
+    ]
+    models = [side if isinstance(side, Model) else None for side in sides]
+    return compare_analyses(analyses[0], analyses[1], models[0], models[1])
+
+
+def options_beside(saved: Sequence[Analysis], *, full: bool = False, **options: Any) -> Options:
+    """Options for models that are compared with `saved` analyses: theirs, where they are not given.
+
+    Args:
+        saved: none, one or two.
+        full: as in `htsr.analyze`.
+        **options: as in `htsr.analyze`.
+
+    Raises:
+        UsageError: an option without meaning, or one under which a saved analysis has other numbers.
+    """
+    theirs: dict[str, Any] = {}
+    if saved:
+        theirs = {f.name: getattr(saved[0].options, f.name) for f in fields(Options) if f.name != "device"}
+    settings = make_options(**theirs | (FULL if full else {}) | options)
+    for analysis in saved:
+        _insist_on_one_fit(analysis.label, analysis.options, "this comparison", settings)
+    return settings
+
+
+def _insist_on_one_fit(a: str, options_a: Options, b: str, options_b: Options) -> None:
+    for name in _DECISIVE:
+        x, y = getattr(options_a, name), getattr(options_b, name)
+        if x != y:
+            raise UsageError(f"{a} was analyzed with {name} {x}, {b} with {name} {y}: their numbers do not compare")
+
+
+def filtered_together(sides: Sequence[Model | Analysis], where: Filter) -> list[Model | Analysis]:
+    """The wanted matrices of each of `sides`; what `where` names need be in one of them only.
+
+    Args:
+        sides: to be compared.
+        where: which matrices.
+
+    Raises:
+        UsageError: a pattern or block that none has, or a side of which nothing is left.
+    """
+    where.check([matrix for side in sides for matrix in _matrices(side)], " and ".join(side.label for side in sides))
+    kept: list[Model | Analysis] = []
+    for side in sides:
+        if isinstance(side, Model):
+            kept.append(side.filtered(where, checked=True))
+            continue
+        rows = tuple(row for row, matrix in zip(side.rows, _matrices(side), strict=True) if where(matrix))
+        if side.rows and not rows:
+            raise UsageError(f"no matrix of {side.label} passes the filter")
+        kept.append(replace(side, rows=rows))
+    return kept
+
+
+def _matrices(side: Model | Analysis) -> Sequence[WeightMatrix]:
+    """The matrices of a side, of an analysis those that its rows speak of, which nobody reads."""
+    if isinstance(side, Model):
+        return side.matrices
+
+    def gone() -> Array:
+        raise MatrixError("unreadable", "a saved analysis has no weights")
+
+    return [
+        WeightMatrix(
+            name=row.name,
+            shape=(row.rows or 0, row.columns or 0),
+            pieces=row.pieces or 1,
+            role=row.role,
+            block=row.block,
+            kind=row.kind,
+            dtype=row.stored or "",
+            load=gone,
+            position=Position(row.name),
+        )
+        for row in side
+    ]
+
+
+def compare_analyses(
+    a: Analysis, b: Analysis, model_a: Model | None = None, model_b: Model | None = None
+) -> Comparison:
+    """`compare` for analyses that exist.
+
+    Args:
+        a: of the first model.
+        b: of the second.
+        model_a: the first model, which is read once more for the distances between weights; None for none.
+        model_b: the second, likewise.
+
+    Raises:
+        SourceError: no matrix of one has a counterpart of its shape in the other.
+        UsageError: they were made by different fits.
+    """
+    _insist_on_one_fit(a.label, a.options, b.label, b.options)
+    if (versions := (a.meta.get("htsr"), b.meta.get("htsr")))[0] != versions[1]:
+        logger.warning("the analyses are of htsr %s and %s, and numbers may have been mended in between", *versions)
+    matches = match(a.rows, b.rows)
+    if not matches:
+        raise SourceError(f"{a.label} and {b.label} have no matrix in common")
+    alike = [pair for pair in matches if _of_one_shape(*pair)]
+    if not alike:
+        x, y = matches[0]
+        raise SourceError(
+            f"{a.label} and {b.label} have no matrix of one shape in common: {x.name} is {x.rows}×{x.columns} and "
+            f"{y.rows}×{y.columns}"
+        )
+    weights = [{m.name: m for m in model} if model else {} for model in (model_a, model_b)]
+    pairs = []
+    for x, y in alike:
+        esd_distance = _esd_distance(a.eigenvalues.get(x.name), b.eigenvalues.get(y.name))
+        pairs.append(Pair(x.name, x, y, _distance_of(weights[0].get(x.name), weights[1].get(y.name)), esd_distance))
+    seen_a, seen_b = {x.name for x, _ in matches}, {y.name for _, y in matches}
+    paired = {x.name for x, _ in alike}
+    return Comparison(
+        a,
+        b,
+        tuple(pairs),
+        tuple(row.name for row in a if row.name not in seen_a),
+        tuple(row.name for row in b if row.name not in seen_b),
+        tuple(row.name for row in a if row.name in seen_a - paired),
+    )
+
+
+def _of_one_shape(a: LayerMetrics, b: LayerMetrics) -> bool:
+    """Whether the matrices of two rows have one shape, or one the other's transposed."""
+
+    def shape(row: LayerMetrics) -> Any:
+        return sorted((row.rows or 0, row.columns or 0))
+
+    return shape(a) == shape(b) and (a.pieces == b.pieces or None in (a.pieces, b.pieces))
+
+
+def match(a: Sequence[LayerMetrics], b: Sequence[LayerMetrics]) -> list[tuple[LayerMetrics, LayerMetrics]]:
+    """Pairs of rows of `a` and `b` of one matrix: by name, then by the name's end, then by role, block and part."""
+    pairs: list[tuple[LayerMetrics, LayerMetrics]] = []
+    left_a, left_b = list(a), list(b)
+    for key in (_by_name, _by_end, _by_place):
+        there = _unique(left_b, key)
+        found = [(row, there[k]) for k, row in _unique(left_a, key).items() if k in there]
+        pairs += found
+        taken_a, taken_b = ({id(pair[i]) for pair in found} for i in (0, 1))
+        left_a = [row for row in left_a if id(row) not in taken_a]
+        left_b = [row for row in left_b if id(row) not in taken_b]
+    order = {row.name: i for i, row in enumerate(a)}
+    return sorted(pairs, key=lambda pair: order[pair[0].name])
+
+
+def _by_name(row: LayerMetrics) -> Any:
+    return row.name
+
+
+def _by_end(row: LayerMetrics) -> Any:
+    """The name from the first numbered component on, or its last component."""
+    found = re.search(r"\w+\.\d+\..*|[^.]+$", row.name)
+    return found[0] if found else row.name
+
+
+def _by_place(row: LayerMetrics) -> Any:
+    """Role, block and number of the expert, in a stack or by name; None of a matrix without a role."""
+    if row.role.endswith("other"):
+        return None
+    numbers = re.findall(r"\[(\d+)\]|experts?[._](\d+)", row.name)
+    return row.role, row.block, tuple("".join(number) for number in numbers)
+
+
+def _unique(rows: Sequence[LayerMetrics], key: Callable[[LayerMetrics], Any]) -> dict[Any, LayerMetrics]:
+    """Rows by key, without those that have none or whose key is not theirs alone."""
+    counts = Counter(key(row) for row in rows)
+    return {key(row): row for row in rows if counts[key(row)] == 1 and key(row) is not None}
+
+
+def _esd_distance(a: Vector | None, b: Vector | None) -> float | None:
+    if a is None or b is None or a.size != b.size or min(a[-1], b[-1]) <= 0:
+        return None
+    return jensen_shannon_distance(a, b)
+
+
+def _distance_of(a: WeightMatrix | None, b: WeightMatrix | None) -> Distance | None:
+    if a is None or b is None or (a.shape, a.pieces) != (b.shape, b.pieces):
+        return None
+    try:
+        return distance(a.read(), b.read())
+    except (MatrixError, MemoryError) as problem:
+        logger.warning("%s has no distance: %s", a.name, problem or "not enough memory")
+        return None
+
+
+def distance(a: Array, b: Array) -> Distance | None:
+    """Distances between two matrices, computed in float32, or float64 where one is stored so, with sums in float64.
+
+    Args:
+        a: (m, n) or (pieces, m, n), any float dtype.
+        b: in the same shape.
+
+    Returns:
+        None where one is zero or not finite.
+    """
+    A, B = as_numpy(a), as_numpy(b)
+    wide = np.float64 if np.float64 in (A.dtype, B.dtype) else np.float32
+    A, B = (x.astype(wide, copy=False).reshape(-1, *x.shape[-2:]) for x in (A, B))
+    largest = [float(np.abs(x).max(initial=0.0)) for x in (A, B)]
+    if 0 in largest or not np.isfinite(largest).all():
+        return None
+    exponent = _exponent(*largest)
+    frobenius = float(np.ldexp(_norm(np.ldexp(A, -exponent) - np.ldexp(B, -exponent)), exponent))
+    A, B = (np.ldexp(x, -_exponent(size)) for x, size in zip((A, B), largest, strict=True))
+    inner, norm_a, norm_b = float(np.einsum("pij,pij->", A, B, dtype=np.float64)), _norm(A), _norm(B)
+    relative = frobenius / float(np.ldexp(norm_a, _exponent(largest[0])))
+    cosine = min(max(inner / (norm_a * norm_b), -1.0), 1.0)
+    return Distance(frobenius, relative, cosine, cka(A, B))
+
+
+def _exponent(*numbers: float) -> int:
+    """Of the power of two above the largest: scaling by it rounds nothing and keeps squares from overflowing."""
+    return int(np.frexp(max(numbers))[1])
+
+
+def _norm(x: Any) -> float:
+    """‖x‖_F of entries of any size."""
+    largest = float(np.abs(x).max())
+    exponent = _exponent(largest)
+    return float(np.ldexp(np.sqrt(np.square(np.ldexp(x, -exponent), dtype=np.float64).sum()), exponent))
+
+
+def cka(A: Any, B: Any) -> float:
+    """Linear CKA, ‖AᵀB‖_F² / (‖AᵀA‖_F ‖BᵀB‖_F) for centred columns, summed over pieces; the long side is contracted.
+
+    Args:
+        A: (pieces, m, n), NumPy, of any scale.
+        B: in the same shape.
+
+    Returns:
+        In [0, 1]; NaN where one is constant along its long side.
+
+    Source: Kornblith, Norouzi, Lee & Hinton (ICML 2019), eq. 4.
+    """
+    A, B = (np.ldexp(X, -_exponent(float(np.abs(X).max()))) for X in (A, B))
+    cross = own_a = own_b = 0.0
+    for x, y in zip(A, B, strict=True):
+        x, y = (z if z.shape[0] >= z.shape[1] else z.T for z in (x, y))
+        x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+        cross += float(np.square(x.T @ y, dtype=np.float64).sum())
+        own_a += float(np.square(x.T @ x, dtype=np.float64).sum())
+        own_b += float(np.square(y.T @ y, dtype=np.float64).sum())
+    scale = (own_a * own_b) ** 0.5
+    return min(cross / scale, 1.0) if scale > 0 else float("nan")
+
+
+def _flat(pair: Pair) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "name": pair.name,
+        "name_b": pair.b.name,
+        "role": pair.a.role,
+        "block": pair.a.block,
+        "status_a": pair.a.status,
+        "status_b": pair.b.status,
+        "esd_distance": pair.esd_distance,
+    }
+    if pair.distance is not None:
+        line |= asdict(pair.distance)
+    for name in NUMERIC:
+        x, y = getattr(pair.a, name), getattr(pair.b, name)
+        if x is not None or y is not None:
+            line |= {f"{name}_a": x, f"{name}_b": y}
+            line[f"{name}_delta"] = None if x is None or y is None else float(y) - float(x)
+    return line

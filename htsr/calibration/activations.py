@@ -1,0 +1,180 @@
+"""Norms of the input features of every linear layer, over texts that run through a model.
+
+Stacked experts are parameters of three dimensions, which no module of their own applies: their products are watched for
+instead, while transformers runs them one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from htsr.arrays import Vector
+from htsr.errors import HtsrError
+from htsr.matrices.roles import is_stack_of_experts
+from htsr.matrices.stored_tensors import base_name, base_names
+
+if TYPE_CHECKING:
+    import torch
+
+
+class InputNorms:
+    """Sums of squares of every Linear's input features, in float64, while texts run through the model.
+
+    Attributes:
+        transposed: names of stacked experts that are stored (in_features, out_features).
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self.transposed: set[str] = set()
+        self._squares: dict[str, torch.Tensor] = {}
+        self._mask: torch.Tensor | None = None  # None where the batch has no padding
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:
+        """Run one batch, (batch, tokens) each; returns its number of real tokens."""
+        import torch
+
+        device = next(self._model.parameters()).device
+        input_ids, mask = input_ids.to(device), attention_mask.to(device)
+        self._mask = None if bool(mask.all()) else mask.bool()
+        more = {"use_cache": False} if hasattr(getattr(self._model, "config", None), "use_cache") else {}
+        with torch.no_grad():
+            self._model(input_ids=input_ids, attention_mask=mask, **more)
+        return int(mask.sum())
+
+    def add(self, name: str, X: torch.Tensor) -> None:
+        """Add the tokens of one input, (…, features)."""
+        import torch
+
+        if self._mask is not None:
+            X = self._real_tokens(name, X)
+        if X.numel() == 0:
+            return
+        wide = torch.float32 if X.device.type == "mps" else torch.float64
+        squares = torch.linalg.vector_norm(X.reshape(-1, X.shape[-1]), dim=0, dtype=wide).square_()
+        if name in self._squares:
+            self._squares[name] += squares
+        else:
+            self._squares[name] = squares
+
+    def _real_tokens(self, name: str, X: torch.Tensor) -> torch.Tensor:
+        mask = self._mask
+        assert mask is not None
+        if X.shape[:2] == mask.shape:
+            return X[mask]
+        if X.ndim == 2 and X.shape[0] == mask.numel():
+            return X[mask.flatten()]
+        if X.shape[:-1].numel() == X.shape[0] == mask.shape[0]:
+            return X  # one vector a sample, as a pooler sees it
+        raise HtsrError(
+            f"the input of {name} has the shape {tuple(X.shape)}, where padding cannot be told; use a batch size of 1"
+        )
+
+    def result(self) -> dict[str, Vector]:
+        """‖X_j‖₂ by module name, (in_features,) float64.
+
+        Raises:
+            HtsrError: an input was not finite.
+        """
+        norms = {name: squares.sqrt().cpu().double().numpy() for name, squares in self._squares.items()}
+        for name, norm in norms.items():
+            if not np.isfinite(norm).all():
+                raise HtsrError(f"the input of {name} holds NaN or infinite activations; load the model in float32")
+        return norms
+
+
+@contextmanager
+def input_norms(model: torch.nn.Module) -> Iterator[InputNorms]:
+    """Hooks on every Linear (and GPT-2 Conv1D) of `model`, removed again at the end of the block."""
+    norms = InputNorms(model)
+    handles = []
+    for name, module in linear_modules(model):
+
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            norms.add(name, args[0].detach())
+
+        handles.append(module.register_forward_pre_hook(hook))
+    try:
+        with _expert_inputs(model, norms):
+            yield norms
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _expert_inputs(model: torch.nn.Module, norms: InputNorms) -> Iterator[None]:
+    """Every product with a stacked expert is noted, and transformers runs the experts one by one."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    stacks = {p.untyped_storage().data_ptr(): (name, p) for name, p in stacked_experts(model).items()}
+    if not stacks:
+        yield
+        return
+    by_linear = torch.nn.functional.linear
+    products = {by_linear, torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__}
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in products and len(args) > 1:
+                X, W = args[:2]
+                name, stack = stacks.get(W.untyped_storage().data_ptr(), ("", W))
+                if name:
+                    note(X.detach(), W, name, stack, transposed=func is not by_linear)
+            return func(*args, **(kwargs or {}))
+
+    def note(X: Any, W: Any, name: str, stack: Any, transposed: bool) -> None:
+        if (W.stride(-1) == 1) != (stack.stride(-1) == 1):
+            transposed = not transposed  # a product with the transpose of what is stored
+        first = W.storage_offset() // stack[0].numel()
+        for place, inputs in enumerate(X if W.ndim == 3 else [X], first):
+            norms.add(f"{name}[{place}]", inputs)
+            if transposed:
+                norms.transposed.add(f"{name}[{place}]")
+
+    switch: Any = model if hasattr(model, "set_experts_implementation") else None
+    before = None if switch is None else switch.get_experts_implementation()
+    try:
+        if switch is not None:
+            switch.set_experts_implementation("eager")
+        with Watch():
+            yield
+    finally:
+        if switch is not None:
+            switch.set_experts_implementation(before)
+
+
+def stacked_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters (experts, …, …) of `model` by name, wrappers' prefixes removed."""
+    parameters = dict(model.named_parameters())
+    names = base_names(parameters)
+    return {names[name]: p for name, p in parameters.items() if is_stack_of_experts(names[name], p.shape)}
+
+
+def linear_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """The Linear and Conv1D modules by name, without those of adapters (LoRA), wrappers' prefixes removed."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    found: list[tuple[str, torch.nn.Module]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and "lora_" not in name:
+            clean = base_name(name).removesuffix(".base_layer")
+            found.append((clean, module))
+    return found
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards, whatever happened, in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,118 @@
+"""Multiple-choice accuracy by log-likelihood: the choice that the model finds most likely after the question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from htsr.calibration.activations import evaluating
+from htsr.calibration.records import Record, question_of
+from htsr.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of questions answered rightly.
+
+    Attributes:
+        accuracy: taking the choice with the largest log-likelihood Σ log p; in [0, 1].
+        per_character: taking the one with the largest log-likelihood divided by its characters.
+        questions: how many.
+        standard_error: √(p(1-p)/n) of `accuracy`.
+    """
+
+    accuracy: float
+    per_character: float
+    questions: int
+    standard_error: float
+
+
+def multiple_choice_accuracy(
+    model: torch.nn.Module, tokenizer: Any, records: Sequence[Record], *, batch_size: int = 16
+) -> Accuracy:
+    """Ask a causal language model questions, prompt ``Question: …\\nAnswer:``, continuations `` <choice>``.
+
+    Under `accelerate launch` the ranks share the questions and each gets the whole result.
+
+    Args:
+        model: a causal language model on its device, not sharded.
+        tokenizer: of it.
+        records: with ``question``, ``choices`` and ``answer``, the index of the right choice.
+        batch_size: prompts with a continuation at a time.
+
+    Raises:
+        SourceError: a record without these fields.
+        UsageError: no records.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    if not records:
+        raise UsageError("there are no multiple-choice questions")
+    asked = [(*question_of(record), record["answer"]) for record in records]
+    ranks = PartialState()
+    mine = asked[ranks.process_index :: ranks.num_processes]
+    pairs = [(prompt, choice) for prompt, choices, _ in mine for choice in choices]
+    scores = log_likelihoods(model, tokenizer, pairs, batch_size=batch_size)
+    right, start = [], 0
+    for _, choices, answer in mine:
+        found = scores[start : start + len(choices)]
+        start += len(choices)
+        characters = np.array([len(choice) - 1 for choice in choices])
+        right.append((int(np.argmax(found)) == answer, int(np.argmax(found / np.maximum(characters, 1))) == answer))
+    total = np.array(gather_object(right), dtype=np.float64)
+    p, per_character = total.mean(axis=0)
+    return Accuracy(float(p), float(per_character), len(total), float(np.sqrt(p * (1 - p) / len(total))))
+
+
+def log_likelihoods(
+    model: torch.nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]], *, batch_size: int = 16
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Log-likelihood log p(continuation | prompt) of each pair, the sum over the continuation's tokens, in nats.
+
+    A token that the tokenizer makes of the end of the prompt and the beginning of the continuation counts as
+    continuation.
+
+    Args:
+        model: a causal language model on its device; in evaluation mode meanwhile.
+        tokenizer: of it.
+        pairs: prompt and continuation.
+        batch_size: pairs at a time, longest first.
+
+    Returns:
+        (pairs,) float64.
+    """
+    import torch
+
+    encoded = []
+    for prompt, continuation in pairs:
+        alone, both = tokenizer(prompt)["input_ids"], tokenizer(prompt + continuation)["input_ids"]
+        shorter = min(len(alone), len(both))
+        common = next((i for i in range(shorter) if alone[i] != both[i]), shorter)
+        encoded.append((both, max(1, min(common, len(both) - 1))))
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
+    result = np.zeros(len(encoded))
+    device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            longest = max(len(encoded[i][0]) for i in indices)
+            tokens = torch.zeros(len(indices), longest, dtype=torch.long)
+            mask = torch.zeros_like(tokens)
+            for row, i in enumerate(indices):
+                ids = encoded[i][0]
+                tokens[row, : len(ids)] = torch.tensor(ids)
+                mask[row, : len(ids)] = 1
+            logits = model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False).logits
+            for row, i in enumerate(indices):
+                ids, begin = encoded[i]
+                said = logits[row, begin - 1 : len(ids) - 1].float().log_softmax(-1)
+                wanted = torch.tensor(ids[begin:], device=device)
+                result[i] = said.gather(-1, wanted[:, None]).double().sum().item()
+    return result

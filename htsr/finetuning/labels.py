@@ -1,0 +1,217 @@
+"""What is trained on: tokens of records, those that the loss is taken of, and what cutting leaves of them.
+
+The tokens are made as TRL makes them, without a model, so that it can be said before one is loaded that a record has no
+label left, or a token that the model does not know.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from htsr.calibration.record_forms import Record, is_chat, question_of, text_of, written_by_template
+from htsr.errors import SourceError, UsageError, reason_of
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Tokens of a set of records that the loss is taken of.
+
+    Attributes:
+        records: how many.
+        cut: records longer than the limit.
+        empty: records of which no label is left.
+        labels: tokens that the loss would be taken of without the limit.
+        lost: those beyond it.
+        highest: highest token id.
+    """
+
+    records: int
+    cut: int
+    empty: int
+    labels: int
+    lost: int
+    highest: int
+
+    def __str__(self) -> str:
+        share = f"{self.lost / max(self.labels, 1):.0%} of the labels"
+        empty = f"; {self.empty} keep none and are not trained on" if self.empty else ""
+        return f"{self.cut} of {self.records} records are cut, {share} are lost{empty}"
+
+
+def count_labels(records: Sequence[Record], tokenizer: Any, arguments: Any) -> Labels:
+    """Tokenize `records` and count.
+
+    Args:
+        records: checked ones.
+        tokenizer: of the model.
+        arguments: TRL's; max_length, truncation_mode, packing and what the loss is taken of are read.
+
+    Raises:
+        SourceError: the chat template cannot write a record.
+    """
+    limit = arguments.max_length
+    if arguments.packing and arguments.packing_strategy in ("wrapped", "bfd_split"):
+        limit = None  # what is too long goes on in the next sequence
+    from_end = arguments.truncation_mode == "keep_end" and not arguments.packing
+    cut = empty = labels = lost = highest = 0
+    for begin, ids in _tokenized(records, tokenizer, arguments):
+        size = len(ids)
+        highest = max(highest, max(ids, default=0))
+        first, last = (0, size) if limit is None else (size - limit, size) if from_end else (0, limit)
+        kept = max(0, min(last, size) - max(first, begin, 0))
+        cut += limit is not None and size > limit
+        empty += kept == 0
+        labels += size - begin
+        lost += size - begin - kept
+    return Labels(len(records), cut, empty, labels, lost, highest)
+
+
+def _tokenized(records: Sequence[Record], tokenizer: Any, arguments: Any) -> Iterator[tuple[int, list[int]]]:
+    """First label and token ids of each record."""
+    end = tokenizer.eos_token
+    whole = arguments.completion_only_loss is False
+
+    def ids_of(text: str) -> list[int]:
+        return list(tokenizer(text)["input_ids"])
+
+    for record in records:
+        if is_chat(record):
+            turns, prompt, both = record.get("messages"), "", ""
+            if turns is None:
+                turns = [*record["prompt"], *record["completion"]]
+                prompt = written_by_template(record["prompt"], record, tokenizer, add_generation_prompt=True)
+            both = written_by_template(turns, record, tokenizer)
+            encode: Callable[[str], list[int]] = lambda text: list(  # noqa: E731  # templates write special tokens
+                tokenizer(text, add_special_tokens=False)["input_ids"]
+            )
+        else:
+            prompt = question_of(record)[0] if "question" in record else record.get("prompt", "")
+            both = text_of(record)
+            both, encode = both if both.endswith(end) else both + end, ids_of
+        ids = encode(both)
+        yield (_common(encode(prompt), ids) if prompt and not whole else 0), ids
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    shorter = min(len(a), len(b))
+    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
+
+
+def take_own(name: str, tokenizer: Any, arguments: Any) -> None:
+    """Give a tokenizer the chat template and the end of text that TRL's arguments name, as TRL will.
+
+    Args:
+        name: of the model, for the message.
+        tokenizer: of it.
+        arguments: TRL's; chat_template_path and eos_token are read.
+
+    Raises:
+        UsageError: no such template, or no such token.
+    """
+    end, path = arguments.eos_token, arguments.chat_template_path
+    if end is not None:
+        if end not in tokenizer.get_vocab():
+            raise UsageError(f"training.eos_token: the tokenizer of {name} has no token {end!r}")
+        tokenizer.eos_token = end
+        tokenizer.pad_token = tokenizer.pad_token or end
+    if path is None:
+        return
+    if not path.endswith((".jinja", ".j2")):  # of another model TRL would take new tokens, too, and resize this one
+        raise UsageError(f"training.chat_template_path: {path} is no .jinja or .j2 file")
+    try:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"training.chat_template_path: {path} cannot be read: {reason_of(error)}") from error
+
+
+def check_tokenizer(name: str, tokenizer: Any, records: Sequence[Record], arguments: Any) -> None:
+    """Insist on a chat template where there are chats, marks of answers if wanted, and on a token that ends a text.
+
+    Args:
+        name: of the model, for the message.
+        tokenizer: of it.
+        records: checked ones.
+        arguments: TRL's.
+
+    Raises:
+        SourceError: the tokenizer has none.
+        UsageError: the loss of answers alone is wanted, and they cannot be told.
+    """
+    if any(is_chat(record) for record in records) and not getattr(tokenizer, "chat_template", None):
+        raise SourceError(
+            f"the tokenizer of {name} has no chat template, with which messages are written; take the model's chat "
+            "variant, or set training.chat_template_path"
+        )
+    if arguments.assistant_only_loss:
+        if not all(is_chat(record) for record in records):
+            raise UsageError("training.assistant_only_loss is for chats, and there are records that are none")
+        if not _marks_answers(tokenizer):
+            raise UsageError(
+                f"training.assistant_only_loss wants a chat template with {{% generation %}}, and that of {name} has "
+                "none; set training.chat_template_path"
+            )
+    if tokenizer.eos_token is None:
+        raise SourceError(f"the tokenizer of {name} has no token that ends a text; set training.eos_token")
+
+
+def _marks_answers(tokenizer: Any) -> bool:
+    """Whether the chat template says which tokens are the assistant's, or TRL knows one for it that does."""
+    from trl.chat_template_utils import get_training_chat_template
+
+    if re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
+        return True
+    try:
+        get_training_chat_template(tokenizer)
+    except ValueError:
+        return False
+    return True
+
+
+def check_labels(found: Labels, arguments: Any, what: str) -> None:
+    """Insist on something to learn from.
+
+    Args:
+        found: of `count_labels`.
+        arguments: TRL's.
+        what: the records are, for the message.
+
+    Raises:
+        UsageError: cutting leaves no label.
+    """
+    if found.empty == found.records:
+        raise UsageError(
+            f"training.max_length: at {arguments.max_length} tokens none of the {found.records} {what} keeps a label "
+            "(a prompt alone is longer than that)"
+        )
+
+
+def insist_on_labels(dataset: Any) -> None:
+    """The same of the `dataset` that TRL has made, whatever it took for a label.
+
+    Raises:
+        UsageError: there is no label.
+    """
+    if "labels" in dataset.column_names and not any(any(label != -100 for label in row["labels"]) for row in dataset):
+        raise UsageError("training: no token of the training records has a label: see max_length")
+
+
+def check_vocabulary(name: str, highest: int, size: int) -> None:
+    """Insist on a row of the embedding for every token.
+
+    Args:
+        name: of the model, for the message.
+        highest: highest token id of the data.
+        size: rows of the embedding.
+
+    Raises:
+        SourceError: the tokenizer makes tokens that the model does not know.
+    """
+    if highest >= size:
+        raise SourceError(
+            f"the tokenizer of {name} makes token {highest} of the data, and its embedding has {size} rows: they do "
+            "not belong together, or the embedding wants resizing"
+        )

@@ -1,0 +1,121 @@
+"""A recipe's method made of its parts: adapters, outliers, the sampler of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from htsr.analysis.analyze import Analysis
+from htsr.calibration.outliers import Outliers, measure_outliers
+from htsr.calibration.records import Record, text_of
+from htsr.errors import UsageError
+from htsr.training.lora import lora_config
+from htsr.training.sampling.probabilities import Strategy
+from htsr.training.sampling.sampler import LayerSampler
+
+if TYPE_CHECKING:
+    import torch
+
+    from htsr.finetuning.recipe import Recipe
+
+
+def prepare(
+    recipe: Recipe,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    train: Sequence[Record],
+    before: Analysis | None,
+    output: Path,
+    say: Callable[[str], None],
+) -> tuple[torch.nn.Module, LayerSampler | None]:
+    """The model with its adapters, and the sampler of blocks or None, as the recipe's method has them.
+
+    Args:
+        recipe: method, lora, sampling, seed, max_length are read.
+        model: not yet wrapped.
+        tokenizer: of it.
+        train: records, through which outliers are measured where the method asks for them.
+        before: analysis of the model, for what goes by spectra.
+        output: folder in which ``outliers.json`` is kept.
+        say: told in a sentence what takes a while.
+
+    Raises:
+        UsageError: the recipe goes by spectra and has none.
+    """
+    given = recipe.sampling
+    default: Strategy = "owlore" if recipe.method == "owlore" else "uniform"
+    strategy = (given.strategy or default) if given else None
+    scores: Outliers | Analysis | None = None
+    if strategy in ("owlore", "reverse"):
+        scores = _outliers(recipe, model, tokenizer, train, output / "outliers.json", say)
+    elif strategy in ("alpha", "erg", "snr"):
+        if before is None:
+            raise UsageError(f"the strategy {strategy} needs spectra: true")
+        scores = before
+    if recipe.lora is not None:
+        model = _with_adapters(recipe, model, before)
+    if given is None or strategy is None:
+        return model, None
+    sampler = LayerSampler(
+        model,
+        strategy,
+        scores=scores,
+        active=given.active,
+        interval=given.interval,
+        top=given.top,
+        embedding=given.embedding,
+        frozen_state=given.frozen_state,
+        seed=recipe.seed,
+        threshold=given.threshold,
+    )
+    return model, sampler
+
+
+def _outliers(
+    recipe: Recipe,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    train: Sequence[Record],
+    path: Path,
+    say: Callable[[str], None],
+) -> Outliers:
+    """From the recipe's file, from the run's own when resuming, or measured by the first process for all."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    given = recipe.sampling
+    assert given is not None
+    if given.outliers:
+        return Outliers.load(given.outliers)
+    if path.exists():
+        return Outliers.load(path)
+    found: list[Any] = [None]
+    ranks = PartialState()
+    ranks.wait_for_everyone()
+    if ranks.is_main_process:
+        say("measuring outliers on the training data")
+        texts = [text_of(record, tokenizer) for record in train[: given.calibration_samples]]
+        length = recipe.training.get("max_length") or 512
+        thresholds = sorted({3.0, 5.0, 7.0, 10.0, given.threshold})
+        measured = measure_outliers(model, tokenizer, texts, thresholds=thresholds, length=length)
+        found = [replace(measured, label=recipe.model)]
+        found[0].save(path)
+    return broadcast_object_list(found)[0]  # type: ignore[no-any-return]
+
+
+def _with_adapters(recipe: Recipe, model: torch.nn.Module, before: Analysis | None) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    lora = recipe.lora
+    assert lora is not None
+    common: dict[str, Any] = {"lora_dropout": lora.dropout, "task_type": "CAUSAL_LM", **lora.options}
+    if lora.score is None:
+        alpha: Any = lora.scaling * lora.rank
+        config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules="all-linear", **common)
+    else:
+        if before is None:
+            raise UsageError(f"ranks by {lora.score} need spectra: true")
+        config = lora_config(model, before, rank=lora.rank, score=lora.score, scaling=lora.scaling, **common)
+    return get_peft_model(model, config)  # type: ignore[arg-type]

@@ -1,0 +1,72 @@
+"""The model card of a fine-tuned model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from htsr.analysis.comparison import Comparison
+    from htsr.finetuning.recipe import Recipe
+    from htsr.finetuning.result import Result
+
+_METHODS = {
+    "full": "full fine-tuning",
+    "lora": "LoRA on all linear layers of the blocks",
+    "qlora": "LoRA on all linear layers of the blocks, over weights in 4 bits, merged into those in full precision",
+    "lisa": "layer sampling (LISA): a few blocks train at a time",
+    "owlore": "outlier-weighted layer sampling with low-rank optimizer state (OwLore)",
+    "galore": "low-rank optimizer state (GaLore)",
+}
+_SHOWN = ("alpha", "trace_log", "stable_rank", "log_norm", "log_spectral_norm")
+
+
+def model_card(recipe: Recipe, result: Result, comparison: Comparison | None) -> str:
+    """Markdown with the hub's header: what it was trained from, on what, how, with which seed, and what came of it."""
+    front = ["---", "library_name: transformers", "tags:", "- htsr", f"- {recipe.method}"]
+    if "/" in recipe.model and not recipe.model.startswith(("/", ".", "package:")):
+        front.append(f"base_model: {recipe.model}")
+    layerwise = "" if recipe.layerwise == "none" else f", layerwise learning rates by {recipe.layerwise}"
+    metrics = [(key.replace("_", " "), _number(value)) for key, value in result.metrics.items()]
+    parts = [
+        "\n".join([*front, "---"]),
+        f"# {recipe.output.rstrip('/').rsplit('/', 1)[-1]}",
+        f"Fine-tuned from `{recipe.model}` on `{recipe.data.train}` by {_METHODS[recipe.method]}{layerwise}. "
+        f"The seed of everything random, data order, draws and adapters, is {recipe.seed}.",
+        "## Results\n\n" + _table(["metric", "value"], metrics),
+        "## Settings\n\n" + _table(["key", "value"], _settings(recipe)),
+    ]
+    if result.coverage:
+        rows = [(c.name, f"{c.probability:.4f}", c.intervals, f"{c.expected:.1f}") for c in result.coverage]
+        parts.append("## Blocks\n\n" + _table(["block", "probability", "intervals trained", "expected"], rows))
+    if comparison is not None:
+        found = comparison.summary()
+        spectra = [(name, *map(_number, found[name])) for name in _SHOWN if name in found]
+        parts.append(
+            "## Spectra\n\nMeans over all matrices; `spectra.csv` has them one by one.\n\n"
+            + _table(["metric", "before", "after", "change"], spectra)
+        )
+    versions = [
+        f"{name} {importlib.metadata.version(name)}" for name in ("htsr", "torch", "transformers", "trl", "peft")
+    ]
+    parts.append("Made with " + ", ".join(versions) + ".")
+    return "\n\n".join(parts) + "\n"
+
+
+def _settings(recipe: Recipe) -> list[tuple[str, str]]:
+    sections = [("low_rank", recipe.low_rank), ("lora", recipe.lora), ("sampling", recipe.sampling)]
+    rows = [("dtype", recipe.dtype), *((f"training.{key}", json.dumps(v)) for key, v in recipe.training.items())]
+    for name, section in sections:
+        if section is not None:
+            rows += [(f"{name}.{key}", json.dumps(value)) for key, value in vars(section).items() if value is not None]
+    return rows
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(head: list[str], rows: list[Any]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

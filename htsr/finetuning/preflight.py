@@ -1,0 +1,163 @@
+"""What can be known before a model is loaded: the data, the tokenizer, the checkpoint to go on from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from htsr.calibration.loading import load_config, load_tokenizer
+from htsr.calibration.outliers import Outliers
+from htsr.calibration.record_forms import Record, form_of
+from htsr.calibration.records import read_records, split
+from htsr.errors import UsageError
+from htsr.finetuning.checkpoints import Checkpoint, last_checkpoint
+from htsr.finetuning.labels import check_labels, check_tokenizer, check_vocabulary, count_labels, take_own
+from htsr.matrices.blocks import find_blocks
+from htsr.training.lowrank.groups import low_rank_groups
+
+if TYPE_CHECKING:
+    from htsr.finetuning.recipe import Recipe
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run begins with.
+
+    Attributes:
+        tokenizer: of the model.
+        train: records to train on.
+        held_out: records for the evaluation loss.
+        questions: for the accuracy.
+        checkpoint: to go on from.
+    """
+
+    tokenizer: Any
+    train: list[Record]
+    held_out: list[Record]
+    questions: list[Record]
+    checkpoint: Checkpoint | None
+
+
+def check_sharding(recipe: Recipe, arguments: Any) -> None:
+    """Refuse what the `recipe` cannot do sharded as TRL's `arguments` say, and have ZeRO-3 save whole weights.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    plugin: Any = getattr(arguments, "deepspeed_plugin", None)
+    stage = plugin.zero_stage if plugin is not None else 0
+    if stage and (recipe.sampling is not None or recipe.low_rank is not None):
+        raise UsageError(
+            f"method: {recipe.method} needs the model's own matrices, and DeepSpeed's ZeRO flattens them: take DDP or "
+            "FSDP2"
+        )
+    if recipe.method == "qlora" and (stage == 3 or arguments.fsdp):
+        raise UsageError("method: qlora keeps a copy of the model in 4 bits on each process: take DDP or ZeRO-2")
+    if stage == 3:
+        if recipe.data.multiple_choice:
+            raise UsageError("data.multiple_choice: ZeRO-3 holds no whole model to ask; ask the saved one afterwards")
+        zero = plugin.hf_ds_config.config["zero_optimization"]
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+
+
+def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[str], None]) -> Prepared:
+    """Read data and tokenizer, and see that they go together with the model's configuration.
+
+    Args:
+        recipe: of the run.
+        arguments: TRL's.
+        resume: whether checkpoints are looked for.
+        say: told how many records there are, and what cutting takes of them.
+
+    Raises:
+        UsageError: nothing to learn from, or nothing to evaluate on where that is asked for.
+        SourceError: model, data or outliers that cannot be had or do not go together.
+    """
+    output = Path(recipe.output)
+    checkpoint = last_checkpoint(output) if resume else None
+    if recipe.sampling is not None and recipe.sampling.outliers:
+        Outliers.load(recipe.sampling.outliers).distribution(recipe.sampling.threshold)
+    data = recipe.data
+    train, held_out = split(
+        read_records(data.train, alike=True), 0.0 if data.evaluation else data.evaluation_share, recipe.seed
+    )
+    train = train[: data.limit]
+    held_out = read_records(data.evaluation, alike=True) if data.evaluation else held_out
+    questions = read_records(data.multiple_choice) if data.multiple_choice else []
+    if any(form_of(record) != "question" for record in questions):
+        raise UsageError(
+            f"data.multiple_choice: {data.multiple_choice} holds records without question, choices, answer"
+        )
+    asked = f", {len(questions)} questions" if questions else ""
+    say(f"{len(train)} training records, {len(held_out)} held out{asked}")
+    config = load_config(recipe.model, revision=recipe.revision, causal=True)
+    check_sizes(recipe, config)
+    tokenizer = load_tokenizer(recipe.model, revision=recipe.revision)
+    take_own(recipe.model, tokenizer, arguments)
+    check_tokenizer(recipe.model, tokenizer, [*train, *held_out], arguments)
+    found = count_labels(train, tokenizer, arguments)
+    check_labels(found, arguments, "training records")
+    highest = found.highest
+    if found.cut:
+        say(f"max_length {arguments.max_length}: {found}")
+    if held_out:
+        held = count_labels(held_out, tokenizer, arguments)
+        highest = max(highest, held.highest)
+        if held.empty == held.records:
+            say(f"max_length {arguments.max_length}: none of the {held.records} held-out records keeps a label")
+            held_out = []
+    if not held_out and (_word(arguments.eval_strategy) != "no" or arguments.eval_on_start):
+        key = "eval_on_start" if arguments.eval_on_start else "eval_strategy"
+        raise UsageError(
+            f"training.{key} wants held-out records: set data.evaluation, data.evaluation_share, max_length"
+        )
+    if questions:
+        whole = _Whole()
+        highest = max(highest, count_labels(questions, tokenizer, whole).highest)
+    check_vocabulary(recipe.model, highest, int(config.get_text_config().vocab_size))
+    return Prepared(tokenizer, train, held_out, questions, checkpoint)
+
+
+def check_sizes(recipe: Recipe, config: Any) -> None:
+    """Insist that the model of transformers' `config` is large enough for the rank and the blocks of a `recipe`.
+
+    Raises:
+        UsageError: it is not.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if recipe.low_rank is None and recipe.sampling is None:
+        return
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception:  # a class that cannot be made without values: the model itself will be asked
+        logger.debug("%s cannot be made on the meta device", recipe.model, exc_info=True)
+        return
+    sampling = recipe.sampling
+    if sampling is not None:
+        blocks = len(find_blocks(model)) + (sampling.embedding == "sampled")
+        if sampling.active > blocks:
+            raise UsageError(f"sampling.active is {sampling.active}, and {recipe.model} has {blocks} blocks to draw")
+    if recipe.low_rank is not None:
+        try:
+            low_rank_groups(model, recipe.low_rank.rank, embeddings=bool(sampling and sampling.embedding == "lowrank"))
+        except UsageError as error:
+            raise UsageError(f"low_rank.rank: {error}") from error
+
+
+class _Whole:
+    """Questions are asked whole."""
+
+    max_length, packing, packing_strategy, truncation_mode, completion_only_loss = None, False, "", "keep_start", None
+
+
+def _word(value: Any) -> str:
+    return str(getattr(value, "value", value))

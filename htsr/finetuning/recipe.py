@@ -1,0 +1,224 @@
+"""Recipes of `htsr finetune`: what they may say, read from YAML and checked before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from htsr.errors import UsageError
+from htsr.training.lora import HILL
+from htsr.training.sampling.probabilities import Strategy
+from htsr.training.sampling.sampler import Embedding, FrozenState
+
+Method = Literal["full", "lora", "qlora", "lisa", "owlore", "galore"]
+LayerwisePolicy = Literal["none", "llr", "tempbalance", "alphadecay"]
+
+
+SECTIONS_OF: Mapping[str, tuple[str, ...]] = {
+    "full": (),
+    "lora": ("lora", "sampling"),
+    "qlora": ("lora", "sampling"),
+    "lisa": ("sampling",),
+    "owlore": ("sampling", "low_rank"),
+    "galore": ("low_rank",),
+}
+
+
+def _at_least(section: str, least: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UsageError(f"{section}{name} is {value}; it is at least {least}")
+
+
+def _between(section: str, low: float, high: float, *, closed: bool = False, **values: float) -> None:
+    """Insist on numbers between `low` and `high`, the lower end counted where `closed`."""
+    for name, value in values.items():
+        if not (low <= value if closed else low < value) or not value < high:
+            bounds = f"{'at least' if closed else 'above'} {low:g}" + (
+                f" and below {high:g}" if high < math.inf else ""
+            )
+            raise UsageError(f"{section}{name} is {value}; it is {bounds}{' and finite' * (high == math.inf)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is trained and tested on; sources as of `htsr.calibration.records.read_records`.
+
+    Attributes:
+        train: records with ``text``, ``prompt`` and ``completion``, chat ``messages``, or ``question``, ``choices`` and
+            ``answer``.
+        evaluation: the same, for the evaluation loss.
+        evaluation_share: without `evaluation`, this share of the training records is held out for it; 0 for none.
+        multiple_choice: questions whose accuracy is measured before and after.
+        limit: training records at most, drawn by the seed.
+    """
+
+    train: str
+    evaluation: str | None = None
+    evaluation_share: float = 0.05
+    multiple_choice: str | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("data.", 1, limit=self.limit)
+        _between("data.", 0, 1, closed=True, evaluation_share=self.evaluation_share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Which blocks train, see `LayerSampler`.
+
+    Attributes:
+        strategy: None is the method's own: ``owlore`` for owlore, ``uniform`` for the others.
+        active: γ.
+        interval: K.
+        top: see `LayerSampler`.
+        embedding: see `LayerSampler`.
+        frozen_state: see `LayerSampler`.
+        threshold: τ of the outlier distribution.
+        outliers: a file from `htsr outliers`; without it outliers are measured on the training data.
+        calibration_samples: training records for that.
+    """
+
+    strategy: Strategy | None = None
+    active: int = 2
+    interval: int = 50
+    top: bool = False
+    embedding: Embedding = "freeze"
+    frozen_state: FrozenState = "drop"
+    threshold: float = 13.0
+    outliers: str | None = None
+    calibration_samples: int = 64
+
+    def __post_init__(self) -> None:
+        _at_least(
+            "sampling.", 1, active=self.active, interval=self.interval, calibration_samples=self.calibration_samples
+        )
+        _between("sampling.", 0, math.inf, threshold=self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """Low-rank optimizer state, see `LowRankAdamW`.
+
+    Attributes:
+        rank: r of every low-rank matrix.
+        scale: factor of the low-rank updates.
+        refresh_every: T, optimizer steps between projectors.
+        method: of the projector.
+        moments: what becomes of them at a refresh.
+        state_dtype: of the moments.
+        gradients: ``project`` and ``update`` keep no full gradient of a low-rank matrix, in one process; ``update``
+            has one backward a step and no clipping. The gradient norm that ``project`` clips is that in the subspaces.
+    """
+
+    rank: int = 128
+    scale: float = 0.25
+    refresh_every: int = 200
+    method: Literal["randomized", "svd"] = "randomized"
+    moments: Literal["keep", "rotate"] = "keep"
+    state_dtype: Literal["float32", "bfloat16", "8bit"] = "float32"
+    gradients: Literal["keep", "project", "update"] = "keep"
+
+    def __post_init__(self) -> None:
+        _at_least("low_rank.", 1, rank=self.rank, refresh_every=self.refresh_every)
+        _between("low_rank.", 0, math.inf, scale=self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """LoRA on all linear layers of the blocks; with qlora over weights in 4 bits.
+
+    Attributes:
+        rank: of each adapter, or the average by parameters with `score`.
+        scaling: lora_alpha/r.
+        dropout: of the adapters' input.
+        score: ranks follow ``hill`` or a metric of the model's analysis, see `htsr.lora_config`; None for equal ranks.
+        options: any other argument of PEFT's ``LoraConfig``: use_rslora, use_dora, bias …
+
+    Raises:
+        UsageError: a number out of its range, or no such metric.
+    """
+
+    rank: int = 8
+    scaling: float = 2.0
+    dropout: float = 0.0
+    score: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        from htsr.spectra.metrics import NUMERIC
+
+        _at_least("lora.", 1, rank=self.rank)
+        _between("lora.", 0, math.inf, scaling=self.scaling)
+        _between("lora.", 0, 1, closed=True, dropout=self.dropout)
+        if self.score not in (None, HILL, *NUMERIC):
+            raise UsageError(f"lora.score: rows have no metric {self.score!r}; hill, stable_rank and entropy are usual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A fine-tuning run.
+
+    Attributes:
+        model: folder, hub id, .gguf file, or ``package:MODULE/PATH``.
+        output: folder of the result.
+        data: see `Data`.
+        method: ``full``, ``lora``, ``qlora`` (LoRA over weights in 4 bits), ``lisa``, ``owlore`` or ``galore``.
+        layerwise: policy of `htsr.layerwise`, or ``none``.
+        revision: of a hub id.
+        dtype: of the weights.
+        seed: of everything random.
+        spectra: analyze the model before and after.
+        sampling: for lisa, owlore, and for adapters sampled by block with lora and qlora.
+        low_rank: for owlore and galore.
+        lora: for lora and qlora.
+        training: any argument of TRL's ``SFTConfig``: learning_rate, max_steps, max_length, packing, report_to …
+
+    Raises:
+        UsageError: a section or a layerwise policy that has no meaning for the method, or a number out of its range.
+    """
+
+    model: str
+    output: str
+    data: Data
+    method: Method = "owlore"
+    layerwise: LayerwisePolicy = "none"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    seed: int = 0
+    spectra: bool = True
+    sampling: Sampling | None = None
+    low_rank: LowRank | None = None
+    lora: Lora | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wanted = SECTIONS_OF[self.method]
+        for section, make in (("sampling", Sampling), ("low_rank", LowRank), ("lora", Lora)):
+            if getattr(self, section) is not None and section not in wanted:
+                raise UsageError(f"the section {section} has no meaning for the method {self.method}")
+            needed = section in wanted and not ("lora" in wanted and section == "sampling")
+            if getattr(self, section) is None and needed:
+                object.__setattr__(self, section, make())
+        _between("", 0, 2**32, closed=True, seed=self.seed)
+        for name in ("model", "output"):
+            if not getattr(self, name).strip() or "\0" in getattr(self, name):
+                raise UsageError(f"{name} is empty")
+        by_spectra = self.sampling is not None and self.sampling.strategy in ("alpha", "erg", "snr")
+        if not self.spectra and (by_spectra or (self.lora is not None and self.lora.score is not None)):
+            what = f"sampling.strategy {self.sampling.strategy}" if self.sampling and by_spectra else "lora.score"
+            raise UsageError(f"{what} needs spectra: true")
+        if self.layerwise != "none" and self.lora is not None:
+            raise UsageError(
+                f"layerwise sets learning rates of whole matrices, which the method {self.method} does not train"
+            )
+        if self.layerwise != "none" and self.low_rank is not None and self.low_rank.gradients == "update":
+            raise UsageError("low_rank.gradients: update steps before layerwise can set a rate; take project or keep")
+        for key in ("optim", "optim_args"):
+            if self.low_rank is not None and key in self.training:
+                raise UsageError(
+                    f"training.{key} has no meaning for the method {self.method}, whose optimizer is htsr's"
+                )

@@ -1,0 +1,134 @@
+"""The folder of a run: whether it is free, whose run is in it, and the recipe that it keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from htsr.errors import HtsrError, SourceError, UsageError, reason_of
+from htsr.files import written
+
+if TYPE_CHECKING:
+    from htsr.finetuning.recipe import Recipe
+
+RECIPE, RESULTS = "recipe.json", "results.json"
+PREPARED = (RECIPE, "spectra_before.npz", "accuracy_before.json", "outliers.json")
+_MAY_CHANGE = frozenset(  # neither of these changes a weight; the folder may have another name by now
+    (
+        "output",
+        *(f"training.save_{key}" for key in ("steps", "strategy", "total_limit")),
+        *(f"training.logging_{key}" for key in ("steps", "strategy", "first_step")),
+        *(f"training.{key}" for key in ("report_to", "run_name", "disable_tqdm", "log_level")),
+    )
+)
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Insist on a folder `output` that no run has trained in, or on one to go on with where `resume` is said.
+
+    What a run left that ended before its training (`PREPARED`) does not count: the next one makes it anew.
+
+    Raises:
+        UsageError: it is a file, or holds a run or anything else.
+        HtsrError: it cannot be read.
+    """
+    try:
+        if output.exists() and not output.is_dir():
+            raise UsageError(f"output: {output} is a file; name a folder")
+        holder = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+        if not holder.is_dir():
+            raise UsageError(f"output: {output} cannot be a folder, {holder} is a file")
+        found = [path for path in output.iterdir() if path.name not in PREPARED] if output.is_dir() else []
+    except OSError as error:
+        raise HtsrError(f"output: {output} cannot be used: {error.strerror}") from error
+    if found and not resume:
+        raise UsageError(f"{output} is not empty; --resume goes on with the run in it, or name another output")
+
+
+def check_same_run(recipe: Recipe, output: Path, say: Callable[[str], None]) -> None:
+    """Insist that the run in the folder `output` is one of this `recipe`, before it is gone on with.
+
+    What is saved, logged and tracked may change.
+
+    Args:
+        recipe: of the run that goes on.
+        output: its folder.
+        say: told where the folder does not say what its recipe was.
+
+    Raises:
+        UsageError: another recipe; all keys that differ are named.
+        SourceError: the recipe in the folder cannot be read.
+    """
+    kept = _kept_recipe(output)
+    if kept is None:
+        if any(output.glob("checkpoint-*")):
+            say(f"{output} holds no {RECIPE}; whether its run is one of this recipe is not known")
+        return
+    then, now = dict(_leaves(kept)), dict(_leaves(_plain(recipe)))
+    changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+    changed = [key for key in changed if key not in _MAY_CHANGE]
+    if changed:
+        what = ", ".join(f"{key} was {_word(then, key)} and is {_word(now, key)}" for key in changed)
+        raise UsageError(
+            f"{output} holds a run of another recipe, and --resume would mix the two: {what}. Undo that, or name "
+            "another output"
+        )
+
+
+def begin_folder(recipe: Recipe, output: Path, ranks: Any, resume: bool) -> None:
+    """Make the folder `output`, with its `recipe` in it, on the first process of `ranks` (accelerate's state).
+
+    Without `resume` what an earlier start left in it goes.
+
+    Raises:
+        HtsrError: it cannot be made.
+    """
+    if ranks.is_main_process:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            for name in (RESULTS,) if resume else PREPARED:
+                (output / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise HtsrError(f"output: {output} cannot be made: {error.strerror}") from error
+        write_json(output / RECIPE, _plain(recipe))
+    ranks.wait_for_everyone()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`content` as JSON in the file `path`, whole or not at all."""
+    with written(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _kept_recipe(output: Path) -> Any:
+    """The recipe in a folder, or in the results there: those of a run of an older version; None where there is none."""
+    for name, inside in ((RECIPE, ()), (RESULTS, ("recipe",))):
+        path = output / name
+        try:
+            if path.exists():
+                found = json.loads(path.read_text(encoding="utf-8"))
+                for key in inside:
+                    found = found[key]
+                return dict(found)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SourceError(f"{path} cannot be read: {reason_of(error)}") from error
+    return None
+
+
+def _plain(recipe: Recipe) -> Any:
+    return json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
+
+
+def _leaves(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _word(content: Mapping[str, Any], key: str) -> str:
+    return json.dumps(content[key]) if content.get(key) is not None else "not set"

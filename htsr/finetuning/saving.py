@@ -1,0 +1,89 @@
+"""What a fine-tuning run leaves behind: the model as plain transformers loads it, and the reports beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from htsr.calibration.loading import load_model
+from htsr.files import written
+from htsr.finetuning.run_folder import RESULTS, write_json
+
+if TYPE_CHECKING:
+    from htsr.analysis.analyze import Analysis
+    from htsr.finetuning.recipe import Recipe
+    from htsr.finetuning.result import Result
+
+
+def save_model(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks: Any) -> None:
+    """The model as plain transformers loads it, in safetensors; adapters merged, and by themselves under ``adapter``.
+
+    Args:
+        recipe: model, revision, dtype and lora are read.
+        trainer: that has trained it.
+        tokenizer: of the model.
+        output: folder.
+        ranks: accelerate's state of the processes.
+    """
+    import torch
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    if trainer.is_fsdp_enabled:  # whatever its checkpoints are
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    if recipe.lora is None:
+        trainer.save_model(str(output))
+    else:
+        trainer.save_model(str(output / "adapter"))
+        unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]  # under ZeRO-3 all ranks would have to load
+        ranks.wait_for_everyone()
+        if ranks.is_main_process:  # merged into a fresh copy, whatever wraps the trained one
+            from peft import PeftModel
+
+            dtype = getattr(torch, recipe.dtype)
+            base: Any = load_model(recipe.model, revision=recipe.revision, dtype=dtype, causal=True)
+            merged = PeftModel.from_pretrained(base, str(output / "adapter")).merge_and_unload()
+            merged.save_pretrained(output)
+    if ranks.is_main_process:
+        tokenizer.save_pretrained(output)
+    ranks.wait_for_everyone()
+
+
+def write_reports(
+    recipe: Recipe, result: Result, output: Path, before: Analysis | None, after: Analysis | None
+) -> None:
+    """The comparison of the spectra, the model card, and last ``results.json``, by which a finished run is known.
+
+    Args:
+        recipe: of the run.
+        result: of it.
+        output: folder.
+        before: analysis of the model that was trained, None where none is wanted.
+        after: of the trained model.
+    """
+    from htsr.analysis.comparison import compare_analyses
+    from htsr.finetuning.model_card import model_card
+
+    comparison = None
+    if before is not None and after is not None:
+        comparison = compare_analyses(before, after)
+        with written(output / "spectra.csv") as temporary:
+            comparison.to_pandas().to_csv(temporary, index=False)
+    with written(output / "README.md") as temporary:
+        temporary.write_text(model_card(recipe, result, comparison), encoding="utf-8")
+    write_json(output / RESULTS, {"recipe": dataclasses.asdict(recipe), **dataclasses.asdict(result)})
+
+
+def finished_result(recipe: Recipe, output: Path) -> Result | None:
+    """The result of a run of this very `recipe` that came to its end in `output`; None where there is none."""
+    from htsr.finetuning.result import Result
+    from htsr.training.sampling.coverage import Coverage
+
+    try:
+        content = json.loads((output / RESULTS).read_text(encoding="utf-8"))
+        if content["recipe"] != json.loads(json.dumps(dataclasses.asdict(recipe), default=str)):
+            return None
+        return Result(content["output"], content["metrics"], tuple(Coverage(**row) for row in content["coverage"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,147 @@
+"""TRL's SFTTrainer with the optimizers of htsr."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from trl.trainer.sft_trainer import SFTTrainer
+
+from htsr.errors import UsageError
+from htsr.finetuning.checkpoints import Checkpoint, LossSum
+from htsr.training.callbacks import LayerSamplerCallback, LayerwiseCallback
+from htsr.training.layerwise.wrapper import layerwise
+from htsr.training.lowrank.groups import low_rank_groups
+from htsr.training.lowrank.optimizer import LowRankAdamW
+
+if TYPE_CHECKING:
+    import torch
+
+    from htsr.finetuning.recipe import Recipe
+    from htsr.training.sampling.sampler import LayerSampler
+
+
+class FinetuneTrainer(SFTTrainer):
+    """SFTTrainer that makes the optimizer of a recipe: low-rank for owlore and galore, with layerwise rates if wanted.
+
+    Args:
+        recipe: method, low_rank, layerwise and seed are read.
+        sampler: of the model's blocks, where they are sampled.
+        checkpoint: that training will go on from.
+        arguments: of SFTTrainer.
+
+    Attributes:
+        losses: sum of the training loss, over the pieces of an interrupted run.
+        epoch_steps: optimizer steps of one epoch, known when training begins.
+    """
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        sampler: LayerSampler | None = None,
+        checkpoint: Checkpoint | None = None,
+        **arguments: Any,
+    ) -> None:
+        self.recipe, self.sampler, self.checkpoint = recipe, sampler, checkpoint
+        self.losses = LossSum(checkpoint)
+        self.epoch_steps: int | None = None
+        callbacks = [self.losses, *([LayerSamplerCallback(sampler)] if sampler else [])]
+        super().__init__(callbacks=callbacks, **arguments)
+        if recipe.method == "qlora":  # TRL has put adapters in bfloat16, where small updates are lost
+            assert self.model is not None
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        if recipe.layerwise != "none":
+            self.add_callback(LayerwiseCallback(self))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of one batch.
+
+        Args:
+            args: as in the Trainer.
+            kwargs: likewise.
+
+        Returns:
+            The loss, a scalar on the device.
+        """
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.losses.add(loss)
+        return loss
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's plan; no epoch of it where the checkpoint is as far, or one more step would be trained.
+
+        Args:
+            args: as in the Trainer.
+            kwargs: likewise.
+
+        Returns:
+            Epochs first and steps last.
+        """
+        _, self.epoch_steps, *others = plan = super().set_initial_training_values(*args, **kwargs)
+        done = self.checkpoint is not None and self.checkpoint.step >= plan[-1]
+        return (0, self.epoch_steps, *others) if done else plan
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer over all trainable parameters; made before blocks are frozen.
+
+        Args:
+            model: as in the Trainer: wrapped, or None for the Trainer's own.
+        """
+        if self.optimizer is not None:
+            return self.optimizer
+        inner: Any = self.model if model is None else model
+        if self.recipe.low_rank is not None:
+            self.optimizer = self._low_rank_optimizer(inner)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.recipe.layerwise != "none":
+            changes = {"interval": self.epoch_steps} if self.recipe.layerwise == "tempbalance" else {}
+            layerwise(optimizer, inner, self.recipe.layerwise, total_steps=self.state.max_steps, **changes)
+        return optimizer
+
+    def _low_rank_optimizer(self, model: torch.nn.Module) -> LowRankAdamW:
+        low_rank, args = self.recipe.low_rank, self.args
+        assert low_rank is not None
+        _check_gradients(low_rank.gradients, args)
+        sampling = self.recipe.sampling
+        groups = low_rank_groups(
+            model, low_rank.rank, embeddings=sampling is not None and sampling.embedding == "lowrank"
+        )
+        return LowRankAdamW(
+            groups,
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            seed=self.recipe.seed,
+            **{name: value for name, value in asdict(low_rank).items() if name != "rank"},
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The state of blocks that were frozen is in no checkpoint, and FSDP2 has to be told."""
+        if checkpoint is None or self.sampler is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[no-untyped-call]
+            return
+        assert self.optimizer is not None
+        assert self.checkpoint is not None
+        self.sampler.attach(self.optimizer)
+        with self.sampler.loading(self.checkpoint.step):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[no-untyped-call]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing yet: htsr writes its own card at the end."""
+
+
+def _check_gradients(gradients: str, args: Any) -> None:
+    """Refuse a way to release gradients that these training arguments do not go with."""
+    if gradients == "keep":
+        return
+    if args.world_size > 1 or args.fp16:
+        raise UsageError(f"low_rank.gradients: {gradients} is for one process and not for fp16; take keep")
+    if gradients == "update" and (args.gradient_accumulation_steps > 1 or args.max_grad_norm > 0):
+        raise UsageError(
+            "low_rank.gradients: update takes one backward a step and cannot clip: take project, or "
+            "gradient_accumulation_steps: 1 and max_grad_norm: 0"
+        )

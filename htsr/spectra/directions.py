@@ -1,0 +1,304 @@
+"""Changing a matrix through its spectrum: projection on a tail, removal of correlation traps.
+
+Projection keeps the leading directions of W = U S Vᵀ and drops the others: W_k = W V_k V_kᵀ, the best approximation of
+rank k (Eckart & Young 1936). Which k is a number, or is read from the spectrum:
+
+======== ===============================================================================================
+``tail`` the eigenvalues λ ≥ λ_min of the power-law fit (`htsr.spectra.tail`)
+``erg``  the effective correlation space, the largest eigenvalues whose Σ ln λ̃ is 0 (`htsr.spectra.erg`)
+K        the K largest
+======== ===============================================================================================
+
+SETOL (arXiv 2507.17912) tests its effective correlation space so: does the error survive the projection?
+
+The choice of k is not idempotent, the projection is: a projected matrix has another spectrum, and so another tail.
+Projecting it again on the same K changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from htsr.arrays import Array, Vector, as_numpy
+from htsr.errors import MatrixError, UsageError
+from htsr.spectra.bulk import fit_bulk, permute_entries
+from htsr.spectra.erg import erg
+from htsr.spectra.esd import esd
+from htsr.spectra.resolution import equal_within, require_tail, without_rounding
+from htsr.spectra.tail import FitMethod, fit_power_law
+
+if TYPE_CHECKING:
+    import torch
+
+Keep: TypeAlias = Literal["erg", "tail"] | int
+CLIP_STEP = 0.8
+CLIP_ROUNDS = 4
+_CHUNK = 1 << 20  # elements that are up-cast at a time
+_SAFETY = 16  # eigenvalues below this many ulps of λ_max are rounding noise, as in `htsr.spectra.esd`
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Eigenvalues and eigenvectors of the smaller Gram matrix of W, one for each piece of a stack.
+
+    Attributes:
+        values: (pieces, M) float64, ascending; exactly 0 where below the resolution of the stored
+            numbers or of the computation.
+        vectors: (pieces, M, M) float64 or float32, columns in the same order; the right singular vectors of W where
+            m ≥ n, else the left.
+        equal_within: relative difference of eigenvalues that are equal but for rounding.
+    """
+
+    values: Vector
+    vectors: torch.Tensor
+    equal_within: float = 1e-6
+
+    def require_tail(self) -> None:
+        """Refuse a spectrum that has no tail to speak of.
+
+        Raises:
+            MatrixError: as `htsr.spectra.resolution.require_tail`.
+        """
+        require_tail(np.sort(self.values, axis=None), self.equal_within)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A matrix on some of its directions.
+
+    Attributes:
+        matrix: the projected matrix: shape, dtype and kind (NumPy or torch) of what was given.
+        kept: directions kept, over all pieces.
+        total: eigenvalues in all, K.
+        norm_kept: share of ‖W‖_F² that is kept.
+        lambda_min: smallest eigenvalue kept.
+    """
+
+    matrix: Array
+    kept: int
+    total: int
+    norm_kept: float
+    lambda_min: float
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """A matrix without its correlation traps, as far as they could be removed.
+
+    Attributes:
+        matrix: the cleaned matrix, in shape, dtype and kind of the one given; that one where nothing was done.
+        traps_before: eigenvalues of the permuted matrix beyond its bulk edge.
+        traps_after: the same of the cleaned matrix, permuted alike.
+        mean_removed: what was subtracted from every entry; 0.0 where nothing was.
+        limit: entries were clipped at ± this; infinite where none were.
+        clipped: how many.
+    """
+
+    matrix: Array
+    traps_before: int
+    traps_after: int
+    mean_removed: float
+    limit: float
+    clipped: int
+
+
+def project_tail(matrix: Array, keep: Keep, *, fit: FitMethod = "ks") -> Projection:
+    """The matrix on its leading directions.
+
+    Args:
+        matrix: (m, n), or (pieces, m, n): a stack's tail is that of the pooled eigenvalues, K directions are kept of
+            each piece. Any float dtype; computed in float64 on a CPU and float32 on an accelerator.
+        keep: ``"tail"``, ``"erg"`` or how many directions; see the module's text.
+        fit: how the power law's λ_min is chosen, for ``"tail"``.
+
+    Raises:
+        MatrixError: no eigenvalue differs from 0 (status ``zero``), NaN or infinite entries (``nan``), none at all
+            (``empty``), no power law (``degenerate``), a trace-log condition without crossing (``no_ecs``), or fewer
+            directions, M, than are to be kept (``too_small``).
+        UsageError: `keep` is neither of these, or below 1; or a matrix of other dimensions.
+
+    Source: SETOL (arXiv 2507.17912) for the test; Eckart & Young (Psychometrika 1, 1936) for the projection.
+    """
+    found = decompose(matrix)
+    if keep == "tail" and found.values.any():
+        found.require_tail()
+    threshold = _threshold(found.values, keep, fit)
+    chosen = found.values >= threshold
+    total = float(found.values.sum())
+    return Projection(
+        matrix=rescaled(matrix, found.vectors, chosen.astype(np.float64)),
+        kept=int(chosen.sum()),
+        total=found.values.size,
+        norm_kept=float(found.values[chosen].sum()) / total,
+        lambda_min=float(found.values[chosen].min()),
+    )
+
+
+def _threshold(values: Vector, keep: Keep, fit: FitMethod) -> Any:
+    """The smallest eigenvalue to keep, one for each piece or one for all."""
+    pooled = np.sort(values.ravel())
+    positive = pooled[pooled > 0]
+    if positive.size == 0:
+        raise MatrixError("zero", "all entries are zero, there is nothing to project on")
+    if keep == "tail":
+        return fit_power_law(positive, fit).lambda_min
+    if keep == "erg":
+        num = erg(pooled, float(pooled[-1])).num
+        if num == 0:
+            raise MatrixError("no_ecs", "the trace-log condition has no crossing, so there is no ECS to project on")
+        return pooled[-num]
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        raise UsageError(f"keep is 'erg', 'tail' or a number of directions, not {keep!r}")
+    if keep > (M := values.shape[1]):
+        raise MatrixError("too_small", f"the matrix has {M} directions, fewer than the {keep} to be kept")
+    return np.maximum(values[:, -keep], positive[0])[:, None]
+
+
+def decompose(matrix: Array) -> Decomposition:
+    """Eigenvalues and eigenvectors of the smaller Gram matrix, in float64 on a CPU and float32 on an accelerator.
+
+    Args:
+        matrix: (m, n), or (pieces, m, n); any float dtype.
+
+    Raises:
+        MatrixError: NaN, infinite or overflowing entries (status ``nan``), or no entries (``empty``).
+        UsageError: neither 2 nor 3 dimensions.
+    """
+    import torch
+
+    W = _stack(matrix)
+    if W.numel() == 0:
+        raise MatrixError("empty", f"the matrix has no entries (shape {tuple(matrix.shape)})")
+    kind = torch.float64 if W.device.type == "cpu" else torch.float32
+    tall = W if W.shape[1] >= W.shape[2] else W.mT
+    gram = torch.zeros((len(W), tall.shape[2], tall.shape[2]), dtype=kind, device=W.device)
+    for block in _blocks(tall):
+        gram += block.to(kind).mT @ block.to(kind)
+    if not bool(torch.isfinite(gram.sum())):
+        raise MatrixError("nan", "the matrix has NaN, infinite or overflowing entries")
+    found, vectors = torch.linalg.eigh(gram)
+    values = found.double().cpu().numpy()
+    resolution = _SAFETY * torch.finfo(kind).eps * values.max(axis=1, keepdims=True)
+    values = np.where(values > resolution, values, 0.0)
+    stored = str(W.dtype).removeprefix("torch.")
+    M, N = sorted(W.shape[1:])
+    return Decomposition(without_rounding(values, N, stored), vectors, equal_within(M, N, stored))
+
+
+def rescaled(matrix: Array, vectors: torch.Tensor, ratios: Vector) -> Array:
+    """W with its singular values multiplied by `ratios`: W V diag(ratios) Vᵀ, or from the left where m < n.
+
+    Args:
+        matrix: (m, n) or (pieces, m, n).
+        vectors: (pieces, M, M), of its `decompose`.
+        ratios: (pieces, M), in the order of its eigenvalues.
+
+    Returns:
+        Shape, dtype and kind (NumPy or torch) of `matrix`.
+    """
+    import torch
+
+    W = _stack(matrix)
+    wide = W.shape[1] < W.shape[2]
+    scale = torch.as_tensor(ratios, dtype=vectors.dtype, device=vectors.device)
+    change = (vectors * scale[:, None, :]) @ vectors.mT
+    result = torch.empty_like(W)
+    tall, target = (W.mT, result.mT) if wide else (W, result)
+    for source, goal in zip(_blocks(tall), _blocks(target), strict=True):
+        goal.copy_(source.to(change.dtype) @ change)
+    result = result.reshape(tuple(matrix.shape))
+    return result.numpy() if isinstance(matrix, np.ndarray) else result
+
+
+def _stack(matrix: Array) -> torch.Tensor:
+    """(pieces, m, n), sharing the memory of `matrix`."""
+    import torch
+
+    if matrix.ndim not in (2, 3):
+        raise UsageError(f"a weight matrix has 2 dimensions (3 for a stack of pieces), not {matrix.ndim}")
+    W = torch.from_numpy(np.ascontiguousarray(matrix)) if isinstance(matrix, np.ndarray) else matrix.detach()
+    return W[None] if W.ndim == 2 else W
+
+
+def _blocks(tall: torch.Tensor) -> list[torch.Tensor]:
+    """Views of some rows at a time."""
+    pieces, length, width = tall.shape
+    rows = max(_CHUNK // (pieces * width), width)
+    return [tall[:, start : start + rows] for start in range(0, length, rows)]
+
+
+def remove_traps(matrix: Array, *, seed: int | tuple[int, ...] = 0) -> Cleaned:
+    """The matrix without the two things that make correlation traps.
+
+    A trap is a spike of the *permuted* matrix: it stems from the entries, not from where they stand, so W has no
+    direction that is the trap. Both causes act as a perturbation of rank one, which leaves the bulk of a matrix with
+    entries of standard deviation σ once its singular value exceeds σ·(N·M)^¼ (Benaych-Georges & Nadakuditi 2012):
+
+    - a **shifted mean** has the singular value |mean|·√(N·M). Where that is beyond, the mean is subtracted from every
+      entry.
+    - a **single large entry** has its own size as singular value. Where traps remain, entries are clipped at
+      ±σ·(N·M)^¼, then at 0.8 of that, up to four times, until no trap is left: two large entries in a row or column
+      count together.
+
+    σ is that of the permuted matrix's Marchenko-Pastur bulk. Both steps change what the layer computes, the first by a
+    multiple of the sum of its inputs; whether the model is better for it is a question to its error, not to the
+    spectrum. Traps of many moderately large entries (a heavy-tailed entry distribution) remain, and are reported.
+
+    Args:
+        matrix: (m, n) or (pieces, m, n), whose mean and σ are common; NumPy or torch, any float dtype. Changed in
+            float64, permuted and decomposed in float32.
+        seed: of the permutation, the same before and after.
+
+    Returns:
+        A `Cleaned`, whose matrix has shape, dtype and kind of what was given.
+
+    Raises:
+        MatrixError: NaN, infinite or overflowing entries (status ``nan``), or no entries (``empty``).
+        UsageError: a matrix of other dimensions.
+
+    Sources: SETOL (arXiv 2507.17912) for traps; Benaych-Georges & Nadakuditi (J. Multivar. Anal. 111, 2012).
+    """
+    W = as_numpy(matrix)
+    before, sigma = _traps(W, seed)
+    if before == 0 or sigma == 0:
+        return Cleaned(matrix, before, before, 0.0, np.inf, 0)
+    size = float(W.shape[-2] * W.shape[-1])
+    values = W.astype(np.float64)
+    mean = float(values.mean())
+    removed = mean if abs(mean) > sigma * size**-0.25 else 0.0
+    values -= removed
+    after, sigma = _traps(values, seed) if removed else (before, sigma)
+    limit, clipped, edge = np.inf, 0, sigma * size**0.25
+    for round_ in range(CLIP_ROUNDS):
+        if after == 0:
+            break
+        beyond = int(np.count_nonzero(np.abs(values) > edge * CLIP_STEP**round_))
+        if beyond:
+            limit, clipped = edge * CLIP_STEP**round_, beyond
+            np.clip(values, -limit, limit, out=values)
+            after, _ = _traps(values, seed)
+    if removed == 0.0 and clipped == 0:
+        return Cleaned(matrix, before, before, 0.0, np.inf, 0)
+    return Cleaned(_like(values, matrix), before, after, removed, limit, clipped)
+
+
+def _traps(W: npt.NDArray[Any], seed: int | tuple[int, ...]) -> tuple[int, float]:
+    """Traps, and σ of the permuted matrix's bulk."""
+    spectrum = esd(permute_entries(W, seed), route="gram", dtype="float32")
+    if spectrum.eigenvalues[-1] == 0.0:
+        return 0, 0.0
+    bulk = fit_bulk(spectrum.eigenvalues, spectrum.M, spectrum.N, spectrum.pieces)
+    return bulk.num_spikes, bulk.sigma
+
+
+def _like(values: npt.NDArray[np.float64], matrix: Array) -> Array:
+    """`values` in dtype, kind and place of `matrix`."""
+    if isinstance(matrix, np.ndarray):
+        return values.astype(matrix.dtype)
+    import torch
+
+    return torch.from_numpy(values).to(matrix)

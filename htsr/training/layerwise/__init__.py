@@ -1,0 +1,1 @@
+"""Layerwise learning rates and weight decay around any torch optimizer."""

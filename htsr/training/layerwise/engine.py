@@ -1,0 +1,279 @@
+"""The engine of layerwise learning rates: which multiplier each group has at each step.
+
+    lr_i(t) = lr·b(t)·m_i(t),   m_i(t) = start + (target - start)·min(1, (t - e)/ramp)
+
+with b the user's schedule and e the step of the last event. Events are at step 1, where the new multipliers hold at
+once, and at the multiples of `interval` up to active_fraction·total_steps. t counts optimizer steps: a step that a
+gradient scaler skips does not count.
+
+All state is in the param groups (`htsr.training.layerwise.groups`), so `optimizer.state_dict()` carries it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from htsr.matrices.modules import whole_shape
+from htsr.matrices.roles import stem
+from htsr.matrices.sharded import open_live, refuse_flat
+from htsr.training.layerwise.groups import adapt_state_dict, parameter_names, require_fresh, split_groups
+from htsr.training.layerwise.live_scores import live_scores, view_of
+from htsr.training.layerwise.policy import Policy, require_count
+from htsr.training.layerwise.units import (
+    Outcome,
+    decide,
+    fixed,
+    has_tied_head,
+    matrix_units,
+    pinned,
+    require_patterns,
+    unit_of,
+)
+from htsr.training.steps import running_steps, skipped_by_scaler
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
+logger = logging.getLogger(__name__)
+
+_ROUNDING = 1e-6  # of a step
+
+Groups = list[tuple[int, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What was decided at a step.
+
+    Attributes:
+        step: counted from 1.
+        outcome: by unit.
+        kept: units that keep the multipliers that they have, and why: they do not train now, or could not be measured
+            through no fault of their weights.
+    """
+
+    step: int
+    outcome: Outcome
+    kept: dict[int, str]
+
+
+class Layerwise:
+    """What hangs on the optimizer: the policy, which group has which unit, and nothing that a checkpoint would need.
+
+    Args:
+        optimizer: fresh; its groups are split in place.
+        model: wrapped or not.
+        policy: the rules.
+        total_steps: optimizer steps of the whole training; None where not known.
+
+    Raises:
+        UsageError: as `layerwise`.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, policy: Policy, total_steps: int | None
+    ) -> None:
+        require_fresh(optimizer, policy)
+        refuse_flat(model)
+        if total_steps is not None:
+            require_count("total_steps", total_steps, 1)
+        self.model, self.policy, self.total_steps = model, policy, total_steps
+        matrices = matrix_units(open_live(model).matrices)
+        names = parameter_names(model)
+        places = {unit.name: i for i, unit in enumerate(matrices)}
+        vectors = [name for name in names.values() if unit_of(name, places) is None]
+        require_patterns(policy, matrices, vectors, type(model).__name__)
+        tied = has_tied_head(model)
+        values = fixed(policy, matrices, tied=tied)
+        of_any_size = fixed(replace(policy, min_size=0), matrices, tied=tied)
+        small = [s.name for s, v, w in zip(matrices, values, of_any_size, strict=True) if v is not None and w is None]
+        if small:
+            logger.info(
+                "%d of %d matrices have fewer eigenvalues than min_size, %d, and stay at 1: %s%s",
+                *(len(small), len(matrices), policy.min_size),
+                *(", ".join(small[:3]), ", …" if len(small) > 3 else ""),
+            )
+        moving = [(unit, value) for unit, value in zip(matrices, values, strict=True) if value != 1.0]
+        self.units = [unit for unit, _ in moving]
+        self.of_group = split_groups(optimizer, names, self.units, policy.pin, policy.describe())
+        others = [pinned(unit, policy.pin) for unit in self.units[len(moving) :]]
+        settled = [value for _, value in moving] + [1.0 if value is None else value for value in others]
+        here = {
+            unit
+            for unit, group in zip(self.of_group, optimizer.param_groups, strict=True)
+            if any(
+                len(whole_shape(p)) > 1 or stem(names.get(id(p), "")) == self.units[unit].name for p in group["params"]
+            )
+        }
+        # a matrix in another optimizer takes no part here, and a bias without its matrix stays at 1
+        self.settled = [1.0 if v is None and unit not in here else v for unit, v in enumerate(settled)]
+        self._told: set[str] = set()
+        if all(self.settled[unit] == 1.0 for unit in self.of_group):
+            self._tell("nothing", "layerwise has nothing to set: no parameter is of a matrix that it measures or pins")
+        self.handles: list[RemovableHandle] = []
+        self.seconds = 0.0
+        self._event: Event | None = None
+        self._saved: list[tuple[dict[str, Any], str, Any]] = []
+        self._outermost: FrameType | None = None
+        self._states_before = len(optimizer.state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: hooks and running steps are of the one optimizer."""
+        return {**self.__dict__, "handles": [], "_saved": [], "_outermost": None}
+
+    def multiplier(self, group: dict[str, Any], step: int) -> float:
+        """m_i(t) of a `group` at the optimizer step `step`, counted from 1."""
+        start, target, ramp = group["htsr_start"], group["htsr_target"], self.policy.ramp
+        elapsed = step - group["htsr_event"]
+        if start == target or elapsed >= ramp:
+            return float(target)
+        return float(start + (target - start) * (elapsed / ramp))
+
+    def event_at(self, step: int) -> bool:
+        """Whether multipliers are decided anew at this `step`, counted from 1."""
+        if step == 1:
+            return True
+        interval = self.policy.interval
+        if self.policy.static or interval is None or step % interval:
+            return False
+        if self.total_steps is None:
+            return True
+        return step <= self.policy.active_fraction * self.total_steps + _ROUNDING  # 0.29·100 is 28.999…
+
+    def event(self, optimizer: torch.optim.Optimizer, step: int) -> Event:
+        """Measure and decide at this `step` of `optimizer`.
+
+        Raises:
+            HtsrError: the ranks do not hold the same matrices.
+        """
+        began = time.perf_counter()
+        names = parameter_names(self.model)
+        index = {unit.name: i for i, unit in enumerate(self.units)}
+        trained = {unit_of(names[id(p)], index) for p in self.model.parameters() if p.requires_grad}
+        kept = {i: "frozen" for i, value in enumerate(self.settled) if value is None and i not in trained}
+        settled = [1.0 if i in kept else value for i, value in enumerate(self.settled)]
+        wanted = {part for unit, value in zip(self.units, settled, strict=True) if value is None for part in unit.parts}
+        found = live_scores(self.model, self.policy, wanted, view_of(self.policy.spectrum, optimizer)) if wanted else {}
+        known = {name: value for name, value in found.items() if isinstance(value, float)}
+        measured = [i for i, value in enumerate(settled) if value is None]
+        for i in measured:
+            if failed := [part for part in self.units[i].parts if part not in known]:
+                kept[i] = str(found[failed[0]])
+                known |= dict.fromkeys(self.units[i].parts, math.nan)
+                logger.warning("%s keeps its multiplier, step %d could not measure it: %s", failed[0], step, kept[i])
+        if measured and all(i in kept for i in measured):  # and so nothing is known of the largest
+            kept |= {i: "no matrix could be measured" for i, v in enumerate(settled) if v is not None and math.isnan(v)}
+        outcome = decide(self.policy, self.units, settled, known)
+        self.seconds += time.perf_counter() - began
+        logger.info("step %d: %d matrices scored in %.2f s", step, len(found), time.perf_counter() - began)
+        if step > 1 and self.total_steps is None and self.policy.active_fraction < 1:
+            share = f"{self.policy.active_fraction:.0%}"
+            self._tell("endless", f"without total_steps layerwise measures to the end, not for {share} of the training")
+        return Event(step, outcome, kept)
+
+    def advance(self, optimizer: torch.optim.Optimizer, groups: Groups, step: int) -> None:
+        """Set the multipliers of these `groups` of the `optimizer` at this `step`; at an event decide them anew.
+
+        One event is for all groups, whether they come together or, as under DeepSpeed's ZeRO, one after the other.
+        """
+        if self.event_at(step):
+            if self._event is None or self._event.step != step:
+                self._event = self.event(optimizer, step)
+            for unit, group in groups:
+                now = self.multiplier(group, step)
+                new = now if unit in self._event.kept else self._event.outcome.multipliers[unit]
+                group["htsr_start"] = new if step == 1 else now
+                group["htsr_target"] = new
+                group["htsr_event"] = step
+                group["score"] = self._event.outcome.scores[unit]
+                group["status"] = self._event.kept.get(unit, "ok")
+        for _, group in groups:
+            group["multiplier"] = self.multiplier(group, step)
+
+    def before_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        """Multiply, in the groups of `optimizer`. The step pre-hook."""
+        running = running_steps()
+        if self._outermost in running[1:]:
+            return  # the step of a subclass has called its parent's, and torch runs the hooks for both
+        self.restore()  # where the last step raised
+        self._outermost = running[0]
+        groups = self._stepped(optimizer)
+        if not groups or skipped_by_scaler(optimizer):
+            return
+        if later := sum(len(group["params"]) for group in optimizer.param_groups if "htsr_step" not in group):
+            self._tell("later", f"{later} parameters came to the optimizer after htsr.layerwise, and stay at 1")
+        self.advance(optimizer, groups, groups[0][1]["htsr_step"] + 1)
+        for _, group in groups:
+            if (m := group["multiplier"]) == 1.0:
+                continue
+            self._scale(group, self.policy.sets, m)
+            if self.policy.decouple_weight_decay and m > 0 and group.get("weight_decay"):
+                self._scale(group, "weight_decay", 1 / m)
+
+    def after_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        """Put everything back in the groups of `optimizer`, and count. The step post-hook."""
+        if running_steps()[0] is not self._outermost:
+            return
+        self._outermost = None
+        self.restore()
+        if not skipped_by_scaler(optimizer):
+            for _, group in self._stepped(optimizer):
+                group["htsr_step"] += 1
+
+    def restore(self) -> None:
+        """The user's own values, exactly; tensors stay the objects that they were."""
+        while self._saved:
+            group, key, value = self._saved.pop()
+            if isinstance(group[key], torch.Tensor):
+                group[key].copy_(value)
+            else:
+                group[key] = value
+
+    def _scale(self, group: dict[str, Any], key: str, factor: float) -> None:
+        value = group[key]
+        if isinstance(value, torch.Tensor):
+            self._saved.append((group, key, value.clone()))
+            value.mul_(factor)
+        else:
+            self._saved.append((group, key, value))
+            group[key] = value * factor
+
+    def groups(self, optimizer: torch.optim.Optimizer) -> Groups:
+        """ParameterUnit and group of those of `optimizer` that were split here; a loaded checkpoint makes new ones."""
+        return [(self.of_group[g["htsr_place"]], g) for g in optimizer.param_groups if "htsr_step" in g]
+
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> Groups:
+        """Those that a step of the `optimizer` moves now.
+
+        DeepSpeed's ZeRO calls a step for each: stages 1 and 2 show the optimizer one group, stage 3 empties the others.
+        """
+        return [(unit, group) for unit, group in self.groups(optimizer) if group["params"]]
+
+    def before_state_dict(self, optimizer: torch.optim.Optimizer) -> None:
+        """The user's own values are saved; and by now an `optimizer` that has trained has called its hooks."""
+        self.restore()
+        counted = any(group["htsr_step"] for _, group in self.groups(optimizer))
+        if not counted and len(optimizer.state) > self._states_before:
+            kind = type(optimizer).__name__
+            self._tell("unused", f"this {kind} has trained without the hooks of its step: no multiplier was ever set")
+
+    def _tell(self, key: str, sentence: str) -> None:
+        """Warn once."""
+        if key not in self._told:
+            self._told.add(key)
+            logger.warning(sentence)
+
+    def before_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        """What `optimizer` is to load in place of `state_dict`, if anything; what was decided before does not hold."""
+        self.restore()
+        self._event = None
+        self._states_before = len(state_dict["state"])
+        return adapt_state_dict(optimizer, state_dict)

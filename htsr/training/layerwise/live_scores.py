@@ -1,0 +1,201 @@
+"""The scores of a model in training, shared among the processes that train it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from htsr.analysis.execution import for_each, shared_out
+from htsr.arrays import Array
+from htsr.errors import HtsrError, MatrixError
+from htsr.matrices.models import WeightMatrix
+from htsr.matrices.sharded import in_rounds, open_live
+from htsr.spectra.esd import esd_batch
+from htsr.spectra.scores import null_of_shape, score
+from htsr.training.layerwise.policy import Policy, Spectrum, name_of
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+# what may befall a computation whatever the weights: no convergence (LinAlgError is one of them), no memory, no device
+_PASSING = (RuntimeError, ArithmeticError, MemoryError, np.linalg.LinAlgError)
+_MOMENTUM = ("exp_avg", "momentum_buffer", "mu", "m")
+
+
+def view_of(spectrum: Spectrum, optimizer: torch.optim.Optimizer) -> Callable[[Any], Any] | None:
+    """What is decomposed for each parameter.
+
+    Args:
+        spectrum: ``weights``, ``gradients`` or ``momentum``.
+        optimizer: whose first moments are looked up by the names that torch's and other optimizers give them.
+
+    Returns:
+        None for the parameter itself; else a function from the parameter to a tensor of its shape, or None where it
+        has no such thing yet.
+    """
+    if spectrum == "weights":
+        return None
+    if spectrum == "gradients":
+        return lambda parameter: parameter.grad
+
+    def momentum(parameter: Any) -> Any:
+        state = optimizer.state.get(parameter, {})
+        found = (state[key] for key in _MOMENTUM if key in state)
+        return next((m for m in found if m.shape == parameter.shape and m.is_floating_point()), None)
+
+    return momentum
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A matrix whose score could not be computed.
+
+    Attributes:
+        why: in a sentence.
+        passing: whether it may be computed the next time: out of memory, no convergence. Else the score itself is at
+            fault, a function of the user's.
+    """
+
+    why: str
+    passing: bool
+
+    def __str__(self) -> str:
+        return self.why
+
+
+def live_scores(
+    module: torch.nn.Module, policy: Policy, wanted: set[str], view: Callable[[Any], Any] | None = None
+) -> dict[str, float | Failure]:
+    """Scores of the wanted matrices of a module, the same on every rank of the default process group.
+
+    Ranks share the matrices by cost. Whole tensors are read where they are; sharded ones are gathered a round at a
+    time, one for each rank, so that memory is one whole tensor per rank.
+
+    Args:
+        module: wrapped or not.
+        policy: says which score.
+        wanted: names of matrices.
+        view: see `view_of`.
+
+    Returns:
+        By matrix, as `scores`; failures are passing ones.
+
+    Raises:
+        HtsrError: the ranks do not hold the same matrices, or a score that is a function fails. All ranks raise alike.
+    """
+    model = open_live(module, view)
+    todo = [matrix for matrix in model.matrices if matrix.name in wanted]
+    if policy.score == "alpha_null":
+        return scores(todo, policy)
+    rank, size = _ranks()
+    whole, tensors = shared_out(todo, model.shards, rank, size)
+    found = scores(whole, policy)
+    for parts in in_rounds(tensors, model.shards, rank, size):
+        found |= scores(parts, policy)
+    if size > 1:
+        found = _gather(found, size)
+    if missing := sorted(matrix.name for matrix in todo if matrix.name not in found):
+        raise HtsrError(
+            f"no rank has scored {missing[0]}: all ranks must hold the same parameters (no pipeline stages)"
+        )
+    found = {matrix.name: found[matrix.name] for matrix in todo}
+    refuse_faults(found, policy)
+    return found
+
+
+def refuse_faults(found: Mapping[str, float | Failure], policy: Policy) -> None:
+    """Refuse scores that are at fault themselves.
+
+    Args:
+        found: by matrix.
+        policy: whose score it is.
+
+    Raises:
+        HtsrError: a failure that will not pass.
+    """
+    for name, failure in found.items():
+        if isinstance(failure, Failure) and not failure.passing:
+            raise HtsrError(f"the score {name_of(policy.score)} of {name} fails: {failure}")
+
+
+def scores(matrices: Sequence[WeightMatrix], policy: Policy) -> dict[str, float | Failure]:
+    """Scores by name, computed in this process.
+
+    Args:
+        matrices: to read and decompose.
+        policy: says which score.
+
+    Returns:
+        By matrix; NaN for those whose weights give none, which are logged, and a `Failure` where something else failed.
+    """
+    if policy.score == "alpha_null":
+        return {m.name: null_of_shape(m.shape, m.pieces, policy.fit, policy.windows) for m in matrices}
+    return {matrices[i].name: value for i, value in for_each(matrices, partial(_work, policy))}
+
+
+def _work(policy: Policy, matrices: Sequence[WeightMatrix]) -> list[float | Failure]:
+    """Scores of a few matrices of one shape, their Gram matrices decomposed together; one by one where that fails."""
+    try:
+        return _together(policy, matrices)
+    except Exception as error:
+        if len(matrices) > 1:
+            return [_work(policy, [matrix])[0] for matrix in matrices]
+        return [_failure(error, isinstance(error, _PASSING))]
+
+
+def _failure(error: Exception, passing: bool) -> Failure:
+    why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return Failure(why.removesuffix(": "), passing)
+
+
+def _together(policy: Policy, matrices: Sequence[WeightMatrix]) -> list[float | Failure]:
+    assert policy.score is not None
+    results: dict[int, float | Failure] = dict.fromkeys(range(len(matrices)), float("nan"))
+    loaded: dict[int, Array] = {}
+    for i, matrix in enumerate(matrices):
+        try:
+            loaded[i] = matrix.read()
+        except MatrixError as problem:
+            logger.warning("%s keeps a multiplier of 1: %s", matrix.name, problem)
+    if loaded:
+        how: dict[str, Any] = {"route": "gram", "dtype": policy.dtype, "windows": policy.windows}
+        for i, spectrum in zip(loaded, esd_batch(list(loaded.values()), device=_device(loaded), **how), strict=True):
+            try:
+                if isinstance(spectrum, MatrixError):
+                    raise spectrum
+                results[i] = score(spectrum, policy.score, policy.fit)
+            except MatrixError as problem:
+                logger.warning("%s keeps a multiplier of 1: %s", matrices[i].name, problem)
+            except Exception as error:
+                if not callable(policy.score):
+                    raise
+                results[i] = _failure(error, passing=False)  # a function of the user's fails the next time, too
+    return [results[i] for i in range(len(matrices))]
+
+
+def _device(loaded: Mapping[int, Array]) -> str:
+    first = next(iter(loaded.values()))
+    return "cpu" if isinstance(first, np.ndarray) else str(first.device)
+
+
+def _ranks() -> tuple[int, int]:
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def _gather(found: dict[str, float | Failure], size: int) -> dict[str, float | Failure]:
+    from torch import distributed
+
+    shares: list[Any] = [None] * size
+    distributed.all_gather_object(shares, found)
+    return {name: value for part in shares for name, value in part.items()}

@@ -1,0 +1,120 @@
+"""The multipliers that a model would get at the first event, before any training."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from htsr.errors import UsageError
+from htsr.matrices.roles import whole_name
+from htsr.matrices.sources import Source, open_model
+from htsr.training.layerwise.groups import parameter_names
+from htsr.training.layerwise.live_scores import Failure, refuse_faults, scores
+from htsr.training.layerwise.policy import Policy, PolicyLike, make_policy
+from htsr.training.layerwise.units import ParameterUnit, decide, fixed, has_tied_head, matrix_units, require_patterns
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One parameter of the plan.
+
+    Attributes:
+        name: the tensor, without ``.weight``.
+        role: of it.
+        block: index of its block.
+        rows: of the whole tensor, or of one of its parts.
+        columns: likewise.
+        parts: matrices in it: 1, or more of a fused or stacked tensor.
+        score: mean over the parts; None where not measured.
+        multiplier: of the learning rate or weight decay.
+        why: ``measured``, ``embedding``, ``small`` (fewer eigenvalues than `min_size`), ``fixed`` (pinned, excluded, or
+            nothing is measured), or ``no score``.
+    """
+
+    name: str
+    role: str
+    block: int | None
+    rows: int
+    columns: int
+    parts: int
+    score: float | None
+    multiplier: float
+    why: str
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """What `layerwise_plan` returns.
+
+    Attributes:
+        label: the model.
+        policy: what was planned.
+        rows: one for each tensor with a matrix, in the model's order. All other parameters have the multiplier 1,
+            unless they are pinned.
+    """
+
+    label: str
+    policy: Policy
+    rows: tuple[PlanRow, ...]
+
+    def __repr__(self) -> str:
+        return f"<Plan of {self.label!r}: {len(self.rows)} tensors>"
+
+    def __iter__(self) -> Iterator[PlanRow]:
+        return iter(self.rows)
+
+
+def layerwise_plan(source: Source, policy: PolicyLike = "llr", *, revision: str | None = None, **changes: Any) -> Plan:
+    """The multipliers of the first event for the weights as they are; nothing is instantiated.
+
+    Args:
+        source: as for `htsr.analyze`: a module, a state dict, a folder, a file, a hub id.
+        policy: as for `htsr.layerwise`. Gradients and momentum are in no checkpoint.
+        revision: of a hub id.
+        **changes: fields of `Policy` to be changed.
+
+    Raises:
+        SourceError: the source cannot be read.
+        UsageError: a policy without meaning.
+        HtsrError: a score of your own that fails.
+    """
+    chosen = make_policy(policy, **({"interval": None} | changes if policy == "tempbalance" else changes))
+    if chosen.spectrum != "weights":
+        raise UsageError(f"{chosen.spectrum} are not in a checkpoint; a plan can be made of weights only")
+    model = open_model(source, revision=revision)
+    units = matrix_units(model)
+    vectors: Iterable[str] = ("norm", "vector")
+    if isinstance(source, (str, os.PathLike, Mapping)):  # without a head: of a language model whose embedding is it
+        tied = any(unit.role == "embed" for unit in units)
+    else:
+        tied, vectors = has_tied_head(source), parameter_names(source).values()
+    require_patterns(chosen, units, vectors, model.label)
+    settled = fixed(chosen, units, tied=tied)
+    wanted = {part for unit, value in zip(units, settled, strict=True) if value is None for part in unit.parts}
+    found = scores([matrix for matrix in model if matrix.name in wanted], chosen)
+    refuse_faults(found, chosen)
+    known = {name: value for name, value in found.items() if not isinstance(value, Failure)}
+    for name in found.keys() - known.keys():
+        logger.warning("%s could not be measured: %s", name, found[name])
+    outcome = decide(chosen, units, settled, known)
+    shapes = {whole_name(matrix.name): matrix.shape for matrix in reversed(model.matrices)}
+    rows = []
+    for unit, value, mean, m in zip(units, settled, outcome.scores, outcome.multipliers, strict=True):
+        score = None if math.isnan(mean) else mean
+        why = _why(chosen, unit, value, score)
+        rows.append(PlanRow(unit.name, unit.role, unit.block, *shapes[unit.name], len(unit.parts), score, m, why))
+    return Plan(model.label, chosen, tuple(rows))
+
+
+def _why(policy: Policy, unit: ParameterUnit, settled: float | None, score: float | None) -> str:
+    if settled is None:
+        return "no score" if score is None else "measured"
+    if unit.is_embedding and not policy.pin:
+        return "embedding"
+    return "small" if unit.size < policy.min_size and settled == 1.0 else "fixed"

@@ -1,0 +1,68 @@
+"""Layerwise learning rates as a scheduler of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from htsr.errors import UsageError
+from htsr.training.layerwise.engine import Layerwise
+from htsr.training.layerwise.policy import PolicyLike, make_policy
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class LayerwiseLR(LRScheduler):
+    """Sets lr_i(t) = lr·b(t)·m_i(t) in the param groups themselves, as schedulers of torch do.
+
+    For those who want `get_last_lr()` to show the rates in force. It is the whole schedule: b is given as `schedule`,
+    as in `LambdaLR`, and no other scheduler goes with it; `htsr.layerwise` goes with any. It counts its own steps, so
+    call `scheduler.step()` after every `optimizer.step()`. The first event is when it is made.
+
+    Args:
+        optimizer: fresh, as for `htsr.layerwise`; its groups are split.
+        model: as for `htsr.layerwise`.
+        policy: as for `htsr.layerwise`; it sets the learning rate.
+        schedule: b, a function of the steps done (0 for the first step); constant by default.
+        total_steps: steps of the whole training.
+        **changes: fields of `htsr.Policy` to be changed.
+
+    State is in the param groups and in the scheduler's own `state_dict()`: save and load both, the scheduler first.
+
+    Raises:
+        UsageError: as `htsr.layerwise`, and for policies that set the weight decay.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        policy: PolicyLike = "llr",
+        *,
+        schedule: Callable[[int], float] | None = None,
+        total_steps: int | None = None,
+        **changes: Any,
+    ) -> None:
+        chosen = make_policy(policy, **changes)
+        if chosen.sets != "lr" or chosen.decouple_weight_decay:
+            raise UsageError("a learning-rate scheduler sets no weight decay; use htsr.layerwise for this policy")
+        self._engine = Layerwise(optimizer, model, chosen, total_steps)
+        self._schedule = schedule
+        optimizer.register_load_state_dict_pre_hook(self._engine.before_load)
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        """The rates of the step to come, one for each group."""
+        step = self.last_epoch + 1
+        self._engine.advance(self.optimizer, self._engine.groups(self.optimizer), step)
+        multipliers = [group.get("multiplier", 1.0) for group in self.optimizer.param_groups]
+        factor = 1.0 if self._schedule is None else self._schedule(self.last_epoch)
+        return [base * factor * m for base, m in zip(self.base_lrs, multipliers, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the optimizer, the model and the schedule."""
+        return {k: v for k, v in super().state_dict().items() if k not in ("_engine", "_schedule")}

@@ -1,0 +1,272 @@
+"""Which parameters share a multiplier, and what it becomes once the scores are known. Knows no optimizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from htsr import allocate
+from htsr.errors import UsageError
+from htsr.matrices.models import WeightMatrix, by_tensor
+from htsr.matrices.patterns import matches, require
+from htsr.matrices.roles import stem, whole_name
+from htsr.training.layerwise.policy import Policy
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_NORM = re.compile(r"norm|(^|[._])ln(_|\d|\.|$)|layer_?norm|(^|\.)bn\d*\.", re.IGNORECASE)
+_FOLLOWS = ("lora_", "base_layer.", "parametrizations.")
+
+
+@dataclass(frozen=True)
+class ParameterUnit:
+    """What has one multiplier: a parameter with its followers (bias, LoRA factors), or parameters that stay together.
+
+    Attributes:
+        name: of the parameter, without ``.weight``.
+        role: of it; of a fused tensor that is split the roles of its parts in one, as in ``attn.qkv``.
+        block: index of its block.
+        parts: names of the matrices in it: one, several of a fused or stacked tensor, none for vectors.
+        part_roles: their roles.
+        size: eigenvalues of the smallest part, those of a kernel's slices together; 0 without parts.
+    """
+
+    name: str
+    role: str
+    block: int | None = None
+    parts: tuple[str, ...] = ()
+    part_roles: tuple[str, ...] = ()
+    size: int = 0
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it is an input embedding or an output head."""
+        return not {"embed", "head"}.isdisjoint(self.role.split("."))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Scores and multipliers of all units, in their order.
+
+    Attributes:
+        scores: mean over the parts of a unit; NaN where it was not measured or has none.
+        multipliers: of the learning rate or weight decay.
+    """
+
+    scores: tuple[float, ...]
+    multipliers: tuple[float, ...]
+
+
+def matrix_units(matrices: Iterable[WeightMatrix]) -> list[ParameterUnit]:
+    """One unit for each tensor, parts of a fused one together: an optimizer knows one learning rate per parameter.
+
+    Args:
+        matrices: of a model, in its order.
+    """
+    return [
+        ParameterUnit(
+            name=whole_name(parts[0].name),
+            role=_common_role([matrix.role for matrix in parts]),
+            block=parts[0].block,
+            parts=tuple(matrix.name for matrix in parts),
+            part_roles=tuple(matrix.role for matrix in parts),
+            size=min(min(matrix.shape) * matrix.pieces for matrix in parts),
+        )
+        for parts in by_tensor(matrices)
+    ]
+
+
+def _common_role(roles: Sequence[str]) -> str:
+    distinct = list(dict.fromkeys(roles))
+    if len(distinct) == 1:
+        return distinct[0]
+    family = distinct[0].rpartition(".")[0]
+    endings = [role.rpartition(".")[2] for role in distinct]
+    return f"{family}.{('' if max(map(len, endings)) == 1 else '_').join(endings)}".lstrip(".")
+
+
+def unit_of(parameter: str, names: Mapping[str, int]) -> int | None:
+    """The unit that a parameter belongs to: its own, or that of the matrix whose bias or adapter it is.
+
+    Args:
+        parameter: its full name, wrappers' prefixes removed.
+        names: indices of units by their name.
+
+    Returns:
+        An index; None where it belongs to no matrix.
+    """
+    for own in (parameter, parameter.removesuffix("_bias"), re.sub(r"bias$", "weight", parameter)):
+        if own in names:
+            return names[own]
+    pieces = parameter.split(".")
+    for end in range(len(pieces) - 1, 0, -1):
+        name, rest = ".".join(pieces[:end]), ".".join(pieces[end:])
+        if name in names:
+            return names[name] if "." not in rest or rest.startswith(_FOLLOWS) else None
+    return None
+
+
+def vector_role(parameter: str) -> str:
+    """``norm`` or ``vector``: the role of a `parameter`, by its name, that belongs to no matrix."""
+    return "norm" if _NORM.search(parameter) else "vector"
+
+
+def require_patterns(policy: Policy, units: Sequence[ParameterUnit], vectors: Iterable[str], of: str) -> None:
+    """Refuse patterns of a `policy` that change nothing.
+
+    Args:
+        policy: whose pins and exclusions are looked at.
+        units: all of the model.
+        vectors: names of the parameters that belong to none.
+        of: the model, for the sentence.
+
+    Raises:
+        UsageError: a pattern that matches nothing, or some parts of fused tensors only.
+    """
+    names = list(vectors)
+    wholes = {subject for unit in units for subject in (unit.role, unit.name)}
+    others = {subject for name in names for subject in (vector_role(name), name, stem(name))}
+    parts = [(unit, part) for unit in units for parts in (unit.part_roles, unit.parts) for part in parts]
+    for patterns, subjects in ((policy.pin, wholes | others), (policy.exclude, wholes)):
+        unmatched = [pattern for pattern in patterns if not any(_matches(subject, pattern) for subject in subjects)]
+        for pattern in unmatched:
+            fused = [unit for unit, part in parts if _matches(part, pattern)]
+            if not fused:
+                require([pattern], subjects | {part for _, part in parts}, of, "role or name")
+            elif patterns is policy.exclude or all(pinned(unit, policy.pin) is None for unit in fused):
+                raise UsageError(
+                    f"{pattern!r} matches a part of {fused[0].name}, which has one multiplier for "
+                    f"{', '.join(fused[0].part_roles)}: match all of them, or {fused[0].role}"
+                )
+
+
+def pinned(unit: ParameterUnit, pin: Mapping[str, float]) -> float | None:
+    """The multiplier that the first matching pattern gives.
+
+    A fused tensor whose own role and name match nothing takes the mean over its parts, where all of them match.
+
+    Args:
+        unit: whose role and name, or whose parts', are matched.
+        pin: multipliers by shell-style pattern.
+
+    Returns:
+        A multiplier; None where nothing matches.
+    """
+    if (value := _first(pin, unit.role, unit.name)) is not None or not unit.parts:
+        return value
+    values = [_first(pin, role, name) for role, name in zip(unit.part_roles, unit.parts, strict=True)]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def _first(pin: Mapping[str, float], *subjects: str) -> float | None:
+    for pattern, value in pin.items():
+        if any(_matches(subject, pattern) for subject in subjects):
+            return float(value)
+    return None
+
+
+def _matches(subject: str, pattern: str) -> bool:
+    """As elsewhere, where brackets are part of a name; here they may also be a set of letters, as in ``attn.[qk]``."""
+    return matches(subject, (pattern,)) or fnmatchcase(subject, pattern)
+
+
+def ends(units: Sequence[ParameterUnit], *, tied: bool = False) -> set[int]:
+    """Indices of the first and the last layer: what embeds and what is a head, and where there is none, the matrix
+    that stands there.
+
+    Args:
+        units: all of the model, in its order.
+        tied: the embedding is the head, too.
+    """
+    matrices = [i for i, unit in enumerate(units) if unit.parts]
+    if not matrices:
+        return set()
+    found = {i for i in matrices if units[i].is_embedding}
+    if not any(units[i].role.split(".")[-1] == "embed" for i in found):
+        found.add(matrices[0])
+    if not tied and not any("head" in units[i].role.split(".") for i in found):
+        found.add(matrices[-1])
+    return found
+
+
+def has_tied_head(model: nn.Module) -> bool:
+    """Whether a table of embeddings of `model` is the weight of another module, too."""
+    from torch import nn
+
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    others = (module for module in model.modules() if not isinstance(module, nn.Embedding))
+    return any(id(parameter) in tables for module in others for parameter in module.parameters(recurse=False))
+
+
+def fixed(policy: Policy, units: Sequence[ParameterUnit], *, tied: bool = False) -> list[float | None]:
+    """The multiplier of every unit that needs no measuring.
+
+    Args:
+        policy: the rules.
+        units: all of the model, in its order.
+        tied: the embedding is the head, too.
+
+    Returns:
+        In the order of `units`: a multiplier; None where the unit is to be measured; NaN where it is the embeddings'
+        ``max``, which the others decide.
+    """
+    left_out = ends(units, tied=tied) if policy.exclude_ends else set()
+
+    def of(index: int, unit: ParameterUnit) -> float | None:
+        if (value := pinned(unit, policy.pin)) is not None:
+            return value
+        unwanted = any(_first({pattern: 1.0}, unit.role, unit.name) for pattern in policy.exclude)
+        if not unit.parts or unwanted or index in left_out:
+            return 1.0
+        if unit.is_embedding and policy.embeddings != "measured":
+            rules = {"leave": 1.0, "max": np.nan}
+            return rules[policy.embeddings] if isinstance(policy.embeddings, str) else float(policy.embeddings)
+        return 1.0 if unit.size < policy.min_size or policy.score is None else None
+
+    return [of(i, unit) for i, unit in enumerate(units)]
+
+
+def decide(
+    policy: Policy, units: Sequence[ParameterUnit], multipliers: Sequence[float | None], scores: Mapping[str, float]
+) -> Outcome:
+    """The multiplier of every unit.
+
+    Args:
+        policy: the rules.
+        units: all of them.
+        multipliers: what is settled already, as `fixed` returns it.
+        scores: by matrix; a tensor's score is the mean over its parts. Missing and NaN scores give 1.
+    """
+    means = [_mean([scores.get(part, np.nan) for part in unit.parts]) for unit in units]
+    measured = [value is None for value in multipliers]
+    labels = [_label(policy, unit) for unit in units]
+    result = allocate.multipliers(
+        [mean if free else np.nan for mean, free in zip(means, measured, strict=True)],
+        map=policy.map,
+        bounds=policy.bounds,
+        reverse=policy.reverse,
+        units=labels,
+        pin=multipliers,
+    )
+    known = [float(m) for m, free, mean in zip(result, measured, means, strict=True) if free and not np.isnan(mean)]
+    largest = max(known) if known else (1.0 if any(measured) else policy.bounds[1])
+    final = tuple(largest if np.isnan(m) else float(m) for m in result)
+    return Outcome(tuple(mean if free else np.nan for mean, free in zip(means, measured, strict=True)), final)
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else np.nan
+
+
+def _label(policy: Policy, unit: ParameterUnit) -> tuple[str, object]:
+    if policy.unit == "block" and unit.block is not None:
+        return ("block", (unit.role.split(".")[0] if unit.role.count(".") > 1 else "", unit.block))
+    return ("role", unit.role) if policy.unit == "role" else ("matrix", unit.name)

@@ -1,0 +1,159 @@
+"""Layerwise learning rates and weight decay around any torch optimizer.
+
+    optimizer = htsr.layerwise(torch.optim.AdamW(model.parameters(), lr=1e-3), model, total_steps=10_000)
+
+The optimizer stays what it is. Its groups are split in place, one per matrix; before each step the learning rate (or
+the weight decay) of a group is multiplied, and after the step it is put back exactly, so that every scheduler sees and
+sets the user's own values:
+
+    lr_i(t) = lr·b(t)·m_i(t),   m_i(t) = start + (target - start)·min(1, (t - e)/ramp)
+
+with b the user's schedule and e the step of the last event. Events are at step 1, where the new multipliers hold at
+once, and at the multiples of `interval` up to active_fraction·total_steps. t counts optimizer steps: a step that a
+gradient scaler skips does not count.
+
+All state is in the param groups (`htsr.training.layerwise.groups`), so `optimizer.state_dict()` carries it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+import torch
+
+from htsr.errors import UsageError
+from htsr.training.layerwise.engine import Layerwise
+from htsr.training.layerwise.groups import plain_state_dict, steps_itself
+from htsr.training.layerwise.hooks import attach, detach, engine_of
+from htsr.training.layerwise.policy import PolicyLike, make_policy
+
+if TYPE_CHECKING:
+    from torch import nn
+
+OptimizerType = TypeVar("OptimizerType", bound=torch.optim.Optimizer)
+
+
+def layerwise(
+    optimizer: OptimizerType,
+    model: nn.Module,
+    policy: PolicyLike = "llr",
+    *,
+    total_steps: int | None = None,
+    **changes: Any,
+) -> OptimizerType:
+    """Give every matrix of `model` a learning rate (or weight decay) of its own; returns the same optimizer.
+
+    Call it before making the scheduler and before loading a checkpoint of its own; in a distributed run on every rank.
+    A parameter has one multiplier: of a fused tensor (GPT-2's c_attn, stacked experts) the parts are measured one by
+    one and their scores averaged. Minimum, maximum and mean of the scores are those of the matrices in this optimizer,
+    so that Muon beside AdamW takes two calls, one for each. What PEFT adds to a matrix follows it.
+
+    Args:
+        optimizer: over parameters of `model`, in any groups; their hyper-parameters and any state are kept. What
+            accelerate has prepared is legal.
+        model: wrapped or not. It is kept, and read at events.
+        policy: ``llr``, ``tempbalance``, ``alphadecay``, ``model_balancing``, a `Policy`, or a mapping of role or name
+            patterns to fixed multipliers, as in ``{"attn.*": 4, "embed": 10}``.
+        total_steps: optimizer steps of the whole training. Events end at the policy's `active_fraction` of it; without
+            it they go on to the end.
+        **changes: fields of `Policy` to be changed.
+
+    Returns:
+        `optimizer`.
+
+    Raises:
+        UsageError: an optimizer with a scheduler, one that cannot have a learning rate for each matrix or steps through
+            another, one of another model, or a policy without meaning; the optimizer is left as it was. Later, from its
+            `load_state_dict`: a checkpoint of other groups.
+        HtsrError: later, from its `step`: ranks that do not hold the same matrices, or a score of your own that fails.
+
+    Source: LLR (arXiv 2605.22297), with the engine of TempBalance (arXiv 2312.00359) and AlphaDecay as other policies.
+    """
+    inner = steps_itself(optimizer)
+    before = list(inner.param_groups)
+    try:
+        attach(Layerwise(inner, model, make_policy(policy, **changes), total_steps), inner)
+    except BaseException:
+        inner.param_groups[:] = before
+        raise
+    return optimizer
+
+
+@overload
+def remove_layerwise(optimizer: OptimizerType) -> OptimizerType: ...
+
+
+@overload
+def remove_layerwise(optimizer: Mapping[str, Any]) -> dict[str, Any]: ...
+
+
+def remove_layerwise(optimizer: Any) -> Any:
+    """Take `htsr.layerwise` off an optimizer, or out of its state dict.
+
+    Args:
+        optimizer: one from `layerwise`, also as accelerate wraps it, which gets its own groups back in place and keeps
+            its state; or the state dict of one, of which a plain optimizer loads what is returned.
+
+    Returns:
+        The same optimizer; or a new state dict.
+
+    Raises:
+        UsageError: an optimizer with a scheduler, which counts on the groups, or one that is not layerwise.
+    """
+    if isinstance(optimizer, Mapping):
+        return plain_state_dict(optimizer)
+    engine, inner = engine_of(optimizer), steps_itself(optimizer)
+    if engine is None:
+        raise UsageError("this optimizer is not layerwise")
+    if any("initial_lr" in group for group in inner.param_groups):
+        raise UsageError(
+            "this optimizer has a scheduler, which counts on its groups: load remove_layerwise(optimizer.state_dict()) "
+            "into a new optimizer, and make the scheduler anew"
+        )
+    detach(inner)
+    inner.param_groups[:] = plain_state_dict({"param_groups": inner.param_groups})["param_groups"]
+    return optimizer
+
+
+def multipliers(optimizer: Any) -> dict[str, float]:
+    """The multiplier of each group at the last step.
+
+    Args:
+        optimizer: from `layerwise` or with a `LayerwiseLR`, also as accelerate wraps it.
+
+    Returns:
+        By the group's name, the matrix in it or ``rest``; 1 before the first step. Empty where the optimizer is not
+        layerwise.
+    """
+    return {group["name"]: group["multiplier"] for group in optimizer.param_groups if "htsr_step" in group}
+
+
+def log_values(optimizer: Any) -> dict[str, float]:
+    """What a tracker should see of the last step: the distribution of multipliers, and multiplier and score by role.
+
+    Args:
+        optimizer: as for `multipliers`.
+
+    Returns:
+        ``layerwise/multiplier_min``, ``_median``, ``_max``; ``layerwise/multiplier/ROLE`` and ``layerwise/score/ROLE``,
+        means over the role's matrices (the score of LLR is α). Empty where the optimizer is not layerwise.
+    """
+    groups = [group for group in optimizer.param_groups if "htsr_step" in group and group["role"] != "rest"]
+    if not groups:
+        return {}
+    ordered = sorted(group["multiplier"] for group in groups)
+    values = {
+        "layerwise/multiplier_min": ordered[0],
+        "layerwise/multiplier_median": statistics.median(ordered),
+        "layerwise/multiplier_max": ordered[-1],
+    }
+    for key in ("multiplier", "score"):
+        by_role: dict[str, list[float]] = {}
+        for group in groups:
+            if not math.isnan(group[key]):
+                by_role.setdefault(group["role"], []).append(group[key])
+        values |= {f"layerwise/{key}/{role}": statistics.fmean(found) for role, found in by_role.items()}
+    return values

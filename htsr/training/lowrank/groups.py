@@ -1,0 +1,124 @@
+"""Which parameters of a model are trained at low rank, and what their groups may say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+from htsr.errors import UsageError
+from htsr.matrices.roles import block_of, is_stack_of_experts, role_of
+from htsr.matrices.sharded import refuse_flat
+from htsr.matrices.stored_tensors import clean_name
+from htsr.training.lowrank.moments import STATE_DTYPES
+
+if TYPE_CHECKING:
+    import torch
+
+_IN_BLOCKS = {"attn", "cross_attn", "mlp", "expert", "shared_expert"}
+
+
+def is_low_rank(name: str, shape: Sequence[int], rank: int, embeddings: bool = False) -> bool:
+    """Whether `low_rank_groups` gives a parameter a rank: a matrix, or stack of experts, of a block that is larger.
+
+    Args:
+        name: of the parameter, wrapped or not.
+        shape: of it; a stack has the experts on its first axis.
+        rank: r; the smaller side must exceed it.
+        embeddings: embedding and head, too.
+    """
+    name = clean_name(name)
+    role = role_of(name)
+    chosen = role.split(".")[0] in _IN_BLOCKS and block_of(name) is not None
+    matrices = len(shape) == 2 or is_stack_of_experts(name, shape)
+    return matrices and min(shape[-2:]) > rank and (chosen or (embeddings and role in ("embed", "head")))
+
+
+def low_rank_groups(
+    model: torch.nn.Module, rank: int, *, embeddings: bool = False, **options: Any
+) -> list[dict[str, Any]]:
+    """Parameter groups for `LowRankAdamW`: attention and MLP matrices of the blocks at low rank, the rest in full.
+
+    Frozen parameters are in the groups too, so that they can be thawed later. A matrix whose smaller side is at most
+    `rank` stays full-rank, where it is smaller and cheaper; so do tensors of three and more dimensions, but for
+    stacks of experts, where each expert has a subspace of its own. Vectors (norms, biases) have no weight decay.
+
+    Args:
+        model: any module whose parameter names tell their roles (`htsr.matrices.roles`).
+        rank: r of every low-rank matrix.
+        embeddings: low-rank states for embedding and head, too.
+        **options: more keys of the low-rank group: `scale`, `refresh_every`, `method`, `moments`, `state_dtype`, `lr` …
+
+    Returns:
+        Up to three groups, those without parameters left out: low rank, full rank, vectors.
+
+    Raises:
+        UsageError: a rank below 1, no matrix of the model that gets it, or FSDP1 has flattened them.
+    """
+    refuse_flat(model)
+    _insist_on_count("rank", rank)
+    low: list[Any] = []
+    full: list[Any] = []
+    vectors: list[Any] = []
+    for name, parameter in model.named_parameters():
+        if is_low_rank(name, parameter.shape, rank, embeddings):
+            low.append(parameter)
+        else:
+            (vectors if parameter.ndim < 2 else full).append(parameter)
+    if not low:
+        raise UsageError(
+            f"no matrix of {type(model).__name__} can have rank {rank}: none is an attention or MLP matrix of a block "
+            "with both sides larger"
+        )
+    groups = [{"params": low, "rank": rank, **options}, {"params": full}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Refuse a group of `LowRankAdamW` with an option without meaning.
+
+    Args:
+        group: with all options.
+
+    Raises:
+        UsageError: such an option, or a group with rank that holds anything but matrices.
+    """
+    for name, known in (
+        ("method", ("svd", "randomized")),
+        ("moments", ("keep", "rotate")),
+        ("state_dtype", STATE_DTYPES),
+    ):
+        if group[name] not in known:
+            raise UsageError(f"unknown {name} {group[name]!r}: one of {', '.join(known)}")
+    for name in ("lr", "eps", "weight_decay", "scale"):
+        if not 0 <= _number(group[name]) < math.inf:
+            raise UsageError(f"{name} is {group[name]!r}; it is a finite number, at least 0")
+    betas = group["betas"]
+    if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= _number(beta) < 1 for beta in betas)):
+        raise UsageError(f"betas are {betas!r}; they are two numbers in [0, 1)")
+    if not isinstance(group["stochastic_rounding"], bool):
+        raise UsageError(f"stochastic_rounding is {group['stochastic_rounding']!r}; it is True or False")
+    _insist_on_count("refresh_every", group["refresh_every"])
+    if group["rank"] is None:
+        return
+    _insist_on_count("rank", group["rank"])
+    for parameter in group["params"]:
+        if parameter.ndim not in (2, 3):
+            raise UsageError(
+                "a group with rank holds matrices and stacks of them, and one of its parameters is "
+                f"{tuple(parameter.shape)}"
+            )
+
+
+def _number(value: Any) -> float:
+    """Of a number or a tensor with one; NaN of anything else."""
+    try:
+        return math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
+
+
+def _insist_on_count(name: str, value: Any) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise UsageError(f"{name} is {value!r}; it is a whole number, at least 1")

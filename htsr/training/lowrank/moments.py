@@ -1,0 +1,114 @@
+"""Adam's moments in the optimizer state: float32, bfloat16, or 8 bits in blocks of 256 (bitsandbytes)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from htsr.errors import MissingDependencyError, UsageError
+from htsr.training.lowrank.subspace import is_distributed, local
+
+StateDtype: TypeAlias = Literal["float32", "bfloat16", "8bit"]
+
+STATE_DTYPES = ("float32", "bfloat16", "8bit")
+BLOCK = 256  # entries that share a scale
+_SIGNED = {"exp_avg": True, "exp_avg_sq": False}
+
+
+def create(state: dict[str, Any], like: Tensor, dtype: StateDtype) -> None:
+    """Zero moments for a gradient; sharded as it is. float64 gradients keep float64 where float32 is asked.
+
+    Args:
+        state: of one parameter; ``exp_avg``, ``exp_avg_sq`` and, in 8 bits, their ``_scale`` are put into it.
+        like: the gradient, of any shape.
+        dtype: ``float32``, ``bfloat16`` or ``8bit``.
+
+    Raises:
+        UsageError: 8 bits of a sharded gradient.
+        MissingDependencyError: 8 bits without bitsandbytes.
+    """
+    for name in _SIGNED:
+        if dtype == "8bit":
+            if is_distributed(like):
+                raise UsageError("8-bit states of sharded parameters are not supported; take state_dtype bfloat16")
+            zeros = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+            state[name] = torch.zeros(like.shape, dtype=torch.uint8, device=like.device)
+            state[f"{name}_scale"] = torch.zeros(-(-like.numel() // BLOCK), device=like.device)
+            write(state, name, zeros)
+        else:
+            wide = torch.promote_types(like.dtype, torch.float32)
+            state[name] = torch.zeros_like(like, dtype=torch.bfloat16 if dtype == "bfloat16" else wide)
+
+
+def read(state: dict[str, Any], name: str, rows: Any = ...) -> Tensor:
+    """A moment in float32 (or float64); of a DTensor, this process's part.
+
+    It shares the state's memory where that has this dtype.
+
+    Args:
+        state: of one parameter, from `create`.
+        name: ``exp_avg`` or ``exp_avg_sq``.
+        rows: all, or a slice of the first axis that begins at a multiple of 256.
+
+    Returns:
+        In the shape of the gradient, or of these rows of it.
+
+    Raises:
+        MissingDependencyError: 8 bits without bitsandbytes.
+    """
+    moment = local(state[name])
+    if moment.dtype == torch.uint8:
+        code = _code(_SIGNED[name], moment.device)
+        scale = state[f"{name}_scale"][_blocks(moment, rows)]
+        return _bitsandbytes().dequantize_blockwise(  # type: ignore[no-any-return]
+            moment[rows], absmax=scale, code=code, blocksize=BLOCK
+        )
+    return moment[rows].float() if moment.dtype == torch.bfloat16 else moment[rows]
+
+
+def write(state: dict[str, Any], name: str, value: Tensor, rows: Any = ...) -> None:
+    """Store a moment, or rows of it, as its state is stored.
+
+    Args:
+        state: of one parameter, from `create`.
+        name: ``exp_avg`` or ``exp_avg_sq``.
+        value: float32 or float64, in the shape that `read` gives.
+        rows: as of `read`.
+
+    Raises:
+        MissingDependencyError: 8 bits without bitsandbytes.
+    """
+    moment = local(state[name])
+    if moment.dtype == torch.uint8:
+        code = _code(_SIGNED[name], moment.device)
+        quantised, how = _bitsandbytes().quantize_blockwise(value.contiguous(), code=code, blocksize=BLOCK)
+        moment[rows] = quantised
+        state[f"{name}_scale"][_blocks(moment, rows)] = how.absmax
+    elif value.data_ptr() != moment[rows].data_ptr():
+        moment[rows] = value
+
+
+def _blocks(moment: Tensor, rows: Any) -> Any:
+    """The blocks of these rows; blocks run over the flattened tensor."""
+    if rows is ...:
+        return rows
+    width = moment[0].numel()
+    return slice(rows.start * width // BLOCK, -(-rows.stop * width // BLOCK))
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes.functional
+    except ImportError as error:
+        raise MissingDependencyError("8-bit optimizer states need bitsandbytes: pip install bitsandbytes") from error
+    return bitsandbytes.functional
+
+
+@lru_cache
+def _code(signed: bool, device: torch.device) -> Tensor:
+    """The 256 values of Dettmers' dynamic data type (arXiv 2110.02861, §2.1)."""
+    code: Tensor = _bitsandbytes().create_dynamic_map(signed=signed).to(device)
+    return code

@@ -1,0 +1,387 @@
+"""AdamW whose states, and if wanted gradients, live in low-rank subspaces of the gradients (GaLore, arXiv 2403.03507).
+
+    optimizer = LowRankAdamW(low_rank_groups(model, rank=128), lr=1e-3)
+
+Per matrix: R = G projected; Adam on R; W ← (1 - lr·weight_decay)·W - lr·scale·(Adam's direction projected back). The
+subspace is that of the gradient at the steps 0, T, 2T …. Parameters without a rank get torch.optim.AdamW's update.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from htsr.errors import HtsrError, UsageError
+from htsr.training.lowrank import moments
+from htsr.training.lowrank.groups import check_group
+from htsr.training.lowrank.moments import StateDtype
+from htsr.training.lowrank.released import ReleasedGradient
+from htsr.training.lowrank.subspace import Method, is_distributed, local, project, projector, rotated
+from htsr.training.lowrank.update import Group, apply_update, seed_of
+
+Gradients: TypeAlias = Literal["keep", "project", "update"]
+
+_PROJECTED = (
+    "gradients='project' has projected it during backward. Clip by the 2-norm (with process_group by the optimizer's "
+    "clip_grad_norm_), run DDP under no_sync() and pass process_group; a GradScaler, or whatever else reads whole "
+    "gradients, wants gradients='keep'"
+)
+_USED = (
+    "gradients='update' has used it up during backward, and nothing can clip, scale or average it any more. Set "
+    "max_grad_norm to 0 (transformers' Trainer clips by default), or take gradients='project', or for a GradScaler and "
+    "DDP 'keep'"
+)
+
+
+class LowRankAdamW(torch.optim.Optimizer):
+    """AdamW on projected gradients.
+
+    A group with the key ``rank`` holds matrices, or stacks (E, m, n) of them, and is projected; a group without is
+    plain AdamW. All options but `gradients` and `process_group` can differ by group and are part of the state dict, as
+    are step, projector (`projector`: (min(m, n), r), of a stack (E, min(m, n), r)) and moments, all plain tensors: it
+    loads with ``torch.load(weights_only=True)``, and a resumed run repeats the uninterrupted one bit for bit.
+
+    With exact SVD and kept moments the update is that of galore-torch's AdamW, but that weights decay before the update
+    and eps is added after the bias correction, both as in torch.optim.AdamW.
+
+    Parameters may be DTensors (FSDP2, tensor parallel): a gradient is gathered, one matrix at a time, when its
+    projector is computed, and projected shard by shard otherwise; moments are sharded where the matrix side that they
+    keep is. Under DDP every rank computes the same.
+
+    Weights in bfloat16 or float16 are updated in float32 and rounded stochastically (see
+    `htsr.training.lowrank.rounding`): rounded to nearest, as torch.optim.AdamW on such weights rounds, an update below
+    half a unit in the last place is lost at every step. Replicas round alike, and a resumed run rounds as the
+    uninterrupted one.
+
+    Args:
+        params: parameters or groups, as from `low_rank_groups`.
+        lr: learning rate, as in torch.optim.AdamW.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment, after its bias correction.
+        weight_decay: decoupled, W ← (1 - lr·weight_decay)·W.
+        scale: factor of the low-rank updates, α in the paper.
+        refresh_every: T, optimizer steps between projectors.
+        method: ``randomized`` subspace iteration, or exact ``svd``.
+        moments: at a refresh, ``keep`` them as they are (the paper) or ``rotate`` them into the new subspace.
+        state_dtype: of the moments: ``float32``, ``bfloat16``, or ``8bit`` (bitsandbytes). The projector has the
+            gradient's dtype.
+        seed: of the randomised method; its numbers are a function of seed, parameter and step.
+        gradients: ``keep`` them until the caller drops them, as torch does; ``project`` each low-rank matrix's gradient
+            as soon as backward has it and add it up in the subspace until `step`, so that no full gradient outlives
+            its matrix and gradients accumulate at the size of one moment; ``update`` each parameter as soon as
+            backward has its gradient, so that none is kept: one backward is one step, after which `step` or `zero_grad`
+            is called. The sum of projected gradients is the projected sum, up to rounding; at a refresh step the
+            subspace is that of the first backward since the last step. ``parameter.grad`` is a `ReleasedGradient` then:
+            under ``project`` torch.nn.utils.clip_grad_norm_ clips it as `clip_grad_norm_` does, and whatever would
+            pass over it in silence is refused (a GradScaler, DDP; under ``update`` clipping and accumulation, too).
+        process_group: ranks with copies of the model, over which the optimizer averages what ``project`` and ``update``
+            release too early for DDP: run backward on the bare module or under ``no_sync()``.
+        stochastic_rounding: of narrow weights; False for rounding to nearest.
+
+    Raises:
+        UsageError: an option without meaning, or a group with rank that holds anything but matrices.
+        MissingDependencyError: at the first step, ``8bit`` without bitsandbytes.
+
+    Source: GaLore (arXiv 2403.03507), algorithm 2; AdamW (arXiv 1711.05101), algorithm 2.
+    """
+
+    _hooked: set[Tensor]
+    _places: dict[Tensor, tuple[Group, int]]
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        scale: float = 0.25,
+        refresh_every: int = 200,
+        method: Method = "randomized",
+        moments: Literal["keep", "rotate"] = "keep",
+        state_dtype: StateDtype = "float32",
+        seed: int = 0,
+        gradients: Gradients = "keep",
+        process_group: ProcessGroup | None = None,
+        stochastic_rounding: bool = True,
+    ) -> None:
+        if gradients not in ("keep", "project", "update"):
+            raise UsageError(f"unknown gradients {gradients!r}: keep, project or update")
+        if process_group is not None and gradients == "keep":
+            raise UsageError("process_group is for gradients='project' or 'update'; kept gradients are averaged by DDP")
+        self.gradients = gradients
+        self.process_group = process_group
+        self._begin()
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": None,
+            "scale": scale,
+            "refresh_every": refresh_every,
+            "method": method,
+            "moments": moments,
+            "state_dtype": state_dtype,
+            "seed": seed,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group.
+
+        Args:
+            param_group: as in torch; with the key ``rank`` all of its parameters are matrices.
+
+        Raises:
+            UsageError: an option without meaning, or a group with rank that holds anything but matrices.
+        """
+        super().add_param_group(param_group)
+        check_group(self.param_groups[-1])
+        self._places.clear()
+        self._hook()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again, as in torch.
+
+        Returns:
+            What the closure returns; None without one.
+
+        Raises:
+            HtsrError: a gradient with NaN or Inf where a projector is due.
+            UsageError: a sparse gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, parameter, index in self._members():
+            if (R := self._take(group, parameter, index)) is not None:
+                apply_update(parameter, self.state[parameter], group, R, index)
+            if isinstance(parameter.grad, ReleasedGradient):
+                parameter.grad.spent = True
+        self._places.clear()
+        self._hook()
+        return loss
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the gradients to a global norm of at most `max_norm`; returns the norm before.
+
+        Call it between backward and `step`. It scales what stands in ``grad``, as torch's does, and keeps nothing else.
+        The norm is that of what the optimizer will use: ‖R‖_F for low-rank
+        matrices, which is ‖G‖_F less the part outside the subspace, ‖G‖_F for the others, over all parameters and
+        processes. ``torch.nn.utils.clip_grad_norm_`` does the same under ``gradients="project"``; under ``keep`` its
+        norm is that of the whole gradients.
+
+        Args:
+            max_norm: the largest norm that is left as it is.
+
+        Returns:
+            The norm before, a scalar in float32 at least; 0 where there is no gradient.
+
+        Raises:
+            HtsrError: a gradient with NaN or Inf where a projector is due.
+            UsageError: with ``gradients="update"`` there is no moment at which all gradients are known.
+        """
+        if self.gradients == "update":
+            raise UsageError("a global norm cannot be known while updating during backward; take gradients='project'")
+        kept, norms = list[Tensor](), list[Tensor]()
+        for group, parameter, index in self._members():
+            R = self._take(group, parameter, index, steps=False)
+            if R is None or parameter.grad is None:
+                continue
+            kept.append(R if isinstance(parameter.grad, ReleasedGradient) else parameter.grad)
+            norms.append(torch.linalg.vector_norm(R, dtype=torch.promote_types(R.dtype, torch.float32)))
+        if not norms:
+            return torch.zeros(())
+        norms = [norm.full_tensor() if is_distributed(norm) else norm for norm in norms]  # type: ignore[attr-defined]
+        total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        for gradient in kept:
+            local(gradient).mul_(factor.to(gradient.device, gradient.dtype))
+        return total
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, the projected ones too.
+
+        Args:
+            set_to_none: as in torch; projected gradients are dropped in either case.
+        """
+        for _, parameter, _ in self._members():
+            if isinstance(parameter.grad, ReleasedGradient):
+                parameter.grad = None
+        super().zero_grad(set_to_none)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but tensors keep the dtype that they were saved in; torch casts them to the parameter's.
+
+        Args:
+            state_dict: from `state_dict` of an optimizer with the same groups.
+        """
+        super().load_state_dict(state_dict)
+        self._places.clear()
+        identifiers = (identifier for group in state_dict["param_groups"] for identifier in group["params"])
+        for identifier, (_, parameter, _) in zip(identifiers, self._members(), strict=True):
+            for name, value in state_dict["state"].get(identifier, {}).items():
+                if torch.is_tensor(value) and name != "step":
+                    self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
+
+    def take_up(self, parameter: Tensor, released: ReleasedGradient, G: Tensor) -> None:
+        """Project or use a full gradient during backward; `ReleasedGradient` calls it.
+
+        Args:
+            parameter: of the optimizer, of any shape.
+            released: what stands in its ``grad``.
+            G: of the parameter's shape.
+
+        Raises:
+            HtsrError: NaN or Inf where a projector is due.
+            UsageError: ``update`` has had a gradient of this parameter since the last step, or there are step hooks.
+        """
+        if not self._places:  # groups may have been split or loaded since the last step
+            self._places = {member: (group, index) for group, member, index in self._members()}
+        group, index = self._places[parameter]
+        if self.gradients == "project":
+            R = self._project(group, parameter, index, G, first=released.spent)
+            released.R = R if released.spent or released.R is None else released.R.add_(R)
+        else:
+            if not released.spent:
+                raise UsageError(
+                    "gradients='update' takes one backward a step, and this is the second since step or zero_grad was "
+                    "called: take gradients='project' to accumulate gradients"
+                )
+            if self._optimizer_step_pre_hooks:
+                raise UsageError("step hooks do not act on updates during backward; take gradients='project'")
+            R = self._average(self._gradient(group, parameter, index, G))
+            apply_update(parameter, self.state[parameter], group, R, index)
+            released.used = torch.linalg.vector_norm(R)
+        released.spent = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which release gradients as this one does."""
+        if self.process_group is not None:
+            raise UsageError(
+                "a LowRankAdamW with a process_group cannot be copied: make another and load this one's state dict"
+            )
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return state | {"gradients": self.gradients, "process_group": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, and in `load_state_dict`."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("stochastic_rounding", True)  # from before 0.2
+        if "_places" not in self.__dict__:
+            self._begin()
+            self._hook()
+
+    def _begin(self) -> None:
+        self._hooked = set()
+        self._places = {}
+
+    def _members(self) -> Iterator[tuple[Group, Tensor, int]]:
+        index = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                yield group, parameter, index
+                index += 1
+
+    def _hook(self) -> None:
+        """Release gradients during backward; parameters that were exchanged since (FSDP) are found at the next step."""
+        if self.gradients == "keep":
+            return
+        optimizer = weakref.ref(self)  # parameters outlive an optimizer, and its hooks are then idle
+
+        def hook(parameter: Tensor) -> None:
+            if (alive := optimizer()) is not None:
+                alive._release(parameter)
+
+        for group, parameter, _ in self._members():
+            if parameter not in self._hooked and (self.gradients == "update" or group["rank"] is not None):
+                trains = parameter.requires_grad
+                parameter.requires_grad_(True)  # torch hooks no frozen tensor; the hook outlives freezing
+                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                parameter.requires_grad_(trains)
+                self._hooked.add(parameter)
+
+    @torch.no_grad()
+    def _release(self, parameter: Tensor) -> None:
+        """Runs as soon as backward has the parameter's whole gradient."""
+        G = parameter.grad
+        if isinstance(G, ReleasedGradient) and G.is_of(self):
+            return  # it has taken up this gradient
+        if G is None or isinstance(G, ReleasedGradient):
+            raise UsageError("a parameter's gradient is released during backward by another optimizer, too; delete one")
+        parameter.grad = None
+        sentence = _PROJECTED if self.gradients == "project" else _USED
+        averaged = self.process_group is None or self.gradients == "update"
+        released = ReleasedGradient(parameter, self, sentence, clips=averaged)
+        self.take_up(parameter, released, G)
+        parameter.grad = released
+
+    def _take(self, group: Group, parameter: Tensor, index: int, steps: bool = True) -> Tensor | None:
+        """The gradient of the coming step, projected, averaged over the ranks; `steps`: the step is made with it."""
+        G = parameter.grad
+        if G is None:
+            return None
+        if isinstance(G, ReleasedGradient):
+            return None if G.spent or G.R is None else self._average(G.R)
+        return self._average(self._gradient(group, parameter, index, G, steps))
+
+    def _gradient(self, group: Group, parameter: Tensor, index: int, G: Tensor, steps: bool = True) -> Tensor:
+        """What Adam will see of the parameter's gradient."""
+        if G.is_sparse:
+            raise UsageError(f"parameter {index} has a sparse gradient; make its embedding with sparse=False")
+        return G if group["rank"] is None else self._project(group, parameter, index, G, steps=steps)
+
+    def _average(self, gradient: Tensor) -> Tensor:
+        if self.process_group is None:
+            return gradient
+        torch.distributed.all_reduce(gradient, group=self.process_group)
+        return gradient.div_(self.process_group.size())
+
+    def _project(
+        self, group: Group, parameter: Tensor, index: int, G: Tensor, first: bool = True, steps: bool = True
+    ) -> Tensor:
+        """A gradient in its subspace, which is computed anew where that is due and this is the step's first.
+
+        Without `steps` the state stays as it is: the gradient may change until the step, and the new subspace with it.
+        """
+        state = self.state[parameter] if steps else self.state.get(parameter, {})
+        if G.ndim < 2:
+            raise UsageError(
+                f"parameter {index} of a group with rank has become flat, {tuple(G.shape)}: DeepSpeed's ZeRO and FSDP1 "
+                "leave no matrix to project; take DDP or FSDP2"
+            )
+        step = int(state["step"].item()) if "step" in state else 0
+        old = state.get("projector")
+        if old is None or (step % group["refresh_every"] == 0 and first):
+            G = self._average(G)
+            generator = torch.Generator().manual_seed(seed_of(group["seed"], index, step))
+            try:
+                new = projector(G, group["rank"], group["method"], old, generator)
+            except HtsrError as error:
+                where = f"parameter {index} ({'×'.join(map(str, G.shape))}) at step {step + 1}"
+                raise type(error)(f"{where}: {error}") from error
+            if not steps:
+                return project(G, new)
+            state["projector"] = new
+            if group["moments"] == "rotate" and old is not None and "exp_avg" in state:
+                old_moments = moments.read(state, "exp_avg"), moments.read(state, "exp_avg_sq")
+                for name, value in zip(
+                    ("exp_avg", "exp_avg_sq"), rotated(*old_moments, old, new, G.shape), strict=True
+                ):
+                    moments.write(state, name, value)
+        return project(G, state["projector"])

@@ -1,0 +1,123 @@
+"""Adam's update of one parameter, low-rank or not: whole or of the part that this process holds."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from htsr.training.lowrank import moments
+from htsr.training.lowrank.moments import BLOCK
+from htsr.training.lowrank.rounding import NARROW, axis_keys, entry_noise, stochastically_rounded
+from htsr.training.lowrank.subspace import add_projected_back, local, projects_right
+
+Group: TypeAlias = dict[str, Any]
+
+PIECE = 2**22  # entries that are updated at a time, so that temporaries stay small beside an embedding
+
+
+def adam_update(
+    R: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, betas: tuple[float, float], eps: float
+) -> Tensor:
+    """Adam's direction m̂/(√v̂ + eps) for a gradient R at step 1, 2, …; both moments are updated in place.
+
+    Args:
+        R: gradient, of any shape.
+        exp_avg: first moment before the step, in the shape and dtype of R; changed.
+        exp_avg_sq: second moment, in the same shape and dtype; changed.
+        step: counted from 1.
+        betas: β₁ and β₂.
+        eps: added to the corrected root, as in torch.
+
+    Returns:
+        The direction, in the shape and dtype of R.
+
+    Source: Adam (Kingma & Ba, arXiv 1412.6980), algorithm 1.
+    """
+    beta1, beta2 = betas
+    exp_avg.lerp_(R, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(R, R, value=1 - beta2)
+    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
+    return torch.div(exp_avg, denominator, out=denominator).div_(1 - beta1**step)
+
+
+def apply_update(parameter: Tensor, state: dict[str, Any], group: Group, R: Tensor, index: int) -> None:
+    """One step of one parameter: decay and Adam's direction, projected back where the group has a rank.
+
+    Narrow weights are computed in float32 and rounded stochastically, unless the group says otherwise.
+
+    Args:
+        parameter: of any shape, changed; a DTensor in this process's part.
+        state: of it, changed; ``projector`` is there where the group has a rank.
+        group: of `LowRankAdamW`.
+        R: the gradient, (m, r) or (r, n) as projected where the group has a rank, else of the parameter's shape.
+        index: of the parameter among all of the optimizer, a seed of the rounding.
+    """
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros(())
+        moments.create(state, R, group["state_dtype"])
+    state["step"] += 1
+    step, lr, W, G = int(state["step"].item()), float(group["lr"]), local(parameter), local(R)
+    if W.dtype in NARROW and group["stochastic_rounding"]:
+        keys = axis_keys(parameter, seed_of("rounding", group["seed"], index, step))
+        _update_rounded(parameter, state, group, G, step, keys)
+        return
+    if group["weight_decay"]:
+        W.mul_(1 - lr * group["weight_decay"])
+    if group["rank"] is not None:
+        direction = _direction(state, group, G, step)
+        add_projected_back(parameter, direction.to(W.dtype), state["projector"], -lr * group["scale"])
+        return
+    for rows in _pieces(W, BLOCK):
+        W[rows].add_(_direction(state, group, G, step, rows), alpha=-lr)
+
+
+def seed_of(*parts: object) -> int:
+    """A seed, 63 bits, that is a function of its parts alone.
+
+    Args:
+        *parts: plain numbers and strings.
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def _update_rounded(
+    parameter: Tensor, state: dict[str, Any], group: Group, G: Tensor, step: int, keys: list[Tensor]
+) -> None:
+    """In float32, and then to one of the two neighbours in the weight's own type."""
+    W, lr = local(parameter), float(group["lr"])
+    low_rank = group["rank"] is not None
+    R = P = torch.empty(0)
+    if low_rank:
+        R, P = _direction(state, group, G, step).float(), local(state["projector"]).float()
+    right = projects_right(parameter.shape) if low_rank else False
+    for rows in _pieces(W, 1 if low_rank else BLOCK):
+        new = W[rows].float().mul_(1 - lr * group["weight_decay"])
+        if not low_rank:
+            new.add_(_direction(state, group, G, step, rows), alpha=-lr)
+        elif W.ndim == 3:
+            new.baddbmm_(*((R[rows], P[rows].mT) if right else (P[rows], R[rows])), alpha=-lr * group["scale"])
+        else:
+            new.addmm_(*((R[rows], P.mT) if right else (P[rows], R)), alpha=-lr * group["scale"])
+        W[rows] = stochastically_rounded(new, W.dtype, entry_noise(keys, rows).view(new.shape))
+
+
+def _direction(state: dict[str, Any], group: Group, G: Tensor, step: int, rows: Any = ...) -> Tensor:
+    """Adam's direction for these rows; their moments are updated."""
+    exp_avg, exp_avg_sq = moments.read(state, "exp_avg", rows), moments.read(state, "exp_avg_sq", rows)
+    direction = adam_update(G[rows].to(exp_avg.dtype), exp_avg, exp_avg_sq, step, group["betas"], group["eps"])
+    moments.write(state, "exp_avg", exp_avg, rows)
+    moments.write(state, "exp_avg_sq", exp_avg_sq, rows)
+    return direction
+
+
+def _pieces(W: Tensor, multiple: int) -> list[Any]:
+    """Slices of the first axis, a multiple of rows each."""
+    if W.numel() <= PIECE:
+        return [...]
+    rows = max(PIECE // W[0].numel() // multiple, 1) * multiple
+    return [slice(start, start + rows) for start in range(0, W.shape[0], rows)]

@@ -1,0 +1,146 @@
+"""What a training run will need at its peak, by part, from the configuration alone.
+
+One forward and backward pass runs on tensors without values (torch's FakeTensor), so that every architecture, and
+activation checkpointing, is counted as torch would allocate it; optimizer states are added by their formulas. Not
+counted: the CUDA context, kernels' own workspaces, fragmentation of the allocator, the data; and on a CPU, where
+``peak_mib`` of a run is of the whole process, what `beside` says.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+from htsr.errors import HtsrError, SourceError, UsageError, reason_of
+from htsr.training.memory.plan import (
+    DTYPES,
+    LOW_RANK,
+    METHODS,
+    SAMPLED,
+    Embeddings,
+    MemoryPlan,
+    Setting,
+    TrainingMethod,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from htsr.training.lowrank.moments import StateDtype
+    from htsr.training.lowrank.optimizer import Gradients
+
+
+Source: TypeAlias = Union[str, "os.PathLike[str]", "torch.nn.Module"]
+
+
+def predict_memory(
+    source: Source,
+    method: TrainingMethod = "full",
+    *,
+    batch: int = 1,
+    sequence: int = 512,
+    rank: int | None = None,
+    active_blocks: int = 2,
+    dtype: str | None = None,
+    checkpointing: bool = False,
+    state_dtype: StateDtype | None = None,
+    embeddings: Embeddings | None = None,
+    gradients: Gradients = "keep",
+    revision: str | None = None,
+) -> MemoryPlan:
+    """Peak memory of training a causal language model, without loading it.
+
+    Args:
+        source: a folder with a config.json (weights are not needed), that file, a .gguf file, each also as
+            ``package:MODULE/PATH``, a hub id (only its configuration is fetched), or a transformers model.
+        method: ``full``; ``lora`` and ``qlora`` on all linear layers of the blocks; ``galore`` (`LowRankAdamW`);
+            ``lisa`` and ``owlore``: some blocks at a time, the latter at low rank. The active blocks are taken to be
+            the lowest, from which backward is longest.
+        batch: sequences per backward pass.
+        sequence: tokens per sequence, all of them real.
+        rank: of adapters (8 by default) or of projections (128 by default).
+        active_blocks: γ, the blocks that ``lisa`` and ``owlore`` train at a time.
+        dtype: of the weights; by default the configuration's.
+        checkpointing: activation checkpointing, non-reentrant, per block.
+        state_dtype: of Adam's moments; by default the parameter's own with torch's (fused) AdamW, float32 with
+            `LowRankAdamW`.
+        embeddings: embedding and head under ``lisa`` and ``owlore``: ``freeze``, the default as in `LayerSampler`, or
+            ``train`` as in the papers; under ``galore`` and ``owlore`` also ``lowrank``, with low-rank states.
+        gradients: of ``galore`` and ``owlore``, as in `LowRankAdamW` and in a recipe.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        SourceError: no configuration of a causal language model.
+        UsageError: an option without meaning.
+    """
+    if method not in METHODS:
+        raise UsageError(f"unknown method {method!r}: one of {', '.join(METHODS)}")
+    for name, value, known in (
+        ("dtype", dtype, DTYPES),
+        ("state_dtype", state_dtype, ("float32", "bfloat16", "8bit")),
+        ("embeddings", embeddings, ("train", "lowrank", "freeze")),
+        ("gradients", gradients, ("keep", "project", "update")),
+    ):
+        if value is not None and value not in known:
+            raise UsageError(f"unknown {name} {value!r}: one of {', '.join(known)}")
+    if embeddings is not None and not embeddings_fit(method, embeddings):
+        where = " and ".join(SAMPLED if embeddings == "freeze" else LOW_RANK)
+        raise UsageError(f"embeddings={embeddings!r} is for {where}, not for {method}")
+    if gradients != "keep" and method not in LOW_RANK:
+        raise UsageError(f"gradients={gradients!r} is for {' and '.join(LOW_RANK)}, not for {method}")
+    given = rank
+    rank = rank if rank is not None else 128 if method in LOW_RANK else 8
+    for name, number in (("batch", batch), ("sequence", sequence), ("rank", rank), ("active_blocks", active_blocks)):
+        if number < 1:
+            raise UsageError(f"{name} is {number}; it is at least 1")
+    setting = Setting(
+        method=method,
+        batch=batch,
+        sequence=sequence,
+        rank=rank,
+        active_blocks=active_blocks,
+        dtype=dtype,
+        checkpointing=checkpointing,
+        state_dtype=state_dtype or ("float32" if method in LOW_RANK else None),
+        embeddings=embeddings or ("freeze" if method in SAMPLED else "train"),
+        gradients=gradients,
+    )
+    from htsr.training.memory.simulation import simulate
+
+    label, config = _configuration(source, revision)
+    try:
+        plan = simulate(label, config, setting)
+    except HtsrError:
+        raise
+    except Exception as error:  # whatever transformers' code for a model raises on sizes that do not go together
+        raise SourceError(f"a training step of {label} cannot be simulated: {reason_of(error)}") from error
+    if given is not None and method in LOW_RANK and not plan.projectors:
+        raise UsageError(f"no matrix of a block of {label} can have rank {rank}: none has both sides larger")
+    return plan
+
+
+def embeddings_fit(method: TrainingMethod, embeddings: Embeddings) -> bool:
+    """Whether a `method` can treat `embeddings` so."""
+    return embeddings == "train" or method in (SAMPLED if embeddings == "freeze" else LOW_RANK)
+
+
+def _configuration(source: Source, revision: str | None) -> tuple[str, Any]:
+    if not isinstance(source, (str, os.PathLike)):
+        from htsr.calibration.loading import check_config
+        from htsr.matrices.modules import unwrapped
+
+        config = getattr(unwrapped(source), "config", None)
+        if config is None:
+            raise SourceError(f"{type(source).__name__} has no config; memory is predicted of transformers models")
+        check_config(type(unwrapped(source)).__name__, config, causal=True)
+        return type(unwrapped(source)).__name__, config
+    from htsr.calibration.loading import load_config
+
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix != ".gguf":
+        path = path.parent
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise SourceError(f"{path} has no config.json, from which memory is predicted")
+    return name, load_config(str(path) if path.is_dir() else name, revision=revision, causal=True)

@@ -1,0 +1,278 @@
+"""A training step on tensors without values, and what is alive when most is."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import Counter
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from htsr.errors import SourceError, UsageError
+from htsr.matrices.blocks import find_blocks
+from htsr.training.lowrank.groups import is_low_rank
+from htsr.training.lowrank.moments import BLOCK
+from htsr.training.memory.plan import LOW_RANK, PARTS, SAMPLED, MemoryPlan, Setting
+from htsr.training.sampling.members import trainable
+
+# NF4 in blocks of 64 with doubly quantised scales (QLoRA, arXiv 2305.14314, §3): bytes per weight
+_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+_OVERSAMPLING = 8
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of all storages that operations have made and that are still alive, by part; and the peak of their sum.
+
+    Args:
+        logits: numbers of entries by which a tensor is known as logits.
+        fixed: bytes by part that are there all the time.
+    """
+
+    def __init__(self, logits: set[int], fixed: dict[str, int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.logits, self.fixed = logits, fixed
+        self.dense: dict[int, int] = {}  # bytes of the weights in 4 bits, by storage, while an operation uses them
+        self.live: Counter[str] = Counter()
+        self.peak, self.parts, self.moment = 0, dict.fromkeys(PARTS, 0), "forward"
+        self.now = "forward"
+        self._parts_of: dict[int, tuple[str, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation, and enter what it made."""
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                part = "logits" if leaf.numel() in self.logits else "activations"
+                self.enter(leaf, part, move=False)
+        used = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)] if self.dense else []
+        self.check(max((self.dense.get(tensor.untyped_storage()._cdata, 0) for tensor in used), default=0))
+        return out
+
+    def enter(self, tensor: Tensor, part: str, move: bool = True) -> None:
+        """Count the storage of a `tensor` of any shape under `part`; a known one changes its part if it may `move`."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._parts_of.get(key)
+        if known is None:
+            weakref.finalize(storage, self._leave, key)
+        elif move:
+            self.live[known[0]] -= known[1]
+        else:
+            return
+        self._parts_of[key] = (part, storage.nbytes())
+        self.live[part] += storage.nbytes()
+
+    def check(self, workspace: int = 0) -> None:
+        """Take note of this moment, with `workspace` bytes more, if it is the peak."""
+        total = self.live.total() + sum(self.fixed.values()) + workspace
+        if total > self.peak:
+            self.peak, self.moment = total, self.now
+            self.parts = {part: self.live[part] + self.fixed.get(part, 0) for part in PARTS}
+            self.parts["workspace"] += workspace
+
+    def _leave(self, key: int) -> None:
+        part, size = self._parts_of.pop(key)
+        self.live[part] -= size
+
+
+def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
+    """The plan of `htsr.predict_memory`.
+
+    Args:
+        label: what to call the model.
+        config: its transformers configuration.
+        setting: what decides about memory beside it.
+
+    Raises:
+        SourceError: transformers knows no causal language model of this configuration.
+        UsageError: torch cannot simulate its experts in this dtype.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on the names of transformers' and peft's own options
+        model = _model(label, config, setting)
+    with FakeTensorMode():
+        _materialise(model)
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        low_rank = {name for name, p in trained.items() if _is_low_rank(name, p, setting)}
+        fixed = _states(trained, low_rank, setting)
+        quantised = _quantised(model) if setting.method == "qlora" else []
+        dense = sum(p.numel() * p.element_size() for p in quantised)
+        fixed["weights"] = round(sum(p.numel() for p in quantised) * _NF4) - dense
+        ledger = Ledger({setting.batch * (setting.sequence - cut) * vocabulary for cut in (0, 1)}, fixed)
+        ledger.dense = {p.untyped_storage()._cdata: p.numel() * p.element_size() for p in quantised}
+        for tensor in (*model.parameters(), *model.buffers()):
+            ledger.enter(tensor, "weights")
+        for name, parameter in trained.items():
+            released = setting.gradients == "update" or (setting.gradients == "project" and name in low_rank)
+            parameter.register_post_accumulate_grad_hook(_Arrived(ledger, name in low_rank, released, setting))
+        tokens = torch.zeros(setting.batch, setting.sequence, dtype=torch.long)
+        with ledger:
+            try:
+                loss = model(input_ids=tokens, labels=tokens).loss
+            except RuntimeError as error:
+                if "BF16" not in str(error):  # of torch's grouped matrix product
+                    raise
+                sentence = f"torch can simulate the experts of {label} in bfloat16 only: ask for that dtype"
+                raise UsageError(sentence) from None
+            ledger.now = "backward"
+            loss.backward()
+        del loss
+        ledger.now = "step"
+        needed = [_workspace(p, name in low_rank, setting) for name, p in trained.items() if p.grad is not None]
+        if setting.gradients == "project":
+            needed += [_to_update(trained[name], True, setting) for name in low_rank]
+        ledger.check(max(needed, default=0))
+        count = sum(p.numel() for p in model.parameters())
+    return MemoryPlan(
+        model=label,
+        method=setting.method,
+        moment=ledger.moment,
+        total=ledger.peak,
+        parameters=count,
+        trainable=sum(p.numel() for p in trained.values()),
+        **ledger.parts,
+    )
+
+
+class _Arrived:
+    """A parameter's gradient is complete: it waits for the optimizer, or is used up at once."""
+
+    def __init__(self, ledger: Ledger, low_rank: bool, released: bool, setting: Setting) -> None:
+        self.ledger, self.low_rank, self.released, self.setting = ledger, low_rank, released, setting
+
+    def __call__(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.ledger.enter(parameter.grad, "gradients")
+        if self.released:
+            at_once = _to_project if self.setting.gradients == "project" else _workspace
+            self.ledger.check(at_once(parameter, self.low_rank, self.setting))
+            parameter.grad = None
+            if self.setting.gradients == "project":
+                self.ledger.live["gradients"] += _projected_size(parameter, self.setting) * parameter.element_size()
+
+
+def _model(label: str, config: Any, setting: Setting) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = deepcopy(config)
+    config.use_cache = False
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dtype = getattr(torch, setting.dtype) if setting.dtype else getattr(config, "dtype", None) or torch.float32
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        raise SourceError(f"{label} ({config.model_type}) is no causal language model of transformers") from error
+    model.train()
+    if setting.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    if setting.method in ("lora", "qlora"):
+        import peft
+
+        adapter = peft.LoraConfig(r=setting.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        if setting.checkpointing:
+            model.enable_input_require_grads()
+        model = peft.get_peft_model(model, adapter, low_cpu_mem_usage=True)
+    if setting.method in SAMPLED:
+        active = _active(model, setting)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in active)
+    return model
+
+
+def _active(model: Any, setting: Setting) -> set[str]:
+    """What `LayerSampler` lets train while it has drawn the first blocks."""
+    found = trainable(model, find_blocks(model))
+    blocks = found.blocks[: setting.active_blocks]
+    return {name for names in blocks for name in names}.union(
+        found.rest, found.embedding if setting.embeddings != "freeze" else ()
+    )
+
+
+def _materialise(model: torch.nn.Module) -> None:
+    """Put valueless tensors of the CPU in place of those on the meta device, which choose other kernels."""
+    made: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = torch.nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
+                module._parameters[name] = made.setdefault(id(parameter), fake)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _is_low_rank(name: str, parameter: Tensor, setting: Setting) -> bool:
+    low = setting.method in LOW_RANK
+    return low and is_low_rank(name, parameter.shape, setting.rank, setting.embeddings == "lowrank")
+
+
+def _states(trained: dict[str, Tensor], low_rank: set[str], setting: Setting) -> dict[str, int]:
+    """Bytes of moments and projectors."""
+    moments = projectors = 0
+    for name, parameter in trained.items():
+        entries = _projected_size(parameter, setting) if name in low_rank else parameter.numel()
+        if setting.state_dtype == "8bit":
+            moments += 2 * (entries + 4 * -(-entries // BLOCK))
+        else:
+            dtype = getattr(torch, setting.state_dtype) if setting.state_dtype else parameter.dtype
+            moments += 2 * entries * dtype.itemsize
+        if name in low_rank:
+            projectors += parameter.numel() // max(parameter.shape[-2:]) * setting.rank * parameter.element_size()
+    return {"optimizer": moments, "projectors": projectors}
+
+
+def _projected_size(parameter: Tensor, setting: Setting) -> int:
+    return parameter.numel() // min(parameter.shape[-2:]) * setting.rank
+
+
+def _workspace(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
+    """Temporaries of projecting and updating one parameter by `LowRankAdamW`; torch's fused AdamW has none."""
+    return max(_to_project(parameter, low_rank, setting), _to_update(parameter, low_rank, setting))
+
+
+def _to_project(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
+    """A randomised refresh.
+
+    A float32 copy of a float16 gradient, the products with the basis, and four bases (start, QR, next, Ritz vectors),
+    matrix by matrix in a stack.
+    """
+    if setting.method not in LOW_RANK or not low_rank:
+        return 0
+    small, large = sorted(parameter.shape[-2:])
+    width = min(small, setting.rank + _OVERSAMPLING)
+    wide = 4 * small * large if parameter.dtype == torch.float16 else 0
+    refresh = wide + 4 * width * (2 * large + 4 * small)
+    stack = parameter.numel() // (small * large)
+    bases = 2 * stack * small * setting.rank * parameter.element_size()  # one by one, and together
+    return refresh if stack == 1 else bases + refresh
+
+
+def _to_update(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
+    """Adam's direction, and float32 copies of what is narrower; then new weights with noise, to be rounded."""
+    from htsr.training.lowrank.update import PIECE
+
+    if setting.method not in LOW_RANK:
+        return 0
+    narrow = parameter.dtype not in (torch.float32, torch.float64)
+    copies = 4 * (1 + narrow + 2 * (setting.state_dtype != "float32"))
+    piece = min(parameter.numel(), PIECE)
+    if not low_rank:
+        return max((copies + 4 * narrow) * piece, 20 * narrow * piece)
+    projected = _projected_size(parameter, setting)
+    return max(copies * projected, narrow * (20 * piece + 4 * projected))
+
+
+def _quantised(model: Any) -> list[Tensor]:
+    """The weights that QLoRA keeps in 4 bits: the linear layers under adapters."""
+    return [module.base_layer.weight for module in model.modules() if hasattr(module, "base_layer")]

@@ -1,0 +1,188 @@
+"""Which parameters train, held against whoever else sets ``requires_grad``.
+
+PEFT's `disable_adapter`, which TRL's trainers call at every step, makes all adapters trainable when it ends; between a
+forward pass and its recomputation under checkpointing, too. So the flags are set again where they act: before the
+forward of each part, also when it is recomputed, and before the optimizer's step.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from htsr.errors import UsageError
+from htsr.matrices.stored_tensors import clean_name
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+class HeldFlags:
+    """The flags that parameters are to have, and the hooks that see to it."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[torch.nn.Parameter, bool] = {}
+        self._handles: list[Any] = []
+
+    @property
+    def wanted(self) -> tuple[torch.nn.Parameter, ...]:
+        """All parameters whose flags are held."""
+        return tuple(self._wanted)
+
+    def want(self, parameter: torch.nn.Parameter, trains: bool) -> None:
+        """From now on.
+
+        Args:
+            parameter: of any shape.
+            trains: its flag.
+        """
+        self._wanted[parameter] = trains
+        parameter.requires_grad_(trains)
+
+    def hold(self, module: torch.nn.Module, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Set the flags of `parameters` again before each forward of `module`."""
+        self._handles.append(module.register_forward_pre_hook(_Hold(self, tuple(parameters)), prepend=True))
+
+    def restore(self, parameters: Iterable[torch.nn.Parameter] | None = None) -> None:
+        """Set flags again.
+
+        Args:
+            parameters: whose; all by default.
+        """
+        for parameter in self._wanted if parameters is None else parameters:
+            wanted = self._wanted[parameter]
+            if parameter.requires_grad is not wanted:
+                parameter.requires_grad_(wanted)
+
+    def drop_gradients(self) -> None:
+        """Of what is frozen: gradients that came by a forward pass around the hooks."""
+        for parameter, trains in self._wanted.items():
+            if not trains:
+                parameter.grad = None
+
+    def release(self) -> None:
+        """Let go of all parameters: each of them trains, and nothing is held any more."""
+        for handle in self._handles:
+            handle.remove()
+        for parameter in self._wanted:
+            parameter.requires_grad_(True)
+        self._handles.clear()
+        self._wanted.clear()
+
+
+class _Hold:
+    """A forward pre-hook. Compiled code has its flags fixed; in a copy of the model it does nothing."""
+
+    def __init__(self, flags: HeldFlags | None, parameters: tuple[torch.nn.Parameter, ...]) -> None:
+        self._flags = None if flags is None else weakref.ref(flags)
+        self._parameters = parameters
+
+    def __call__(self, *_: Any) -> None:
+        import torch
+
+        if self._flags is not None and not torch.compiler.is_compiling() and (flags := self._flags()) is not None:
+            flags.restore(self._parameters)
+
+    def __reduce__(self) -> Any:
+        return _Hold, (None, ())
+
+
+def called_inside(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The parts of a module that its forward calls: its children, and those of lists and dicts among them.
+
+    Args:
+        module: a block.
+    """
+    from torch import nn
+
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from called_inside(child)
+        else:
+            yield child
+
+
+def stop_input_gradients(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Undo `enable_input_require_grads`, which transformers calls with checkpointing: backward ran through all blocks.
+
+    Only reentrant checkpointing needs it, and keeps it.
+
+    Args:
+        model: wrapped or not.
+
+    Returns:
+        The modules for which it was undone.
+    """
+    stopped: list[Any] = []
+    for module in model.modules():
+        if getattr(module, "_require_grads_hooks", None):
+            if any(_is_reentrant(inner) for inner in module.modules()):
+                logger.warning(
+                    "reentrant checkpointing makes backward run through the frozen blocks below; "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False} does not"
+                )
+            else:
+                module.disable_input_require_grads()  # type: ignore[operator]
+                stopped.append(module)
+    return stopped
+
+
+def set_up_anew(model: torch.nn.Module, thawed: set[str]) -> None:
+    """FSDP2 settles a unit's dtypes once, by the parameters that require gradients then; have it do so again.
+
+    Args:
+        model: of which some units may be FSDP2's.
+        thawed: names of parameters that train from now on, and did not before.
+    """
+    units = {clean_name(f"{name}.") if name else "": m for name, m in model.named_modules() if hasattr(m, "unshard")}
+    if not units:
+        return
+    for prefix in {max((prefix for prefix in units if name.startswith(prefix)), key=len) for name in thawed}:
+        unit: Any = units[prefix]
+        unit.unshard()
+        unit.reshard()
+
+
+def move_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, device: Any) -> None:
+    """Move the tensors of one parameter's state; its step count stays where the optimizer wants it.
+
+    Args:
+        optimizer: that may hold the parameter.
+        parameter: of any shape.
+        device: to go to.
+
+    Raises:
+        UsageError: sharded state.
+    """
+    import torch
+
+    state = optimizer.state.get(parameter, {})
+    for key, value in state.items():
+        if torch.is_tensor(value) and value.ndim > 0 and value.device != torch.device(device):
+            if type(value).__name__ == "DTensor":
+                raise UsageError("sharded optimizer state cannot be offloaded block by block: take drop or keep")
+            state[key] = value.to(device)
+
+
+def _is_reentrant(module: torch.nn.Module) -> bool:
+    keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    return bool(getattr(module, "gradient_checkpointing", False) and keywords.get("use_reentrant"))
+
+
+def insist_on_unused_parameters(model: torch.nn.Module) -> None:
+    """Refuse a DDP wrapper that waits for the gradients of frozen parameters.
+
+    Args:
+        model: wrapped or not.
+
+    Raises:
+        UsageError: such a wrapper.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    if isinstance(model, DistributedDataParallel) and not model.find_unused_parameters:
+        raise UsageError("layer sampling under DDP needs DistributedDataParallel(…, find_unused_parameters=True)")

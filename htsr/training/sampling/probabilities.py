@@ -1,0 +1,168 @@
+"""One number per block of a transformer: how likely it is to be drawn, and what that comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from htsr import allocate
+from htsr.analysis.analyze import Analysis
+from htsr.arrays import Vector
+from htsr.calibration.outliers import OWLORE_THRESHOLD, Outliers
+from htsr.errors import UsageError
+from htsr.matrices.blocks import Blocks
+from htsr.spectra.bulk import signal_to_noise
+
+Scores: TypeAlias = Outliers | Analysis
+Strategy: TypeAlias = Literal["owlore", "uniform", "alpha", "erg", "snr", "increase", "decrease", "reverse"]
+
+_NODES = 256
+
+
+def block_probabilities(
+    strategy: Strategy | Sequence[float],
+    blocks: Blocks,
+    scores: Scores | None = None,
+    threshold: float = OWLORE_THRESHOLD,
+) -> Vector:
+    """Sampling probabilities of the blocks.
+
+    ============ ===================================================================================================
+    ``owlore``   p_l ∝ D_l, the layer outlier distribution at τ = `threshold`
+    ``reverse``  p_l ∝ max D + min D - D_l: the blocks with outliers least
+    ``uniform``  1/L, as in LISA
+    ``alpha``    p_l ∝ LLR's multiplier of the mean α of the block's matrices, linear from 1 (lowest) to 5 (highest):
+                 the less trained, the more often
+    ``erg``      the same with the mean ⟨ln λ̃⟩ of the power-law tail in place of α
+    ``snr``      p_l ∝ mean signal-to-noise ratio (Spectrum; needs an analysis with ``bulk=True``)
+    ``increase`` p_l ∝ l + 1 with depth l
+    ``decrease`` p_l ∝ L - l
+    ============ ===================================================================================================
+
+    Args:
+        strategy: a name of the above, or (L,) weights ≥ 0 themselves.
+        blocks: of the model.
+        scores: `Outliers` for ``owlore`` and ``reverse``, an `Analysis` for ``alpha``, ``erg`` and ``snr``.
+        threshold: τ.
+
+    Returns:
+        (L,) float64 that sums to 1.
+
+    Raises:
+        UsageError: an unknown strategy, or scores that are missing, of another model, or all zero.
+
+    Sources: OwLore (arXiv 2405.18380); LISA (arXiv 2403.17919); LLR (arXiv 2605.22297) for the map of ``alpha``;
+    Spectrum (arXiv 2406.06623).
+    """
+    L = len(blocks)
+    if not isinstance(strategy, str):
+        weights = np.asarray(strategy, dtype=np.float64)
+        if weights.shape != (L,) or not np.isfinite(weights).all() or not weights.any():
+            raise UsageError(f"probabilities are {L} finite numbers ≥ 0 and not all zero, one for each block")
+        return allocate.probabilities(weights)
+    if strategy == "uniform":
+        return np.full(L, 1 / L)
+    if strategy in ("increase", "decrease"):
+        weights = np.arange(1.0, L + 1)
+        return allocate.probabilities(weights, reverse=strategy == "decrease")
+    if strategy in ("owlore", "reverse"):
+        return _by_outliers(strategy, blocks, scores, threshold)
+    if strategy in ("alpha", "erg", "snr"):
+        values = block_means(_needed(strategy, scores), strategy, blocks)
+        if strategy != "snr":
+            values = allocate.multipliers(values, bounds=(1.0, 5.0), missing=3.0)
+        return allocate.probabilities(values)
+    raise UsageError(f"unknown strategy {strategy!r}: {', '.join(get_args(Strategy))}, or an array")
+
+
+def _by_outliers(strategy: str, blocks: Blocks, scores: Scores | None, threshold: float) -> Vector:
+    if not isinstance(scores, Outliers):
+        raise UsageError(f"{strategy} draws by outliers: give scores=Outliers.load(…), made by `htsr outliers`")
+    D = scores.distribution(threshold)
+    if D.size != len(blocks):
+        raise UsageError(f"the outliers of {scores.label} are of {D.size} blocks, and this model has {len(blocks)}")
+    strange = [name for i, name in enumerate(scores.blocks) if blocks.index_of(f"{name}.") != i]
+    if strange:
+        raise UsageError(
+            f"the outliers of {scores.label} are of {strange[0]}, and this model's are {blocks.names[0]} …"
+        )
+    if not D.any():
+        exceeded = [lower for lower in scores.thresholds if lower < threshold and scores.distribution(lower).any()]
+        to = f"{max(exceeded):g}, which some exceed" if exceeded else "a lower one, measured with it"
+        raise UsageError(
+            f"no entry of {scores.label} exceeds {threshold:g} times its block's mean: set sampling.threshold "
+            f"(threshold=) to {to}, or sampling.strategy (strategy=) to uniform"
+        )
+    return allocate.probabilities(D, reverse=strategy == "reverse")
+
+
+def _needed(strategy: str, scores: Scores | None) -> Analysis:
+    if not isinstance(scores, Analysis):
+        raise UsageError(f"{strategy} draws by spectra: give scores=htsr.analyze(…) or Analysis.load(…)")
+    return scores
+
+
+def block_means(analysis: Analysis, score: str, blocks: Blocks) -> Vector:
+    """Mean score of the matrices of each block.
+
+    Args:
+        analysis: of the model; with ``bulk=True`` for ``snr``.
+        score: ``alpha``, ``erg`` (⟨ln λ̃⟩ of the power-law tail) or ``snr`` (`signal_to_noise`).
+        blocks: of the model, L of them.
+
+    Returns:
+        (L,) float64; NaN for a block without the score.
+
+    Raises:
+        UsageError: the analysis knows no block of this model, or lacks the score.
+    """
+    found: list[list[float]] = [[] for _ in blocks.names]
+    for row in analysis:
+        index = blocks.index_of(f"{row.name}.")
+        value: float | None = row.alpha
+        if score == "erg":
+            value = row.trace_log
+        elif score == "snr":
+            value = None
+            if row.lambda_plus is not None and row.name in analysis.eigenvalues:
+                value = signal_to_noise(analysis.eigenvalues[row.name], row.lambda_plus)
+        if index is not None and value is not None and np.isfinite(value):
+            found[index].append(value)
+    if not any(found):
+        need = "; it takes bulk=True" if score == "snr" else ""
+        raise UsageError(f"the analysis of {analysis.label} has no {score} of this model's blocks{need}")
+    return np.array([np.mean(values) if values else np.nan for values in found])
+
+
+def inclusion_probabilities(p: npt.ArrayLike, draws: int) -> Vector:
+    """Probability that each item is among `draws` successive draws without replacement with weights `p`.
+
+    Item i arrives at a time with the law Exp(p_i), and the first arrivals are drawn; so P_i = ∫₀¹ P(fewer than `draws`
+    of the others have come by t = -ln(u)/p_i) du, by Gauss-Legendre quadrature on 256 nodes.
+
+    Args:
+        p: (n,) weights ≥ 0, at least `draws` of them above 0.
+        draws: items drawn.
+
+    Returns:
+        (n,) float64 that sums to `draws`.
+    """
+    weights = np.asarray(p, dtype=np.float64)
+    nodes, measure = np.polynomial.legendre.leggauss(_NODES)
+    u, measure = (nodes + 1) / 2, measure / 2
+    u, measure = u**3, measure * 3 * u**2  # the integrand is steep at u = 0
+    result = np.zeros(weights.size)
+    for i in np.flatnonzero(weights):
+        t = -np.log(u) / weights[i]
+        arrived = np.zeros((draws, u.size))  # arrived[k]: exactly k of the others have come
+        arrived[0] = 1
+        for j in np.flatnonzero(weights):
+            if j != i:
+                q = -np.expm1(-weights[j] * t)
+                arrived[1:] = arrived[1:] * (1 - q) + arrived[:-1] * q
+                arrived[0] *= 1 - q
+        result[i] = measure @ arrived.sum(axis=0)
+    return result * draws / result.sum()

@@ -1,0 +1,416 @@
+"""Which blocks of a transformer train now: layer-sampled training (LISA, OwLore) and its relatives.
+
+    sampler = LayerSampler(model, "owlore", scores=outliers, active=2, interval=50)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)    # all parameters
+    sampler.attach(optimizer)                                     # after DDP, FSDP2 or accelerator.prepare
+    # train as always
+
+Every K optimizer steps γ blocks are drawn without replacement; all others are frozen, their gradients are gone at
+once, and their optimizer state is dropped, kept, or moved to host memory. Draw n is a function of the seed and n alone,
+so all ranks draw the same blocks without a word between them. The sampler's own state rides in the optimizer's.
+
+Sources: LISA (arXiv 2403.17919), OwLore (arXiv 2405.18380), Spectrum (arXiv 2406.06623).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import numpy as np
+
+from htsr.arrays import Vector
+from htsr.calibration.outliers import OWLORE_THRESHOLD
+from htsr.errors import HtsrError, UsageError
+from htsr.matrices.blocks import find_blocks
+from htsr.matrices.sharded import refuse_flat
+from htsr.matrices.stored_tensors import clean_name
+from htsr.training.sampling.coverage import Coverage, Tally
+from htsr.training.sampling.freezing import (
+    HeldFlags,
+    called_inside,
+    insist_on_unused_parameters,
+    move_state,
+    set_up_anew,
+    stop_input_gradients,
+)
+from htsr.training.sampling.members import trainable, what_else_trains
+from htsr.training.sampling.probabilities import Scores, Strategy, block_probabilities, inclusion_probabilities
+from htsr.training.steps import skipped_by_scaler
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+Embedding: TypeAlias = Literal["freeze", "train", "lowrank", "sampled"]
+FrozenState: TypeAlias = Literal["drop", "keep", "offload"]
+
+EMBEDDING = "embedding and head"
+_KEY = "layer_sampler"  # of the state in the optimizer's first group
+
+
+class LayerSampler:
+    """Draws the blocks that train, and freezes the others.
+
+    Only parameters that are trainable when the sampler is made take part, so on a PEFT model it is the adapters that
+    are sampled by block. The optimizer must hold all of them, which `attach` insists on: one that took its view of the
+    parameters while some were frozen would train nothing new (OptimalScale/LMFlow#726). After the first step of each
+    interval the sampler makes sure that every drawn block has been updated.
+
+    What ``embedding`` means, for the input embedding with all that comes before the first block, and for the head (one
+    tensor where they are tied); the rest outside of the blocks (final norm, classifier) always trains:
+
+    - ``freeze``, the default. The published methods train them in every step. At small vocabularies that is cheap; at
+      LLaMA-3-8B (128k tokens) they are 71 % of all that LISA trains, with gradients and two Adam moments each. Nothing
+      in a fine-tuning set asks for new token vectors as a rule (LoRA's default leaves them alone, too), and with a
+      frozen embedding backward ends at the lowest active block instead of running through all of them.
+    - ``train``: as the papers do. To be chosen for new tokens, new languages, or to repeat published numbers.
+    - ``lowrank``: as ``train``; it says that the optimizer is to hold them at low rank, as `htsr.low_rank_groups` does
+      with ``embeddings=True``.
+    - ``sampled``: they are one more member of the draw, with the mean probability of the blocks.
+
+    With DDP give the wrapper ``find_unused_parameters=True``: it waits for the gradients of all parameters otherwise.
+    FSDP2 follows the switching of ``requires_grad`` by itself if each block is a unit of its own.
+
+    Args:
+        model: any transformers encoder or decoder, wrapped or not; of a vision-language model the language model's
+            blocks, of a sequence-to-sequence model those of encoder and decoder, as `find_blocks` finds them. What
+            trains beside them, such as a vision tower, is named in the log.
+        strategy: ``owlore`` and ``reverse`` (outliers), ``uniform`` (LISA), ``alpha``, ``erg`` and ``snr`` (of an
+            analysis), ``increase``, ``decrease`` (with depth), or the probabilities themselves; see
+            `block_probabilities`.
+        scores: the `Outliers` or the `Analysis` that the strategy needs.
+        active: γ, blocks that train at a time.
+        interval: K, optimizer steps between draws.
+        top: train the γ most probable blocks for good, instead of sampling.
+        embedding: see above.
+        frozen_state: what becomes of the optimizer state of a block that is frozen: ``drop`` (starts anew next time),
+            ``keep`` (memory grows to that of full training), ``offload`` (to host memory).
+        seed: of the draws.
+        threshold: τ of the outlier distribution.
+        blocks: name of the list of blocks to sample, or several, in place of what `find_blocks` takes.
+
+    Attributes:
+        names: the members of the draw: blocks, and with ``sampled`` embedding and head at the end.
+        probabilities: (members,) float64 that sum to 1.
+
+    Raises:
+        UsageError: an argument without meaning here.
+        SourceError: a model without blocks.
+    """
+
+    _optimizers: tuple[torch.optim.Optimizer, ...]
+    _parameters: list[list[torch.nn.Parameter]]
+    _flags: HeldFlags
+    _handles: list[Any]
+    _stopped: list[Any]
+    _stepped: set[int]  # optimizers since the last step
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        strategy: Strategy | Sequence[float] = "uniform",
+        *,
+        scores: Scores | None = None,
+        active: int = 2,
+        interval: int = 50,
+        top: bool = False,
+        embedding: Embedding = "freeze",
+        frozen_state: FrozenState = "drop",
+        seed: int = 0,
+        threshold: float = OWLORE_THRESHOLD,
+        blocks: str | Sequence[str] | None = None,
+    ) -> None:
+        if embedding not in get_args(Embedding) or frozen_state not in get_args(FrozenState):
+            known = f"{', '.join(get_args(Embedding))}, and {', '.join(get_args(FrozenState))}"
+            raise UsageError(f"embedding {embedding!r} and frozen_state {frozen_state!r} are among {known}")
+        if interval < 1:
+            raise UsageError(f"interval is a number of optimizer steps, not {interval}")
+        found = find_blocks(model, blocks)
+        self.probabilities = block_probabilities(strategy, found, scores, threshold)
+        self.names, self._blocks = found.names, found
+        self._trainable = trainable(model, found)
+        self._members, self._embedding = list(self._trainable.blocks), self._trainable.embedding
+        if embedding == "sampled" and self._embedding:
+            self.names = (*self.names, EMBEDDING)
+            self._members.append(self._embedding)
+            mean = 1 / len(found)
+            self.probabilities = np.append(self.probabilities, mean) / (1 + mean)
+        empty = [name for name, names in zip(self.names, self._members, strict=True) if not names]
+        if empty:
+            raise UsageError(f"{empty[0]} has no trainable parameters; make the sampler before freezing anything")
+        possible = int((self.probabilities > 0).sum())
+        if not 1 <= active <= possible:
+            which = "" if possible == len(self.names) else " with a probability above 0"
+            raise UsageError(f"active is between 1 and the {possible} blocks{which}, not {active}")
+        self.model, self.interval, self.top = model, interval, top
+        self.embedding, self.frozen_state, self.seed, self._gamma = embedding, frozen_state, seed, active
+        self._begin()
+        self._steps, self._active, self._loading = 0, self.draw(0), False
+        self._tally = Tally(np.zeros(len(self.names), dtype=np.int64))
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Indices of the members that train now, ascending."""
+        return self._active
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken."""
+        return self._steps
+
+    def draw(self, number: int) -> tuple[int, ...]:
+        """The members of interval `number`, ascending: a function of the seed and the number alone.
+
+        Args:
+            number: of the interval, counted from 0.
+        """
+        if self.top:
+            order = np.argsort(-self.probabilities, kind="stable")
+            return tuple(sorted(int(i) for i in order[: self._gamma]))
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, number])))
+        drawn = random.choice(len(self.names), size=self._gamma, replace=False, p=self.probabilities)
+        return tuple(sorted(int(i) for i in drawn))
+
+    def attach(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Begin: freeze what does not train now, and count the optimizers' steps from here on.
+
+        Call it after the model was wrapped (DDP, FSDP2, `accelerator.prepare`) and, when resuming, at any time: the
+        state that a loaded optimizer brings is taken up before as after.
+
+        From then on frozen blocks stay frozen whoever sets ``requires_grad``, and a step raises `HtsrError` where a
+        block that is to train got no gradient.
+
+        Args:
+            *optimizers: over all parameters of the model that train, also as accelerate wraps them: one, or several
+                that share them (Muon for matrices, AdamW for the rest). A step is counted when each of them has made
+                one. A second call with the same does nothing.
+
+        Raises:
+            UsageError: the sampler has other optimizers already, the optimizers lack parameters of the blocks, DDP
+                would wait for frozen ones, FSDP1 has flattened them, or sharded state is to be offloaded.
+        """
+        given = tuple(getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers)  # accelerate's wrapper
+        if given and [id(one) for one in given] == [id(one) for one in self._optimizers]:
+            return
+        refuse_flat(self.model)
+        if self._optimizers:
+            raise UsageError("this sampler is attached to an optimizer already; detach it, or make another")
+        by_name = {clean_name(name): parameter for name, parameter in self.model.named_parameters()}
+        parameters = [[by_name[name] for name in names] for names in self._members]
+        held = {id(parameter) for one in given for group in one.param_groups for parameter in group["params"]}
+        for name, members in zip(self.names, parameters, strict=True):
+            if any(id(parameter) not in held for parameter in members):
+                raise UsageError(
+                    f"the optimizer lacks parameters of {name}: give it all of the (wrapped) model's parameters, "
+                    "before anything is frozen"
+                )
+        insist_on_unused_parameters(self.model)
+        self._optimizers, self._parameters = given, parameters
+        if self.embedding == "freeze":
+            for name in self._embedding:
+                self._freeze(by_name[name])
+            self._stopped = stop_input_gradients(self.model)
+        for optimizer in given:
+            self._watch(optimizer)
+        if _KEY in given[0].param_groups[0]:
+            self.load_state_dict(given[0].param_groups[0][_KEY])
+        else:
+            self._apply()
+        self._hold()
+        shown = ", ".join(self.names) if len(self.names) < 4 else f"{self.names[0]} … {self.names[-1]}"
+        logger.info("%d of %d blocks train at a time: %s", self._gamma, len(self.names), shown)
+        if sentence := what_else_trains(self.model, self._blocks, self._trainable):
+            logger.warning(sentence)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which stand where this one does and are attached to nothing: hooks are not copied."""
+        state = self.__dict__.copy()
+        for name in ("_optimizers", "_parameters", "_flags", "_handles", "_stopped", "_stepped"):
+            del state[name]
+        if self._optimizers:
+            logger.warning(
+                "the copy of a LayerSampler samples nothing until it is attached: copy model, sampler and optimizer in "
+                "one deepcopy, and call attach with the copied optimizer"
+            )
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy."""
+        self.__dict__.update(state)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._optimizers, self._parameters = (), []
+        self._flags, self._handles, self._stopped = HeldFlags(), [], []
+        self._stepped = set()
+
+    def detach(self) -> None:
+        """End: all that took part trains again, and the optimizers and the model are as they were before `attach`.
+
+        State that was moved to host memory comes back. The sampler can be attached again, and goes on where it stood.
+        """
+        for optimizer in self._optimizers:
+            optimizer.param_groups[0].pop(_KEY, None)
+            for parameter in (parameter for members in self._parameters for parameter in members):
+                move_state(optimizer, parameter, parameter.device)
+        for handle in self._handles:
+            handle.remove()
+        for module in self._stopped:
+            module.enable_input_require_grads()  # type: ignore[operator]
+        self._flags.release()
+        self._handles, self._stopped, self._optimizers, self._parameters = [], [], (), []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists; also in the optimizer's state dict under ``layer_sampler`` of the first group."""
+        return {
+            "seed": self.seed,
+            "steps": self._steps,
+            "active": list(self._active),
+            "counts": [int(count) for count in self._tally.counts],
+            "moved": sorted(self._tally.moved),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` stood.
+
+        Args:
+            state: from `state_dict`; its seed replaces the sampler's own.
+
+        Raises:
+            UsageError: the state of no sampler, or of one with another number of blocks.
+        """
+        if not {"seed", "steps", "active", "counts"} <= set(state) or len(state["counts"]) != len(self.names):
+            raise UsageError(f"the checkpoint has no state of a sampler over {len(self.names)} blocks")
+        self.seed, self._steps = state["seed"], state["steps"]
+        self._active = tuple(state["active"])
+        begun = self._active if self._steps % self.interval else ()
+        moved = set(state.get("moved", begun))  # 0.1.0 kept no such list
+        self._tally = Tally(np.array(state["counts"], dtype=np.int64), moved)
+        if self._optimizers:
+            self._apply()
+
+    @contextmanager
+    def loading(self, steps: int) -> Iterator[None]:
+        """To load a checkpoint into sharded parameters under it, after `attach`.
+
+        torch loads the state of those parameters only that require gradients, and insists on one for each of them.
+
+        Args:
+            steps: optimizer steps that were done when the checkpoint was saved.
+        """
+        now, before = steps // self.interval, max(steps - 1, 0) // self.interval
+        if self.frozen_state == "drop":
+            known = set(self.draw(now)) & set(self.draw(before))
+        else:
+            known = {member for number in range(before + 1) for member in self.draw(number)}
+        for index, parameters in enumerate(self._parameters):
+            for parameter in parameters:
+                parameter.requires_grad_(index in known)
+        self._loading = True  # torch makes a step without gradients, so that there is state to be filled
+        try:
+            yield
+        finally:
+            self._loading = False
+            self._apply()
+
+    def coverage(self) -> tuple[Coverage, ...]:
+        """In how many intervals each member was updated so far, and in how many to expect; in the order of `names`.
+
+        Counted is what had a gradient when an optimizer made a step, drawn or not.
+        """
+        share: Vector = np.array([float(i in self._active) for i in range(len(self.names))])
+        if not self.top:
+            share = inclusion_probabilities(self.probabilities, self._gamma)
+        intervals = -(-self._steps // self.interval)
+        return self._tally.rows(self.names, self.probabilities, share * intervals)
+
+    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
+        if getattr(optimizer, "gradients", None) != "update":  # which steps during backward, and refuses such hooks
+            self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._before_step()))
+        self._handles.append(optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped)))
+        self._handles.append(
+            optimizer.register_load_state_dict_post_hook(
+                lambda loaded: self.load_state_dict(loaded.param_groups[0].get(_KEY, {}))
+            )
+        )
+
+    def _before_step(self) -> None:
+        if not self._loading:
+            self._flags.restore()
+            self._flags.drop_gradients()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._loading or skipped_by_scaler(optimizer):
+            return
+        self._tally.add([i for i, own in enumerate(self._parameters) if any(p.grad is not None for p in own)])
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) == len(self._optimizers):
+            self._stepped.clear()
+            self._count_step()
+
+    def _count_step(self) -> None:
+        if self._steps % self.interval == 0:
+            self._insist_on_updates()
+        self._steps += 1
+        if self._steps % self.interval == 0:
+            before, self._active = self._active, self.draw(self._steps // self.interval)
+            self._tally.begin()
+            logger.info("step %d: training %s", self._steps, ", ".join(self.names[i] for i in self._active))
+            self._apply()
+            set_up_anew(self.model, {name for i in set(self._active) - set(before) for name in self._members[i]})
+        else:
+            self._write_state()
+
+    def _apply(self) -> None:
+        for index, parameters in enumerate(self._parameters):
+            for parameter in parameters:
+                if index in self._active:
+                    self._flags.want(parameter, True)
+                    if self.frozen_state == "offload":
+                        for optimizer in self._optimizers:
+                            move_state(optimizer, parameter, parameter.device)
+                else:
+                    self._freeze(parameter)
+        self._write_state()
+
+    def _freeze(self, parameter: torch.nn.Parameter) -> None:
+        self._flags.want(parameter, False)
+        parameter.grad = None
+        for optimizer in self._optimizers:
+            if self.frozen_state == "drop":
+                optimizer.state.pop(parameter, None)
+            elif self.frozen_state == "offload":
+                move_state(optimizer, parameter, "cpu")
+
+    def _hold(self) -> None:
+        """Before the forward of the model all flags, before that of each block and its parts the block's.
+
+        The parts, since checkpointing may recompute the inside of a block without calling the block.
+        """
+        self._flags.hold(self.model, self._flags.wanted)
+        for module, parameters in zip(self._blocks.modules, self._parameters, strict=False):
+            for part in (module, *called_inside(module)):
+                self._flags.hold(part, parameters)
+
+    def _write_state(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.param_groups[0][_KEY] = self.state_dict()
+
+    def _insist_on_updates(self) -> None:
+        held = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(parameter) in held for parameters in self._parameters for parameter in parameters):
+            raise UsageError(
+                "the optimizer holds other parameters than when the sampler was attached: DeepSpeed's ZeRO and FSDP1 "
+                "flatten them, and no block can be trained alone; take DDP or FSDP2"
+            )
+        for index in self._active:
+            if index not in self._tally.moved:
+                raise HtsrError(
+                    f"{self.names[index]} is to train and the optimizer did not update it: it got no gradient. A "
+                    "wrapper may have been made while it was frozen, or reentrant checkpointing needs "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )

@@ -1,0 +1,122 @@
+import re
+import shlex
+
+import pytest
+import yaml
+from htsr_cli.main import main
+
+import htsr
+from htsr.finetuning.reading import FOLDER, read_recipe
+from tests.transformer import llama
+
+pytest.importorskip("trl")
+
+MINIMAL = {"model": "m", "output": "o", "data": {"train": "t.jsonl"}}
+
+
+def write(folder, content):
+    path = folder / "recipe.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return str(path)
+
+
+def test_defaults_and_numbers(tmp_path):
+    recipe = read_recipe(write(tmp_path, MINIMAL))
+    assert (recipe.method, recipe.sampling.active, recipe.low_rank.rank, recipe.lora) == ("owlore", 2, 128, None)
+    text = yaml.safe_dump(MINIMAL) + "training:\n  learning_rate: 1e-4\n  weight_decay: 1\n"
+    assert read_recipe(write(tmp_path, text)).training == {"learning_rate": 1e-4, "weight_decay": 1}
+    text = yaml.safe_dump(MINIMAL) + "low_rank: {scale: 1}\n"
+    assert read_recipe(write(tmp_path, text)).low_rank.scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modle": "m"}, "recipe.yaml: unknown key modle; did you mean model?"),
+        ({"data": {"train": "t", "evaluatoin": "e"}}, "recipe.yaml: data: unknown key evaluatoin; did you mean"),
+        ({"data": {}}, "data: the key train is missing"),
+        ({"data": "t.jsonl"}, "data is a section of keys, not 't.jsonl'"),
+        ({"method": "dora"}, "method is one of full, lora, qlora, lisa, owlore, galore, not 'dora'"),
+        ({"seed": "one"}, "seed is a whole number, not 'one'"),
+        ({"spectra": 1}, "spectra is true or false, not 1"),
+        ({"sampling": {"active": 2.5}}, "sampling: active is a whole number, not 2.5"),
+        ({"method": "full", "sampling": {}}, "the section sampling has no meaning for the method full"),
+        ({"seed": -1}, "seed is -1; it is at least 0 and below 4.29497e+09"),
+        ({"model": ""}, "model is empty"),
+        ({"data": {"train": "t", "limit": 0}}, "data.limit is 0; it is at least 1"),
+        ({"data": {"train": "t", "evaluation_share": 1}}, "data.evaluation_share is 1.0; it is at least 0 and below 1"),
+        ({"sampling": {"active": 0}}, "sampling.active is 0; it is at least 1"),
+        ({"sampling": {"interval": -3}}, "sampling.interval is -3; it is at least 1"),
+        ({"sampling": {"threshold": float("nan")}}, "sampling.threshold is nan; it is above 0 and finite"),
+        ({"low_rank": {"rank": 0}}, "low_rank.rank is 0; it is at least 1"),
+        ({"low_rank": {"scale": float("inf")}}, "low_rank.scale is inf; it is above 0 and finite"),
+        ({"method": "lora", "lora": {"rank": 0}}, "lora.rank is 0; it is at least 1"),
+        ({"method": "lora", "lora": {"dropout": 1.0}}, "lora.dropout is 1.0; it is at least 0 and below 1"),
+        ({"method": "lora", "lora": {"score": "alhpa"}}, "lora.score: rows have no metric 'alhpa'"),
+        ({"method": "lora", "spectra": False, "lora": {"score": "alpha"}}, "lora.score needs spectra: true"),
+        ({"spectra": False, "sampling": {"strategy": "erg"}}, "sampling.strategy erg needs spectra: true"),
+        (
+            {"method": "lora", "lora": {"options": {"use_dora": "yes"}}},
+            "lora.options.use_dora is 'yes', and LoraConfig",
+        ),
+        ({"method": "lora", "lora": {"options": {"use_dora": True, "megatron_config": {"a": 1}}}}, "lora.options: "),
+        ({"training": {"learning_rate": "fast"}}, "training.learning_rate is 'fast', and SFTConfig wants float"),
+        ({"training": {"learning_rate": float("nan")}}, "training.learning_rate is nan; it is a finite number"),
+        ({"training": {"learning_rate": -1}}, "training.learning_rate is -1; it is at least 0"),
+        ({"training": {"per_device_train_batch_size": 0}}, "training.per_device_train_batch_size is 0; it is above 0"),
+        ({"training": {"per_device_train_batch_size": 2.5}}, "training.per_device_train_batch_size is 2.5, and SFT"),
+        ({"training": {"max_length": 0}}, "training.max_length is 0; it is above 0"),
+        ({"training": {"max_steps": 0}}, "training.max_steps is 0; it is at least 1, or -1 for num_train_epochs"),
+        ({"training": {"num_train_epochs": -1}}, "training.num_train_epochs is -1; it is above 0"),
+        ({"training": {"packing": "yes"}}, "training.packing is 'yes', and SFTConfig wants bool"),
+        ({"training": {"report_to": {"wandb": True}}}, "training.report_to is a section of keys, and SFTConfig wants"),
+        ({"training": {"adam_beta1": 1}}, "training.adam_beta1 is 1; it is at least 0 and below 1"),
+        ({"method": "lora", "lora": {"options": {"r": 4}}}, "lora.options.r is set by lora.rank"),
+        ({"method": "lora", "lora": {"options": {"use_dorra": True}}}, "did you mean use_dora"),
+        ({"method": "lora", "lora": {"options": {"init_lora_weights": "pissa"}}}, "pissa changes the weights"),
+        ({"method": "lora", "layerwise": "llr"}, "which the method lora does not train"),
+        ({"training": {"learning_rat": 1}}, "training.learning_rat is no argument of SFTConfig; did you mean learning"),
+        ({"training": {"seed": 1}}, "training.seed is set by seed"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(tmp_path, change, message):
+    with pytest.raises(htsr.UsageError) as error:
+        read_recipe(write(tmp_path, MINIMAL | change))
+    assert message in str(error.value)
+
+
+def test_no_recipe(tmp_path):
+    with pytest.raises(htsr.SourceError, match=r"neither a file nor one of the recipes .*one_cpu"):
+        read_recipe(str(tmp_path / "none.yaml"))
+    with pytest.raises(htsr.SourceError, match="is no YAML"):
+        read_recipe(write(tmp_path, "a: [1"))
+
+
+def test_a_method_from_the_command_line_leaves_the_sections_of_others_out(tmp_path):
+    path = write(tmp_path, MINIMAL | {"sampling": {"active": 3}, "low_rank": {"rank": 4}})
+    recipe = read_recipe(path, {"method": "lisa", "output": "elsewhere"})
+    assert (recipe.method, recipe.output, recipe.low_rank, recipe.sampling.active) == ("lisa", "elsewhere", None, 3)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_hold(path):
+    assert read_recipe(path.stem) == read_recipe(str(path))
+
+
+def test_commands_in_shipped_recipes_run(tmp_path, capsys):
+    llama(8).save_pretrained(tmp_path)
+    commands = re.findall(
+        r"^# +(htsr memory .*?)(?: +#.*)?$", "\n".join(p.read_text() for p in FOLDER.glob("*.yaml")), re.MULTILINE
+    )
+    assert commands
+    for command in commands:
+        arguments = shlex.split(command)[1:]
+        arguments[1] = str(tmp_path)  # for a model of the hub
+        assert main(arguments) == 0
+        assert "owlore" in capsys.readouterr().out
+
+
+def test_a_recipe_has_keys_and_values(tmp_path):
+    (tmp_path / "a.yaml").write_text("- model\n- data\n")
+    with pytest.raises(htsr.SourceError, match="holds no keys and values"):
+        read_recipe(str(tmp_path / "a.yaml"))

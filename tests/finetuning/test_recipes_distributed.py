@@ -1,0 +1,163 @@
+"""Recipes in two gloo processes: sharded by FSDP2 they end with the weights of data parallel training, also resumed.
+
+accelerate shards on accelerators only, so the workers call their CPUs one.
+"""
+
+import json
+import os
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from htsr.finetuning.reading import FOLDER, read_recipe
+from tests.processes import in_two_processes, leave_with
+from tests.training.runs import killed_after
+from tests.transformer import save_work
+
+pytest.importorskip("trl")
+
+LOW_RANK = {"rank": 8, "scale": 1.0, "refresh_every": 2}
+SAMPLING = {"active": 1, "interval": 2, "threshold": 3.0}
+RECIPES = {
+    "full": {"method": "full", "layerwise": "llr"},
+    "lora": {"method": "lora", "lora": {"rank": 4}},
+    "lisa": {"method": "lisa", "layerwise": "llr", "sampling": SAMPLING},
+    "lisa, state kept": {"method": "lisa", "sampling": SAMPLING | {"frozen_state": "keep"}},
+    "owlore": {"method": "owlore", "low_rank": LOW_RANK, "sampling": SAMPLING},
+    "galore": {"method": "galore", "low_rank": LOW_RANK},
+}
+CHECKPOINTS = {"fsdp2": "FULL_STATE_DICT", "resumed": "FULL_STATE_DICT", "resumed-sharded": "SHARDED_STATE_DICT"}
+
+
+def write_recipe(folder, method, kind):
+    training = {"max_steps": 7, "save_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    training |= {"logging_steps": 100, "max_length": 32, "disable_tqdm": True}
+    if kind in CHECKPOINTS:
+        training |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": CHECKPOINTS[kind]}}
+    content = {
+        "model": str(folder / "model"),
+        "output": str(folder / f"{method}-{kind}"),
+        "data": {"train": str(folder / "train.jsonl"), "evaluation_share": 0.1},
+        "spectra": method == "full",
+        "training": training,
+        **RECIPES[method],
+    }
+    (folder / f"{method}-{kind}.yaml").write_text(yaml.safe_dump(content))
+
+
+def write_shipped_recipe(folder):
+    """several_gpus_fsdp2 as it is, but for model, data and sizes."""
+    content = yaml.safe_load((FOLDER / "several_gpus_fsdp2.yaml").read_text())
+    training = content["training"]
+    del training["num_train_epochs"]
+    training |= {"max_steps": 7, "save_steps": 3, "eval_steps": 3, "max_length": 32, "gradient_accumulation_steps": 2}
+    training |= {"learning_rate": 1e-2, "warmup_steps": 0, "disable_tqdm": True}
+    content |= {"model": str(folder / "model"), "output": str(folder / "shipped")}
+    content["data"] = {"train": str(folder / "train.jsonl"), "evaluation_share": 0.1}
+    content["sampling"] |= {"active": 1, "interval": 2, "threshold": 3.0}
+    (folder / "shipped.yaml").write_text(yaml.safe_dump(content))
+
+
+def call_cpus_accelerators():
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    original = PartialState.__init__
+
+    def patched(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if PartialState._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = patched
+
+
+def killed_and_resumed(recipe):
+    from accelerate.state import GradientState
+
+    from htsr.finetuning.run import finetune
+
+    with killed_after(5):
+        finetune(recipe)
+    GradientState._reset_state()  # as in a new process
+    finetune(recipe, resume=True)
+
+
+def _worker(rank, folder):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    from htsr.finetuning.run import finetune
+    from htsr.finetuning.trainer import FinetuneTrainer
+
+    kinds = {}
+    original = FinetuneTrainer._inner_training_loop
+
+    def noted(self, *args, **kwargs):
+        outcome = original(self, *args, **kwargs)
+        kinds[self.args.output_dir] = type(next(self.model.parameters())).__name__
+        return outcome
+
+    FinetuneTrainer._inner_training_loop = noted
+    for method in RECIPES:
+        finetune(read_recipe(f"{folder}/{method}-ddp.yaml"))
+    call_cpus_accelerators()
+    for method in RECIPES:
+        finetune(read_recipe(f"{folder}/{method}-fsdp2.yaml"))
+    for method in RECIPES:
+        killed_and_resumed(read_recipe(f"{folder}/{method}-resumed.yaml"))
+        killed_and_resumed(read_recipe(f"{folder}/{method}-resumed-sharded.yaml"))
+    killed_and_resumed(read_recipe(f"{folder}/shipped.yaml"))
+    leave_with(kinds, rank, folder)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipes")
+    save_work(folder)
+    for method in RECIPES:
+        for kind in ("ddp", *CHECKPOINTS):
+            write_recipe(folder, method, kind)
+    write_shipped_recipe(folder)
+    in_two_processes(_worker, folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_sharded_training_ends_with_the_weights_of_data_parallel_training(work, method):
+    kinds = json.loads((work / "0.json").read_text())
+    assert kinds[str(work / f"{method}-ddp")] == "Parameter"
+    assert kinds[str(work / f"{method}-fsdp2")] == "DTensor"
+    start, expected, found = (
+        load_file(work / name / "model.safetensors") for name in ("model", f"{method}-ddp", f"{method}-fsdp2")
+    )
+    assert any((expected[key] - start[key]).abs().max() > 1e-2 for key in start)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("kind", ["resumed", "resumed-sharded"])
+def test_a_killed_sharded_run_goes_on_with_the_same_weights(work, method, kind):
+    whole, resumed = (load_file(work / f"{method}-{name}" / "model.safetensors") for name in ("fsdp2", kind))
+    for key, value in whole.items():
+        torch.testing.assert_close(resumed[key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_the_shipped_recipe_trains_the_blocks_that_it_draws(work):
+    """In mixed precision FSDP2 has to be told of each block that is thawed."""
+    start, found = (load_file(work / name / "model.safetensors") for name in ("model", "shipped"))
+    moved = {
+        ".".join(key.split(".")[:3]) for key in start if ".layers." in key and not torch.equal(start[key], found[key])
+    }
+    results = json.loads((work / "shipped" / "results.json").read_text())
+    drawn = {row["name"] for row in results["coverage"] if row["intervals"]}
+    assert len(drawn) > 1
+    assert moved == drawn
+    assert all(value.isfinite().all() for value in found.values())
+    assert results["metrics"]["eval_loss"] < 4
+    assert torch.equal(start["model.embed_tokens.weight"], found["model.embed_tokens.weight"])

@@ -1,0 +1,302 @@
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from htsr_cli.main import main
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+import htsr
+from htsr.calibration.loading import load_model
+from htsr.calibration.multiple_choice import log_likelihoods, multiple_choice_accuracy
+from htsr.calibration.records import read_records
+from htsr.finetuning.reading import FOLDER, read_recipe
+from tests.training.runs import killed_after
+from tests.transformer import llama, word_tokenizer
+
+pytest.importorskip("trl")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetune")
+    llama(4).save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    random = np.random.default_rng(0)
+    texts = [" ".join(f"w{4 + (i + j) % 60}" for j in range(12)) for i in random.integers(0, 60, 40)]
+    lines = [{"text": text} for text in texts]
+    questions = [{"question": "w5 w6", "choices": ["w7", "w8 w9"], "answer": int(i % 2)} for i in range(9)]
+    for name, records in (("train", lines), ("questions", questions)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def recipe_file(work, output, method, **more):
+    training = {"max_steps": 7, "save_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    training |= {"logging_steps": 2, "max_length": 32, "disable_tqdm": True} | more.pop("training", {})
+    content = {
+        "model": str(work / "model"),
+        "output": str(output),
+        "method": method,
+        "data": {"train": str(work / "train.jsonl"), "evaluation_share": 0.1},
+        "spectra": False,
+        "training": training,
+    }
+    if method in ("lisa", "owlore"):
+        content["sampling"] = {"active": 1, "interval": 2, "threshold": 3.0}
+    if method in ("galore", "owlore"):
+        content["low_rank"] = {"rank": 8, "scale": 1.0, "refresh_every": 2}
+    path = output.parent / f"{output.name}.yaml"
+    path.write_text(yaml.safe_dump(content | more))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("method", "layerwise"),
+    [
+        ("full", "none"),
+        ("lora", "none"),
+        ("qlora", "none"),
+        ("lisa", "llr"),
+        ("owlore", "none"),
+        ("galore", "alphadecay"),
+    ],
+)
+def test_killed_and_resumed_is_uninterrupted(work, tmp_path, method, layerwise):
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
+    whole = recipe_file(work, tmp_path / "whole", method, layerwise=layerwise)
+    assert main(["finetune", "--quiet", "--config", whole]) == 0
+    broken = recipe_file(work, tmp_path / "broken", method, layerwise=layerwise)
+    with killed_after(5):
+        main(["finetune", "--quiet", "--config", broken])
+    assert main(["finetune", "--quiet", "--config", broken]) == 2  # not into a folder with a run in it
+    assert main(["finetune", "--quiet", "--config", broken, "--resume"]) == 0
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
+    start = load_file(work / "model" / "model.safetensors")
+    assert a.keys() == b.keys() == start.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    moved = {name for name in a if not torch.equal(a[name], start[name])}
+    assert moved
+    if method in ("lisa", "owlore"):
+        results = json.loads((tmp_path / "whole" / "results.json").read_text())
+        trained = {row["name"] for row in results["coverage"] if row["intervals"]}
+        assert {".".join(name.split(".")[:3]) for name in moved if ".layers." in name} == trained
+        assert "model.embed_tokens.weight" not in moved
+    torch.load(next((tmp_path / "whole").glob("checkpoint-7")) / "optimizer.pt", weights_only=True)
+    state = json.loads((tmp_path / "whole" / "checkpoint-7" / "trainer_state.json").read_text())
+    logged = any("layerwise/multiplier_median" in log for log in state["log_history"])
+    assert logged == (layerwise == "llr")  # the matrices here are too small for AlphaDecay
+
+
+def test_evaluating_leaves_the_gradients_of_qlora_alone(work):
+    pytest.importorskip("bitsandbytes")
+    model = load_model(str(work / "model"), dtype=torch.bfloat16, causal=True, four_bit=True)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(model, config)
+    tokens = torch.arange(4, 20)[None]
+
+    def gradients():
+        model.train()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        model.zero_grad()
+        return found
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=tokens)
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True))
+    assert all(gradient.abs().max() > 0 for gradient in before)
+
+
+def test_the_shipped_recipe_for_one_gpu_runs(work, tmp_path):
+    content = yaml.safe_load((FOLDER / "one_gpu_24gb.yaml").read_text())
+    del content["training"]["num_train_epochs"]
+    content["training"] |= {"max_steps": 5, "eval_steps": 2, "max_length": 32, "gradient_accumulation_steps": 2}
+    content["training"] |= {"learning_rate": 1e-2, "warmup_steps": 0, "disable_tqdm": True}
+    content |= {"model": str(work / "model"), "output": str(tmp_path / "run")}
+    content["data"] = {"train": str(work / "train.jsonl"), "evaluation_share": 0.1}
+    content["sampling"] |= {"active": 1, "interval": 2, "threshold": 3.0}
+    content["low_rank"] |= {"rank": 8, "refresh_every": 2}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    assert main(["finetune", "--quiet", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["metrics"]["steps"] == 5
+    start, found = (load_file(folder / "model.safetensors") for folder in (work / "model", tmp_path / "run"))
+    moved = {
+        ".".join(k.split(".")[:3]) for k in start if ".layers." in k and not torch.equal(start[k].bfloat16(), found[k])
+    }
+    assert moved == {row["name"] for row in results["coverage"] if row["intervals"]}
+
+
+def test_report_of_a_run(work, tmp_path, capsys):
+    path = recipe_file(work, tmp_path / "run", "owlore", spectra=True, seed=3)
+    content = yaml.safe_load(Path(path).read_text())
+    content["data"]["multiple_choice"] = str(work / "questions.jsonl")
+    Path(path).write_text(yaml.safe_dump(content))
+    assert main(["finetune", "--quiet", "--config", path]) == 0
+    out = capsys.readouterr().out
+    folder = tmp_path / "run"
+    results = json.loads((folder / "results.json").read_text())["metrics"]
+    assert f"{results['eval_loss']:.4g}" in out
+    assert results["questions"] == 9
+    assert 0 < results["eval_loss"] < math.log(64) + 1
+    card = (folder / "README.md").read_text()
+    assert "(OwLore)" in card
+    assert "is 3." in card
+    assert "| alpha |" in card
+    before, after = (htsr.Analysis.load(folder / f"spectra_{when}.npz") for when in ("before", "after"))
+    assert {row.name for row in before} == {row.name for row in after}
+    assert before.summary()["norm"] != after.summary()["norm"]
+    assert len((folder / "spectra.csv").read_text().splitlines()) == len(before.rows) + 1
+
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = multiple_choice_accuracy(model, word_tokenizer(), read_records(str(work / "questions.jsonl")))
+    assert results["accuracy"] == expected.accuracy
+
+
+def test_log_likelihoods_are_the_sums_of_the_definition(work):
+    model, tokenizer = llama(2), word_tokenizer()
+    pairs = [("w5 w6 w7", " w8"), ("w9", " w10 w11 w12"), ("w4 w5", " w6 w7")]
+    expected = []
+    for prompt, continuation in pairs:
+        total = 0.0
+        ids = tokenizer(prompt + continuation)["input_ids"]
+        for i in range(len(prompt.split()), len(ids)):
+            with torch.no_grad():
+                total += model(torch.tensor([ids[:i]])).logits[0, -1].double().log_softmax(-1)[ids[i]].item()
+        expected.append(total)
+    for size in (1, 2, 8):
+        np.testing.assert_allclose(log_likelihoods(model, tokenizer, pairs, batch_size=size), expected, rtol=1e-5)
+    records = [{"question": "w5", "choices": ["w7", "w8 w9"], "answer": i} for i in (0, 1, 1)]
+    said = log_likelihoods(model, tokenizer, [("Question: w5\nAnswer:", f" {c}") for c in ("w7", "w8 w9")])
+    found = multiple_choice_accuracy(model, tokenizer, records)
+    assert found.accuracy == pytest.approx((1 if said.argmax() == 0 else 2) / 3)
+    assert found.per_character == pytest.approx((1 if (said / [2, 5]).argmax() == 0 else 2) / 3)
+
+
+@pytest.mark.parametrize("form", ["completion", "messages", "question"])
+def test_forms_of_data(work, tmp_path, form):
+    words = [f"w{i}" for i in range(4, 64)]
+    records = {
+        "completion": [{"prompt": f"{a} {b}", "completion": f" {b}"} for a, b in itertools.pairwise(words)],
+        "messages": [
+            {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": a}]} for a in words
+        ],
+        "question": [{"question": a, "choices": [a, "w4"], "answer": 0, "id": 1} for a in words],
+    }[form]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path = recipe_file(work, tmp_path / "run", "full", training={"max_steps": 2})
+    content = yaml.safe_load(Path(path).read_text())
+    content["data"] = {"train": str(data), "limit": 20}
+    if form == "messages":
+        tokenizer = word_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+        llama(2).save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        content["model"] = str(tmp_path / "model")
+    Path(path).write_text(yaml.safe_dump(content))
+    from htsr.finetuning.run import finetune
+
+    result = finetune(read_recipe(path))
+    assert result.metrics["steps"] == 2
+    assert result.metrics["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True, "init_lora_weights": "gaussian"}])
+def test_options_of_lora_are_in_the_merged_model(work, tmp_path, options):
+    path = recipe_file(work, tmp_path / "run", "lora", lora={"rank": 4, "options": options})
+    assert main(["finetune", "--quiet", "--config", path]) == 0
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert options.items() <= config.items()
+    base, merged = (load_model(str(folder), causal=True) for folder in (work / "model", tmp_path / "run"))
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter"))
+    tokens = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        expected, found = adapted(input_ids=tokens).logits, merged(input_ids=tokens).logits
+        with adapted.disable_adapter():
+            assert (adapted(input_ids=tokens).logits - expected).abs().max() > 1e-2
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("score", ["alpha", None])
+def test_adapters_sampled_by_block_with_ranks_by_score(work, tmp_path, score):
+    path = recipe_file(
+        work,
+        tmp_path / "run",
+        "lora",
+        spectra=True,
+        lora={"rank": 2, "score": score},
+        sampling={"active": 1, "interval": 100, "strategy": "alpha"},
+    )
+    assert main(["finetune", "--quiet", "--config", path]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (drawn,) = (row["name"] for row in results["coverage"] if row["intervals"])
+    start, end = (load_file(folder / "model.safetensors") for folder in (work / "model", tmp_path / "run"))
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert moved
+    assert all(name.startswith(f"{drawn}.") for name in moved)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("gradients", "norm"), [("project", 0.2), ("project", 0), ("update", 0)])
+def test_released_gradients_train_alike(work, tmp_path, gradients, norm):
+    ends = {}
+    for way in ("keep", gradients):
+        low_rank = {"rank": 8, "scale": 1.0, "refresh_every": 2, "method": "svd", "gradients": way}
+        training = {"max_grad_norm": norm, "max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1}
+        path = recipe_file(work, tmp_path / way, "galore", low_rank=low_rank, training=training)
+        assert main(["finetune", "--quiet", "--config", path]) == 0
+        ends[way] = load_file(tmp_path / way / "model.safetensors")
+    start = load_file(work / "model" / "model.safetensors")
+    moved = max((ends["keep"][name] - start[name]).abs().max() for name in start)
+    apart = max((ends["keep"][name] - ends[gradients][name]).abs().max() for name in start)
+    assert apart < (0.5 if norm else 1e-3) * moved  # the norm that is clipped is that in the subspaces
+    if norm:
+        norms = {}
+        for way in ends:
+            state = json.loads((tmp_path / way / "checkpoint-4" / "trainer_state.json").read_text())
+            norms[way] = [entry["grad_norm"] for entry in state["log_history"] if "grad_norm" in entry]
+        assert len(norms["project"]) == 4
+        assert all(norm < ours < full for ours, full in zip(norms["project"], norms["keep"], strict=True))
+
+
+def test_released_gradients_resume(work, tmp_path):
+    ends = []
+    for name in ("whole", "broken"):
+        low_rank = {"rank": 8, "scale": 1.0, "refresh_every": 2, "gradients": "project"}
+        training = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+        path = recipe_file(work, tmp_path / name, "owlore", low_rank=low_rank, training=training)
+        if name == "broken":
+            with killed_after(5):
+                main(["finetune", "--quiet", "--config", path])
+        assert main(["finetune", "--quiet", "--config", path, "--resume"]) == 0
+        ends.append(load_file(tmp_path / name / "model.safetensors"))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize(
+    "training", [{"gradient_accumulation_steps": 2, "max_grad_norm": 0}, {"max_grad_norm": 1.0}, {"max_grad_norm": 0}]
+)
+def test_update_during_backward_is_refused_where_it_cannot_be(work, tmp_path, capsys, training):
+    low_rank = {"rank": 8, "gradients": "update"}
+    path = recipe_file(work, tmp_path / "run", "galore", low_rank=low_rank, training=training)
+    possible = training == {"max_grad_norm": 0}
+    assert main(["finetune", "--quiet", "--config", path]) == (0 if possible else 2)
+    assert possible or "low_rank.gradients: update takes one backward" in capsys.readouterr().err
+
+
+def test_what_qlora_cannot_be_is_refused_before_anything(work, tmp_path, capsys):
+    path = recipe_file(work, tmp_path / "run", "qlora", training={"fsdp": True, "fsdp_config": {"version": 2}})
+    assert main(["finetune", "--quiet", "--config", path]) == 2
+    assert "method: qlora keeps a copy of the model in 4 bits on each process" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

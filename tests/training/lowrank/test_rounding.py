@@ -1,0 +1,178 @@
+"""Stochastic rounding: its two neighbours, its expectation, and that nothing but a seed and the place decides."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from htsr.training.lowrank.optimizer import LowRankAdamW
+from htsr.training.lowrank.rounding import axis_keys, entry_noise, stochastically_rounded
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def neighbours(x, dtype):
+    """The numbers of `dtype` on both sides of float32 x, towards zero and away from it, by torch's own rounding."""
+    nearest = x.to(dtype)
+    away = torch.where(x >= 0, torch.inf, -torch.inf).to(dtype)
+    out = torch.nextafter(nearest, away)
+    back = torch.nextafter(nearest, torch.zeros_like(nearest))
+    over = nearest.float().abs() > x.abs()
+    return torch.where(over, back, nearest), torch.where(over, nearest, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_entry_becomes_one_of_its_two_neighbours_by_its_place_between_them(dtype):
+    random = np.random.default_rng(0)
+    x = torch.tensor(random.standard_normal(300) * 10.0 ** random.integers(-9, 5, 300)).float()
+    x = x.clamp(-6e4, 6e4)
+    low, high = neighbours(x, dtype)
+    noise = torch.arange(0, 2**16, 16, dtype=torch.int32)
+    rounded = stochastically_rounded(x[:, None].expand(-1, len(noise)).contiguous(), dtype, noise.expand(300, -1))
+    up = rounded == high[:, None]
+    assert bool((up | (rounded == low[:, None])).all())
+    place = (x - low.float()).double() / (high.double() - low.double())
+    torch.testing.assert_close(up.double().mean(1), place, rtol=0, atol=2.0**-11)  # the noise counts through all values
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_the_type_has_stays_and_what_no_type_has_does_too(dtype):
+    exact = torch.tensor([0.0, -0.0, 1.0, -3.5, 2.0**-20, torch.inf, -torch.inf])
+    for noise in (0, 1, 2**15, 2**16 - 1):
+        rounded = stochastically_rounded(exact, dtype, torch.full((7,), noise, dtype=torch.int32))
+        assert torch.equal(rounded.float(), exact)
+        assert bool(stochastically_rounded(torch.full((7,), torch.nan), dtype, rounded.int() * 0 + noise).isnan().all())
+
+
+def test_noise_is_uniform_without_structure_and_a_function_of_the_seed():
+    keys = axis_keys(torch.empty(512, 512), seed=3)
+    state = torch.get_rng_state()
+    noise = entry_noise(keys)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(entry_noise(keys, slice(100, 300)), noise[100:300])
+    assert torch.equal(entry_noise(axis_keys(torch.empty(512, 512), seed=3)), noise)
+    assert not torch.equal(entry_noise(axis_keys(torch.empty(512, 512), seed=4)), noise)
+    n = noise.numel()
+    counts = torch.bincount(noise.flatten() >> 8, minlength=256).double()
+    assert float(((counts - n / 256) ** 2 / (n / 256)).sum()) < 255 + 5 * (2 * 255) ** 0.5  # χ², mean + 5 deviations
+    # the errors of one place between neighbours are white: no singular value beyond 2√n·σ, where a sum of keys has ~n·σ
+    errors = (noise < 2**14).double() - 0.25
+    assert float(torch.linalg.matrix_norm(errors, 2)) < 1.1 * 2 * 512**0.5 * (0.25 * 0.75) ** 0.5
+
+
+@pytest.mark.parametrize("rank", [None, 32])
+def test_small_updates_move_bfloat16_weights_as_far_as_they_should(rank):
+    """Case: lr 2e-5 for 50 steps, where rounding to nearest leaves 9 of 10 entries where they were."""
+
+    def moved(dtype, **options):
+        torch.manual_seed(0)
+        W = nn.Parameter((torch.randn(256, 256) * 0.02).bfloat16().to(dtype))
+        start = W.detach().clone()
+        optimizer = LowRankAdamW([{"params": [W], "rank": rank}], lr=2e-5, scale=1.0, **options)
+        G = torch.outer(torch.linspace(-1, 1, 256), torch.linspace(1, 2, 256))
+        for _ in range(50):
+            W.grad = (0.01 * G + 0.01 * torch.randn(256, 256)).bfloat16().to(dtype)
+            optimizer.step()
+        return start.float(), W.detach().float() - start.float()
+
+    start, exact = moved(torch.float32)
+    _, stochastic = moved(torch.bfloat16)
+    _, nearest = moved(torch.bfloat16, stochastic_rounding=False)
+    assert float((nearest == 0).float().mean()) > 0.5
+    ulp = 2.0 ** (torch.floor(torch.log2(start.abs().clamp(min=1e-9))) - 7)
+    far = exact.abs() > 8 * ulp  # an entry that stays had 50 chances, of 8 in all: at most e⁻⁸
+    assert far.float().mean() > 0.03
+    assert float((stochastic[far] == 0).float().mean()) < 2 * np.exp(-8) + 5 / far.sum()
+    # projected on the exact way, every entry's error is at most one unit a step: variance ≤ Σ ulp²/4·50 · exact²
+    along = float((stochastic * exact).sum() / exact.square().sum())
+    deviation = float((50 / 4 * (2 * ulp).square() * exact.square()).sum().sqrt() / exact.square().sum())
+    assert abs(along - 1) < 5 * deviation + 0.03  # the rest: gradients and projectors in bfloat16
+    assert float((nearest * exact).sum() / exact.square().sum()) < 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_mean_over_entries_is_the_update(dtype):
+    """lr·1 on equal weights: an entry moves with probability q = lr/ulp; the mean's variance is q(1-q)ulp²/n."""
+    n, lr = 2**18, 1e-5
+    for weight in (1.0, -0.3):
+        W = nn.Parameter(torch.full((n,), weight, dtype=dtype))
+        before = W.detach().double()
+        W.grad = torch.full_like(W, 0.5)
+        LowRankAdamW([W], lr=lr, eps=0.0).step()
+        low, high = neighbours(torch.tensor([weight]), dtype)
+        ulp = abs(float(high.double() - low.double()))
+        q = lr / ulp
+        mean = float((W.detach().double() - before).mean())
+        assert abs(mean + lr) < 5 * ulp * (q * (1 - q) / n) ** 0.5 + lr * 2.0**-8  # and the noise's own resolution
+
+
+def test_weight_decay_acts_on_bfloat16():
+    """lr·weight_decay = 1e-4 of a weight is a fortieth of its unit in the last place: to nearest, nothing decays."""
+    ends = {}
+    for stochastic in (True, False):
+        W = nn.Parameter(torch.ones(200, 200, dtype=torch.bfloat16))
+        optimizer = LowRankAdamW([W], lr=1e-3, weight_decay=0.1, stochastic_rounding=stochastic)
+        for _ in range(100):
+            W.grad = torch.zeros_like(W)
+            optimizer.step()
+        ends[stochastic] = float(W.detach().double().mean())
+    assert ends[False] == 1.0
+    assert abs(ends[True] - (1 - 1e-4) ** 100) < 5 * (0.01 * 2.0**-8 / 200**2) ** 0.5 + 1e-5
+
+
+def test_float32_is_not_touched_and_options_ride_in_the_state():
+    ends = []
+    for stochastic in (True, False):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(24, 16)), nn.Parameter(torch.randn(10))]
+        optimizer = LowRankAdamW(
+            [{"params": params[:1], "rank": 4}, {"params": params[1:]}], stochastic_rounding=stochastic
+        )
+        for _ in range(4):
+            for parameter in params:
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        ends.append(params)
+        state = optimizer.state_dict()
+        assert [group.pop("stochastic_rounding") for group in state["param_groups"]] == [stochastic] * 2
+    assert all(map(torch.equal, *ends))
+    optimizer.load_state_dict(state)  # as 0.1.0 saved it
+    assert all(group["stochastic_rounding"] for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(24, 16), (3, 8, 12), (40,), ()])
+def test_resumed_rounds_as_uninterrupted_and_pieces_as_the_whole(dtype, shape, monkeypatch):
+    def run(stop=None, piece=2**22):
+        monkeypatch.setattr("htsr.training.lowrank.update.PIECE", piece)
+        random = np.random.default_rng(1)
+
+        def draw():
+            return torch.tensor(random.standard_normal(shape)).to(dtype)
+
+        W = nn.Parameter(draw())
+        group = {"params": [W], "rank": 4} if len(shape) > 1 else {"params": [W]}
+        options = {"lr": 1e-4, "weight_decay": 0.1, "refresh_every": 3, "seed": 5}
+        optimizer = LowRankAdamW([dict(group)], **options)
+        for step in range(6):
+            if step == stop:
+                file = io.BytesIO()
+                torch.save([W.detach(), optimizer.state_dict()], file)
+                file.seek(0)
+                weights, state = torch.load(file, weights_only=True)
+                W = nn.Parameter(weights)
+                optimizer = LowRankAdamW([dict(group, params=[W])], **options)
+                optimizer.load_state_dict(state)
+                torch.manual_seed(step)  # of no concern
+            W.grad = draw()
+            optimizer.step()
+        return W.detach()
+
+    whole = run()
+    assert torch.equal(run(stop=3), whole)
+    if len(shape) < 2:  # products of other shapes round otherwise
+        assert torch.equal(run(piece=7), whole)
+    else:
+        torch.testing.assert_close(run(piece=40), whole, rtol=2.0**-7, atol=1e-4)

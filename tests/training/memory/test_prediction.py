@@ -1,0 +1,214 @@
+"""Predicted memory: against torch's own count of real steps, and where arithmetic knows the answer."""
+
+import csv
+import io
+import json
+from contextlib import suppress
+
+import pytest
+import torch
+from htsr_cli.main import main
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3MoeConfig
+
+import htsr
+from htsr.errors import UsageError
+from htsr.training.memory.plan import METHODS, PARTS
+from htsr.training.memory.prediction import predict_memory
+from reports.memory.measure import peak_allocated, train
+
+LLAMA = LlamaConfig(
+    hidden_size=256,
+    intermediate_size=688,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=2000,
+    max_position_embeddings=256,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    LLAMA.save_pretrained(path)
+    return str(path)
+
+
+def weights(config, bytes_each=4):
+    return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) * bytes_each
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("full", {}),
+        ("full", {"checkpointing": True}),
+        ("lora", {}),
+        ("qlora", {}),
+        ("galore", {}),
+        ("galore", {"gradients": "update", "checkpointing": True}),
+        ("galore", {"gradients": "project", "embeddings": "lowrank", "dtype": "bfloat16"}),
+        ("owlore", {"active_blocks": 2, "state_dtype": "8bit"}),
+        ("lisa", {"active_blocks": 1, "embeddings": "train"}),
+        ("lisa", {"active_blocks": 1}),
+    ],
+)
+@pytest.mark.parametrize(("batch", "sequence"), [(1, 32), (4, 128)])
+def test_within_ten_percent_of_what_torch_allocates(folder, method, options, batch, sequence):
+    if method == "qlora" or options.get("state_dtype") == "8bit":
+        pytest.importorskip("bitsandbytes")
+    plan = predict_memory(folder, method, batch=batch, sequence=sequence, rank=16, **options)
+    measured = peak_allocated(lambda: train(LLAMA, method, batch, sequence, rank=16, **options))
+    assert plan.total == pytest.approx(measured, rel=0.1)
+
+
+MIXTURE = Qwen3MoeConfig(
+    hidden_size=128, moe_intermediate_size=96, num_hidden_layers=3, vocab_size=1000, head_dim=32, num_attention_heads=4,
+    num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, dtype="bfloat16",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("full", {}), ("galore", {}), ("galore", {"gradients": "project", "checkpointing": True})],
+)
+@pytest.mark.parametrize(("batch", "sequence"), [(1, 32), (4, 128)])
+def test_mixtures_of_experts(tmp_path, method, options, batch, sequence):
+    MIXTURE.save_pretrained(tmp_path)
+    options = {"rank": 16, "dtype": "bfloat16", **options}
+    plan = predict_memory(tmp_path, method, batch=batch, sequence=sequence, **options)
+    measured = peak_allocated(lambda: train(MIXTURE, method, batch, sequence, **options))
+    assert plan.total == pytest.approx(measured, rel=0.1)
+    if method == "galore":
+        stacks = 3 * 8 * (2 * 96 * 128 + 96 * 128)
+        assert (
+            plan.optimizer
+            < predict_memory(tmp_path, "full", **(options | {"gradients": "keep"})).optimizer - 2 * stacks
+        )
+    with suppress(UsageError):  # torch 2.13 cannot simulate that, and says so
+        assert predict_memory(tmp_path, method, **(options | {"dtype": "float32"})).total > plan.total
+
+
+def test_parts_are_what_arithmetic_says(folder):
+    size = weights(LLAMA)
+    plans = {method: predict_memory(folder, method, sequence=16, rank=16) for method in METHODS}
+    for plan in plans.values():
+        assert plan.total == sum(getattr(plan, part) for part in PARTS)
+    full = plans["full"]
+    assert full.parameters == full.trainable == size // 4
+    assert full.weights == pytest.approx(size, rel=1e-3)  # rotary frequencies are buffers
+    assert full.optimizer == 2 * size
+    assert full.moment == "backward"
+    assert full.gradients + full.activations == pytest.approx(size, rel=0.02)  # the last is on its way
+    assert full.logits == 0
+    h, f, v = 256, 688, 2000
+    kv = h // 2
+    low = 4 * (h * 2 + h * 2) + 4 * 3 * f  # the longer side of q, o, k, v and of the MLP's matrices
+    rest = 2 * v * h + 9 * h
+    assert plans["galore"].optimizer == 2 * 4 * (16 * low + rest)
+    assert plans["galore"].projectors == 4 * 16 * 4 * (2 * h + 2 * kv + 3 * h)
+    adapters = 4 * 16 * (2 * (h + h) + 2 * (h + kv) + 3 * (h + f))
+    assert plans["lora"].trainable == adapters
+    assert plans["lora"].optimizer == 2 * 4 * adapters
+    assert plans["lora"].weights == pytest.approx(size + 4 * adapters, rel=1e-3)
+    linear = 4 * (2 * h * h + 2 * h * kv + 3 * h * f)
+    assert plans["qlora"].weights == pytest.approx(size + 4 * adapters - linear * (4 - 0.516), rel=1e-3)
+    assert plans["lisa"].trainable == 2 * (linear // 4 + 2 * h) + h  # the last norm, too
+    assert plans["owlore"].optimizer < plans["lisa"].optimizer
+    assert plans["owlore"].weights == plans["lisa"].weights == full.weights
+
+
+def test_more_of_anything_takes_more(folder):
+    def total(method="galore", **options):
+        low = {"gradients": "update"} if method == "galore" else {}
+        return predict_memory(folder, method, **({"batch": 2, "sequence": 64, "rank": 16} | low | options)).total
+
+    base = total()
+    assert total(batch=4) > base
+    assert total(sequence=128) > base
+    assert total(rank=64) > base
+    assert total(state_dtype="bfloat16") < base
+    assert total(state_dtype="8bit") < total(state_dtype="bfloat16")
+    assert total(checkpointing=True) < base
+    assert total(dtype="bfloat16") < base
+    assert total(embeddings="lowrank") < base
+    assert total("lisa", active_blocks=1) < total("lisa", active_blocks=3)
+    assert total("lisa", embeddings="train") > total("lisa")
+    assert total(checkpointing=True, gradients="keep") > total(checkpointing=True)
+
+
+def test_sources(folder, tmp_path):
+    whole = predict_memory(folder, sequence=16)
+    model = AutoModelForCausalLM.from_config(LLAMA)
+    assert predict_memory(model, sequence=16).total == whole.total
+    assert predict_memory(f"{folder}/config.json", sequence=16).total == whole.total
+    tied = GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=300, n_positions=64)
+    tied.save_pretrained(tmp_path)
+    plan = htsr.predict_memory(tmp_path, "lora", sequence=16)  # another architecture, tied, with Conv1D
+    assert plan.parameters > plan.trainable > 0
+    assert predict_memory(tmp_path, sequence=16).optimizer == 2 * weights(tied)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["{folder}", "--method", "adapters"], 2, "unknown method 'adapters'"),
+        (["{folder}", "--method", "lora", "--embeddings", "freeze"], 2, "embeddings='freeze' is for lisa and owlore"),
+        (["{folder}", "--dtype", "int8"], 2, "unknown dtype 'int8'"),
+        (["{folder}", "--gradients", "drop"], 2, "unknown gradients 'drop'"),
+        (["{folder}", "--method", "full", "--gradients", "update"], 2, "is for galore and owlore, not for full"),
+        (["{folder}", "--method", "galore", "--rank", "999999"], 2, "can have rank 999999: none has both sides larger"),
+        (["./nowhere"], 1, "./nowhere does not exist"),
+        (["{empty}"], 1, "has no config.json"),
+        (["{t5}"], 1, "is no causal language model"),
+        (["{broken}"], 1, "cannot be read"),
+        (["{bert}"], 1, "is no causal language model of transformers, but an encoder"),
+        (["{deep}"], 1, "num_hidden_layers is 1000000, and not a whole number from 1"),
+        (["{odd}"], 1, "odd"),
+        (["package:nosuchpackage/model"], 1, "the package nosuchpackage is not installed"),
+    ],
+)
+def test_bad_input_is_one_sentence(capsys, folder, tmp_path, arguments, code, sentence):
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"model_type": "no such type"}')
+    (tmp_path / "empty").mkdir()
+    for name, config in (
+        ("bert", {"model_type": "bert"}),
+        ("deep", {"model_type": "llama", "num_hidden_layers": 10**6}),
+        ("odd", {"model_type": "llama", "hidden_size": 30, "num_attention_heads": 7}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    paths = {"folder": folder, **{name: tmp_path / name for name in ("t5", "broken", "empty", "bert", "deep", "odd")}}
+    assert main(["memory", *(argument.format(**paths) for argument in arguments)]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert sentence in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_command(capsys, folder, tmp_path):
+    assert main(["memory", folder, "--seq", "16", "--method", "galore", "--method", "full", "--rank", "16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[-2:] == ["galore", "full"]
+    assert any(line.strip().startswith("total") for line in lines)
+    assert any(line.split()[:4] == ["on", "a", "CPU:", "process"] for line in lines)
+    assert main(["memory", folder, "--seq", "16", "--format", "json", "--embeddings", "train"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in content["rows"]] == list(METHODS)
+    assert content["rows"][0]["total"] == predict_memory(folder, sequence=16).total
+    lisa = content["rows"][METHODS.index("lisa")]
+    assert lisa["total"] == predict_memory(folder, "lisa", sequence=16, embeddings="train").total
+    assert main(["memory", folder, "--seq", "16", "--method", "lora", "-o", str(tmp_path / "plan.csv")]) == 0
+    (row,) = csv.DictReader(io.StringIO((tmp_path / "plan.csv").read_text()))
+    assert int(row["total"]) == sum(int(row[part]) for part in PARTS)
+
+
+def test_memory_of_nothing_is_refused():
+    for name in ("batch", "sequence", "rank", "active_blocks"):
+        with pytest.raises(htsr.UsageError, match=f"{name} is 0; it is at least 1"):
+            predict_memory("a/model", "owlore", **{name: 0})
+    with pytest.raises(htsr.SourceError, match="Linear has no config"):
+        predict_memory(torch.nn.Linear(2, 2))
