@@ -1,6 +1,6 @@
 """From scores to budgets: multipliers, probabilities, integer counts, sparsities.
 
-Pure functions of numbers; they know neither models nor optimizers. A larger score gets a larger budget everywhere;
+Pure functions of numbers: they know neither models nor optimizers. A larger score gets a larger budget everywhere;
 `reverse` reflects the scores in the middle of their range, max + min - score, and so turns that around.
 
 What is not a number has a meaning of its own: NaN is "not known" and gets the neutral budget (a multiplier of
@@ -60,19 +60,28 @@ def multipliers(
     """A multiplier for each score.
 
     Args:
-        scores: (n,), any sign; NaN, ±inf and wild scores as the module's text says.
-        map: see the module's text.
-        bounds: (s1, s2), s1 ≤ s2; s1 > 0 for ``model_balancing``.
-        reverse: the largest score gets what the smallest would get.
-        units: (n,) labels; scores of one label are averaged (NaN left out) and count as one.
+        scores: (n,) scores of any sign; NaN, ±inf and wild scores are treated as the module's text says.
+        map: name of the map, a row of the table in the module's text.
+        bounds: smallest and largest multiplier (s1, s2), s1 ≤ s2; s1 > 0 for ``model_balancing``.
+        reverse: whether the largest score gets what the smallest would get.
+        units: (n,) labels; scores with the same label are averaged (NaN left out) and count as one.
         pin: (n,) given multipliers; those that are not None take no part in the map. Exclusion is a pin of 1.
-        missing: the multiplier of a NaN score.
+        missing: multiplier of a NaN score.
 
     Returns:
-        (n,) float64.
+        (n,) float64 multipliers.
 
     Raises:
-        UsageError: an unknown map, bounds without meaning, or scores that the map is not defined for.
+        UsageError: the map is unknown, the bounds have no meaning, or the map is not defined for the scores.
+
+    Examples:
+        Layers with a larger α, the undertrained ones, get a larger multiplier; what is not known gets 1:
+
+        >>> from htsr.allocate import multipliers
+        >>> multipliers([2.0, 3.0, 6.0, float("nan")], bounds=(1.0, 5.0))
+        array([1., 2., 5., 1.])
+        >>> multipliers([2.0, 3.0, 6.0], map="rank", bounds=(1.0, 5.0), reverse=True)
+        array([5., 3., 1.])
     """
     if map not in get_args(Map):
         raise UsageError(f"unknown map {map!r}: {', '.join(get_args(Map))}")
@@ -117,7 +126,7 @@ def _finite(values: Vector) -> Vector:
 
 
 def _tamed(values: Vector) -> Vector:
-    """`values` with the wild ones, as of the module's text, as the largest or smallest of the others."""
+    """`values` with the wild ones, as the module's text defines them, as the largest or smallest of the others."""
     n = values.size
     if n < 3:
         return values
@@ -178,7 +187,8 @@ def _log2(values: Vector, low: float, high: float) -> Vector:
 
 
 def _model_balancing(values: Vector, low: float, high: float) -> Vector:
-    return low * (high / low) ** (1 / (1 + np.exp(-np.clip(10 * (values - values.mean()), -700, 700))))
+    steep = np.clip(10 * (values - values.mean()), -700, 700)  # exp overflows float64 above 709
+    return low * (high / low) ** (1 / (1 + np.exp(-steep)))
 
 
 _MAPS: dict[str, Callable[[Vector, float, float], Vector]] = {
@@ -208,15 +218,22 @@ def probabilities(scores: npt.ArrayLike, *, minimum: float = 0.0, reverse: bool 
     """Sampling probabilities in proportion to the scores, p_l = D_l/ΣD (OwLore).
 
     Args:
-        scores: (n,) ≥ 0. All zero: uniform.
-        minimum: least probability of each; what is left is shared in proportion.
-        reverse: the largest score gets what the smallest would get.
+        scores: (n,) scores ≥ 0; if all are zero, the probabilities are equal.
+        minimum: least probability of each; what is left is shared in proportion to the scores.
+        reverse: whether the largest score gets what the smallest would get.
 
     Returns:
-        (n,) float64 that sums to 1.
+        (n,) float64 probabilities with the sum 1.
 
     Raises:
-        UsageError: negative scores, or a minimum below 0 or above 1/n.
+        UsageError: a score is negative, or the minimum is below 0 or above 1/n.
+
+    Examples:
+        >>> from htsr.allocate import probabilities
+        >>> probabilities([1.0, 1.0, 2.0])
+        array([0.25, 0.25, 0.5 ])
+        >>> probabilities([0.0, 0.0, 2.0], minimum=0.1)
+        array([0.1, 0.1, 0.8])
 
     Source: OwLore (arXiv 2405.18380).
     """
@@ -242,19 +259,26 @@ def counts(
     and what is left goes to the largest remainders.
 
     Args:
-        scores: (n,) ≥ 0.
-        total: what is to be spent: Σ counts, or Σ counts·costs.
+        scores: (n,) scores ≥ 0.
+        total: budget to be spent: Σ counts, or Σ counts·costs.
         minimum: least count of each.
-        maximum: largest count, of all or of each.
-        costs: (n,) > 0, cost of one unit; 1 by default.
-        reverse: the largest score gets what the smallest would get.
+        maximum: largest count, one for all or one for each.
+        costs: (n,) cost > 0 of one count; 1 by default.
+        reverse: whether the largest score gets what the smallest would get.
 
     Returns:
-        (n,) int64. Without costs they sum to `total`; with costs they spend at most `total`, and what is left pays for
-        no further unit.
+        (n,) int64 counts. Without costs their sum is `total`; with costs they spend at most `total`, and what is left
+        is too little for one count more.
 
     Raises:
-        UsageError: negative scores, costs that are not positive, or a total that the bounds do not allow.
+        UsageError: a score is negative, a cost is not positive, or the bounds do not allow the total.
+
+    Examples:
+        >>> from htsr.allocate import counts
+        >>> counts([1.0, 2.0, 4.0], total=8)
+        array([1, 2, 5])
+        >>> counts([1.0, 2.0, 4.0], total=8, minimum=2, maximum=3)
+        array([2, 3, 3])
     """
     values = _importance(scores, reverse)
     price = np.ones(values.size) if costs is None else _vector(costs)
@@ -288,8 +312,11 @@ def counts(
 
 
 def _water_fill(values: Vector, total: float, least: Vector, most: Vector, price: Vector) -> Vector:
-    """clip(t·values, least, most) with the t at which it costs `total`."""
-    weights = np.maximum(values, values.max(initial=0.0) * 1e-12)
+    """clip(t·values, least, most) with the t at which it costs `total`.
+
+    The cost grows with t, so bisection finds t whatever the bounds cut off.
+    """
+    weights = np.maximum(values, values.max(initial=0.0) * 1e-12)  # a zero score gets the last of a large total too
     most = np.minimum(most, total / price) if price.size else most
     most = np.maximum(most, least)
     low, high = 0.0, float((most / weights).max(initial=0.0))
@@ -314,18 +341,25 @@ def ranks(
     """Adapter ranks: `counts` of at least 1 by default.
 
     Args:
-        scores: (n,) ≥ 0.
-        total: Σ ranks; with costs the parameters that they may take.
+        scores: (n,) scores ≥ 0.
+        total: sum of the ranks; with costs the number of parameters that they may take.
         minimum: least rank.
-        maximum: largest rank, of all or of each.
-        costs: (n,) > 0, parameters per unit of rank, m + n for LoRA on an m × n matrix.
-        reverse: the largest score gets what the smallest would get.
+        maximum: largest rank, one for all or one for each.
+        costs: (n,) parameters > 0 that one more rank takes, m + n for LoRA on an m × n matrix.
+        reverse: whether the largest score gets what the smallest would get.
 
     Returns:
-        (n,) int64, as `counts`.
+        (n,) int64 ranks, with the sums that `counts` states.
 
     Raises:
-        UsageError: as `counts`.
+        UsageError: `counts` refuses the arguments.
+
+    Examples:
+        Two 64 × 64 matrices, 64 + 64 parameters per rank, and 2,048 parameters in all:
+
+        >>> from htsr.allocate import ranks
+        >>> ranks([2.0, 6.0], total=2048, costs=[128, 128])
+        array([ 4, 12])
 
     Source: AlphaLoRA (arXiv 2410.10054), which allots experts of LoRA by α.
     """
@@ -341,17 +375,23 @@ def sparsities(
     shifted so that the mean over all entries is `mean`.
 
     Args:
-        scores: (n,), any sign.
+        scores: (n,) scores of any sign.
         mean: share of all entries to prune, in [0, 1].
         spread: highest minus lowest sparsity, before what would leave [0, 1] is cut.
-        sizes: (n,) entries of each layer.
-        reverse: the largest score is pruned least.
+        sizes: (n,) number of entries of each layer.
+        reverse: whether the layer with the largest score is pruned least.
 
     Returns:
-        (n,) float64 in [0, 1]; sparsity·size is a whole number, and they sum to round(mean·Σ sizes).
+        (n,) float64 sparsities in [0, 1]; sparsity·size is a whole number, and these have the sum round(mean·Σ sizes).
 
     Raises:
-        UsageError: a mean outside [0, 1], a negative spread, or sizes that are not one positive number for each score.
+        UsageError: the mean is outside [0, 1], the spread is negative, or the sizes are not one positive number for
+            each score.
+
+    Examples:
+        >>> from htsr.allocate import sparsities
+        >>> sparsities([2.0, 3.0, 4.0], mean=0.5, spread=0.4, sizes=[100, 100, 100])
+        array([0.3, 0.5, 0.7])
 
     Sources: AlphaPruning (NeurIPS 2024); OWL (ICML 2024).
     """

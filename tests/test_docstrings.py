@@ -1,10 +1,13 @@
-"""What can be proved of docstrings without understanding them: nothing public is undescribed, nothing else described.
+"""What can be proved of docstrings without understanding them: nothing public is undescribed, nothing else described,
+and every example prints what it says.
 
-Read by griffe, as the documentation is, so nothing is imported.
+Descriptions are read by griffe, as the documentation is, so nothing is imported for them.
 """
 
 import ast
 import builtins
+import doctest
+import importlib
 import re
 import textwrap
 from collections.abc import Iterator
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import griffe
 import pytest
+import torch
 
 import htsr
 from htsr import errors
@@ -20,9 +24,13 @@ ERRORS = {
     name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.HtsrError)
 }
 
-# Modules from which a user would import; elsewhere (reporting, journal, execution …) parameters may go without a word.
+FOLDER = Path(htsr.__file__).parent
+
+# Modules of the science and of the API; in the others (reporting, the files of results, recipes) a parameter may go
+# without a word.
 API = re.compile(
-    r"htsr\.(spectra|training|matrices)\.|htsr\.(analysis|allocate|comparison|errors|finetune|multiple_choice|outliers|surgery)\."
+    r"htsr\.(?!reporting\.|files\.|ranks\.|analysis\.(execution|journal|saving|schema)\."
+    r"|calibration\.(activations|loading|records|record_forms)\.|finetuning\.(recipe|recipe_values|model_card)\.)"
 )
 # Overridden methods whose parameters are those of the Trainer.
 OF_THE_TRAINER = ("on_train_begin", "on_log", "create_model_card")
@@ -36,8 +44,7 @@ Object = griffe.Function | griffe.Class | griffe.Attribute
 
 @pytest.fixture(scope="module")
 def public() -> list[Object]:
-    folder = Path(htsr.__file__).parents[1]
-    package = griffe.load("htsr", docstring_parser="google", search_paths=[folder])
+    package = griffe.load("htsr", docstring_parser="google", search_paths=[FOLDER.parent])
     found = list(_public(package))
     assert len(found) > 300
     return found
@@ -179,3 +186,31 @@ def test_every_array_has_a_shape(public):
 
 def _is_array(annotation: str) -> bool:
     return ARRAY.search(annotation) is not None and not annotation.startswith("Callable")
+
+
+def _modules_with_examples() -> list[str]:
+    """Names of the modules that have a line of an example."""
+    return [
+        ".".join(path.relative_to(FOLDER.parent).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted(FOLDER.rglob("*.py"))
+        if _examples(path.read_text(encoding="utf-8"))
+    ]
+
+
+def _examples(source: str) -> int:
+    return len(re.findall(r"^ *>>> ", source, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", _modules_with_examples())
+def test_examples(name, tmp_path, monkeypatch):
+    """An example imports what it uses, seeds what it draws, and leaves no file behind but in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    found = doctest.DocTestFinder().find(module, name, globs={"__name__": "__main__"})
+    failures: list[str] = []
+    for example in found:
+        with torch.random.fork_rng(devices=[]):
+            runner.run(example, out=failures.append)
+    assert not failures, "".join(failures)
+    assert sum(len(example.examples) for example in found) == _examples(Path(module.__file__).read_text("utf-8"))
