@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from htsr.calibration.outliers import OutlierRow, Outliers, measure_outliers
     from htsr.errors import HtsrError, MatrixError, MissingDependencyError, SourceError, UsageError
     from htsr.matrices.models import Filter, Model, WeightMatrix
+    from htsr.spectra.density import ESD
     from htsr.spectra.directions import project_tail, remove_traps
-    from htsr.spectra.esd import ESD, esd
+    from htsr.spectra.esd import esd
     from htsr.spectra.metrics import LayerMetrics, Options
     from htsr.spectra.tail import PowerLawFit, fit_power_law
     from htsr.spectra.windows import Windows
@@ -43,7 +44,8 @@ _HOMES = {
     "htsr.errors": ("HtsrError", "MatrixError", "MissingDependencyError", "SourceError", "UsageError"),
     "htsr.matrices.models": ("Filter", "Model", "WeightMatrix"),
     "htsr.calibration.outliers": ("OutlierRow", "Outliers", "measure_outliers"),
-    "htsr.spectra.esd": ("ESD", "esd"),
+    "htsr.spectra.density": ("ESD",),
+    "htsr.spectra.esd": ("esd",),
     "htsr.spectra.metrics": ("LayerMetrics", "Options"),
     "htsr.spectra.directions": ("project_tail", "remove_traps"),
     "htsr.spectra.tail": ("PowerLawFit", "fit_power_law"),

@@ -38,7 +38,7 @@ Keep: TypeAlias = Literal["erg", "tail"] | int
 CLIP_STEP = 0.8
 CLIP_ROUNDS = 4
 _CHUNK = 1 << 20  # elements that are up-cast at a time
-_SAFETY = 16  # eigenvalues below this many ulps of λ_max are rounding noise, as in `htsr.spectra.esd`
+_SAFETY = 16  # eigenvalues below this many ulps of λ_max are rounding noise, as in `htsr.spectra.eigenvalues`
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 
 from htsr.arrays import Array, Vector, as_numpy
 from htsr.errors import MatrixError
-from htsr.spectra.esd import ESD
+from htsr.spectra.density import ESD
 
 STEPS = 128
 PROBES = 8

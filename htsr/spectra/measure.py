@@ -16,8 +16,9 @@ from htsr.errors import MatrixError, UsageError
 from htsr.spectra.alternatives import best_law, compare_laws, fit_truncated
 from htsr.spectra.attempts import attempted
 from htsr.spectra.bulk import fit_bulk, jensen_shannon_distance, permute_entries
+from htsr.spectra.density import ESD
 from htsr.spectra.erg import erg
-from htsr.spectra.esd import ESD, LANCZOS_FROM, Route, esd, esd_batch
+from htsr.spectra.esd import LANCZOS_FROM, Route, esd, esd_batch
 from htsr.spectra.metrics import LayerMetrics, Options
 from htsr.spectra.notes import notes
 from htsr.spectra.null import alpha_null

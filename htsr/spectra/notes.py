@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from htsr.spectra.bulk import tw_threshold
-from htsr.spectra.esd import ESD
+from htsr.spectra.density import ESD
 
 HEAVY = 2.0
 LIGHT = 6.0

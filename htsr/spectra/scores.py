@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from htsr.errors import UsageError
+from htsr.spectra.density import ESD
 from htsr.spectra.erg import erg
-from htsr.spectra.esd import ESD
 from htsr.spectra.null import alpha_null
 from htsr.spectra.tail import FitMethod, fit_power_law
 from htsr.spectra.windows import Windows

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from htsr.errors import MatrixError, UsageError
-from htsr.spectra.esd import Windows, esd, esd_batch, gram
+from htsr.spectra.eigenvalues import gram
+from htsr.spectra.esd import Windows, esd, esd_batch
 
 shapes = st.tuples(st.integers(1, 60), st.integers(1, 60))
 
@@ -26,7 +27,7 @@ def test_eigenvalues_are_squared_singular_values(shape, seed, route):
 
 @pytest.mark.parametrize("shape", [(700, 40), (40, 700), (2000, 600)])
 def test_blocks_add_up_to_the_gram_matrix(random, monkeypatch, shape):
-    monkeypatch.setattr("htsr.spectra.esd._CHUNK", 4096)
+    monkeypatch.setattr("htsr.spectra.eigenvalues._CHUNK", 4096)
     W = random.standard_normal(shape).astype(np.float32)
     tall = W.astype(np.float64) if shape[0] > shape[1] else W.T.astype(np.float64)
     assert gram(W) == pytest.approx(tall.T @ tall, rel=1e-12)
@@ -46,7 +47,7 @@ def test_every_route_and_precision(random, device, dtype, tolerance, route):
 def test_large_matrices_take_the_same_values_from_torch(random, monkeypatch, dtype):
     W = random.standard_normal((80, 200))
     small = esd(W, dtype=dtype).eigenvalues
-    monkeypatch.setattr("htsr.spectra.esd._TORCH_FROM", 80)
+    monkeypatch.setattr("htsr.spectra.eigenvalues._TORCH_FROM", 80)
     assert esd(W, dtype=dtype).eigenvalues == pytest.approx(small, rel=2e-5 if dtype == "float32" else 1e-12)
 
 

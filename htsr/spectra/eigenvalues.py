@@ -1,0 +1,222 @@
+"""Solvers: the eigenvalues of the smaller Gram matrix of W, and what of them the precision of the computation resolves.
+
+Of an m × n matrix, M = min(m, n) and N = max(m, n), by one of two routes:
+
+======== ========================================================================================================
+``gram`` `eigvalsh` of the Gram matrix. In float64 it resolves eigenvalues down to about 4e-15·λ_max, in float32 to
+         about 2e-6·λ_max; what lies below is set to exactly 0 and takes no part in any fit.
+``svd``  singular values of W itself: 3 to 10 times slower, resolves singular values (not eigenvalues) to machine
+         precision.
+======== ========================================================================================================
+
+On a CPU the work is done by NumPy's LAPACK up to M = 2048 and by torch's beyond, whose reduction to tridiagonal form is
+faster there where torch has MKL; on an accelerator by torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from htsr.arrays import Array, Vector, as_numpy
+from htsr.errors import MatrixError
+from htsr.spectra.resolution import is_coarse, rounded_away, without_rounding
+
+Floats: TypeAlias = npt.NDArray[np.floating[Any]]
+WorkingPrecision: TypeAlias = Literal["float32", "float64"]
+
+_TORCH_FROM = 2048
+_CHUNK = 1 << 20  # elements that are up-cast at a time while a Gram matrix is accumulated
+_SAFETY = 16  # eigenvalues below this many ulps of λ_max are rounding noise (measured: at most 2.4)
+
+
+def pooled_eigenvalues(
+    parts: Sequence[Array], route: str, dtype: WorkingPrecision, device: str, stored: str, rounding: float | None
+) -> Vector:
+    """Eigenvalues of several matrices of one shape together, those below the resolution of their own matrix set to 0.
+
+    Args:
+        parts: matrices (m, n), or stacks (pieces, m, n) of them.
+        route: ``gram`` or ``svd``.
+        dtype: precision of the computation.
+        device: where it runs: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        stored: dtype that the entries were stored in, as torch names it.
+        rounding: mean square of the entries' rounding errors, where that is known otherwise (`Difference`).
+
+    Returns:
+        (K,) ascending, in units of squared entries.
+
+    Raises:
+        MatrixError: NaN, infinite or overflowing entries (status ``nan``), or so small ones that their squares vanish
+            (``underflow``).
+
+    >>> parts = [np.diag([2.0, 3.0]), np.diag([1.0, 4.0])]
+    >>> pooled_eigenvalues(parts, "gram", "float64", "cpu", "float64", None)
+    array([ 1.,  4.,  9., 16.])
+    """
+    if device.startswith("mps") and dtype == "float64":  # which is not known there
+        device = "cpu"
+    solve = _solve_cpu if device == "cpu" else _solve_torch
+    pooled = [resolved(solve(part, route, dtype, device), route, dtype, part, stored, rounding) for part in parts]
+    return np.sort(np.concatenate([values.ravel() for values in pooled]))
+
+
+def resolved(
+    values: Vector,
+    route: str,
+    dtype: WorkingPrecision,
+    matrix: Array,
+    stored: str,
+    rounding: float | None,
+) -> Vector:
+    """The eigenvalues, those that computation or stored numbers (`htsr.spectra.resolution`) do not resolve set to 0.
+
+    Args:
+        values: (M,) or (pieces, M), ascending along the last axis.
+        route: ``gram`` or ``svd``.
+        dtype: precision of the computation.
+        matrix: what they are the eigenvalues of, (m, n) or (pieces, m, n).
+        stored: dtype that its entries were stored in, as torch names it.
+        rounding: mean square of the entries' rounding errors, where that is known otherwise (`Difference`).
+
+    Returns:
+        Eigenvalues in the shape of `values`.
+
+    Raises:
+        MatrixError: `values` are not all finite (status ``nan``).
+
+    >>> resolved(np.array([1e-9, 1.0]), "gram", "float32", np.diag([3e-5, 1.0]), "float64", None)
+    array([0., 1.])
+    """
+    shape = matrix.shape
+    if not np.isfinite(values).all():
+        raise MatrixError("nan", "the matrix has NaN, infinite or overflowing entries")
+    eps = float(np.finfo(dtype).eps)
+    smallest = (max(shape[-2:]) * eps) ** 2 if route == "svd" else _SAFETY * eps
+    found = np.where(values > smallest * values.max(axis=-1, keepdims=True), values, 0.0)
+    without = without_rounding(found, max(shape[-2:]), stored, rounding)
+    if rounding is not None or not is_coarse(stored) or np.count_nonzero(without) == np.count_nonzero(found):
+        return without
+    kept = zip(found.reshape(-1, found.shape[-1]), as_numpy(matrix).reshape(-1, *shape[-2:]), strict=True)
+    return np.stack([np.where(np.arange(v.size) < rounded_away(W, stored), 0.0, v) for v, W in kept]).reshape(
+        found.shape
+    )
+
+
+def batch_eigenvalues(matrices: Sequence[Array], dtype: WorkingPrecision) -> Vector:
+    """Eigenvalues of several matrices of one shape by the route ``gram`` on a CPU, in one call of LAPACK.
+
+    Args:
+        matrices: each (m, n), any float dtype.
+        dtype: precision of the computation.
+
+    Returns:
+        (len(matrices), M) ascending along the last axis, nothing set to 0 yet.
+
+    Raises:
+        MatrixError: as `pooled_eigenvalues`; one bad matrix spoils the batch.
+
+    >>> batch_eigenvalues([np.eye(2), np.diag([2.0, 3.0])], "float64")
+    array([[1., 1.],
+           [4., 9.]])
+    """
+    grams = np.stack([gram(as_numpy(matrix), dtype) for matrix in matrices])
+    for own, matrix in zip(grams, matrices, strict=True):
+        _require_squares(own.max(), dtype, lambda matrix=matrix: as_numpy(matrix).any())  # type: ignore[misc]
+    return symmetric_eigenvalues(grams)
+
+
+def gram(matrix: npt.NDArray[Any], dtype: WorkingPrecision = "float64") -> Floats:
+    """The smaller Gram matrix, (M, M) in `dtype`, accumulated over blocks so that W is never copied whole.
+
+    Args:
+        matrix: (m, n), any float dtype.
+        dtype: ``float32`` or ``float64``.
+
+    >>> gram(np.array([[3.0, 0.0], [0.0, 1.0], [4.0, 0.0]]))
+    array([[25.,  0.],
+           [ 0.,  1.]])
+    """
+    m, n = matrix.shape
+    tall = matrix if m >= n else matrix.T
+    N, M = tall.shape
+    rows = max(_CHUNK // M, M)
+    if rows >= N:
+        block = tall.astype(dtype, copy=False)
+        return block.T @ block
+    total = np.zeros((M, M), dtype=dtype)
+    for start in range(0, N, rows):
+        block = tall[start : start + rows].astype(dtype, copy=False)
+        total += block.T @ block
+    return total
+
+
+def _solve_cpu(matrix: Array, route: str, dtype: WorkingPrecision, _device: str) -> Vector:
+    values = as_numpy(matrix)
+    if route == "svd":
+        require_finite(values.sum(dtype=np.float64))
+        singular = np.linalg.svd(values.astype(dtype), compute_uv=False)
+        return np.sort(singular.astype(np.float64) ** 2)
+    if values.ndim == 3:
+        tall = values if values.shape[1] >= values.shape[2] else values.swapaxes(1, 2)
+        tall = tall.astype(dtype, copy=False)
+        grams = tall.swapaxes(1, 2) @ tall
+    else:
+        grams = gram(values, dtype)
+    _require_squares(grams.max(), dtype, values.any)
+    return symmetric_eigenvalues(grams)
+
+
+def symmetric_eigenvalues(grams: Floats) -> Vector:
+    """Eigenvalues (…, M), ascending, of symmetric matrices (…, M, M), computed in their dtype."""
+    if grams.shape[-1] >= _TORCH_FROM:
+        import torch
+
+        return np.asarray(torch.linalg.eigvalsh(torch.from_numpy(grams)).double().numpy())
+    return np.linalg.eigvalsh(grams).astype(np.float64)
+
+
+def _solve_torch(matrix: Array, route: str, dtype: WorkingPrecision, device: str) -> Vector:
+    import torch
+
+    kind = getattr(torch, dtype)
+    W = torch.as_tensor(matrix).to(device)
+    if route == "svd":
+        require_finite(float(W.to(kind).sum()))
+        singular = torch.linalg.svdvals(W.to(kind))
+        return np.sort(singular.double().cpu().numpy() ** 2)
+    tall = W if W.shape[-2] >= W.shape[-1] else W.mT
+    rows = max(_CHUNK // tall.shape[-1], tall.shape[-1])
+    grams = torch.zeros((*tall.shape[:-2], tall.shape[-1], tall.shape[-1]), dtype=kind, device=W.device)
+    for start in range(0, tall.shape[-2], rows):
+        block = tall[..., start : start + rows, :].to(kind)
+        grams += block.mT @ block
+    _require_squares(float(grams.max()), dtype, W.any)
+    if W.device.type == "mps":  # no eigensolver there yet
+        grams = grams.cpu()
+    return torch.linalg.eigvalsh(grams).double().cpu().numpy()
+
+
+def require_finite(total: float) -> None:
+    """Refuse a matrix whose sum, or that of its squares, is no finite number.
+
+    Args:
+        total: the sum.
+
+    Raises:
+        MatrixError: it is not finite (status ``nan``).
+
+    >>> require_finite(1.0)
+    """
+    if not np.isfinite(total):
+        raise MatrixError("nan", "the matrix has NaN, infinite or overflowing entries")
+
+
+def _require_squares(largest: float, dtype: str, has_entries: Callable[[], Any]) -> None:
+    """That the Gram matrix, whose largest entry lies on its diagonal, is one of numbers that `dtype` can hold."""
+    require_finite(largest)
+    if largest < np.finfo(dtype).tiny / np.finfo(dtype).eps and bool(has_entries()):
+        raise MatrixError("underflow", f"its entries are so small that {dtype} cannot hold their squares")
