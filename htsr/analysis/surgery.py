@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 from htsr._version import __version__
 from htsr.errors import HtsrError, MatrixError, SourceError, UsageError
 from htsr.matrices import adapters, hub
-from htsr.matrices.checkpoint_files import file_entries, folder_entries
-from htsr.matrices.file_bytes import Stored
+from htsr.matrices.checkpoint_files import file_tensors, folder_tensors
+from htsr.matrices.file_bytes import TensorInFile
 from htsr.matrices.folders import model_files, named_files
 from htsr.matrices.models import Filter, WeightMatrix, as_filter
 from htsr.matrices.sources import locate, open_model
@@ -151,7 +151,7 @@ def project(
     if any(matrix.kind == "adapter" for matrix in model):
         raise UsageError(adapter)
     wanted = model.filtered(as_filter(where)).matrices
-    copies = repeated(tied(folder_entries(place) if place.is_dir() else file_entries(place)))
+    copies = repeated(tied(folder_tensors(place) if place.is_dir() else file_tensors(place)))
 
     try:
         folder = Path(tempfile.mkdtemp(dir=goal.absolute().parent, prefix=f".{goal.name}."))
@@ -214,7 +214,7 @@ class _Surgeon:
 
 def _operate(
     wanted: tuple[WeightMatrix, ...],
-    stored: dict[str, Stored],
+    stored: dict[str, TensorInFile],
     surgeon: _Surgeon,
     progress: Callable[[int, int, str], None] | None,
 ) -> list[Operation]:

@@ -20,7 +20,7 @@ import numpy as np
 from htsr.arrays import Array, Difference, Numbers, Product, as_numpy
 from htsr.errors import SourceError
 from htsr.matrices.adapter_config import CONFIG, AdapterConfig, read_adapter_config
-from htsr.matrices.checkpoint_files import file_entries
+from htsr.matrices.checkpoint_files import file_tensors
 from htsr.matrices.stored_tensors import FLOATS, StoredTensor
 
 PREFIX = "base_model.model."
@@ -52,8 +52,8 @@ def base_of(folder: Path) -> str | None:
     return read_adapter_config(folder).base
 
 
-def adapter_entries(folder: Path) -> list[StoredTensor]:
-    """One entry for the ΔW of each adapted module, and those of `modules_to_save`, under the base's names.
+def adapter_changes(folder: Path) -> list[StoredTensor]:
+    """One tensor for the ΔW of each adapted module, and those of `modules_to_save`, under the base's names.
 
     Args:
         folder: of the adapter, as PEFT writes it.
@@ -63,13 +63,13 @@ def adapter_entries(folder: Path) -> list[StoredTensor]:
     """
     config = read_adapter_config(folder)
     refuse_prompts(config)
-    stored = stored_tensors(folder)
+    stored = adapter_tensors(folder)
     if config.method != "LORA":
         raise SourceError(
             f"{folder} is a {config.method} adapter, whose change is computed on its base: give the base "
             "(base=…, --base; auto for the one it names)"
         )
-    changes = [_change(name, entry, stored, config) for name, entry in stored.items() if _FACTOR_A.fullmatch(name)]
+    changes = [_change(name, tensor, stored, config) for name, tensor in stored.items() if _FACTOR_A.fullmatch(name)]
     return changes + whole_tensors(stored) + _tokens(stored)
 
 
@@ -86,7 +86,7 @@ def refuse_prompts(config: AdapterConfig) -> None:
         raise SourceError(f"{config.folder} is a {config.method} adapter: it adds to the input and changes no weight")
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+def adapter_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of the adapter in `folder` by name, without PEFT's prefix.
 
     Raises:
@@ -94,7 +94,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     for name in _FILES:
         if (folder / name).is_file():
-            return {entry.name.removeprefix(PREFIX): entry for entry in file_entries(folder / name)}
+            return {tensor.name.removeprefix(PREFIX): tensor for tensor in file_tensors(folder / name)}
     raise SourceError(f"{folder} has no {_FILES[0]}")
 
 
@@ -105,7 +105,7 @@ def whole_tensors(stored: dict[str, StoredTensor]) -> list[StoredTensor]:
         stored: of the adapter.
     """
     found: dict[str, StoredTensor] = {}
-    for name, entry in stored.items():
+    for name, tensor in stored.items():
         module, wrapped, _ = name.partition(".base_layer.")
         if _ALONE.search(f".{name}") or "token_adapter." in name or name.startswith("base_model."):
             continue
@@ -114,70 +114,70 @@ def whole_tensors(stored: dict[str, StoredTensor]) -> list[StoredTensor]:
         saved = re.sub(r"\.modules_to_save\.(default\.)?", ".", name)
         plain = saved.replace(".original_module.", ".").replace(".base_layer.", ".")
         if plain not in found or saved != name:  # what was trained stands for what it was trained from
-            found[plain] = replace(entry, name=plain)
+            found[plain] = replace(tensor, name=plain)
     return list(found.values())
 
 
 def merged_with_base(adapter: list[StoredTensor], base: list[StoredTensor]) -> list[StoredTensor]:
-    """The base's entries, those that the adapter touches replaced by W + ΔW (or by what it holds whole).
+    """The base's tensors, those that the adapter touches replaced by W + ΔW (or by what it holds whole).
 
     Args:
-        adapter: from `adapter_entries`.
+        adapter: from `adapter_changes`.
         base: of the base model.
 
     Raises:
         SourceError: an adapted module that the base has not, or of another shape.
     """
-    by_name = {entry.name: entry for entry in base}
-    for entry in adapter:
-        delta = entry.read if isinstance(entry.read, _Delta) else None
-        matches = [name for name in by_name if name == entry.name or name.endswith("." + entry.name)]
-        matches = matches or [name for name in by_name if entry.name.endswith("." + name)]
-        if delta is None and not matches and entry.problem is None:
-            by_name[entry.name] = entry  # a head that was tied before
+    by_name = {tensor.name: tensor for tensor in base}
+    for tensor in adapter:
+        delta = tensor.read if isinstance(tensor.read, _Delta) else None
+        matches = [name for name in by_name if name == tensor.name or name.endswith("." + tensor.name)]
+        matches = matches or [name for name in by_name if tensor.name.endswith("." + name)]
+        if delta is None and not matches and tensor.problem is None:
+            by_name[tensor.name] = tensor  # a head that was tied before
             continue
         if len(matches) != 1:
-            raise SourceError(f"the adapter's {entry.name} matches {len(matches)} tensors of the base model, not one")
+            raise SourceError(f"the adapter's {tensor.name} matches {len(matches)} tensors of the base model, not one")
         target = by_name[matches[0]]
         if delta is None:
-            by_name[target.name] = replace(entry, name=target.name, kind=target.kind)
+            by_name[target.name] = replace(tensor, name=target.name, kind=target.kind)
             continue
         if delta.base is not None:
             target = replace(delta.base, name=target.name, kind=target.kind)
-        if target.shape != entry.shape:
-            raise SourceError(f"{target.name} is {target.shape} in the base model and {entry.shape} in the adapter")
-        broken = entry.problem if entry.problem and entry.problem[0] != "needs_base" else target.problem
+        if target.shape != tensor.shape:
+            raise SourceError(f"{target.name} is {target.shape} in the base model and {tensor.shape} in the adapter")
+        broken = tensor.problem if tensor.problem and tensor.problem[0] != "needs_base" else target.problem
         by_name[target.name] = replace(target, read=Sum(target, delta), storage=None, problem=broken)
     return list(by_name.values())
 
 
-def loose_factors(entries: list[StoredTensor]) -> list[StoredTensor]:
-    """`entries` in which the factors of adapters that lie there without a configuration are no matrices.
+def loose_factors(tensors: list[StoredTensor]) -> list[StoredTensor]:
+    """`tensors` in which the factors of adapters that lie there without a configuration are no matrices.
 
-    Kohya's ``lora_down`` and ``lora_up`` with their ``alpha`` become the entry of ΔW = alpha/r · up·down; all others
+    Kohya's ``lora_down`` and ``lora_up`` with their ``alpha`` become the tensor of ΔW = alpha/r · up·down; all others
     get a problem that says so.
 
     Args:
-        entries: of a file, or of a state dict.
+        tensors: of a file, or of a state dict.
     """
-    by_name = {entry.name: entry for entry in entries}
+    by_name = {tensor.name: tensor for tensor in tensors}
     changes = {f"{module}.lora_down.weight": change for module, change in _kohya(by_name)}
     taken = {name.replace("lora_down", "lora_up") for name in changes}
     result = []
-    for entry in entries:
-        if entry.name in changes:
-            result.append(changes[entry.name])
-        elif _ALONE.search(f".{entry.name}") and entry.name not in taken:
-            why = f"{entry.name} is a part of an adapter, no weight; what to multiply it with is not said here"
+    for tensor in tensors:
+        if tensor.name in changes:
+            result.append(changes[tensor.name])
+        elif _ALONE.search(f".{tensor.name}") and tensor.name not in taken:
+            why = f"{tensor.name} is a part of an adapter, no weight; what to multiply it with is not said here"
             hint = ": give the folder that PEFT saved, with its adapter_config.json"
-            result.append(replace(entry, problem=("adapter", why + hint)))
-        elif entry.name not in taken:
-            result.append(entry)
+            result.append(replace(tensor, problem=("adapter", why + hint)))
+        elif tensor.name not in taken:
+            result.append(tensor)
     return result
 
 
 def _kohya(by_name: dict[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor]]:
-    """Modules, each with the entry of its ΔW, whose two factors and alpha are all there and all there is."""
+    """Modules, each with the tensor of its ΔW, whose two factors and alpha are all there and all there is."""
     for name, down in by_name.items():
         module, found, _ = name.partition(".lora_down.weight")
         up, alpha = by_name.get(f"{module}.lora_up.weight"), by_name.get(f"{module}.alpha")
@@ -250,7 +250,7 @@ class _Delta:
 
 
 def _change(name: str, A: StoredTensor, stored: dict[str, StoredTensor], config: AdapterConfig) -> StoredTensor:
-    """The entry of the ΔW whose first factor is `A`."""
+    """The tensor of the ΔW whose first factor is `A`."""
     module, embedding = _FACTOR_A.sub(r"\1", name), "lora_embedding_A" in name
     B = stored.get(name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B"))
     if B is None:
@@ -296,13 +296,13 @@ def _broken(A: StoredTensor, B: StoredTensor) -> str:
 
 def _tokens(stored: dict[str, StoredTensor]) -> list[StoredTensor]:
     """Rows of embeddings that were trained: they replace the base's."""
-    entries = []
-    for name, entry in stored.items():
+    tensors = []
+    for name, tensor in stored.items():
         module, found, _ = name.partition(".token_adapter.trainable_tokens_delta")
         if found:
-            why = f"{module} has {entry.shape[0] if entry.shape else 0} rows that replace its base's: give the base"
-            entries.append(replace(entry, name=f"{module}.weight", problem=("needs_base", why), kind="embedding"))
-    return entries
+            why = f"{module} has {tensor.shape[0] if tensor.shape else 0} rows that replace its base's: give the base"
+            tensors.append(replace(tensor, name=f"{module}.weight", problem=("needs_base", why), kind="embedding"))
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,7 @@ class Sum:
     """Reads W + ΔW, in float64 where W is stored so, else in float32.
 
     Attributes:
-        base: the entry of W.
+        base: the tensor of W.
         delta: reads ΔW.
     """
 

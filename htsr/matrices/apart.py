@@ -32,33 +32,34 @@ _NOT_WEIGHTS = re.compile(
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
-def matrices_of(entries: list[StoredTensor], config: dict[str, Any]) -> Iterator[WeightMatrix]:
+def matrices_of(tensors: list[StoredTensor], config: dict[str, Any]) -> Iterator[WeightMatrix]:
     """The weight matrices in stored tensors: tied heads once, fused and stacked ones apart.
 
     Args:
-        entries: of a model, in its order.
+        tensors: of a model, in its order.
         config: its ``config.json``, empty where not known.
     """
-    weights = [entry for entry in entries if _is_weight(entry)]
-    found = roles.roles_of((entry.name, entry.kind) for entry in weights)
-    stacks = roles.stack_prefixes(entry.name for entry in weights)
-    blocks = [roles.block_of(entry.name) for entry in weights]
+    weights = [tensor for tensor in tensors if _is_weight(tensor)]
+    found = roles.roles_of((tensor.name, tensor.kind) for tensor in weights)
+    stacks = roles.stack_prefixes(tensor.name for tensor in weights)
+    blocks = [roles.block_of(tensor.name) for tensor in weights]
     if not any(block is not None for block in blocks):
-        blocks = [roles.number_of(entry.name) for entry in weights]
-    stems = Counter(roles.stem(entry.name) for entry in weights)
-    inner = roles.inner_widths([(entry.name, role, entry.shape) for entry, role in zip(weights, found, strict=True)])
-    for entry, role, block in zip(weights, found, blocks, strict=True):
-        stack = roles.stack_of(entry.name, stacks)
-        name, place = roles.stem(entry.name), _Place(entry, role, stack, block, config, inner.get(entry.name, 0))
-        if 0 in entry.shape and (entry.problem is not None or len(entry.shape) > 2):  # of a stack no empty elements
-            yield place.unread(f"{entry.name} has no entries", "empty")
+        blocks = [roles.number_of(tensor.name) for tensor in weights]
+    stems = Counter(roles.stem(tensor.name) for tensor in weights)
+    inner = roles.inner_widths([(tensor.name, role, tensor.shape) for tensor, role in zip(weights, found, strict=True)])
+    for tensor, role, block in zip(weights, found, blocks, strict=True):
+        stack = roles.stack_of(tensor.name, stacks)
+        name, width = roles.stem(tensor.name), inner.get(tensor.name, 0)
+        weight = _StoredWeight(tensor, role, stack, block, config, width)
+        if 0 in tensor.shape and (tensor.problem is not None or len(tensor.shape) > 2):  # of a stack no empty elements
+            yield weight.unread(f"{tensor.name} has no entries", "empty")
             continue
         try:
-            matrices = list(replace(place, config=_part_config(config, stack)).matrices())
+            matrices = list(replace(weight, config=_part_config(config, stack)).matrices())
         except Exception as error:  # a configuration that does not fit: this tensor's row says so
-            matrices = [place.unread(f"{entry.name} could not be taken apart by the model's configuration: {error}")]
-        if stems[name] > 1 and entry.name != f"{name}.weight":  # lin_weight beside lin.weight
-            matrices = [replace(m, name=entry.name + m.name.removeprefix(name)) for m in matrices]
+            matrices = [weight.unread(f"{tensor.name} could not be taken apart by the model's configuration: {error}")]
+        if stems[name] > 1 and tensor.name != f"{name}.weight":  # lin_weight beside lin.weight
+            matrices = [replace(m, name=tensor.name + m.name.removeprefix(name)) for m in matrices]
         yield from matrices
 
 
@@ -75,26 +76,26 @@ def _part_config(config: dict[str, Any], stack: str) -> dict[str, Any]:
     return config if name in ("vision", "audio") else _text(config)
 
 
-def _is_weight(entry: StoredTensor) -> bool:
-    name, empty = roles.stem(entry.name), 0 in entry.shape
-    if len(entry.shape) < 2:
+def _is_weight(tensor: StoredTensor) -> bool:
+    name, empty = roles.stem(tensor.name), 0 in tensor.shape
+    if len(tensor.shape) < 2:
         return False
-    layer = _WEIGHTS.search(entry.name) and "lora_magnitude_vector" not in name
+    layer = _WEIGHTS.search(tensor.name) and "lora_magnitude_vector" not in name
     no_weight = not layer and _NOT_WEIGHTS.search(name)
     if empty or no_weight:
-        return empty and (entry.name.endswith("weight") or not (entry.problem is None or no_weight))
-    kernel = entry.kind is not None or "conv" in name.lower() or entry.name.endswith(".weight")
-    if sum(size > 1 for size in entry.shape) < 2 and len(entry.shape) > 2 and not kernel:
+        return empty and (tensor.name.endswith("weight") or not (tensor.problem is None or no_weight))
+    kernel = tensor.kind is not None or "conv" in name.lower() or tensor.name.endswith(".weight")
+    if sum(size > 1 for size in tensor.shape) < 2 and len(tensor.shape) > 2 and not kernel:
         return False  # a vector with axes of one: class tokens, scales
-    numeric = entry.dtype in FLOATS or entry.problem is not None or bool(entry.warning)
-    return numeric or entry.name.endswith("weight") or is_packed(entry)
+    numeric = tensor.dtype in FLOATS or tensor.problem is not None or bool(tensor.warning)
+    return numeric or tensor.name.endswith("weight") or is_packed(tensor)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A stored weight and where it stands in the model."""
+class _StoredWeight:
+    """A stored tensor that holds weights, with what its name and the configuration say of it."""
 
-    entry: StoredTensor
+    tensor: StoredTensor
     role: str
     stack: str
     block: int | None
@@ -103,35 +104,35 @@ class _Place:
 
     def matrices(self) -> Iterator[WeightMatrix]:
         """What counts as a matrix of its own in this tensor."""
-        entry, shape = self.entry, self.entry.shape
-        name = roles.stem(entry.name)
+        tensor, shape = self.tensor, self.tensor.shape
+        name = roles.stem(tensor.name)
         if len(shape) == 2 and self.role.startswith("expert") and (count := fused.experts_in_rows(self.config)):
             rows = shape[0] // count
             for i in range(count):
                 part = slice(i * rows, (i + 1) * rows)
-                load = partial(_part, entry.read, part)
-                where = Position(entry.name, index=part)
-                yield self._matrix(f"{name}[{i}]", (rows, shape[1]), load, where, kind="expert")
+                load = partial(_part, tensor.read, part)
+                position = Position(tensor.name, index=part)
+                yield self._matrix(f"{name}[{i}]", (rows, shape[1]), load, position, kind="expert")
         elif len(shape) == 2:
-            yield from self._parts(name, shape, entry.read)
-        elif roles.is_kernel(entry.name, shape, entry.kind):
-            role = self.role if self.role in ("conv", "embed.patch") else roles.role_of(entry.name, "conv")
+            yield from self._parts(name, shape, tensor.read)
+        elif roles.is_kernel(tensor.name, shape, tensor.kind):
+            role = self.role if self.role in ("conv", "embed.patch") else roles.role_of(tensor.name, "conv")
             pieces = math.prod(shape[2:])
-            where = Position(entry.name, kernel=True)
-            yield self._matrix(name, shape[:2], self._kernel, where, kind="conv", role=role, pieces=pieces)
+            position = Position(tensor.name, kernel=True)
+            yield self._matrix(name, shape[:2], self._kernel, position, kind="conv", role=role, pieces=pieces)
         elif shape[0] == 1:  # ViT's position embeddings
-            yield self._matrix(name, shape[1:], partial(entry.read, 0), Position(entry.name, 0))
-        elif not (self.role.startswith("expert") or "expert" in entry.name):
-            yield self._matrix(name, shape[1:], entry.read, Position(entry.name), kind="stack", pieces=shape[0])
+            yield self._matrix(name, shape[1:], partial(tensor.read, 0), Position(tensor.name, 0))
+        elif not (self.role.startswith("expert") or "expert" in tensor.name):
+            yield self._matrix(name, shape[1:], tensor.read, Position(tensor.name), kind="stack", pieces=shape[0])
         else:
             for i in range(shape[0]):
-                yield from self._parts(f"{name}[{i}]", shape[1:], partial(entry.read, i), i)
+                yield from self._parts(f"{name}[{i}]", shape[1:], partial(tensor.read, i), i)
 
     def unread(self, why: str, status: str = "unreadable") -> WeightMatrix:
         """One row for the tensor that says `why` it was not read."""
-        shape, problem = self.entry.shape, self.entry.problem or (status, why)
-        place = replace(self, entry=replace(self.entry, problem=problem))
-        return place._matrix(roles.stem(self.entry.name), shape, self.entry.read, Position(self.entry.name))
+        shape, problem = self.tensor.shape, self.tensor.problem or (status, why)
+        weight = replace(self, tensor=replace(self.tensor, problem=problem))
+        return weight._matrix(roles.stem(self.tensor.name), shape, self.tensor.read, Position(self.tensor.name))
 
     def _parts(
         self, name: str, shape: tuple[int, ...], read: Callable[[], Array], element: int | None = None
@@ -140,19 +141,19 @@ class _Place:
         stacked = element is not None
         kind = "expert" if stacked else None
         parts = fused.split(
-            leaf(self.entry.name), part, (shape[0], shape[1]), self.config, stacked=stacked, inner=self.inner
+            leaf(self.tensor.name), part, (shape[0], shape[1]), self.config, stacked=stacked, inner=self.inner
         )
         if not parts:
             role = f"{family}.gate_up" if part == "up" and fused.is_doubled(shape, self.inner) else self.role
-            yield self._matrix(name, shape, read, Position(self.entry.name, element), kind=kind, role=role)
+            yield self._matrix(name, shape, read, Position(self.tensor.name, element), kind=kind, role=role)
         for piece in parts:
             role = f"{family or self.role}.{piece.suffix}"
             load = partial(_part, read, piece.index)
-            where = Position(self.entry.name, element, piece.index)
-            yield self._matrix(f"{name}[{piece.suffix}]", piece.shape, load, where, kind=kind, role=role)
+            position = Position(self.tensor.name, element, piece.index)
+            yield self._matrix(f"{name}[{piece.suffix}]", piece.shape, load, position, kind=kind, role=role)
 
     def _kernel(self) -> Array:
-        return Position(self.entry.name, kernel=True).take(self.entry.read())
+        return Position(self.tensor.name, kernel=True).take(self.tensor.read())
 
     def _matrix(
         self,
@@ -165,23 +166,23 @@ class _Place:
         role: str | None = None,
         pieces: int = 1,
     ) -> WeightMatrix:
-        entry, role = self.entry, role or self.role
-        problem = entry.problem
-        if problem is None and entry.dtype not in FLOATS and not entry.warning:
-            problem = ("quantized", f"{name} is stored as {entry.dtype} without a scale that htsr knows")
-        factors = getattr(entry.read, "factors", None)  # a reader that has no such method reads whole matrices
+        tensor, role = self.tensor, role or self.role
+        problem = tensor.problem
+        if problem is None and tensor.dtype not in FLOATS and not tensor.warning:
+            problem = ("quantized", f"{name} is stored as {tensor.dtype} without a scale that htsr knows")
+        factors = getattr(tensor.read, "factors", None)  # a reader that has no such method reads whole matrices
         return WeightMatrix(
             name=name,
             shape=(shape[0], shape[1]),
             pieces=pieces,
             role=self.stack + role,
             block=self.block,
-            kind=kind or entry.kind or ("embedding" if role.startswith("embed") else "linear"),
-            dtype=entry.dtype,
+            kind=kind or tensor.kind or ("embedding" if role.startswith("embed") else "linear"),
+            dtype=tensor.dtype,
             load=load,
             position=position,
             problem=problem,
-            warning=entry.warning,
+            warning=tensor.warning,
             factors=factors and partial(_factors, factors, position),
         )
 

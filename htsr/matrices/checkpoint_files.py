@@ -15,14 +15,14 @@ from htsr.arrays import Array
 from htsr.errors import SourceError
 from htsr.matrices.file_bytes import safetensors_header
 from htsr.matrices.folders import ModelFiles, model_files, named_files
-from htsr.matrices.gguf_files import gguf_entries
-from htsr.matrices.pickles import PICKLES, pickle_entries, state_dict_in
-from htsr.matrices.stored_tensors import StoredTensor, clean_names, tensor_entry
+from htsr.matrices.gguf_files import gguf_tensors
+from htsr.matrices.pickles import PICKLES, pickle_tensors, state_dict_in
+from htsr.matrices.stored_tensors import StoredTensor, clean_names, stored_tensor
 
 _LFS = b"version https://git-lfs"
 
 
-def file_entries(path: Path) -> list[StoredTensor]:
+def file_tensors(path: Path) -> list[StoredTensor]:
     """The tensors of one file, by its suffix, in natural order of their names.
 
     Args:
@@ -35,11 +35,11 @@ def file_entries(path: Path) -> list[StoredTensor]:
     return _together(named_files(path) if path.exists() else ModelFiles((path,)))
 
 
-def folder_entries(folder: Path) -> list[StoredTensor]:
+def folder_tensors(folder: Path) -> list[StoredTensor]:
     """The tensors of the model in `folder`; see `htsr.matrices.folders`.
 
     A tensor that lies in several shards is that of the shard its index names. One that the index names and no shard
-    holds is an entry with a problem.
+    holds is given all the same, with a problem.
 
     Raises:
         SourceError: no weights in it, several models, or shards that are missing or cannot be read.
@@ -47,7 +47,7 @@ def folder_entries(folder: Path) -> list[StoredTensor]:
     return _together(model_files(folder))
 
 
-def state_dict_entries(state: Mapping[str, Any]) -> list[StoredTensor]:
+def state_dict_tensors(state: Mapping[str, Any]) -> list[StoredTensor]:
     """The tensors of a `state` dict in memory, bare or wrapped as training scripts save it; other values are left out.
 
     Raises:
@@ -55,23 +55,23 @@ def state_dict_entries(state: Mapping[str, Any]) -> list[StoredTensor]:
     """
     tensors = state_dict_in(state, "the state dict")
     names = clean_names(tensors)
-    return [tensor_entry(names[name], tensor) for name, tensor in tensors.items()]
+    return [stored_tensor(names[name], tensor) for name, tensor in tensors.items()]
 
 
 def _together(model: ModelFiles) -> list[StoredTensor]:
-    """The entries of all files under their clean names; of a name in several files the index's, else the first."""
+    """The tensors of all files under their clean names; of a name in several files the index's, else the first."""
     stored: dict[str, StoredTensor] = {}
     for file in model.files:
-        for entry in _read_file(file):
-            if entry.name not in stored or model.assigned.get(entry.name) == file:
-                stored[entry.name] = entry
+        for tensor in _read_file(file):
+            if tensor.name not in stored or model.assigned.get(tensor.name) == file:
+                stored[tensor.name] = tensor
     names = clean_names({**stored, **model.assigned})
-    entries = [replace(entry, name=names[name]) for name, entry in stored.items()]
+    tensors = [replace(tensor, name=names[name]) for name, tensor in stored.items()]
     for name, file in model.assigned.items():
         if name not in stored:
             why = f"{names[name]} is in no shard; {model.index and model.index.name} names {file.name} for it"
-            entries.append(StoredTensor(names[name], (0, 0), "", _absent, problem=("missing", why)))
-    return _in_order(entries)
+            tensors.append(StoredTensor(names[name], (0, 0), "", _absent, problem=("missing", why)))
+    return _in_order(tensors)
 
 
 def _absent(_index: int | slice | None = None) -> Array:
@@ -94,17 +94,17 @@ def _read_file(path: Path) -> list[StoredTensor]:
     if path.suffix == ".safetensors":
         return [StoredTensor(name, s.shape, s.dtype, s.array) for name, s in safetensors_header(path).items()]
     if path.suffix == ".gguf":
-        return gguf_entries(path)
+        return gguf_tensors(path)
     if path.suffix in PICKLES:
-        return pickle_entries(path)
+        return pickle_tensors(path)
     raise SourceError(f"{path} is no checkpoint: .safetensors, .gguf, {', '.join(PICKLES)} or a folder of them is")
 
 
-def _in_order(entries: list[StoredTensor]) -> list[StoredTensor]:
+def _in_order(tensors: list[StoredTensor]) -> list[StoredTensor]:
     """By name, numbers by value: files store their tensors in any order."""
 
-    def key(entry: StoredTensor) -> list[tuple[int, str]]:
-        parts = enumerate(re.split(r"([0-9]+)", entry.name))  # every second one is a number
+    def key(tensor: StoredTensor) -> list[tuple[int, str]]:
+        parts = enumerate(re.split(r"([0-9]+)", tensor.name))  # every second one is a number
         return [(len(part.lstrip("0")), part.lstrip("0")) if i % 2 else (-1, part) for i, part in parts]
 
-    return sorted(entries, key=key)
+    return sorted(tensors, key=key)

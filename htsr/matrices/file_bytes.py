@@ -63,7 +63,7 @@ def read_bytes(file: Path, offset: int, count: int) -> np.ndarray[Any, np.dtype[
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorInFile:
     """The place of a tensor, in C order.
 
     Attributes:
@@ -128,7 +128,7 @@ class Stored:
             tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
 
 
-def safetensors_header(file: Path) -> dict[str, Stored]:
+def safetensors_header(file: Path) -> dict[str, TensorInFile]:
     """The tensors of a safetensors `file` by name, as stored, in the order of its header.
 
     Raises:
@@ -152,7 +152,7 @@ def safetensors_header(file: Path) -> dict[str, Stored]:
         raise SourceError(f"{file} is not a readable safetensors file, truncated perhaps: {error}") from error
     header.pop("__metadata__", None)
     return {
-        name: Stored(
+        name: TensorInFile(
             file,
             8 + length + about["data_offsets"][0],
             SAFETENSORS_DTYPES.get(about["dtype"], about["dtype"].lower()),

@@ -17,7 +17,7 @@ import numpy as np
 
 from htsr.arrays import Array
 from htsr.errors import MissingDependencyError, SourceError
-from htsr.matrices.file_bytes import SAFETENSORS_DTYPES, Stored
+from htsr.matrices.file_bytes import SAFETENSORS_DTYPES, TensorInFile
 from htsr.matrices.stored_tensors import StoredTensor
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -46,7 +46,7 @@ def gguf_metadata(path: Path) -> dict[str, Any]:
     return _header(path)[0]
 
 
-def gguf_entries(path: Path) -> list[StoredTensor]:
+def gguf_tensors(path: Path) -> list[StoredTensor]:
     """The tensors of a GGUF file, which read as floats.
 
     Args:
@@ -61,10 +61,10 @@ def gguf_entries(path: Path) -> list[StoredTensor]:
     except ImportError as error:
         raise MissingDependencyError(f"reading {path.name} needs the gguf package: pip install 'htsr[gguf]'") from error
     _, tensors = _header(path)
-    return [_entry(path, tensor) for tensor in tensors]
+    return [_stored(path, tensor) for tensor in tensors]
 
 
-def _entry(path: Path, tensor: _Tensor) -> StoredTensor:
+def _stored(path: Path, tensor: _Tensor) -> StoredTensor:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
     length = path.stat().st_size
@@ -83,11 +83,12 @@ def _entry(path: Path, tensor: _Tensor) -> StoredTensor:
         raise _unfitting(path, tensor, kind.name)
     plain = SAFETENSORS_DTYPES.get(kind.name)
     if plain and kind.name != "BF16":
-        return StoredTensor(tensor.name, tensor.shape, plain, Stored(path, tensor.offset, plain, tensor.shape).array)
+        in_file = TensorInFile(path, tensor.offset, plain, tensor.shape)
+        return StoredTensor(tensor.name, tensor.shape, plain, in_file.array)
 
     def read(index: int | slice | None = None) -> Array:
-        stored = Stored(path, tensor.offset, "uint8", (*tensor.shape[:-1], row))
-        return np.asarray(dequantize(np.asarray(stored.array(index)), kind), dtype=np.float32)
+        in_file = TensorInFile(path, tensor.offset, "uint8", (*tensor.shape[:-1], row))
+        return np.asarray(dequantize(np.asarray(in_file.array(index)), kind), dtype=np.float32)
 
     warning = "" if plain else f"de-quantised from {kind.name}"
     return StoredTensor(tensor.name, tensor.shape, plain or kind.name.lower(), read, warning=warning)

@@ -53,17 +53,17 @@ _REORDERED = dict.fromkeys(("qwen35", "qwen35moe"), "attn_qkv attn_gate ssm_out 
 _REGROUPED = frozenset({"bloom", "falcon", "gptneox"})  # q, k, v of all heads in sequence, not head by head
 
 
-def original_layout(entries: Iterable[StoredTensor], metadata: Metadata) -> list[StoredTensor]:
-    """The `entries` of a GGUF file as the checkpoint it was made from has them.
+def original_layout(tensors: Iterable[StoredTensor], metadata: Metadata) -> list[StoredTensor]:
+    """The `tensors` of a GGUF file as the checkpoint it was made from has them.
 
     q and k of an architecture of which it is not known whether they were permuted keep their rows, and a warning.
 
     Args:
-        entries: of the file or its parts.
+        tensors: of the file or its parts.
         metadata: of the file, by key, as in ``llama.attention.head_count``.
     """
     architecture = str(metadata.get("general.architecture"))
-    return [_original(entry, architecture, metadata) for entry in entries]
+    return [_original(tensor, architecture, metadata) for tensor in tensors]
 
 
 def gguf_config(metadata: Metadata) -> dict[str, Any]:
@@ -83,73 +83,73 @@ def gguf_config(metadata: Metadata) -> dict[str, Any]:
 
 
 def meta_layout(
-    entries: Iterable[StoredTensor], params: Mapping[str, Any], config: dict[str, Any]
+    tensors: Iterable[StoredTensor], params: Mapping[str, Any], config: dict[str, Any]
 ) -> tuple[list[StoredTensor], dict[str, Any]]:
-    """The `entries` of a model, and its configuration; those of a checkpoint in Meta's format as transformers has them.
+    """The `tensors` of a model, and its configuration; those of a checkpoint in Meta's format as transformers has them.
 
     Args:
-        entries: of a model.
+        tensors: of a model.
         params: what its ``params.json`` says of its heads; empty where there is none.
         config: its ``config.json``; a model that has one with a model_type is in transformers' format.
     """
-    entries = list(entries)
-    if "model_type" in config or not any(_META.fullmatch(entry.name) for entry in entries):
-        return entries, config
+    tensors = list(tensors)
+    if "model_type" in config or not any(_META.fullmatch(tensor.name) for tensor in tensors):
+        return tensors, config
     heads = {"wq": params.get("n_heads", 0), "wk": params.get("n_kv_heads") or params.get("n_heads", 0)}
     found = []
-    for entry in entries:
-        match = _META.fullmatch(entry.name)
-        found.append(_with_rows_back(entry, heads[match[1]], "its params.json is not there") if match else entry)
+    for tensor in tensors:
+        match = _META.fullmatch(tensor.name)
+        found.append(_with_rows_back(tensor, heads[match[1]], "its params.json is not there") if match else tensor)
     known = {"num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "hidden_size": "dim"}
     told = {key: params[theirs] for key, theirs in known.items() if isinstance(params.get(theirs), int)}
     return found, config | told
 
 
-def flax_layout(entries: Iterable[StoredTensor]) -> list[StoredTensor]:
-    """The `entries`, in which kernels of flax with three axes or more are not guessed at but have a problem.
+def flax_layout(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
+    """The `tensors`, in which kernels of flax with three axes or more are not guessed at but have a problem.
 
     A convolution's is (height, width, in, out), an attention's (in, heads, size) or (heads, size, out), and a scanned
     stack has one more axis in front.
 
     Args:
-        entries: of a file.
+        tensors: of a file.
     """
     why = "{} is a kernel of flax with {} axes, which can be laid out in several ways"
     return [
-        replace(entry, problem=("unsupported", why.format(entry.name, len(entry.shape))))
-        if len(entry.shape) > 2 and re.search(r"[./]kernel$", entry.name) and entry.problem is None
-        else entry
-        for entry in entries
+        replace(tensor, problem=("unsupported", why.format(tensor.name, len(tensor.shape))))
+        if len(tensor.shape) > 2 and re.search(r"[./]kernel$", tensor.name) and tensor.problem is None
+        else tensor
+        for tensor in tensors
     ]
 
 
 def as_named(
-    entries: Iterable[StoredTensor],
+    tensors: Iterable[StoredTensor],
     others: Iterable[StoredTensor],
     config: Mapping[str, Any],
     other_config: Mapping[str, Any],
 ) -> list[StoredTensor]:
-    """The `entries` of one model under the names of another, where one of the two is a GGUF file.
+    """The `tensors` of one model under the names of another, where one of the two is a GGUF file.
 
     Args:
-        entries: those of them that have no counterpart keep their names.
+        tensors: those of them that have no counterpart keep their names.
         others: of the other model.
         config: of the first; of a GGUF file from `gguf_config`.
         other_config: of the other.
     """
-    entries = list(entries)
+    tensors = list(tensors)
     of_gguf = [c for c in (config, other_config) if "gguf_architecture" in c]
     if len(of_gguf) != 1 or (gguf_name := _gguf_names(of_gguf[0])) is None:
-        return entries
-    ours = {entry.name: gguf_name(entry.name) for entry in entries}
+        return tensors
+    ours = {tensor.name: gguf_name(tensor.name) for tensor in tensors}
     theirs = {gguf_name(other.name): other.name for other in others}
     renamed = {name: theirs[key] for name, key in ours.items() if key in theirs}
-    result = [replace(entry, name=renamed.get(entry.name, entry.name)) for entry in entries]
+    result = [replace(tensor, name=renamed.get(tensor.name, tensor.name)) for tensor in tensors]
     if of_gguf[0]["gguf_architecture"] in _REGROUPED:
         why = "{} holds q, k and v head by head in the one model and not in the other"
         result = [
             replace(new, problem=("unmatched", why.format(new.name))) if ".attn_qkv." in ours[old.name] else new
-            for old, new in zip(entries, result, strict=True)
+            for old, new in zip(tensors, result, strict=True)
         ]
     return result
 
@@ -171,31 +171,31 @@ def _gguf_names(config: Mapping[str, Any]) -> Callable[[str], str] | None:
     return name_of
 
 
-def _original(entry: StoredTensor, architecture: str, metadata: Metadata) -> StoredTensor:
-    match = re.fullmatch(r"(?:\w+\.)*?blk\.(\d+)\.(\w+)(?:\.\w+)*?\.weight", entry.name)
-    if match is None or entry.problem is not None or len(entry.shape) < 2:
-        return entry
+def _original(tensor: StoredTensor, architecture: str, metadata: Metadata) -> StoredTensor:
+    match = re.fullmatch(r"(?:\w+\.)*?blk\.(\d+)\.(\w+)(?:\.\w+)*?\.weight", tensor.name)
+    if match is None or tensor.problem is not None or len(tensor.shape) < 2:
+        return tensor
     block, leaf = int(match[1]), match[2]
     if leaf in _REORDERED.get(architecture, "").split():
-        return _with_rows_back(entry, 0, f"llama.cpp orders the heads of {architecture} otherwise")
+        return _with_rows_back(tensor, 0, f"llama.cpp orders the heads of {architecture} otherwise")
     if leaf in _TRANSPOSED.get(architecture, "").split():
-        shape = (*entry.shape[:-2], entry.shape[-1], entry.shape[-2])
-        return replace(entry, shape=shape, read=_Changed(entry.read, len(shape), lambda W: W.swapaxes(-1, -2)))
-    if leaf in ("ssm_conv1d", "shortconv") and len(entry.shape) == 2:
-        shape = (entry.shape[0], 1, entry.shape[1])
-        return replace(entry, shape=shape, kind="conv", read=_Changed(entry.read, 0, lambda W: W[:, None]))
+        shape = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2])
+        return replace(tensor, shape=shape, read=_Changed(tensor.read, len(shape), lambda W: W.swapaxes(-1, -2)))
+    if leaf in ("ssm_conv1d", "shortconv") and len(tensor.shape) == 2:
+        shape = (tensor.shape[0], 1, tensor.shape[1])
+        return replace(tensor, shape=shape, kind="conv", read=_Changed(tensor.read, 0, lambda W: W[:, None]))
     if leaf not in ("attn_q", "attn_k") or architecture in _AS_THEY_ARE.split():
-        return entry
+        return tensor
     heads = _heads(leaf, block, architecture, metadata) if architecture in _PERMUTED.split() else 0
-    return _with_rows_back(entry, heads, f"what llama.cpp does to {architecture} is not known")
+    return _with_rows_back(tensor, heads, f"what llama.cpp does to {architecture} is not known")
 
 
-def _with_rows_back(entry: StoredTensor, heads: Any, why: str) -> StoredTensor:
+def _with_rows_back(tensor: StoredTensor, heads: Any, why: str) -> StoredTensor:
     """q or k in transformers' order of rows; with a warning where its `heads` are not known."""
-    if entry.problem is None and isinstance(heads, int) and heads > 0 and entry.shape[0] % (2 * heads) == 0:
-        return replace(entry, read=_Changed(entry.read, 0, lambda W: unpermuted(W, heads)))
+    if tensor.problem is None and isinstance(heads, int) and heads > 0 and tensor.shape[0] % (2 * heads) == 0:
+        return replace(tensor, read=_Changed(tensor.read, 0, lambda W: unpermuted(W, heads)))
     why = f"the order of its rows or columns may not be that of transformers: {why}"
-    return replace(entry, warning="; ".join(filter(None, (entry.warning, why))))
+    return replace(tensor, warning="; ".join(filter(None, (tensor.warning, why))))
 
 
 def _heads(leaf: str, block: int, architecture: str, metadata: Metadata) -> int:

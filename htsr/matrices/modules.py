@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from htsr.arrays import Array
 from htsr.matrices.parametrized import BUFFERS
 from htsr.matrices.quantized import PACKED
-from htsr.matrices.stored_tensors import StoredTensor, base_names, clean_name, tensor_entry
-from htsr.matrices.tuners import is_tuner, model_in_peft, tuner_entries, wrapped_by_peft
+from htsr.matrices.stored_tensors import StoredTensor, base_names, clean_name, stored_tensor
+from htsr.matrices.tuners import is_tuner, model_in_peft, tuner_tensors, wrapped_by_peft
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +27,11 @@ _WRAPPERS = {
 }
 
 
-def module_entries(module: torch.nn.Module) -> list[StoredTensor]:
+def module_tensors(module: torch.nn.Module) -> list[StoredTensor]:
     """The parameters of a `module` as it computes: with its active adapters, parametrizations, and de-quantised."""
-    entries = list(_entries(module, "", set()))
-    names = base_names(entry.name for entry in entries)
-    return [replace(entry, name=names[entry.name]) for entry in entries]
+    tensors = list(_tensors(module, "", set()))
+    names = base_names(tensor.name for tensor in tensors)
+    return [replace(tensor, name=names[tensor.name]) for tensor in tensors]
 
 
 def module_config(module: Any) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def whole_shape(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _entries(module: Any, prefix: str, seen: set[int], mixture: bool = False) -> Iterator[StoredTensor]:
+def _tensors(module: Any, prefix: str, seen: set[int], mixture: bool = False) -> Iterator[StoredTensor]:
     """The weights of `module` and of what is inside, named from `prefix` on; `mixture` inside of X-LoRA."""
     from torch.nn.utils.parametrize import is_parametrized
 
@@ -66,15 +66,15 @@ def _entries(module: Any, prefix: str, seen: set[int], mixture: bool = False) ->
     seen.add(id(module))
     if (model := model_in_peft(module)) is not None:
         mixture = type(module.base_model).__name__ == "XLoraModel"
-        yield from _entries(model, f"{prefix}base_model.model.", seen, mixture)
+        yield from _tensors(model, f"{prefix}base_model.model.", seen, mixture)
         if hasattr(module, "prompt_encoder"):
-            yield from _entries(module.prompt_encoder, f"{prefix}prompt_encoder.", seen)
+            yield from _tensors(module.prompt_encoder, f"{prefix}prompt_encoder.", seen)
         return
     if is_tuner(module):
-        yield from tuner_entries(module, prefix, partial(_entries, seen=seen, mixture=mixture), mixture)
+        yield from tuner_tensors(module, prefix, partial(_tensors, seen=seen, mixture=mixture), mixture)
         return
     if (wrapped := wrapped_by_peft(module)) is not None:
-        yield from _entries(wrapped, prefix, seen, mixture)
+        yield from _tensors(wrapped, prefix, seen, mixture)
         return
     if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
         yield _bitsandbytes(f"{prefix}weight", module)
@@ -83,12 +83,12 @@ def _entries(module: Any, prefix: str, seen: set[int], mixture: bool = False) ->
         yield _parameter(prefix + name, parameter, _kind(module))
     for name, buffer in module.named_buffers(recurse=False):
         if f".{name}" in PACKED or BUFFERS.fullmatch(name):
-            yield tensor_entry(prefix + name, buffer)
+            yield stored_tensor(prefix + name, buffer)
     if is_parametrized(module):
         yield from _parametrized(module, prefix)
     for name, child in module.named_children():
         if not (name == "parametrizations" and is_parametrized(module)):
-            yield from _entries(child, f"{prefix}{name}.", seen, mixture)
+            yield from _tensors(child, f"{prefix}{name}.", seen, mixture)
 
 
 def _kind(module: Any) -> str | None:
@@ -117,18 +117,18 @@ def _parameter(name: str, parameter: Any, kind: str | None) -> StoredTensor:
 
         shape, dtype = tuple(parameter.shape), type(parameter).__name__
         return StoredTensor(name, shape, dtype, read, storage=id(parameter), kind=kind, warning="de-quantised")
-    return tensor_entry(name, parameter, kind=kind)
+    return stored_tensor(name, parameter, kind=kind)
 
 
 def _parametrized(module: Any, prefix: str) -> Iterator[StoredTensor]:
     """Weights that are computed from others: weight norm, spectral norm."""
     for name, parametrization in module.parametrizations.items():
         original = next(chain(parametrization.parameters(), parametrization.buffers()))
-        entry = tensor_entry(prefix + name, original, kind=_kind(module))
-        if entry.problem is None:
+        tensor = stored_tensor(prefix + name, original, kind=_kind(module))
+        if tensor.problem is None:
             read = _Computed(parametrization)
-            entry = replace(entry, shape=tuple(read().shape), read=read, storage=None)
-        yield entry
+            tensor = replace(tensor, shape=tuple(read().shape), read=read, storage=None)
+        yield tensor
 
 
 class _Computed:

@@ -77,7 +77,7 @@ def gptq_or_awq(words: StoredTensor, parts: Mapping[str, StoredTensor], config: 
     """The weight in ``qweight``, or None where its parts do not fit one another.
 
     Args:
-        words: the entry of ``qweight``.
+        words: the tensor of ``qweight``.
         parts: ``scales``, ``qzeros`` and ``g_idx``, those that there are.
         config: the model's; its `quantization_config` may say ``gptq_v2``, and how large groups are.
 
@@ -117,7 +117,7 @@ def compressed(words: StoredTensor, parts: Mapping[str, StoredTensor], config: M
     """The weight in ``weight_packed``, or None where its parts do not fit one another.
 
     Args:
-        words: the entry of ``weight_packed``.
+        words: the tensor of ``weight_packed``.
         parts: ``weight_scale``, ``weight_shape``, ``weight_zero_point`` and ``weight_g_idx``, those that there are.
         config: the model's; its `quantization_config` may say how large groups are.
 

@@ -36,26 +36,26 @@ _PARTS = {"g": "original0", "v": "original1", "orig": "original", "u": "0._u", "
 Compute = Callable[..., Any]
 
 
-def computed(entries: Sequence[StoredTensor]) -> list[StoredTensor]:
-    """`entries`, those of one weight that is computed from several replaced by one entry, which computes it.
+def computed(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
+    """`tensors`, those of one weight that is computed from several replaced by one tensor, which computes it.
 
     Args:
-        entries: of a model.
+        tensors: of a model.
     """
-    names = {entry.name for entry in entries}
+    names = {tensor.name for tensor in tensors}
     groups: dict[str, dict[str, StoredTensor]] = {}
     places: dict[str, str] = {}
-    for entry in entries:
-        if (found := _part(entry.name, names)) is not None:
+    for tensor in tensors:
+        if (found := _part(tensor.name, names)) is not None:
             weight, part = found
-            groups.setdefault(weight, {})[part] = entry
-            places[entry.name] = weight
+            groups.setdefault(weight, {})[part] = tensor
+            places[tensor.name] = weight
     done: set[str] = set()
     result = []
-    for entry in entries:
-        weight = places.get(entry.name, "")
-        if entry.name not in places:
-            result.append(entry)
+    for tensor in tensors:
+        weight = places.get(tensor.name, "")
+        if tensor.name not in places:
+            result.append(tensor)
         elif weight not in done:
             done.add(weight)
             result.append(_weight(weight, groups[weight]))

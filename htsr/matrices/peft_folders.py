@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from htsr.errors import SourceError
 from htsr.matrices import roles
 from htsr.matrices.adapter_config import AdapterConfig
-from htsr.matrices.adapters import refuse_prompts, stored_tensors, whole_tensors
+from htsr.matrices.adapters import adapter_tensors, refuse_prompts, whole_tensors
 from htsr.matrices.stored_tensors import StoredTensor, base_name
 from htsr.matrices.tuners import Adapted, Merged
 
@@ -26,7 +26,7 @@ _BY_ORDER = ("TINYLORA", "UNILORA")
 
 
 def computed_by_peft(config: AdapterConfig, base: list[StoredTensor]) -> list[StoredTensor]:
-    """The base's entries, those that the adapter touches as PEFT computes them.
+    """The base's tensors, those that the adapter touches as PEFT computes them.
 
     Args:
         config: of the adapter.
@@ -36,7 +36,7 @@ def computed_by_peft(config: AdapterConfig, base: list[StoredTensor]) -> list[St
         SourceError: PEFT cannot load it onto this base, the names of the two do not meet, or it changes no weight.
     """
     refuse_prompts(config)
-    stored = stored_tensors(config.folder)
+    stored = adapter_tensors(config.folder)
     if config.method in _BY_ORDER:
         raise SourceError(
             f"{config.folder} is a {config.method} adapter, whose random numbers follow the order of the model's "
@@ -47,41 +47,41 @@ def computed_by_peft(config: AdapterConfig, base: list[StoredTensor]) -> list[St
             f"{config.folder} took a part out of its base's weights that PEFT draws anew each time it is loaded "
             "(pissa_niter_…): convert it to a plain LoRA where it was trained"
         )
-    if any(entry.name.startswith("blk.") for entry in base):
+    if any(tensor.name.startswith("blk.") for tensor in base):
         raise SourceError(
             f"{config.folder} is a {config.method} adapter, whose change is computed on the model, and the "
             "base has GGUF's names: give the model that the GGUF file was made from as the base"
         )
     shift = _shift(stored, base)
-    by_name = {shift(entry.name): entry for entry in base}
-    for entry in whole_tensors(stored):
-        target = by_name.get(entry.name)
+    by_name = {shift(tensor.name): tensor for tensor in base}
+    for tensor in whole_tensors(stored):
+        target = by_name.get(tensor.name)
         if target is not None:
-            by_name[entry.name] = replace(entry, name=target.name, kind=target.kind)
-        elif entry.name.rpartition(".")[0].rpartition(".")[2] in config.saved:
-            by_name[entry.name] = entry  # a head that was tied before
+            by_name[tensor.name] = replace(tensor, name=target.name, kind=target.kind)
+        elif tensor.name.rpartition(".")[0].rpartition(".")[2] in config.saved:
+            by_name[tensor.name] = tensor  # a head that was tied before
     adapted = _adapted(config, stored, by_name)
     result = []
-    for name, entry in by_name.items():
+    for name, tensor in by_name.items():
         found = adapted.get(name)
         if found is None:
-            result.append(entry)
+            result.append(tensor)
         else:
             read = found.read
             if isinstance(read, (Adapted, Merged)):  # the skeleton is in float32, and the base's numbers are not
-                read = replace(read, base=replace(read.base, dtype=entry.dtype))
-            result.append(replace(entry, read=read, problem=found.problem or entry.problem, storage=None))
+                read = replace(read, base=replace(read.base, dtype=tensor.dtype))
+            result.append(replace(tensor, read=read, problem=found.problem or tensor.problem, storage=None))
     return result
 
 
 def _adapted(
     config: AdapterConfig, stored: dict[str, StoredTensor], base: dict[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """The entries of the modules that the adapter touches, merged when they are read."""
+    """The tensors of the modules that the adapter touches, merged when they are read."""
     import torch
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType
 
-    from htsr.matrices.modules import module_entries
+    from htsr.matrices.modules import module_tensors
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -102,8 +102,8 @@ def _adapted(
             f"the adapter {config.folder} does not belong to this base, which has no place for {unknown[0]}; if its "
             "files store layers in another form than the loaded model has, give that as the base"
         )
-    entries = {base_name(entry.name): entry for entry in module_entries(model)}
-    return {name: entry for name, entry in entries.items() if name.rpartition(".")[0] in touched and name in base}
+    tensors = {base_name(tensor.name): tensor for tensor in module_tensors(model)}
+    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in touched and name in base}
 
 
 def _not_loaded(model: Any, missing: list[str]) -> list[str]:
@@ -124,9 +124,9 @@ def _touches(options: Any, stored: Iterable[str], path: str) -> bool:
 def _modules(base: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
     """The base's tensors by the module that they are in."""
     modules: dict[str, dict[str, StoredTensor]] = {}
-    for name, entry in base.items():
+    for name, tensor in base.items():
         path, _, leaf = name.rpartition(".")
-        modules.setdefault(path, {})[leaf] = entry
+        modules.setdefault(path, {})[leaf] = tensor
     return modules
 
 
@@ -145,10 +145,10 @@ def _skeleton(base: dict[str, StoredTensor], touched: set[str], transposed: bool
         module = _layer(leaves, transposed) if steps else root
         if steps:
             parent.add_module(steps[-1], module)
-        for leaf, entry in leaves.items():
-            tensor = torch.as_tensor(entry.read()) if path in touched and not entry.problem else torch.zeros(())
-            tensor = tensor if tensor.dtype == torch.float64 else tensor.float()  # PEFT computes in the base's dtype
-            module.register_parameter(leaf, nn.Parameter(tensor.expand(entry.shape), requires_grad=False))
+        for leaf, tensor in leaves.items():
+            values = torch.as_tensor(tensor.read()) if path in touched and not tensor.problem else torch.zeros(())
+            values = values if values.dtype == torch.float64 else values.float()  # PEFT computes in the base's dtype
+            module.register_parameter(leaf, nn.Parameter(values.expand(tensor.shape), requires_grad=False))
     return root
 
 
@@ -178,7 +178,7 @@ def _layer(leaves: dict[str, StoredTensor], transposed: bool) -> torch.nn.Module
 
 def _shift(stored: Iterable[str], base: list[StoredTensor]) -> Any:
     """What turns the base's names into those that the adapter knows: one of the two may have the head's prefix."""
-    paths = {entry.name.rpartition(".")[0] for entry in base} - {""}
+    paths = {tensor.name.rpartition(".")[0] for tensor in base} - {""}
     for name in stored:
         if any(name.startswith(f"{path}.") for path in paths):
             return lambda name: name

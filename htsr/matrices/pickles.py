@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from htsr.arrays import Array
 from htsr.errors import SourceError
-from htsr.matrices.stored_tensors import StoredTensor, tensor_entry
+from htsr.matrices.stored_tensors import StoredTensor, stored_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ _DEPTH = 5
 _KEPT = 64 << 20  # bytes that are read from one mapping before it is made anew
 
 
-def pickle_entries(path: Path) -> list[StoredTensor]:
+def pickle_tensors(path: Path) -> list[StoredTensor]:
     """The tensors of a PyTorch file, named as stored.
 
     Args:
@@ -33,18 +33,18 @@ def pickle_entries(path: Path) -> list[StoredTensor]:
     """
     state, mapped = load_pickle(path)
     if not mapped:
-        return [tensor_entry(name, tensor) for name, tensor in state.items()]
+        return [stored_tensor(name, tensor) for name, tensor in state.items()]
     mapping = _Mapping(path, state)
 
-    def entry(name: str, tensor: torch.Tensor) -> StoredTensor:
-        found = tensor_entry(name, tensor)
+    def unread(name: str, mapped: torch.Tensor) -> StoredTensor:
+        found = stored_tensor(name, mapped)
 
         def read(index: int | slice | None = None) -> Array:
-            return tensor_entry(name, mapping.tensor(name)).read(index)
+            return stored_tensor(name, mapping.tensor(name)).read(index)
 
         return replace(found, read=read, storage=found.storage and (str(path), found.storage))
 
-    return [entry(name, tensor) for name, tensor in state.items()]
+    return [unread(name, tensor) for name, tensor in state.items()]
 
 
 class _Mapping:

@@ -52,48 +52,48 @@ _INDICES = re.compile(  # integers of two axes or more that are no weights
 _SCALE = re.compile(r"(^|_)(q?scales?|q?zeros?|zero_?points?|absmax|codebooks?|centroids|g_idx)($|[_.\d])")
 
 
-def dequantized(entries: list[StoredTensor], config: Mapping[str, Any] | None = None) -> list[StoredTensor]:
-    """`entries` with quantised tensors and their companions replaced by one entry each that reads as floats.
+def dequantized(tensors: list[StoredTensor], config: Mapping[str, Any] | None = None) -> list[StoredTensor]:
+    """`tensors` with quantised tensors and their companions replaced by one tensor each that reads as floats.
 
     Args:
-        entries: of a model.
+        tensors: of a model.
         config: of the model; it says which GPTQ this is.
     """
-    by_name = {entry.name: entry for entry in entries}
-    eight = {entry.name for entry in entries if entry.dtype in EIGHT_BITS}
+    by_name = {tensor.name: tensor for tensor in tensors}
+    eight = {tensor.name for tensor in tensors if tensor.dtype in EIGHT_BITS}
     used = {scale.name for name in eight if (scale := scale_of(name, by_name))}
     foreign = _foreign(by_name)
     modules = {module for module, _ in foreign.values()}
-    integers = {e.name.rpartition(".")[0] for e in entries if is_packed(e)}
+    integers = {e.name.rpartition(".")[0] for e in tensors if is_packed(e)}
     result = []
-    for entry in entries:
-        module, _, leaf = entry.name.rpartition(".")
-        if entry.name in used or _is_companion(entry.name, by_name):
+    for tensor in tensors:
+        module, _, leaf = tensor.name.rpartition(".")
+        if tensor.name in used or _is_companion(tensor.name, by_name):
             continue
-        if entry.name in foreign:
-            shape = entry.shape if len(entry.shape) > 1 else (1, *entry.shape)
-            module, writer = foreign[entry.name]
+        if tensor.name in foreign:
+            shape = tensor.shape if len(tensor.shape) > 1 else (1, *tensor.shape)
+            module, writer = foreign[tensor.name]
             why = f"{writer}'s packed format, that htsr does not unpack"
-            result.append(_unreadable(replace(entry, name=f"{module}.weight", shape=shape), why))
+            result.append(_unreadable(replace(tensor, name=f"{module}.weight", shape=shape), why))
             continue
-        above = {entry.name[: i.start()] for i in re.finditer(r"\.", entry.name)}
+        above = {tensor.name[: i.start()] for i in re.finditer(r"\.", tensor.name)}
         if leaf != "bias" and not above.isdisjoint(modules):
             continue
-        if module in integers and _SCALE.search(leaf) and entry.dtype in FLOATS:
+        if module in integers and _SCALE.search(leaf) and tensor.dtype in FLOATS:
             continue
         try:
-            found = _dequantized(entry, by_name, config or {})
+            found = _dequantized(tensor, by_name, config or {})
         except Exception as error:  # whatever is wrong with one tensor, the others are read
-            found = _unreadable(entry, f"a quantised form whose parts do not fit one another ({error})")
-        if found is entry and entry.dtype.startswith("float8") and entry.problem is None:
-            found = _without_scale(entry, by_name, bool(used) or bool(quantization_config(config or {})))
+            found = _unreadable(tensor, f"a quantised form whose parts do not fit one another ({error})")
+        if found is tensor and tensor.dtype.startswith("float8") and tensor.problem is None:
+            found = _without_scale(tensor, by_name, bool(used) or bool(quantization_config(config or {})))
         result.append(found)
     return result
 
 
-def is_packed(entry: StoredTensor) -> bool:
-    """Whether `entry` holds integers that can only be a weight's: of two axes or more, and no indices by their name."""
-    return len(entry.shape) > 1 and entry.dtype in INTEGERS and not _INDICES.search(entry.name)
+def is_packed(tensor: StoredTensor) -> bool:
+    """Whether `tensor` holds integers that can only be a weight: two axes or more, and a name that means no indices."""
+    return len(tensor.shape) > 1 and tensor.dtype in INTEGERS and not _INDICES.search(tensor.name)
 
 
 def _is_companion(name: str, by_name: Mapping[str, StoredTensor]) -> bool:
@@ -107,79 +107,80 @@ def _is_companion(name: str, by_name: Mapping[str, StoredTensor]) -> bool:
 def _foreign(by_name: Mapping[str, StoredTensor]) -> dict[str, tuple[str, str]]:
     """The modules whose weight is in a packed format that is known and not read, by the tensor that stands for it."""
     found = {}
-    for name, entry in by_name.items():
+    for name, tensor in by_name.items():
         for (ending, beside), writer in _FOREIGN.items():
-            if name.endswith(ending) and entry.dtype not in _PLAIN:
+            if name.endswith(ending) and tensor.dtype not in _PLAIN:
                 if not beside or name.removesuffix(ending) + beside in by_name:
                     found[name] = name.removesuffix(ending), writer
     return found
 
 
-def _dequantized(entry: StoredTensor, by_name: dict[str, StoredTensor], config: Mapping[str, Any]) -> StoredTensor:
-    name, stem = entry.name, entry.name.removesuffix(".weight")
+def _dequantized(tensor: StoredTensor, by_name: dict[str, StoredTensor], config: Mapping[str, Any]) -> StoredTensor:
+    name, stem = tensor.name, tensor.name.removesuffix(".weight")
     if name.endswith(PACKED):
-        return _unpacked(entry, by_name, config)
+        return _unpacked(tensor, by_name, config)
     scale: StoredTensor | None
-    if entry.dtype == "int8" and (scale := by_name.get(f"{stem}.SCB")):
-        return _llm_int8(entry, scale)
+    if tensor.dtype == "int8" and (scale := by_name.get(f"{stem}.SCB")):
+        return _llm_int8(tensor, scale)
     for kind in ("nf4", "fp4"):
         if state := by_name.get(f"{name}.quant_state.bitsandbytes__{kind}"):
-            return _bitsandbytes(entry, state, by_name)
-    if entry.dtype == "int8" and f"{stem}.weight_scale_inv" in by_name:
-        return _unreadable(entry, "FP4 numbers, two to a byte, that htsr does not unpack")
-    if entry.dtype in EIGHT_BITS and (scale := scale_of(name, by_name)):
+            return _bitsandbytes(tensor, state, by_name)
+    if tensor.dtype == "int8" and f"{stem}.weight_scale_inv" in by_name:
+        return _unreadable(tensor, "FP4 numbers, two to a byte, that htsr does not unpack")
+    if tensor.dtype in EIGHT_BITS and (scale := scale_of(name, by_name)):
         if (more := f"{scale.name}_2") in by_name:
-            why = f"{name} is stored as {entry.dtype} with {scale.name} and {more}, which htsr does not know together"
-            return replace(entry, problem=("quantized", why))
-        return scaled(entry, scale, by_name.get(f"{stem}.weight_zero_point"), config)
+            why = f"{name} is stored as {tensor.dtype} with {scale.name} and {more}, which htsr does not know together"
+            return replace(tensor, problem=("quantized", why))
+        return scaled(tensor, scale, by_name.get(f"{stem}.weight_zero_point"), config)
     if name.endswith("_blocks") and (scale := by_name.get(name.removesuffix("_blocks") + "_scales")):
-        return _mxfp4(entry, scale)
-    return entry
+        return _mxfp4(tensor, scale)
+    return tensor
 
 
-def _unpacked(entry: StoredTensor, by_name: dict[str, StoredTensor], config: Mapping[str, Any]) -> StoredTensor:
-    stem = entry.name.rsplit(".", 1)[0]
+def _unpacked(tensor: StoredTensor, by_name: dict[str, StoredTensor], config: Mapping[str, Any]) -> StoredTensor:
+    stem = tensor.name.rsplit(".", 1)[0]
     parts = {c[1:]: by_name[stem + c] for c in _COMPANIONS if c[0] == "." and stem + c in by_name}
-    found = gptq_or_awq(entry, parts, config) if entry.name.endswith(".qweight") else compressed(entry, parts, config)
+    unpack = gptq_or_awq if tensor.name.endswith(".qweight") else compressed
+    found = unpack(tensor, parts, config)
     if found is None:
-        return _unreadable(entry, "a packed format (GPTQ, AWQ, compressed-tensors) that htsr does not unpack")
+        return _unreadable(tensor, "a packed format (GPTQ, AWQ, compressed-tensors) that htsr does not unpack")
 
     def read(index: int | None = None) -> Array:
         W = found.read()
         return W if index is None else W[index]  # type: ignore[no-any-return]
 
     more: dict[str, Any] = {"dtype": f"{found.bits}-bit", "warning": f"de-quantised from {found.bits}-bit{found.note}"}
-    return replace(entry, name=found.name, shape=found.shape, read=read, **more)
+    return replace(tensor, name=found.name, shape=found.shape, read=read, **more)
 
 
-def _llm_int8(entry: StoredTensor, absmax: StoredTensor) -> StoredTensor:
+def _llm_int8(tensor: StoredTensor, absmax: StoredTensor) -> StoredTensor:
     def read(index: int | None = None) -> Array:
-        W = as_numpy(entry.read()).astype("float32") * as_numpy(absmax.read()).reshape(-1, 1) / 127.0
+        W = as_numpy(tensor.read()).astype("float32") * as_numpy(absmax.read()).reshape(-1, 1) / 127.0
         return W if index is None else W[index]  # type: ignore[no-any-return]
 
-    return replace(entry, read=read, warning="de-quantised from 8-bit")
+    return replace(tensor, read=read, warning="de-quantised from 8-bit")
 
 
-def _without_scale(entry: StoredTensor, by_name: dict[str, StoredTensor], quantised: bool) -> StoredTensor:
+def _without_scale(tensor: StoredTensor, by_name: dict[str, StoredTensor], quantised: bool) -> StoredTensor:
     """FP8 without a scale that is known: numbers only where nothing speaks of one."""
-    if other := unknown_scale(entry.name, by_name):
-        why = f"{entry.name} is stored as FP8 with {other} beside it, a scale that htsr does not know"
+    if other := unknown_scale(tensor.name, by_name):
+        why = f"{tensor.name} is stored as FP8 with {other} beside it, a scale that htsr does not know"
     elif quantised:
-        why = f"{entry.name} is stored as FP8 without a scale, in a model whose weights are scaled"
+        why = f"{tensor.name} is stored as FP8 without a scale, in a model whose weights are scaled"
     else:
-        return replace(entry, warning=entry.warning or "FP8 without a scale, taken as it is")
-    return replace(entry, problem=("quantized", why))
+        return replace(tensor, warning=tensor.warning or "FP8 without a scale, taken as it is")
+    return replace(tensor, problem=("quantized", why))
 
 
-def _bitsandbytes(entry: StoredTensor, state: StoredTensor, by_name: dict[str, StoredTensor]) -> StoredTensor:
+def _bitsandbytes(tensor: StoredTensor, state: StoredTensor, by_name: dict[str, StoredTensor]) -> StoredTensor:
     try:
         from bitsandbytes.functional import QuantState, dequantize_4bit
     except ImportError:
-        return _unreadable(entry, "bitsandbytes 4-bit, which needs the bitsandbytes package")
+        return _unreadable(tensor, "bitsandbytes 4-bit, which needs the bitsandbytes package")
 
     import torch
 
-    parts = {k.removeprefix(entry.name + "."): v for k, v in by_name.items() if k.startswith(entry.name + ".")}
+    parts = {k.removeprefix(tensor.name + "."): v for k, v in by_name.items() if k.startswith(tensor.name + ".")}
 
     def quant_state() -> Any:
         return QuantState.from_dict(
@@ -187,12 +188,12 @@ def _bitsandbytes(entry: StoredTensor, state: StoredTensor, by_name: dict[str, S
         )
 
     def read(index: int | None = None) -> Array:
-        W = dequantize_4bit(torch.as_tensor(entry.read()), quant_state()).float()
+        W = dequantize_4bit(torch.as_tensor(tensor.read()), quant_state()).float()
         return W if index is None else W[index]  # type: ignore[no-any-return]
 
     shape = tuple(int(d) for d in quant_state().shape)
     return replace(
-        entry, shape=shape, dtype=state.name.rsplit("__", 1)[-1], read=read, warning="de-quantised from 4-bit"
+        tensor, shape=shape, dtype=state.name.rsplit("__", 1)[-1], read=read, warning="de-quantised from 4-bit"
     )
 
 
@@ -214,8 +215,8 @@ def _mxfp4(blocks: StoredTensor, scales: StoredTensor) -> StoredTensor:
     return replace(blocks, name=name, shape=shape, dtype="mxfp4", read=read, warning="de-quantised from MXFP4")
 
 
-def _unreadable(entry: StoredTensor, why: str) -> StoredTensor:
-    name = entry.name
+def _unreadable(tensor: StoredTensor, why: str) -> StoredTensor:
+    name = tensor.name
     for suffix in (*PACKED, ".weight"):
         name = name.removesuffix(suffix)
-    return replace(entry, name=name, problem=("quantized", f"{name} is stored in {why}"))
+    return replace(tensor, name=name, problem=("quantized", f"{name} is stored in {why}"))

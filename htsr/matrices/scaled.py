@@ -64,25 +64,25 @@ def unknown_scale(name: str, names: Mapping[str, StoredTensor]) -> str:
 
 
 def scaled(
-    entry: StoredTensor, scale: StoredTensor, zero: StoredTensor | None, config: Mapping[str, Any]
+    tensor: StoredTensor, scale: StoredTensor, zero: StoredTensor | None, config: Mapping[str, Any]
 ) -> StoredTensor:
-    """The entry of a weight times its scale.
+    """The tensor of a weight times its scale.
 
     Args:
-        entry: of the 8-bit numbers, (…, out, in).
+        tensor: of the 8-bit numbers, (…, out, in).
         scale: that they are multiplied with.
         zero: their zero point, of the scale's shape; None without one.
         config: of the model.
     """
-    what = "8-bit" if entry.dtype == "int8" else "FP8"
-    shape = _as_factor(entry.shape, scale.shape)
+    what = "8-bit" if tensor.dtype == "int8" else "FP8"
+    shape = _as_factor(tensor.shape, scale.shape)
     if shape is None or (zero is not None and zero.shape != scale.shape):
-        why = f"{entry.name} is stored as {what} of shape {entry.shape}, which its scale of {scale.shape} does not fit"
-        return replace(entry, problem=("quantized", why))
-    blocks, note = _blocks(entry.shape, shape, config)
+        why = f"is stored as {what} of shape {tensor.shape}, which its scale of {scale.shape} does not fit"
+        return replace(tensor, problem=("quantized", f"{tensor.name} {why}"))
+    blocks, note = _blocks(tensor.shape, shape, config)
     if blocks is None:
-        why = f"{entry.name} is stored as {what} of shape {entry.shape} with a scale of {scale.shape}: {note}"
-        return replace(entry, problem=("quantized", why))
+        why = f"{tensor.name} is stored as {what} of shape {tensor.shape} with a scale of {scale.shape}: {note}"
+        return replace(tensor, problem=("quantized", why))
 
     def factor(part: StoredTensor, index: int | None) -> Any:
         values = as_numpy(part.read()).reshape(shape)
@@ -91,19 +91,19 @@ def scaled(
         values = values if index is None or not shape or len(shape) < 3 or shape[0] == 1 else values[index]
         for axis, block in zip((-2, -1), blocks, strict=True):
             if shape and values.shape[axis] > 1:
-                values = values.repeat(block, axis=axis).take(range(entry.shape[axis]), axis=axis)
+                values = values.repeat(block, axis=axis).take(range(tensor.shape[axis]), axis=axis)
         return values.astype(np.float32)
 
     def read(index: int | None = None) -> Array:
-        W = as_numpy(entry.read() if index is None else entry.read(index)).astype("float32")
+        W = as_numpy(tensor.read() if index is None else tensor.read(index)).astype("float32")
         if zero is not None:
             W = W - factor(zero, index)
         W = W * factor(scale, index)
-        if W.shape != (entry.shape if index is None else entry.shape[1:]):
-            raise MatrixError("quantized", f"{entry.name} and its scale do not fit one another")
+        if W.shape != (tensor.shape if index is None else tensor.shape[1:]):
+            raise MatrixError("quantized", f"{tensor.name} and its scale do not fit one another")
         return W  # type: ignore[no-any-return]
 
-    return replace(entry, read=read, warning=f"de-quantised from {what}{note}")
+    return replace(tensor, read=read, warning=f"de-quantised from {what}{note}")
 
 
 def _as_factor(weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, ...] | None:

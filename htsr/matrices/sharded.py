@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from htsr.errors import UsageError
 from htsr.matrices.apart import matrices_of
 from htsr.matrices.models import WeightMatrix
-from htsr.matrices.modules import is_sharded, module_config, module_entries
+from htsr.matrices.modules import is_sharded, module_config, module_tensors
 from htsr.matrices.parametrized import computed
 from htsr.matrices.quantized import dequantized
 from htsr.matrices.roles import stem, whole_name
@@ -86,23 +86,23 @@ def open_live(module: torch.nn.Module, view: View | None = None) -> LiveModel:
     parameters = {without_peft(names[name]): p for name, p in named.items() if "modules_to_save." in name}  # if active
     parameters |= {names[name]: p for name, p in named.items()}
     shards: dict[str, Shard] = {}
-    entries = []
-    for entry in module_entries(module):
-        parameter = parameters.get(entry.name)
+    tensors = []
+    for tensor in module_tensors(module):
+        parameter = parameters.get(tensor.name)
         shown = parameter if view is None or parameter is None else view(parameter)
         if parameter is None and view is not None:
-            why = f"{entry.name} is computed from other parameters, and has no gradient or momentum of its own"
-            entry = replace(entry, problem=("absent", why), storage=None)
+            why = f"{tensor.name} is computed from other parameters, and has no gradient or momentum of its own"
+            tensor = replace(tensor, problem=("absent", why), storage=None)
         elif parameter is not None and shown is None:
-            entry = replace(entry, problem=("absent", f"{entry.name} has nothing of the kind yet"))
+            tensor = replace(tensor, problem=("absent", f"{tensor.name} has nothing of the kind yet"))
         elif is_sharded(shown):
-            shard = shards[stem(entry.name)] = Shard(shown)
-            entry = replace(entry, read=shard.read, problem=None, storage=("sharded", id(parameter)))
+            shard = shards[stem(tensor.name)] = Shard(shown)
+            tensor = replace(tensor, read=shard.read, problem=None, storage=("sharded", id(parameter)))
         elif shown is not parameter:
-            entry = _viewed(entry, shown)
-        entries.append(entry)
+            tensor = _viewed(tensor, shown)
+        tensors.append(tensor)
     config = module_config(module)
-    matrices = tuple(matrices_of(unshared(dequantized(computed(entries), config)), config))
+    matrices = tuple(matrices_of(unshared(dequantized(computed(tensors), config)), config))
     return LiveModel(matrices, shards)
 
 
@@ -138,8 +138,8 @@ def in_rounds(
             shards[whole_name(mine[0].name)].release()
 
 
-def _viewed(entry: StoredTensor, tensor: Any) -> StoredTensor:
+def _viewed(tensor: StoredTensor, shown: Any) -> StoredTensor:
     def read(index: int | None = None) -> Any:
-        return tensor.detach() if index is None else tensor.detach()[index]
+        return shown.detach() if index is None else shown.detach()[index]
 
-    return replace(entry, read=read, dtype=str(tensor.dtype).removeprefix("torch."), problem=None)
+    return replace(tensor, read=read, dtype=str(shown.dtype).removeprefix("torch."), problem=None)

@@ -15,7 +15,7 @@ from htsr.errors import SourceError, UsageError
 from htsr.matrices import adapters, hub, layouts, tying
 from htsr.matrices.adapter_config import read_adapter_config
 from htsr.matrices.apart import matrices_of
-from htsr.matrices.checkpoint_files import file_entries, folder_entries, state_dict_entries
+from htsr.matrices.checkpoint_files import file_tensors, folder_tensors, state_dict_tensors
 from htsr.matrices.folders import SUFFIXES, model_files, named_files, read_config, read_json
 from htsr.matrices.gguf_files import gguf_metadata
 from htsr.matrices.models import Model
@@ -48,13 +48,13 @@ def open_model(
         SourceError: what cannot be read, with the reason.
         UsageError: a `base` without an adapter, or a `revision` of a local path.
     """
-    label, entries, config, fingerprint = _open(source, revision) if base is None else _on_base(source, base, revision)
+    label, tensors, config, fingerprint = _open(source, revision) if base is None else _on_base(source, base, revision)
     if against is not None:
         other_label, other, other_config, other_fingerprint = _open(against, None)
-        entries = _difference(entries, layouts.as_named(other, entries, other_config, config))
+        tensors = _difference(tensors, layouts.as_named(other, tensors, other_config, config))
         label = f"{label} - {other_label}"
         fingerprint = fingerprint and other_fingerprint and f"{fingerprint}-{other_fingerprint}"
-    matrices = tuple(matrices_of(unshared(entries), config))
+    matrices = tuple(matrices_of(unshared(tensors), config))
     if not matrices:
         raise SourceError(f"{label} has no weight matrices")
     return Model(label, matrices, fingerprint)
@@ -64,20 +64,20 @@ Opened: TypeAlias = tuple[str, list[StoredTensor], dict[str, Any], str | None]
 
 
 def _open(source: Source, revision: str | None) -> Opened:
-    """Label, de-quantised entries, configuration and fingerprint."""
-    label, entries, config, fingerprint = _stored(source, revision)
-    return label, dequantized(computed(entries), config), config, fingerprint
+    """Label, de-quantised tensors, configuration and fingerprint."""
+    label, tensors, config, fingerprint = _stored(source, revision)
+    return label, dequantized(computed(tensors), config), config, fingerprint
 
 
 def _stored(source: Source, revision: str | None) -> Opened:
     if isinstance(source, (str, os.PathLike)):
         return _open_path(os.fspath(source), revision)
     if isinstance(source, Mapping):
-        return "state dict", tying.tied(adapters.loose_factors(state_dict_entries(source))), {}, None
+        return "state dict", tying.tied(adapters.loose_factors(state_dict_tensors(source))), {}, None
     if hasattr(source, "named_parameters"):
-        from htsr.matrices.modules import module_config, module_entries, unwrapped
+        from htsr.matrices.modules import module_config, module_tensors, unwrapped
 
-        return type(unwrapped(source)).__name__, module_entries(source), module_config(source), None
+        return type(unwrapped(source)).__name__, module_tensors(source), module_config(source), None
     raise SourceError(f"a model is a module, a state dict, a path or a hub id, not a {type(source).__name__}")
 
 
@@ -113,28 +113,28 @@ def _open_path(name: str, revision: str | None) -> Opened:
     path = locate(name, revision)
     try:
         if folder := adapters.adapter_folder(path):
-            entries, base = _adapter(folder)
-            return name, entries, {}, "-".join(filter(None, (_fingerprint(folder.iterdir()), base)))
+            tensors, base = _adapter(folder)
+            return name, tensors, {}, "-".join(filter(None, (_fingerprint(folder.iterdir()), base)))
         if path.is_file():
             read = _fingerprint(_files_of(path))
-            return name, *_converted(path, file_entries(path), read_config(path.parent)), read
-        return name, *_converted(path, folder_entries(path), read_config(path)), _fingerprint(path.iterdir())
+            return name, *_converted(path, file_tensors(path), read_config(path.parent)), read
+        return name, *_converted(path, folder_tensors(path), read_config(path)), _fingerprint(path.iterdir())
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _converted(
-    path: Path, entries: list[StoredTensor], config: dict[str, Any]
+    path: Path, tensors: list[StoredTensor], config: dict[str, Any]
 ) -> tuple[list[StoredTensor], dict[str, Any]]:
-    """The entries, and the configuration, of the model at `path`; those of other formats as transformers'."""
+    """The tensors, and the configuration, of the model at `path`; those of other formats as transformers'."""
     file = (named_files(path) if path.is_file() else model_files(path)).files[0]
     if file.suffix == ".gguf":
         metadata = gguf_metadata(file)
-        entries, config = layouts.original_layout(entries, metadata), layouts.gguf_config(metadata)
+        tensors, config = layouts.original_layout(tensors, metadata), layouts.gguf_config(metadata)
     else:
         params = file.parent / "params.json"
-        entries, config = layouts.meta_layout(entries, read_json(params) if params.is_file() else {}, config)
-    return tying.tied(adapters.loose_factors(layouts.flax_layout(entries))), config
+        tensors, config = layouts.meta_layout(tensors, read_json(params) if params.is_file() else {}, config)
+    return tying.tied(adapters.loose_factors(layouts.flax_layout(tensors))), config
 
 
 def _files_of(file: Path) -> list[Path]:
@@ -152,18 +152,18 @@ def _adapter(folder: Path) -> tuple[list[StoredTensor], str | None]:
     settings = read_adapter_config(folder)
     on_base = settings.changes_weights and (settings.dora or settings.needs_base)
     if not on_base or settings.base is None or not Path(settings.base).is_dir():
-        return adapters.adapter_entries(folder), None
+        return adapters.adapter_changes(folder), None
     _, base, config, fingerprint = _open(settings.base, None)
-    before = {entry.name: entry for entry in base}
+    before = {tensor.name: tensor for tensor in base}
     changes = []
-    for entry in _merged(folder, base, config):
-        old = before.get(entry.name)
-        if old is None or entry.shape != old.shape:
-            changes.append(entry)
-        elif entry.read is not old.read:
-            dtype, read = _computed_in(old), _Minus(entry, old, exact=True)
+    for tensor in _merged(folder, base, config):
+        old = before.get(tensor.name)
+        if old is None or tensor.shape != old.shape:
+            changes.append(tensor)
+        elif tensor.read is not old.read:
+            dtype, read = _computed_in(old), _Minus(tensor, old, exact=True)
             more: dict[str, Any] = {"kind": "adapter", "storage": None, "warning": f"ΔW on {settings.base}"}
-            changes.append(replace(entry, read=read, dtype=dtype, **more))
+            changes.append(replace(tensor, read=read, dtype=dtype, **more))
     return changes, fingerprint
 
 
@@ -174,10 +174,10 @@ def _merged(folder: Path, base: list[StoredTensor], config: dict[str, Any]) -> l
         from htsr.matrices.peft_folders import computed_by_peft
 
         return computed_by_peft(settings, base)
-    entries = layouts.as_named(adapters.adapter_entries(folder), base, {}, config)
-    if unmatched := [entry.problem[1] for entry in entries if entry.problem and entry.problem[0] == "unmatched"]:
+    tensors = layouts.as_named(adapters.adapter_changes(folder), base, {}, config)
+    if unmatched := [tensor.problem[1] for tensor in tensors if tensor.problem and tensor.problem[0] == "unmatched"]:
         raise SourceError(unmatched[0])
-    return adapters.merged_with_base(entries, base)
+    return adapters.merged_with_base(tensors, base)
 
 
 def _fingerprint(files: Any) -> str:
@@ -200,37 +200,37 @@ def _on_base(source: Source, base: Source, revision: str | None) -> Opened:
         base = adapters.base_of(folder) or ""
         if not base:
             raise UsageError(f"{folder} names no base model; say which one it is")
-    _, base_entries, config, fingerprint = _open(base, None)
-    merged = _merged(folder, base_entries, config)
+    _, base_tensors, config, fingerprint = _open(base, None)
+    merged = _merged(folder, base_tensors, config)
     return os.fspath(source), merged, config, fingerprint and f"{_fingerprint(folder.iterdir())}-{fingerprint}"  # type: ignore[arg-type]
 
 
-def _difference(entries: list[StoredTensor], other: list[StoredTensor]) -> list[StoredTensor]:
-    by_name = {entry.name: entry for entry in other}
-    again = tying.repeated(entries)
+def _difference(tensors: list[StoredTensor], other: list[StoredTensor]) -> list[StoredTensor]:
+    by_name = {tensor.name: tensor for tensor in other}
+    again = tying.repeated(tensors)
     result = []
-    for entry in entries:
-        match = by_name.get(entry.name)
-        if match is None and entry.name in again:
+    for tensor in tensors:
+        match = by_name.get(tensor.name)
+        if match is None and tensor.name in again:
             continue  # a tied weight that the other model stores once
         if match is None:
             result.append(
-                replace(entry, problem=("unmatched", f"{entry.name} is not in the model it is compared against"))
+                replace(tensor, problem=("unmatched", f"{tensor.name} is not in the model it is compared against"))
             )
-        elif match.shape != entry.shape:
-            sizes = f"{entry.shape} here and {match.shape} there"
-            result.append(replace(entry, problem=("unmatched", f"{entry.name} is {sizes}")))
+        elif match.shape != tensor.shape:
+            sizes = f"{tensor.shape} here and {match.shape} there"
+            result.append(replace(tensor, problem=("unmatched", f"{tensor.name} is {sizes}")))
         else:
-            both = (entry.storage, match.storage) if entry.storage and match.storage else None
-            read, problem = _Minus(entry, match), entry.problem or match.problem
-            result.append(replace(entry, read=read, storage=both, problem=problem))
-    if not any(entry.name in by_name for entry in entries):
+            both = (tensor.storage, match.storage) if tensor.storage and match.storage else None
+            read, problem = _Minus(tensor, match), tensor.problem or match.problem
+            result.append(replace(tensor, read=read, storage=both, problem=problem))
+    if not any(tensor.name in by_name for tensor in tensors):
         raise SourceError("the two models have no tensor name in common")
     return result
 
 
-def _computed_in(entry: StoredTensor) -> str:
-    return "float64" if entry.dtype == "float64" else "float32"
+def _computed_in(tensor: StoredTensor) -> str:
+    return "float64" if tensor.dtype == "float64" else "float32"
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,6 @@ class _Minus:
         return Difference.of(a, b, (self.a.dtype, self.b.dtype))
 
     @staticmethod
-    def _read(entry: StoredTensor, *which: int) -> Any:
-        values = entry.read(*which)
+    def _read(tensor: StoredTensor, *which: int) -> Any:
+        values = tensor.read(*which)
         return values if isinstance(values, Difference) else as_numpy(values)

@@ -29,7 +29,7 @@ class StoredTensor:
         dtype: as torch names it, without ``torch.``.
         read: returns the tensor as a float array (NumPy, or torch where it lives on an accelerator or has a dtype
             that NumPy lacks). `read(i)` returns the slice [i] of the first axis without reading the others.
-        storage: equal for entries that share memory (tied weights).
+        storage: equal for tensors that share memory (tied weights).
         kind: ``conv``, ``embedding`` … where the source knows; else it is told from name and shape.
         problem: (status, sentence) where the tensor cannot be read as numbers.
         warning: what a reader of its row should know.
@@ -89,12 +89,12 @@ def _unique(cleaned: dict[str, str]) -> dict[str, str]:
     return {name: short if count[short] == 1 else name for name, short in cleaned.items()}
 
 
-def tensor_entry(name: str, tensor: Any, **more: Any) -> StoredTensor:
-    """The entry of a torch tensor in memory.
+def stored_tensor(name: str, tensor: Any, **more: Any) -> StoredTensor:
+    """A torch tensor in memory as a stored tensor.
 
     Args:
-        name: of the entry.
-        tensor: any torch tensor. One on the meta device is an entry with a problem; a sparse or quantised one reads
+        name: name that it is stored under.
+        tensor: any torch tensor. One on the meta device is one with a problem; a sparse or quantised one reads
             dense.
         **more: further fields of `StoredTensor`.
     """
@@ -159,13 +159,13 @@ def _dequantized(tensor: Any, index: int | slice | None = None) -> Array:
     return floats if index is None else floats[index]
 
 
-def unshared(entries: Iterable[StoredTensor]) -> list[StoredTensor]:
-    """`entries` without those that share their memory with an earlier one (tied weights count once)."""
+def unshared(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
+    """`tensors` without those that share their memory with an earlier one (tied weights count once)."""
     seen: set[Hashable] = set()
     kept = []
-    for entry in entries:
-        if entry.storage is not None and entry.storage in seen:
+    for tensor in tensors:
+        if tensor.storage is not None and tensor.storage in seen:
             continue
-        seen.add(entry.storage)
-        kept.append(entry)
+        seen.add(tensor.storage)
+        kept.append(tensor)
     return kept

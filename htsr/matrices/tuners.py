@@ -17,7 +17,7 @@ from htsr.errors import MatrixError
 from htsr.matrices.adapters import dora_factor
 from htsr.matrices.stored_tensors import StoredTensor, base_name, clean_name
 
-Entries = Callable[[Any, str], Iterator[StoredTensor]]
+Walk = Callable[[Any, str], Iterator[StoredTensor]]
 
 _ADDED = re.compile(r"(^|\.)(?:(?:base_layer|original_module|modules_to_save\.[^.]+)\.)+")
 
@@ -54,34 +54,34 @@ def without_peft(name: str) -> str:
     return _ADDED.sub(r"\1", name)
 
 
-def tuner_entries(layer: Any, prefix: str, entries: Entries, mixture: bool = False) -> Iterator[StoredTensor]:
+def tuner_tensors(layer: Any, prefix: str, walk: Walk, mixture: bool = False) -> Iterator[StoredTensor]:
     """The weights of a `layer` that PEFT has wrapped, as it computes with them.
 
     Args:
         layer: the tuner's.
         prefix: of the names.
-        entries: the entries of a plain module under a prefix.
+        walk: function that gives the tensors of a plain module, named from a prefix on.
         mixture: whether adapters are mixed anew for each input (X-LoRA).
     """
     if layer.disable_adapters and not getattr(layer, "merged", False):
-        yield from entries(layer.base_layer, prefix)
+        yield from walk(layer.base_layer, prefix)
         return
     if _is_plain_lora(layer) and not mixture:
         adapted = clean_name(prefix + getattr(layer, "parameter_name", "weight"))  # also bare parameters are adapted
-        for entry in entries(layer.base_layer, prefix):
-            yield _lora(entry, layer) if clean_name(entry.name) == adapted else entry
+        for tensor in walk(layer.base_layer, prefix):
+            yield _lora(tensor, layer) if clean_name(tensor.name) == adapted else tensor
         return
     plain = dict.fromkeys(name for name, _ in _bare(layer).named_parameters())
-    for entry in entries(_bare(layer), prefix):
-        relative = entry.name.removeprefix(prefix)
-        if entry.problem:
-            yield entry
-        elif relative not in plain or entry.warning:
-            yield _refused(entry, layer, "its base is quantised, or computed from other parameters")
+    for tensor in walk(_bare(layer), prefix):
+        relative = tensor.name.removeprefix(prefix)
+        if tensor.problem:
+            yield tensor
+        elif relative not in plain or tensor.warning:
+            yield _refused(tensor, layer, "its base is quantised, or computed from other parameters")
         elif mixture:
-            yield _refused(entry, layer, "its adapters are mixed anew for each input")
+            yield _refused(tensor, layer, "its adapters are mixed anew for each input")
         else:
-            yield replace(entry, read=Merged(entry, layer, relative), storage=None)
+            yield replace(tensor, read=Merged(tensor, layer, relative), storage=None)
 
 
 def _bare(layer: Any) -> Any:
@@ -89,10 +89,10 @@ def _bare(layer: Any) -> Any:
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.base_layer
 
 
-def _refused(entry: StoredTensor, layer: Any, why: str) -> StoredTensor:
+def _refused(tensor: StoredTensor, layer: Any, why: str) -> StoredTensor:
     kind = type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
-    problem = ("unmerged", f"{base_name(entry.name)} has an adapter of PEFT's {kind} whose weight cannot be had: {why}")
-    return replace(entry, problem=problem, storage=None)
+    why = f"{base_name(tensor.name)} has an adapter of PEFT's {kind} whose weight cannot be had: {why}"
+    return replace(tensor, problem=("unmerged", why), storage=None)
 
 
 def _is_plain_lora(layer: Any) -> bool:
@@ -109,7 +109,7 @@ class Merged:
     """Reads a parameter of the base layer after PEFT has merged the active adapters into a copy of it.
 
     Attributes:
-        base: the entry that it is computed from.
+        base: the tensor that it is computed from.
         layer: the tuner's.
         parameter: its name in the layer.
     """
@@ -161,11 +161,11 @@ class Merged:
         return W.detach()
 
 
-def _lora(entry: StoredTensor, layer: Any) -> StoredTensor:
+def _lora(tensor: StoredTensor, layer: Any) -> StoredTensor:
     adapters = [a for a in layer.active_adapters if a in layer.scaling and a not in layer.merged_adapters]
-    if entry.problem or not adapters:
-        return entry
-    return replace(entry, read=Adapted(entry, layer, tuple(adapters)), storage=None)
+    if tensor.problem or not adapters:
+        return tensor
+    return replace(tensor, read=Adapted(tensor, layer, tuple(adapters)), storage=None)
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Adapted:
     """Reads W + ΔW of plain LoRA and DoRA, summed in float32 or better, whatever W is stored in.
 
     Attributes:
-        base: the entry of W.
+        base: the tensor of W.
         layer: the tuner's.
         adapters: the names of those to add.
     """

@@ -20,16 +20,16 @@ _COMPARED = 16 << 20  # bytes at once
 _EMBEDDINGS = ("embed", "head")
 
 
-def tied(entries: Sequence[StoredTensor]) -> list[StoredTensor]:
-    """`entries` of a checkpoint, in which an embedding or head that is stored twice has one `storage`.
+def tied(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
+    """`tensors` of a checkpoint, in which an embedding or head that is stored twice has one `storage`.
 
     Args:
-        entries: whose tables are read as far as two of them are equal.
+        tensors: whose tables are read as far as two of them are equal.
 
     Returns:
         In the same order, but repeated ones come last: of a tied head the embedding's name is kept.
     """
-    found = list(entries)
+    found = list(tensors)
     tables: list[int] = []
     copies: set[int] = set()
     # embeddings before heads, what is shared (T5's `shared`) before what shares it (`decoder.embed_tokens`)
@@ -46,23 +46,23 @@ def tied(entries: Sequence[StoredTensor]) -> list[StoredTensor]:
     return [found[i] for i in sorted(range(len(found)), key=copies.__contains__)]
 
 
-def repeated(entries: Iterable[StoredTensor]) -> dict[str, str]:
-    """Those of `entries` that are the same weight as an earlier one, by name: the name of the earlier."""
+def repeated(tensors: Iterable[StoredTensor]) -> dict[str, str]:
+    """Those of `tensors` that are the same weight as an earlier one, by name: the name of the earlier."""
     first: dict[object, str] = {}
     found = {}
-    for entry in entries:
-        if entry.storage is not None and first.setdefault(entry.storage, entry.name) != entry.name:
-            found[entry.name] = first[entry.storage]
+    for tensor in tensors:
+        if tensor.storage is not None and first.setdefault(tensor.storage, tensor.name) != tensor.name:
+            found[tensor.name] = first[tensor.storage]
     return found
 
 
-def _is_table(entry: StoredTensor) -> bool:
-    plain = len(entry.shape) == 2 and 0 not in entry.shape and entry.dtype in FLOATS and not entry.warning
-    return plain and entry.problem is None and _role(entry) in _EMBEDDINGS
+def _is_table(tensor: StoredTensor) -> bool:
+    plain = len(tensor.shape) == 2 and 0 not in tensor.shape and tensor.dtype in FLOATS and not tensor.warning
+    return plain and tensor.problem is None and _role(tensor) in _EMBEDDINGS
 
 
-def _role(entry: StoredTensor) -> str:
-    return roles.role_of(entry.name, entry.kind)
+def _role(tensor: StoredTensor) -> str:
+    return roles.role_of(tensor.name, tensor.kind)
 
 
 def _equal(a: StoredTensor, b: StoredTensor) -> bool:

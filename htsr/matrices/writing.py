@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from htsr.errors import HtsrError, SourceError
-from htsr.matrices.file_bytes import SAFETENSORS_DTYPES, Stored, safetensors_header
+from htsr.matrices.file_bytes import SAFETENSORS_DTYPES, TensorInFile, safetensors_header
 from htsr.matrices.folders import ModelFiles
 from htsr.matrices.pickles import PICKLES, load_pickle
 from htsr.matrices.stored_tensors import clean_names
@@ -23,7 +23,7 @@ _ALIGNMENT = 8
 _CODES = {name: code for code, name in SAFETENSORS_DTYPES.items()}
 
 
-def copy_checkpoint(source: Path, model: ModelFiles, target: Path) -> dict[str, Stored]:
+def copy_checkpoint(source: Path, model: ModelFiles, target: Path) -> dict[str, TensorInFile]:
     """Copy a model: its weights as safetensors, and of a folder what else is in it (configuration, tokenizer).
 
     Args:
@@ -45,24 +45,24 @@ def copy_checkpoint(source: Path, model: ModelFiles, target: Path) -> dict[str, 
     if source.is_dir():
         shutil.copytree(source, target, dirs_exist_ok=True, ignore=_no_weights)
     names = {file.name: _target_name(file, len(files)) for file in files}
-    stored: dict[str, Stored] = {}
+    stored: dict[str, TensorInFile] = {}
     for file in files:
         copy = target / names[file.name]
         if file.suffix == ".safetensors":
             shutil.copyfile(file, copy)
         else:
             _convert(file, copy)
-        for name, place in safetensors_header(copy).items():
+        for name, tensor in safetensors_header(copy).items():
             if name not in stored or model.assigned.get(name) == file:
-                stored[name] = place
+                stored[name] = tensor
     if model.index is not None:
         index = json.loads(model.index.read_text(encoding="utf-8"))
-        index["weight_map"] = {tensor: names[file.name] for tensor, file in model.assigned.items()}
+        index["weight_map"] = {name: names[file.name] for name, file in model.assigned.items()}
         (target / _INDEX.sub(r".safetensors.index\1.json", _renamed(model.index.name))).write_text(
             json.dumps(index, indent=2) + "\n"
         )
     cleaned = clean_names(stored)
-    return {cleaned[name]: place for name, place in stored.items()}
+    return {cleaned[name]: tensor for name, tensor in stored.items()}
 
 
 def _no_weights(_folder: str, names: list[str]) -> set[str]:

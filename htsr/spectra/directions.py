@@ -42,7 +42,7 @@ _SAFETY = 16  # eigenvalues below this many ulps of λ_max are rounding noise, a
 
 
 @dataclass(frozen=True)
-class Decomposition:
+class Eigendecomposition:
     """Eigenvalues and eigenvectors of the smaller Gram matrix of W, one for each piece of a stack.
 
     Attributes:
@@ -67,7 +67,7 @@ class Decomposition:
 
 
 @dataclass(frozen=True)
-class Projection:
+class ProjectedMatrix:
     """A matrix on some of its directions.
 
     Attributes:
@@ -86,7 +86,7 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class Cleaned:
+class CleanedMatrix:
     """A matrix without its correlation traps, as far as they could be removed.
 
     Attributes:
@@ -106,7 +106,7 @@ class Cleaned:
     clipped: int
 
 
-def project_tail(matrix: Array, keep: Keep, *, fit: FitMethod = "ks") -> Projection:
+def project_tail(matrix: Array, keep: Keep, *, fit: FitMethod = "ks") -> ProjectedMatrix:
     """The matrix on its leading directions.
 
     Args:
@@ -129,7 +129,7 @@ def project_tail(matrix: Array, keep: Keep, *, fit: FitMethod = "ks") -> Project
     threshold = _threshold(found.values, keep, fit)
     chosen = found.values >= threshold
     total = float(found.values.sum())
-    return Projection(
+    return ProjectedMatrix(
         matrix=rescaled(matrix, found.vectors, chosen.astype(np.float64)),
         kept=int(chosen.sum()),
         total=found.values.size,
@@ -158,7 +158,7 @@ def _threshold(values: Vector, keep: Keep, fit: FitMethod) -> Any:
     return np.maximum(values[:, -keep], positive[0])[:, None]
 
 
-def decompose(matrix: Array) -> Decomposition:
+def decompose(matrix: Array) -> Eigendecomposition:
     """Eigenvalues and eigenvectors of the smaller Gram matrix, in float64 on a CPU and float32 on an accelerator.
 
     Args:
@@ -186,7 +186,7 @@ def decompose(matrix: Array) -> Decomposition:
     values = np.where(values > resolution, values, 0.0)
     stored = str(W.dtype).removeprefix("torch.")
     M, N = sorted(W.shape[1:])
-    return Decomposition(without_rounding(values, N, stored), vectors, equal_within(M, N, stored))
+    return Eigendecomposition(without_rounding(values, N, stored), vectors, equal_within(M, N, stored))
 
 
 def rescaled(matrix: Array, vectors: torch.Tensor, ratios: Vector) -> Array:
@@ -231,7 +231,7 @@ def _blocks(tall: torch.Tensor) -> list[torch.Tensor]:
     return [tall[:, start : start + rows] for start in range(0, length, rows)]
 
 
-def remove_traps(matrix: Array, *, seed: int | tuple[int, ...] = 0) -> Cleaned:
+def remove_traps(matrix: Array, *, seed: int | tuple[int, ...] = 0) -> CleanedMatrix:
     """The matrix without the two things that make correlation traps.
 
     A trap is a spike of the *permuted* matrix: it stems from the entries, not from where they stand, so W has no
@@ -254,7 +254,7 @@ def remove_traps(matrix: Array, *, seed: int | tuple[int, ...] = 0) -> Cleaned:
         seed: of the permutation, the same before and after.
 
     Returns:
-        A `Cleaned`, whose matrix has shape, dtype and kind of what was given.
+        A `CleanedMatrix`, whose matrix has shape, dtype and kind of what was given.
 
     Raises:
         MatrixError: NaN, infinite or overflowing entries (status ``nan``), or no entries (``empty``).
@@ -265,7 +265,7 @@ def remove_traps(matrix: Array, *, seed: int | tuple[int, ...] = 0) -> Cleaned:
     W = as_numpy(matrix)
     before, sigma = _traps(W, seed)
     if before == 0 or sigma == 0:
-        return Cleaned(matrix, before, before, 0.0, np.inf, 0)
+        return CleanedMatrix(matrix, before, before, 0.0, np.inf, 0)
     size = float(W.shape[-2] * W.shape[-1])
     values = W.astype(np.float64)
     mean = float(values.mean())
@@ -282,8 +282,8 @@ def remove_traps(matrix: Array, *, seed: int | tuple[int, ...] = 0) -> Cleaned:
             np.clip(values, -limit, limit, out=values)
             after, _ = _traps(values, seed)
     if removed == 0.0 and clipped == 0:
-        return Cleaned(matrix, before, before, 0.0, np.inf, 0)
-    return Cleaned(_like(values, matrix), before, after, removed, limit, clipped)
+        return CleanedMatrix(matrix, before, before, 0.0, np.inf, 0)
+    return CleanedMatrix(_like(values, matrix), before, after, removed, limit, clipped)
 
 
 def _traps(W: npt.NDArray[Any], seed: int | tuple[int, ...]) -> tuple[int, float]:

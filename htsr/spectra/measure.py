@@ -41,18 +41,18 @@ class Measured:
     permuted: Vector | None = field(default=None, repr=False)
 
 
-def measure(load: Callable[[], Array | Product], identity: LayerMetrics, options: Options) -> Measured:
+def measure(load: Callable[[], Array | Product], unmeasured: LayerMetrics, options: Options) -> Measured:
     """Fill in the numbers of one matrix.
 
     Args:
         load: returns the matrix, (m, n), or (pieces, m, n) to be pooled; or its factors.
-        identity: a row with name, role and so on, whose numbers are still empty.
+        unmeasured: a row with name, role and so on, whose numbers are still empty.
         options: what to compute.
 
     Returns:
         The row with numbers; a matrix without a spectrum gets a status and a warning instead of an exception.
     """
-    return measure_batch([(load, identity)], options)[0]
+    return measure_batch([(load, unmeasured)], options)[0]
 
 
 def measure_batch(
@@ -61,7 +61,7 @@ def measure_batch(
     """`measure` for several matrices of one shape, decomposed together (`htsr.spectra.esd.esd_batch`).
 
     Args:
-        jobs: for each matrix, all of one shape, `load` and `identity` of `measure`.
+        jobs: for each matrix, all of one shape, `load` and `unmeasured` of `measure`.
         options: what to compute.
 
     Returns:
@@ -101,9 +101,9 @@ def measure_batch(
         if other is not None and numbers["status"] != "zero":
             numbers |= _permuted_numbers(matrices[i], spectrum, other, options)
         numbers, warnings = _finite(numbers, warnings)
-        identity = jobs[i][1]
-        sentence = "; ".join([identity.warning, *warnings] if identity.warning else warnings)
-        row = replace(identity, **numbers, warning=sentence)
+        unmeasured = jobs[i][1]
+        sentence = "; ".join([unmeasured.warning, *warnings] if unmeasured.warning else warnings)
+        row = replace(unmeasured, **numbers, warning=sentence)
         results[i] = Measured(row, spectrum.eigenvalues, None if other is None else other.eigenvalues)
     seconds = (time.perf_counter() - started) / len(jobs)
     return [replace(results[i], row=replace(results[i].row, seconds=seconds)) for i in range(len(jobs))]

@@ -321,8 +321,8 @@ def test_kohyas_files_hold_their_scaling(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_head_and_an_embedding_that_were_resized_and_saved_whole(tmp_path, tied):
     """Refused whole with its base, and without it the head was there twice under one name."""
-    from htsr.matrices.adapters import adapter_entries, merged_with_base
-    from htsr.matrices.checkpoint_files import folder_entries
+    from htsr.matrices.adapters import adapter_changes, merged_with_base
+    from htsr.matrices.checkpoint_files import folder_tensors
 
     model = llama()
     model.config.tie_word_embeddings = tied
@@ -340,12 +340,12 @@ def test_a_head_and_an_embedding_that_were_resized_and_saved_whole(tmp_path, tie
     alone = [m.name for m in htsr.describe(str(tmp_path / "adapter"))]
     assert len(alone) == len(set(alone)) == 4
     folder = tmp_path / "adapter"
-    entries = {e.name: e for e in merged_with_base(adapter_entries(folder), folder_entries(tmp_path / "base"))}
-    assert (np.asarray(entries["lm_head.weight"].read()) == 3).all()
-    assert entries["model.embed_tokens.weight"].shape == entries["lm_head.weight"].shape == (50, 16)
+    tensors = {e.name: e for e in merged_with_base(adapter_changes(folder), folder_tensors(tmp_path / "base"))}
+    assert (np.asarray(tensors["lm_head.weight"].read()) == 3).all()
+    assert tensors["model.embed_tokens.weight"].shape == tensors["lm_head.weight"].shape == (50, 16)
     merged = dict(adapted.merge_and_unload().named_parameters())
     for name in ("model.layers.1.self_attn.q_proj.weight", "lm_head.weight"):
-        np.testing.assert_allclose(entries[name].read(), merged[name].detach(), atol=1e-6)
+        np.testing.assert_allclose(tensors[name].read(), merged[name].detach(), atol=1e-6)
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import htsr
-from htsr.matrices.checkpoint_files import file_entries, folder_entries
+from htsr.matrices.checkpoint_files import file_tensors, folder_tensors
 from htsr.matrices.folders import read_json
 from tests.models import state_dict
 
 
-def read(entries) -> dict[str, np.ndarray]:
-    return {e.name: np.asarray(e.read().float() if isinstance(e.read(), torch.Tensor) else e.read()) for e in entries}
+def read(tensors) -> dict[str, np.ndarray]:
+    return {e.name: np.asarray(e.read().float() if isinstance(e.read(), torch.Tensor) else e.read()) for e in tensors}
 
 
 def sharded(folder: Path, state, suffix: str = "safetensors") -> Path:
@@ -55,7 +55,7 @@ def test_every_layout_reads_the_same(tmp_path, layout):
         sharded(tmp_path, state, "bin" if "bin" in layout else "safetensors")
         if "without" in layout:
             (tmp_path / "model.safetensors.index.json").unlink()
-    found = folder_entries(tmp_path)
+    found = folder_tensors(tmp_path)
     assert {e.name: e.shape for e in found} == {name: tuple(t.shape) for name, t in state.items()}
     for name, values in read(found).items():
         np.testing.assert_array_equal(values, state[name].numpy())
@@ -66,7 +66,7 @@ def test_every_layout_reads_the_same(tmp_path, layout):
 def test_an_older_pickle_without_the_zip_container(tmp_path):
     state = state_dict(blocks=1)
     torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    for name, values in read(file_entries(tmp_path / "old.pt")).items():
+    for name, values in read(file_tensors(tmp_path / "old.pt")).items():
         np.testing.assert_array_equal(values, state[name].numpy())
 
 
@@ -78,11 +78,11 @@ def test_a_slice_is_what_the_whole_has_there(tmp_path, suffix, shape, seed, half
     tensor = torch.randn(shape).to(torch.bfloat16 if half else torch.float32)
     file = tmp_path / f"x.{suffix}"
     save_file({"x": tensor}, file) if suffix == "safetensors" else torch.save({"x": tensor}, file)
-    (entry,) = file_entries(file)
-    assert (entry.shape, entry.dtype) == (tuple(shape), "bfloat16" if half else "float32")
+    (stored,) = file_tensors(file)
+    assert (stored.shape, stored.dtype) == (tuple(shape), "bfloat16" if half else "float32")
     for i in range(shape[0]):
-        assert torch.equal(torch.as_tensor(entry.read(i)), torch.as_tensor(entry.read())[i])
-        assert torch.equal(torch.as_tensor(entry.read(i)), tensor[i])
+        assert torch.equal(torch.as_tensor(stored.read(i)), torch.as_tensor(stored.read())[i])
+        assert torch.equal(torch.as_tensor(stored.read(i)), tensor[i])
 
 
 def test_a_slice_is_read_without_the_rest(tmp_path):
@@ -101,7 +101,7 @@ def test_a_slice_is_read_without_the_rest(tmp_path):
         stream.seek(8 + len(header) + 40 * one.nbytes)
         stream.write(one.tobytes())
         stream.truncate(8 + len(header) + size)
-    (entry,) = file_entries(file)
+    (tensor,) = file_tensors(file)
 
     def peak(read) -> int:
         tracemalloc.start()
@@ -110,8 +110,8 @@ def test_a_slice_is_read_without_the_rest(tmp_path):
         tracemalloc.stop()
         return found
 
-    assert peak(lambda: entry.read(40)) < 8 * one.nbytes
-    assert peak(lambda: entry.read()[40]) > experts * one.nbytes  # the measure sees what it should
+    assert peak(lambda: tensor.read(40)) < 8 * one.nbytes
+    assert peak(lambda: tensor.read()[40]) > experts * one.nbytes  # the measure sees what it should
 
 
 @pytest.mark.parametrize(

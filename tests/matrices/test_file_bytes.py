@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import htsr
-from htsr.matrices.checkpoint_files import file_entries
+from htsr.matrices.checkpoint_files import file_tensors
 from htsr.matrices.file_bytes import SAFETENSORS_DTYPES, safetensors_header
 from htsr.matrices.gguf_files import gguf_metadata
 
@@ -84,11 +84,11 @@ def test_gguf_of_float64_and_whole_numbers(tmp_path):
         "blk.0.table": np.arange(12, dtype=np.int32).reshape(3, 4),
     }
     gguf_file(tmp_path / "x.gguf", tensors, alignment=64)
-    entries = {entry.name: entry for entry in file_entries(tmp_path / "x.gguf")}
-    assert {name: entry.dtype for name, entry in entries.items()} == {n: str(v.dtype) for n, v in tensors.items()}
+    found = {tensor.name: tensor for tensor in file_tensors(tmp_path / "x.gguf")}
+    assert {name: tensor.dtype for name, tensor in found.items()} == {n: str(v.dtype) for n, v in tensors.items()}
     for name, values in tensors.items():
-        np.testing.assert_array_equal(entries[name].read(), values)
-        np.testing.assert_array_equal(entries[name].read(1), values[1])
+        np.testing.assert_array_equal(found[name].read(), values)
+        np.testing.assert_array_equal(found[name].read(1), values[1])
     rows = {row.name: row for row in htsr.analyze(tmp_path / "x.gguf", device="cpu")}
     singular = np.linalg.svd(tensors["blk.0.attn_q.weight"], compute_uv=False)
     assert rows["blk.0.attn_q"].norm == pytest.approx((singular**2).sum(), rel=1e-12)
@@ -102,8 +102,8 @@ def test_gguf_is_read_as_its_own_package_reads_it(tmp_path):
     assert metadata["llama.block_count"] == reader.fields["llama.block_count"].contents() == 3
     assert list(metadata["llama.attention.head_count_kv"]) == reader.fields["llama.attention.head_count_kv"].contents()
     assert metadata["tokenizer.ggml.tokens"] == 500
-    (tensor,), (entry,) = reader.tensors, file_entries(tmp_path / "x.gguf")
-    np.testing.assert_array_equal(entry.read(), tensor.data)
+    (theirs,), (ours,) = reader.tensors, file_tensors(tmp_path / "x.gguf")
+    np.testing.assert_array_equal(ours.read(), theirs.data)
 
 
 class TestSplitGGUF:

@@ -15,7 +15,7 @@ from torch import nn
 
 import htsr
 from htsr.matrices import pickles
-from htsr.matrices.checkpoint_files import file_entries
+from htsr.matrices.checkpoint_files import file_tensors
 from tests.models import state_dict
 
 STATE = state_dict(blocks=1)
@@ -176,8 +176,8 @@ def test_a_mapping_is_made_anew_after_a_while_and_not_for_each_tensor(tmp_path, 
     loads = []
     monkeypatch.setattr(pickles, "load_pickle", lambda path, load=pickles.load_pickle: loads.append(path) or load(path))
     monkeypatch.setattr(pickles, "_KEPT", 100 * 8 * 8 * 4)
-    for entry in file_entries(tmp_path / "model.pt"):
-        assert float(torch.as_tensor(entry.read())[0, 0]) == float(entry.name.split(".")[1])
+    for tensor in file_tensors(tmp_path / "model.pt"):
+        assert float(torch.as_tensor(tensor.read())[0, 0]) == float(tensor.name.split(".")[1])
     assert len(loads) == 3
 
 

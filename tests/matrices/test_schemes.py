@@ -15,7 +15,7 @@ from torch import nn
 
 import htsr
 from htsr.matrices.apart import matrices_of
-from htsr.matrices.modules import module_config, module_entries
+from htsr.matrices.modules import module_config, module_tensors
 from htsr.matrices.roles import block_of, is_kernel, role_of
 
 SCHEMES = {
@@ -437,9 +437,9 @@ def coverage(step: int) -> tuple[int, int, int]:
     for model_type in architectures(step):
         if (model := built(model_type)) is None:
             continue
-        entries, config = list(module_entries(model)), module_config(model)
-        module = list(matrices_of(entries, config))
-        file = list(matrices_of([replace(entry, kind=None) for entry in entries], config))
+        tensors, config = list(module_tensors(model)), module_config(model)
+        module = list(matrices_of(tensors, config))
+        file = list(matrices_of([replace(tensor, kind=None) for tensor in tensors], config))
         rows = [{(m.name, m.shape, m.pieces) for m in found} for found in (module, file)]
         assert rows[0] == rows[1], model_type
         for m in module:

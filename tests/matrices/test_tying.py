@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import htsr
-from htsr.matrices.checkpoint_files import folder_entries
+from htsr.matrices.checkpoint_files import folder_tensors
 from htsr.matrices.tying import repeated, tied
 from tests.matrices.test_sources import tiny
 
@@ -136,4 +136,4 @@ def test_tables_are_compared_piece_by_piece(tmp_path, monkeypatch):
     model = tiny("LlamaForCausalLM", tie_word_embeddings=True)
     save(model, tmp_path, model.lm_head.weight.detach().clone(), tie=True)
     monkeypatch.setattr(tying, "_COMPARED", 8 * 16 * 7)  # seven rows of forty
-    assert repeated(tied(folder_entries(tmp_path))) == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert repeated(tied(folder_tensors(tmp_path))) == {"lm_head.weight": "model.embed_tokens.weight"}
