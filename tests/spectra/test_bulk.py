@@ -78,6 +78,15 @@ def test_permutation_keeps_the_entries_and_destroys_correlation(random):
     assert not np.array_equal(noise, permute_entries(W, 8))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_the_permutation_is_the_one_that_an_index_would_make(random, dtype):
+    W = random.standard_normal((30, 20)).astype(dtype)
+    index = np.random.Generator(np.random.SFC64((0, 7))).permutation(W.size)
+    noise = permute_entries(W, (0, 7))
+    assert noise.dtype == dtype
+    assert np.array_equal(noise, W.ravel()[index].reshape(W.shape))
+
+
 def test_large_matrices_are_permuted_uniformly_too(random, monkeypatch):
     monkeypatch.setattr("htsr.spectra.bulk._CHUNK", 7)
     monkeypatch.setattr("htsr.spectra.bulk._DEAL_FROM", 0)
