@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from htsr.calibration.outliers import OutlierRow, Outliers, measure_outliers
     from htsr.errors import HtsrError, MatrixError, MissingDependencyError, SourceError, UsageError
     from htsr.matrices.models import Filter, Model, WeightMatrix
+    from htsr.spectra.bulk import signal_to_noise
     from htsr.spectra.density import ESD
     from htsr.spectra.directions import project_tail, remove_traps
     from htsr.spectra.esd import esd
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from htsr.training.layerwise.plan import Plan, layerwise_plan
     from htsr.training.layerwise.policy import Policy
     from htsr.training.layerwise.schedulers import LayerwiseLR
-    from htsr.training.layerwise.wrapper import layerwise, multipliers, remove_layerwise
+    from htsr.training.layerwise.wrapper import layerwise, log_values, multipliers, remove_layerwise
     from htsr.training.lora import lora_config
     from htsr.training.lowrank.groups import low_rank_groups
     from htsr.training.lowrank.optimizer import LowRankAdamW
@@ -47,6 +48,7 @@ _HOMES = {
     "htsr.spectra.density": ("ESD",),
     "htsr.spectra.esd": ("esd",),
     "htsr.spectra.metrics": ("LayerMetrics", "Options"),
+    "htsr.spectra.bulk": ("signal_to_noise",),
     "htsr.spectra.directions": ("project_tail", "remove_traps"),
     "htsr.spectra.tail": ("PowerLawFit", "fit_power_law"),
     "htsr.spectra.windows": ("Windows",),
@@ -54,7 +56,7 @@ _HOMES = {
     "htsr.training.lora": ("lora_config",),
     "htsr.training.callbacks": ("LayerSamplerCallback", "LayerwiseCallback"),
     "htsr.training.layerwise.groups": ("per_group",),
-    "htsr.training.layerwise.wrapper": ("layerwise", "multipliers", "remove_layerwise"),
+    "htsr.training.layerwise.wrapper": ("layerwise", "log_values", "multipliers", "remove_layerwise"),
     "htsr.training.layerwise.plan": ("Plan", "layerwise_plan"),
     "htsr.training.lowrank.optimizer": ("LowRankAdamW",),
     "htsr.training.lowrank.groups": ("low_rank_groups",),
@@ -101,6 +103,7 @@ __all__ = [
     "fit_power_law",
     "layerwise",
     "layerwise_plan",
+    "log_values",
     "lora_config",
     "low_rank_groups",
     "measure_outliers",
@@ -111,6 +114,7 @@ __all__ = [
     "project_tail",
     "remove_layerwise",
     "remove_traps",
+    "signal_to_noise",
     "spectral_projection",
 ]
 

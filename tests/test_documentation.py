@@ -212,7 +212,7 @@ def test_every_column_is_defined(hooks):
 def test_links_to_the_repository_are_turned(hooks):
     assert hooks.turned("../../estimators/README.md#x", "") == "studies/estimators/README.md#x"
     assert hooks.turned("../../../pictures/report.png", "coming-from") == "../studies/pictures/report.png"
-    assert hooks.turned("../../../htsr/recipes/one_cpu.yaml", "") == "recipes/one_cpu.yaml"
+    assert hooks.turned("../../../htsr/finetuning/recipes/one_cpu.yaml", "") == "recipes/one_cpu.yaml"
     for own in ("analyze.md", "../definitions.md", "../../../../README.md", "https://example.org/a"):
         assert hooks.turned(own, "coming-from") == own
 

@@ -1,4 +1,6 @@
 import difflib
+import re
+from pathlib import Path
 
 import pytest
 
@@ -16,3 +18,12 @@ def test_nothing_public_has_changed_unnoticed():
             f"say it in CHANGELOG.md\n{difference}",
             pytrace=False,
         )
+
+
+@pytest.mark.parametrize("path", ["README.md", "reports/documentation/pages/**/*.md", "tests/examples/*.py"])
+def test_what_users_copy_names_no_private_module(path):
+    files = sorted(Path(__file__).parents[1].glob(path))
+    assert files
+    for file in files:
+        private = re.findall(r"^ *(?:from|import) (htsr\.\w+.*)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not private, f"{file.name}: {private[0]}"

@@ -26,7 +26,7 @@ class LayerwiseCallback(TrainerCallback):
     Learning rate, weight decay, betas and scheduler are those of the Trainer's arguments, and its checkpoints resume.
     An optimizer that was given to the Trainer is made layerwise as well, unless it is already. Each time that the
     Trainer logs, which it does with the lr of its first group, the user's own, this adds what
-    `htsr.training.layerwise.wrapper.log_values` returns.
+    `htsr.log_values` returns.
 
     Args:
         trainer: the one that the callback is added to, before `train`.

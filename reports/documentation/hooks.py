@@ -19,7 +19,7 @@ from htsr.spectra.metrics import LayerMetrics
 
 ROOT = Path(__file__).parents[2]
 PAGES = "reports/documentation/pages"
-PLACES = {"reports": "studies", "htsr/recipes": "recipes"}  # folders of the repository on the site
+PLACES = {"reports": "studies", "htsr/finetuning/recipes": "recipes"}  # folders of the repository on the site
 SCIENCE = (
     "spectra.esd", "spectra.density", "spectra.eigenvalues", "spectra.resolution", "spectra.product", "spectra.windows", "spectra.tail", "spectra.scan",
     "spectra.erg", "spectra.bulk", "spectra.null", "spectra.alternatives", "spectra.quality", "spectra.lanczos", "spectra.scores", "spectra.directions", "spectra.nudge", "allocate",
@@ -31,7 +31,9 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the recipes, the studies, and a page that lists them."""
     studies = sorted(ROOT.glob("reports/*/README.md"))
     others = [
-        path for pattern in ("reports/*/*.png", "reports/*/*.svg", "htsr/recipes/*.yaml") for path in ROOT.glob(pattern)
+        path
+        for pattern in ("reports/*/*.png", "reports/*/*.svg", "htsr/finetuning/recipes/*.yaml")
+        for path in ROOT.glob(pattern)
     ]
     for path in [*studies, *sorted(others)]:
         there = place(path.relative_to(ROOT).as_posix())

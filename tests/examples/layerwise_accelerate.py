@@ -5,7 +5,6 @@ from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
 import htsr
-from htsr.training.layerwise.wrapper import log_values
 
 accelerator = Accelerator()
 model = LlamaForCausalLM(
@@ -22,4 +21,4 @@ for _ in range(steps):
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
-    accelerator.log(log_values(optimizer))
+    accelerator.log(htsr.log_values(optimizer))
