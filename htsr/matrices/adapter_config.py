@@ -30,17 +30,17 @@ class AdapterConfig:
     """The configuration of an adapter.
 
     Attributes:
-        folder: where it lies.
-        method: PEFT's name of it, such as ``LORA``.
-        base: the model that it was trained on; None where it names none.
-        alpha: LoRA's `lora_alpha`; None where it is not said.
-        alpha_pattern: `lora_alpha` by pattern of module names.
+        folder: folder of the adapter.
+        method: PEFT's name for the kind of adapter, such as ``LORA``.
+        base: path or hub id of the model that the adapter was trained on; None where the file names none.
+        alpha: LoRA's `lora_alpha`; None where the file gives none.
+        alpha_pattern: values of `lora_alpha` for some modules, by a pattern of their names.
         rank_stabilised: whether ΔW is scaled by alpha/√r instead of alpha/r.
-        dora: whether it is DoRA.
+        dora: whether the adapter is DoRA.
         transposed: whether the adapted layers store (in, out), as GPT-2's do.
-        needs_base: why ΔW depends on the base; empty where it does not.
-        at_random: whether the part of the base's weights that it began with cannot be computed again.
-        parameters: adapted parameters that are no layers of their own.
+        needs_base: reason why ΔW depends on the base; empty where it does not.
+        at_random: whether training began from a random part of the base's weights, which cannot be computed again.
+        parameters: names of adapted parameters that are not layers of their own.
         saved: last components of the names of modules that are trained and saved whole.
         tokens: whether single rows of embeddings are trained.
     """
@@ -65,11 +65,14 @@ class AdapterConfig:
         return self.method not in _PROMPTS
 
     def scaling(self, module: str, rank: int) -> float:
-        """What B·A is multiplied with.
+        """The number that B·A is multiplied with.
 
         Args:
             module: name of the adapted layer.
-            rank: of its A and B.
+            rank: rank r of its factors A and B.
+
+        Returns:
+            alpha/r, or alpha/√r with rank-stabilised LoRA.
         """
         matches = (alpha for key, alpha in self.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", module))
         alpha = next(matches, self.alpha)
@@ -80,7 +83,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """The configuration of the adapter in `folder`.
 
     Raises:
-        SourceError: it is not there, no JSON object, or a value has no meaning; the message names its key.
+        SourceError: the file is missing or not a JSON object, or a value in it has no meaning; the message names the
+            key.
     """
     content = read_json(folder / CONFIG)
 

@@ -53,13 +53,14 @@ def base_of(folder: Path) -> str | None:
 
 
 def adapter_changes(folder: Path) -> list[StoredTensor]:
-    """One tensor for the ΔW of each adapted module, and those of `modules_to_save`, under the base's names.
+    """The ΔW of each adapted module and the tensors of `modules_to_save`, under the base's names.
 
     Args:
-        folder: of the adapter, as PEFT writes it.
+        folder: folder of the adapter, as PEFT writes it.
 
     Raises:
-        SourceError: no adapter weights, or a method whose change is computed on the base, or changes no weight.
+        SourceError: the folder has no adapter weights, or the method's change can only be computed on the base, or it
+            changes no weight.
     """
     config = read_adapter_config(folder)
     refuse_prompts(config)
@@ -77,10 +78,10 @@ def refuse_prompts(config: AdapterConfig) -> None:
     """Refuse an adapter that changes no weight.
 
     Args:
-        config: of the adapter.
+        config: configuration of the adapter.
 
     Raises:
-        SourceError: it is one.
+        SourceError: the adapter changes no weight: it is a prompt, or of that kind.
     """
     if not config.changes_weights:
         raise SourceError(f"{config.folder} is a {config.method} adapter: it adds to the input and changes no weight")
@@ -90,7 +91,7 @@ def adapter_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of the adapter in `folder` by name, without PEFT's prefix.
 
     Raises:
-        SourceError: there are none, or they cannot be read.
+        SourceError: the folder holds no tensors, or they cannot be read.
     """
     for name in _FILES:
         if (folder / name).is_file():
@@ -102,7 +103,7 @@ def whole_tensors(stored: dict[str, StoredTensor]) -> list[StoredTensor]:
     """The tensors that an adapter saves whole, under the base's names: `modules_to_save`, resized embeddings.
 
     Args:
-        stored: of the adapter.
+        stored: tensors of the adapter by name, from `adapter_tensors`.
     """
     found: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
@@ -122,11 +123,11 @@ def merged_with_base(adapter: list[StoredTensor], base: list[StoredTensor]) -> l
     """The base's tensors, those that the adapter touches replaced by W + ΔW (or by what it holds whole).
 
     Args:
-        adapter: from `adapter_changes`.
-        base: of the base model.
+        adapter: changes from `adapter_changes`.
+        base: stored tensors of the base model.
 
     Raises:
-        SourceError: an adapted module that the base has not, or of another shape.
+        SourceError: the base lacks an adapted module, or has it in another shape.
     """
     by_name = {tensor.name: tensor for tensor in base}
     for tensor in adapter:
@@ -152,13 +153,13 @@ def merged_with_base(adapter: list[StoredTensor], base: list[StoredTensor]) -> l
 
 
 def loose_factors(tensors: list[StoredTensor]) -> list[StoredTensor]:
-    """`tensors` in which the factors of adapters that lie there without a configuration are no matrices.
+    """`tensors`, in which factors of an adapter that have no configuration beside them do not count as matrices.
 
-    Kohya's ``lora_down`` and ``lora_up`` with their ``alpha`` become the tensor of ΔW = alpha/r · up·down; all others
-    get a problem that says so.
+    A spectrum of A or B alone says nothing about ΔW. Kohya's ``lora_down`` and ``lora_up`` with their ``alpha`` become
+    one tensor, ΔW = alpha/r · up·down; all other factors get a problem that says what is missing.
 
     Args:
-        tensors: of a file, or of a state dict.
+        tensors: stored tensors of a file or of a state dict.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
     changes = {f"{module}.lora_down.weight": change for module, change in _kohya(by_name)}
@@ -177,7 +178,7 @@ def loose_factors(tensors: list[StoredTensor]) -> list[StoredTensor]:
 
 
 def _kohya(by_name: dict[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor]]:
-    """Modules, each with the tensor of its ΔW, whose two factors and alpha are all there and all there is."""
+    """The modules for which both factors and alpha are stored, and nothing else, each with its ΔW."""
     for name, down in by_name.items():
         module, found, _ = name.partition(".lora_down.weight")
         up, alpha = by_name.get(f"{module}.lora_up.weight"), by_name.get(f"{module}.alpha")
@@ -191,15 +192,19 @@ def _kohya(by_name: dict[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor
 
 
 def dora_factor(adapted: Any, magnitude: Any, transposed: bool) -> Any:
-    """What DoRA multiplies W + ΔW with: magnitude / ‖W + ΔW‖, one per output.
+    """The factor that DoRA multiplies W + ΔW with: magnitude / ‖W + ΔW‖, one number per output.
 
     Args:
         adapted: W + ΔW, (out, in, …), or (in, out) where `transposed`; NumPy or torch.
-        magnitude: of any shape with one entry per output.
-        transposed: embeddings and GPT-2's Conv1D.
+        magnitude: DoRA's trained magnitudes, in any shape with one entry per output.
+        transposed: whether W is stored (in, out), as embeddings and GPT-2's Conv1D are.
 
     Returns:
-        In a shape that broadcasts against `adapted`.
+        (out, 1, …), or (1, out) where `transposed`, so that it broadcasts against `adapted`.
+
+    Examples:
+        >>> dora_factor(np.array([[3.0, 4.0], [0.0, 2.0]]), np.array([10.0, 1.0]), transposed=False).tolist()
+        [[2.0], [0.5]]
 
     Source: DoRA (arXiv 2402.09353), eq. 5.
     """
@@ -250,7 +255,7 @@ class _Delta:
 
 
 def _change(name: str, A: StoredTensor, stored: dict[str, StoredTensor], config: AdapterConfig) -> StoredTensor:
-    """The tensor of the ΔW whose first factor is `A`."""
+    """The ΔW whose first factor is `A`, as a stored tensor."""
     module, embedding = _FACTOR_A.sub(r"\1", name), "lora_embedding_A" in name
     B = stored.get(name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B"))
     if B is None:
@@ -310,18 +315,18 @@ class Sum:
     """Reads W + ΔW, in float64 where W is stored so, else in float32.
 
     Attributes:
-        base: the tensor of W.
-        delta: reads ΔW.
+        base: stored tensor of W.
+        delta: reader of ΔW.
     """
 
     base: StoredTensor
     delta: _Delta
 
     def __call__(self, index: int | None = None) -> Array:
-        """The whole tensor, of the shape of `base`, or the slice [i] of its first axis.
+        """The sum in the shape of `base`, or one slice of its first axis.
 
         Args:
-            index: i; None for the whole.
+            index: number of the slice; None for the whole tensor.
         """
         own = as_numpy(self.base.read())
         own = own if own.dtype == np.float64 else own.astype("float32")

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from htsr.arrays import Array, Product
 from htsr.matrices import fused, roles
@@ -17,10 +17,6 @@ from htsr.matrices.naming import leaf
 from htsr.matrices.positions import Position
 from htsr.matrices.quantized import is_packed
 from htsr.matrices.stored_tensors import FLOATS, StoredTensor
-
-if TYPE_CHECKING:
-    pass
-
 
 # a layer's weight, whatever the layer is called: a bias that is computed has weights, too
 _WEIGHTS = re.compile(r"(^|[._/])(weight(_[ih][hr]_l\d+(_reverse)?)?|kernel|embedding)$")
@@ -36,8 +32,11 @@ def matrices_of(tensors: list[StoredTensor], config: dict[str, Any]) -> Iterator
     """The weight matrices in stored tensors: tied heads once, fused and stacked ones apart.
 
     Args:
-        tensors: of a model, in its order.
-        config: its ``config.json``, empty where not known.
+        tensors: stored tensors of a model, in its order.
+        config: the model's ``config.json``; empty where it is not known.
+
+    Returns:
+        The matrices one after the other. A tensor that cannot be taken apart gives one matrix that says why.
     """
     weights = [tensor for tensor in tensors if _is_weight(tensor)]
     found = roles.roles_of((tensor.name, tensor.kind) for tensor in weights)

@@ -20,11 +20,11 @@ class Blocks:
     """The repeated blocks of a model, in order; indexed from 0.
 
     Attributes:
-        names: their module names without wrappers, as in ``model.layers.0``.
-        modules: the modules.
-        tower: name of the module that they lie in with their embedding, ``model.language_model`` in a vision-language
-            model; empty where that is the whole.
-        others: names of the other lists of modules, such as a vision tower's blocks.
+        names: module names of the blocks without wrappers' prefixes, as in ``model.layers.0``.
+        modules: the blocks themselves.
+        tower: name of the module that holds the blocks and their embedding, such as ``model.language_model`` in a
+            vision-language model; empty where that is the whole model.
+        others: names of the model's other lists of modules, such as the blocks of a vision tower.
     """
 
     names: tuple[str, ...]
@@ -75,12 +75,12 @@ def find_blocks(model: torch.nn.Module, blocks: str | Sequence[str] | None = Non
     block) do not count.
 
     Args:
-        model: wrapped or not.
-        blocks: name of the list to take instead, as in ``model.visual.blocks``, or several.
+        model: the model, wrapped or not.
+        blocks: name of the list to take instead, as in ``model.visual.blocks``, or several such names.
 
     Raises:
-        SourceError: the model has no such list.
-        UsageError: no list is called `blocks`.
+        SourceError: the model has no list of modules with parameters.
+        UsageError: the model has no list with the name given as `blocks`.
     """
     lists = _lists(model)
     if not lists:

@@ -26,11 +26,13 @@ def file_tensors(path: Path) -> list[StoredTensor]:
     """The tensors of one file, by its suffix, in natural order of their names.
 
     Args:
-        path: a .safetensors, .gguf or PyTorch file. A shard stands for all of its set, an index for its shards.
+        path: a .safetensors, .gguf or PyTorch file. One shard stands for all shards of its set, and an index for the
+            shards that it lists.
 
     Raises:
-        SourceError: missing, empty, truncated, of unknown kind, or a pickle of more than tensors.
-        MissingDependencyError: a .gguf file without the gguf package.
+        SourceError: the file is missing, empty, truncated or of an unknown kind, or a pickle that holds more than
+            tensors.
+        MissingDependencyError: the file is a .gguf, and the gguf package is not installed.
     """
     return _together(named_files(path) if path.exists() else ModelFiles((path,)))
 
@@ -42,7 +44,7 @@ def folder_tensors(folder: Path) -> list[StoredTensor]:
     holds is given all the same, with a problem.
 
     Raises:
-        SourceError: no weights in it, several models, or shards that are missing or cannot be read.
+        SourceError: the folder holds no weights or several models, or shards are missing or cannot be read.
     """
     return _together(model_files(folder))
 
@@ -51,7 +53,7 @@ def state_dict_tensors(state: Mapping[str, Any]) -> list[StoredTensor]:
     """The tensors of a `state` dict in memory, bare or wrapped as training scripts save it; other values are left out.
 
     Raises:
-        SourceError: it holds several state dicts.
+        SourceError: `state` holds several state dicts.
     """
     tensors = state_dict_in(state, "the state dict")
     names = clean_names(tensors)

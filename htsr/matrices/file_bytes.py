@@ -49,12 +49,12 @@ def read_bytes(file: Path, offset: int, count: int) -> np.ndarray[Any, np.dtype[
     """`count` bytes of a file, a copy in memory.
 
     Args:
-        file: to read.
-        offset: of the first byte.
-        count: of bytes.
+        file: file to read.
+        offset: position of the first byte in the file.
+        count: number of bytes.
 
     Raises:
-        OSError: the file ends before, or cannot be read.
+        OSError: the file ends earlier, or cannot be read.
     """
     data = np.fromfile(file, dtype=np.uint8, count=count, offset=offset)
     if data.size != count:
@@ -64,13 +64,13 @@ def read_bytes(file: Path, offset: int, count: int) -> np.ndarray[Any, np.dtype[
 
 @dataclass(frozen=True)
 class TensorInFile:
-    """The place of a tensor, in C order.
+    """A tensor and where its bytes lie in a file, in C order.
 
     Attributes:
-        file: that holds it.
-        offset: of the first byte, from the start of the file.
-        dtype: as torch names it.
-        shape: of the tensor.
+        file: file that holds the tensor.
+        offset: position of its first byte, from the start of the file.
+        dtype: dtype of the tensor, as torch names it.
+        shape: shape of the tensor.
     """
 
     file: Path
@@ -79,13 +79,17 @@ class TensorInFile:
     shape: tuple[int, ...]
 
     def array(self, index: int | slice | None = None) -> Array:
-        """The tensor, of its `shape`, or what is at `index` along its first axis, without reading the others.
+        """The tensor, or what is at `index` along its first axis, read without the rest of the tensor.
 
-        NumPy, or torch for a dtype that NumPy lacks.
+        Args:
+            index: number or range of slices of the first axis; None for the whole tensor.
+
+        Returns:
+            NumPy, or torch for a dtype that NumPy lacks; in the stored dtype.
 
         Raises:
-            OSError: the file ends before.
-            TypeError: a dtype that torch lacks, too.
+            OSError: the file ends earlier.
+            TypeError: neither NumPy nor torch has the dtype.
         """
         shape, first = self.shape, 0
         if isinstance(index, slice):
@@ -132,7 +136,7 @@ def safetensors_header(file: Path) -> dict[str, TensorInFile]:
     """The tensors of a safetensors `file` by name, as stored, in the order of its header.
 
     Raises:
-        SourceError: not a safetensors file, truncated, or one whose header does not fit its data.
+        SourceError: the file is not a safetensors file, is truncated, or has a header that does not fit its data.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -46,9 +46,9 @@ class ModelFiles:
     """The files that make a model.
 
     Attributes:
-        files: in their order.
-        assigned: the file of each tensor, as an index says; empty without one.
-        index: the file that says so; None without one.
+        files: the weight files, in their order.
+        assigned: the file of each tensor by name, as an index gives it; empty where there is no index.
+        index: the index file; None where there is none.
     """
 
     files: tuple[Path, ...]
@@ -60,7 +60,7 @@ def model_files(folder: Path) -> ModelFiles:
     """The files that hold the weights of the model in `folder`.
 
     Raises:
-        SourceError: no weights in it, several models, shards that are missing, or an index that is none.
+        SourceError: the folder holds no weights or several models, shards are missing, or its index cannot be used.
     """
     names = [name for name in (_named_by_config(folder), *TRANSFORMERS_ORDER) if name and (folder / name).is_file()]
     if names:
@@ -80,7 +80,7 @@ def named_files(file: Path) -> ModelFiles:
     """The files of the model that a `file` stands for: an index, or a shard with all others of its set.
 
     Raises:
-        SourceError: shards that are missing, or an index that is none.
+        SourceError: shards are missing, or the index cannot be used.
     """
     if _INDEX.search(file.name):
         return _indexed(file)
@@ -96,7 +96,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a model `folder`; empty where there is none.
 
     Raises:
-        SourceError: it is not a JSON object.
+        SourceError: the file is not a JSON object.
     """
     file = folder / "config.json"
     return read_json(file) if file.is_file() else {}
@@ -106,7 +106,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a `file`.
 
     Raises:
-        SourceError: not JSON, or not an object.
+        SourceError: the file is not JSON, or not an object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -121,7 +121,7 @@ def weight_map(index: Path) -> dict[str, str]:
     """The file name of each tensor, as an `index` of shards says.
 
     Raises:
-        SourceError: not an index, or one that names files elsewhere.
+        SourceError: the file is not an index, or it names files in other folders.
     """
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found:
@@ -136,7 +136,7 @@ def shards_of(index: Path) -> list[str]:
     """The file names in an `index` of shards.
 
     Raises:
-        SourceError: not an index, or one that names files elsewhere.
+        SourceError: the file is not an index, or it names files in other folders.
     """
     return sorted(set(weight_map(index).values()))
 

@@ -38,9 +38,9 @@ class Part:
     """One matrix inside a fused one.
 
     Attributes:
-        suffix: ``q``, ``k``, ``v``, ``gate``, ``up``, or the gate of an RNN.
-        shape: of the part.
-        index: picks the part out of the loaded tensor.
+        suffix: what the part is: ``q``, ``k``, ``v``, ``gate``, ``up``, or a gate of an RNN.
+        shape: (rows, columns) of the part.
+        index: NumPy index that takes the part out of the loaded tensor.
     """
 
     suffix: str
@@ -60,13 +60,19 @@ def split(
     """Parts of a matrix; none where it is not fused, or its layout is not known.
 
     Args:
-        leaf: last component of the name, lower case, such as ``c_attn``.
-        part: what its role ends in, such as ``qkv``.
+        leaf: last component of the matrix's name, lower case, such as ``c_attn``.
+        part: last component of the matrix's role, such as ``qkv``.
         shape: (m, n) of the matrix.
-        config: the configuration of this part of the model (its ``config.json``), empty where not known.
-        stacked: whether it is one of several experts in a 3-D tensor.
-        inner: the width that belongs to it by another tensor of the model: what the ``down`` beside an ``up`` takes in,
-            or the hidden size of the RNN; 0 where not known.
+        config: configuration of this part of the model (from its ``config.json``); empty where it is not known.
+        stacked: whether the matrix is one of several experts in a 3-D tensor.
+        inner: width that another tensor of the model gives: the number of inputs of the ``down`` beside an ``up``, or
+            the hidden size of the RNN; 0 where it is not known.
+
+    Examples:
+        >>> [(part.suffix, part.shape) for part in split("c_attn", "qkv", (64, 192), {"model_type": "gpt2"})]
+        [('q', (64, 64)), ('k', (64, 64)), ('v', (64, 64))]
+        >>> split("query_key_value", "qkv", (192, 64), {})  # head by head or in sequence? Nothing says so
+        []
     """
     model_type = str(config.get("model_type", ""))
     if part == "gate_up" or (leaf, model_type) == ("dense_h_to_4h", "chatglm"):

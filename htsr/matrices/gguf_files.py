@@ -38,10 +38,10 @@ def gguf_metadata(path: Path) -> dict[str, Any]:
     """The metadata of a GGUF file: numbers, texts, arrays of numbers; an array of texts as its length.
 
     Args:
-        path: of the file.
+        path: the GGUF file.
 
     Raises:
-        SourceError: not a GGUF file, or truncated.
+        SourceError: the file is not a GGUF file, or is truncated.
     """
     return _header(path)[0]
 
@@ -50,11 +50,11 @@ def gguf_tensors(path: Path) -> list[StoredTensor]:
     """The tensors of a GGUF file, which read as floats.
 
     Args:
-        path: of the file.
+        path: the GGUF file.
 
     Raises:
-        SourceError: not a GGUF file, or truncated.
-        MissingDependencyError: without the gguf package.
+        SourceError: the file is not a GGUF file, or is truncated.
+        MissingDependencyError: the gguf package is not installed.
     """
     try:
         import gguf  # noqa: F401

@@ -72,15 +72,17 @@ def answers(repo: str, revision: str | None = None, kind: Literal["model", "data
 
 @contextmanager
 def reached(repo: str, revision: str | None = None, kind: Literal["model", "dataset"] = "model") -> Iterator[None]:
-    """Where the hub does not answer for `repo`, what happens inside goes by the cache, without a word or a retry.
+    """A context in which huggingface_hub uses only its cache if the hub does not answer for `repo`.
+
+    Without it each file would be asked for again and again, and each failure logged.
 
     Args:
-        repo: as for `answers`.
-        revision: likewise.
-        kind: likewise.
+        repo: ``owner/name`` or ``name``.
+        revision: branch, tag or commit; the default branch if None.
+        kind: model or data set.
 
     Raises:
-        SourceError: as `answers`.
+        SourceError: the hub has no such repository or revision.
     """
     from huggingface_hub import constants
 
@@ -100,7 +102,8 @@ def fetch(repo: str, revision: str | None = None) -> Path:
         revision: branch, tag or commit; the default branch if None.
 
     Raises:
-        SourceError: no such model or revision, no access, no weights in a known format, or not to be had offline.
+        SourceError: the hub has no such model or revision, refuses access, or has no weights in a known format; or it
+            cannot be reached, and the cache does not hold the model.
     """
     with reached(repo, revision):
         return _fetched(repo, revision)
@@ -162,8 +165,8 @@ def fetch_rest(repo: str, revision: str | None = None) -> None:
     What cannot be had (offline) is left out, with a warning in the log.
 
     Args:
-        repo: as for `fetch`.
-        revision: likewise.
+        repo: ``owner/model`` or ``model``.
+        revision: branch, tag or commit; the default branch if None.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

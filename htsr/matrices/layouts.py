@@ -59,8 +59,8 @@ def original_layout(tensors: Iterable[StoredTensor], metadata: Metadata) -> list
     q and k of an architecture of which it is not known whether they were permuted keep their rows, and a warning.
 
     Args:
-        tensors: of the file or its parts.
-        metadata: of the file, by key, as in ``llama.attention.head_count``.
+        tensors: stored tensors of the GGUF file, or of its parts.
+        metadata: metadata of the file by key, as in ``llama.attention.head_count``.
     """
     architecture = str(metadata.get("general.architecture"))
     return [_original(tensor, architecture, metadata) for tensor in tensors]
@@ -88,9 +88,12 @@ def meta_layout(
     """The `tensors` of a model, and its configuration; those of a checkpoint in Meta's format as transformers has them.
 
     Args:
-        tensors: of a model.
-        params: what its ``params.json`` says of its heads; empty where there is none.
-        config: its ``config.json``; a model that has one with a model_type is in transformers' format.
+        tensors: stored tensors of a model.
+        params: content of its ``params.json``, which tells the number of heads; empty where there is none.
+        config: content of its ``config.json``. Where that has a model_type, the model is in transformers' format.
+
+    Returns:
+        The tensors, and the configuration with what `params` adds to it.
     """
     tensors = list(tensors)
     if "model_type" in config or not any(_META.fullmatch(tensor.name) for tensor in tensors):
@@ -112,7 +115,7 @@ def flax_layout(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
     stack has one more axis in front.
 
     Args:
-        tensors: of a file.
+        tensors: stored tensors of a file.
     """
     why = "{} is a kernel of flax with {} axes, which can be laid out in several ways"
     return [
@@ -132,10 +135,10 @@ def as_named(
     """The `tensors` of one model under the names of another, where one of the two is a GGUF file.
 
     Args:
-        tensors: those of them that have no counterpart keep their names.
-        others: of the other model.
-        config: of the first; of a GGUF file from `gguf_config`.
-        other_config: of the other.
+        tensors: stored tensors of the one model; those without a counterpart keep their names.
+        others: stored tensors of the other model.
+        config: configuration of the one model; that of a GGUF file is from `gguf_config`.
+        other_config: configuration of the other model.
     """
     tensors = list(tensors)
     of_gguf = [c for c in (config, other_config) if "gguf_architecture" in c]

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from htsr.arrays import Array, Product
 from htsr.errors import MatrixError, UsageError
 from htsr.matrices import roles
 from htsr.matrices.patterns import matches, require
 from htsr.matrices.positions import Position
-
-if TYPE_CHECKING:
-    pass
 
 Read = TypeVar("Read")
 
@@ -24,20 +21,28 @@ class WeightMatrix:
     """One weight matrix (or stack of kernel slices) of a model, unread.
 
     Attributes:
-        name: as the checkpoint names it without ``.weight``, with ``[q]`` or ``[3]`` for a part of a fused tensor.
+        name: name in the checkpoint without ``.weight``, with ``[q]`` or ``[3]`` for a part of a fused tensor.
         shape: (rows, columns) of the matrix, or of one slice of a kernel.
-        pieces: slices of a convolution kernel or of another stack; 1 for a plain matrix.
-        role: what it does (`htsr.matrices.roles`).
-        block: index of its block; None outside of all.
+        pieces: number of slices of a convolution kernel or of another stack; 1 for a plain matrix.
+        role: what the matrix does in the model (`htsr.matrices.roles`).
+        block: index of the transformer block that it lies in; None outside of all blocks.
         kind: ``linear``, ``embedding``, ``conv``, ``expert``, ``adapter``, or ``stack`` of slices that are no kernel
             (one matrix per head, say).
-        dtype: it is stored in, as torch names it.
-        load: reads it: (rows, columns), or (pieces, rows, columns).
-        position: where it stands in its stored tensor.
-        problem: (status, sentence) where it cannot be read.
-        warning: what a reader of its row should know.
-        factors: reads the two factors that it is the product of, such as B and A of a LoRA adapter; None where there
-            are none.
+        dtype: dtype that the matrix is stored in, as torch names it.
+        load: function that reads the matrix: (rows, columns), or (pieces, rows, columns).
+        position: place of the matrix in its stored tensor.
+        problem: (status, sentence) where the matrix cannot be read.
+        warning: sentence that a reader of its row should know; empty where there is none.
+        factors: function that reads the two factors whose product the matrix is, such as B and A of a LoRA adapter;
+            None where there are none.
+
+    Examples:
+        >>> import htsr, numpy as np, torch
+        >>> (matrix,) = htsr.describe({"layers.0.mlp.up_proj.weight": torch.ones(8, 4)})
+        >>> matrix.name, matrix.role, matrix.block, matrix.shape, matrix.dtype
+        ('layers.0.mlp.up_proj', 'mlp.up', 0, (8, 4), 'float32')
+        >>> float(np.asarray(matrix.read()).sum())
+        32.0
     """
 
     name: str
@@ -60,23 +65,23 @@ class WeightMatrix:
 
     @property
     def cost(self) -> float:
-        """Flops of the exact route, for sharing the work out: Gram matrix and eigenvalues."""
+        """Floating-point operations of Gram matrix and eigenvalues, by which threads and processes share the work."""
         small, large = sorted(self.shape)
         return float(self.pieces * (small * small * large + 4 / 3 * small**3))
 
     def read(self) -> Array:
-        """The matrix, (rows, columns) or (pieces, rows, columns), as floats; what it is stored as, or float32.
+        """The matrix, (rows, columns) or (pieces, rows, columns), in the stored float dtype, or else in float32.
 
         Raises:
-            MatrixError: it cannot be read; the message names the tensor.
+            MatrixError: the matrix cannot be read; the message names the tensor.
         """
         return self._attempt(self.load)
 
     def opened(self) -> Array | Product:
-        """As `read`, (rows, columns) or (pieces, rows, columns), but a product of factors as those.
+        """The matrix as `read` gives it, or as its two factors where it is their product.
 
         Raises:
-            MatrixError: as `read`.
+            MatrixError: the matrix cannot be read; the message names the tensor.
         """
         return self._attempt(self.factors or self.load)
 
@@ -92,7 +97,7 @@ class WeightMatrix:
 
 
 def by_tensor(matrices: Iterable[WeightMatrix]) -> list[list[WeightMatrix]]:
-    """The `matrices` that are parts of one tensor together, in their order."""
+    """`matrices` in groups: those that are parts of one tensor together, in their order."""
     tensors: dict[str, list[WeightMatrix]] = {}
     for matrix in matrices:
         tensors.setdefault(roles.whole_name(matrix.name), []).append(matrix)
@@ -103,20 +108,27 @@ def by_tensor(matrices: Iterable[WeightMatrix]) -> list[list[WeightMatrix]]:
 class Filter:
     """Which matrices are wanted. Patterns are shell-style and match whole names, as in ``*.q_proj`` or ``mlp.*``.
 
-    ``*`` and ``?`` are wildcards, brackets stand for themselves: ``*.c_attn[q]`` is the query in a fused tensor. Of
-    patterns and of block indices any collection is taken, and of patterns one alone.
+    ``*`` and ``?`` are wildcards, brackets stand for themselves: ``*.c_attn[q]`` is the query in a fused tensor.
+    Patterns and block indices can be given as any collection, and a single pattern as a string.
 
     Attributes:
         include: name patterns, any of which must match; empty for all.
         exclude: name patterns, none of which may match.
         roles: role patterns, any of which must match; empty for all.
         blocks: block indices; None for all matrices, also those outside of blocks.
-        min_size: least M, the smaller side.
-        max_size: largest M; None for any.
+        min_size: smallest M that is wanted; M is the smaller side of a matrix.
+        max_size: largest M that is wanted; None for any.
         exclude_roles: role patterns, none of which may match.
 
     Raises:
-        UsageError: a field of another kind.
+        UsageError: a field has a value of another kind.
+
+    Examples:
+        >>> import htsr, torch
+        >>> state = {f"layers.{i}.{name}.weight": torch.ones(8, 8) for i in (0, 1) for name in ("q_proj", "up_proj")}
+        >>> where = htsr.Filter(include="*.q_proj", blocks=[1])
+        >>> [matrix.name for matrix in htsr.describe(state, where=where)]
+        ['layers.1.q_proj']
     """
 
     include: tuple[str, ...] = ()
@@ -160,11 +172,11 @@ class Filter:
         """Refuse what can only be a mistake: a pattern or block that no matrix has.
 
         Args:
-            matrices: of the model or models that it is meant for, before it is applied.
-            of: what to call them.
+            matrices: all matrices of the model or models that the filter is meant for.
+            of: what to call these models in the sentence.
 
         Raises:
-            UsageError: the pattern with the nearest name, or the block with those there are.
+            UsageError: a pattern or block has no matrix; the message has the nearest name, or the blocks there are.
         """
         matrices = list(matrices)
         require(self.include + self.exclude, {m.name for m in matrices}, of)
@@ -176,14 +188,14 @@ class Filter:
 
 
 def as_filter(where: Filter | None, default: Filter | None = None) -> Filter:
-    """What a caller's `where` says.
+    """The filter that a caller's `where` stands for.
 
     Args:
-        where: as given.
-        default: what None stands for; all matrices, if None.
+        where: a `Filter`, or None.
+        default: filter that None stands for; None again stands for one that takes all matrices.
 
     Raises:
-        UsageError: it is no `Filter`.
+        UsageError: `where` is neither.
     """
     if where is not None and not isinstance(where, Filter):
         raise UsageError(f"where takes a Filter such as htsr.Filter(roles='attn.*'), not {where!r}")
@@ -217,9 +229,17 @@ class Model:
     """A model as its matrices.
 
     Attributes:
-        label: what to call it: path, hub id, or class name.
-        matrices: all weight matrices, in the model's order, tied ones once.
-        fingerprint: changes when the source does; None for sources in memory.
+        label: what to call the model: path, hub id, or class name.
+        matrices: all weight matrices in the model's order; tied ones count once.
+        fingerprint: text that changes when the model's files do; None for sources in memory.
+
+    Examples:
+        >>> import htsr, torch
+        >>> model = htsr.describe(torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 3)))
+        >>> model
+        <Model 'Sequential': 2 matrices>
+        >>> [(matrix.name, matrix.shape, matrix.kind) for matrix in model]
+        [('0', (10, 4), 'embedding'), ('1', (3, 4), 'linear')]
     """
 
     label: str
@@ -236,11 +256,11 @@ class Model:
         """The same model with the wanted matrices only.
 
         Args:
-            wanted: decides on each.
-            checked: whether `wanted.check` was called before, on several models together.
+            wanted: filter that each matrix has to pass.
+            checked: whether `wanted.check` has been called before, for several models together.
 
         Raises:
-            UsageError: none is left, or a pattern or block of `wanted` is not in the model.
+            UsageError: no matrix is left, or the model lacks a pattern or block of `wanted`.
         """
         if self.matrices and not checked:
             wanted.check(self.matrices, self.label)

@@ -71,7 +71,13 @@ def canonical(name: str) -> str:
     """The path of a tensor in the words of `htsr.matrices.roles`: lower case, dots, no numbers, no ``.weight``.
 
     Args:
-        name: of the tensor, as its checkpoint has it.
+        name: name of the tensor, as its checkpoint has it.
+
+    Examples:
+        >>> canonical("model.layers.3.self_attn.q_proj.weight")
+        'model.layers.self_attn.q_proj'
+        >>> canonical("blk.3.ffn_gate.weight")  # llama.cpp
+        'blk.ffn.gate_proj'
     """
     path = stem(name)
     for pattern, replacement in _REWRITINGS:
@@ -85,7 +91,7 @@ def leaf(name: str) -> str:
     A name that stands for something else in its scheme (CTranslate2's ``linear_0``) gives the canonical word.
 
     Args:
-        name: of the tensor, as its checkpoint has it.
+        name: name of the tensor, as its checkpoint has it.
     """
     own = stem(name).replace("/", ".").rsplit(".", 1)[-1].lower()
     return canonical(name).rsplit(".", 1)[-1] if re.fullmatch(r"linear_\d|attn|wi", own) else own

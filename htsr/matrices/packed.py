@@ -40,11 +40,11 @@ class Packed:
     """How to read a packed weight.
 
     Attributes:
-        name: of the weight, ending in ``.weight``.
+        name: name of the weight, ending in ``.weight``.
         shape: (out_features, in_features).
-        bits: of a number.
-        read: the weight, float32.
-        note: what the row should say about its groups, to go on with what it says about bits.
+        bits: number of bits of each number.
+        read: function that reads the weight, in float32.
+        note: what the row's warning should say about groups, after what it says about bits; empty for nothing.
     """
 
     name: str
@@ -59,12 +59,17 @@ def unpacked(words: Numbers, bits: int, axis: int) -> Numbers:
 
     Args:
         words: (rows, columns) int32.
-        bits: of a number: 2, 4 or 8.
-        axis: 0 or 1, which becomes 32/bits times as long.
+        bits: number of bits of each number: 2, 4 or 8.
+        axis: axis along which words hold several numbers, 0 or 1; it becomes 32/bits times as long.
 
     Returns:
-        uint8.
+        (rows, columns) uint8, one axis of them longer.
+
+    Examples:
+        >>> unpacked(np.array([[0x43210]], dtype=np.int32), bits=4, axis=1)
+        array([[0, 1, 2, 3, 4, 0, 0, 0]], dtype=uint8)
     """
+    # read as unsigned, or the sign bit of a word would come in from the left when it is shifted
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     shifts = shifts[None, :, None] if axis == 0 else shifts
     numbers = (np.expand_dims(words.view(np.uint32), axis + 1) >> shifts) & np.uint32(2**bits - 1)
@@ -77,12 +82,12 @@ def gptq_or_awq(words: StoredTensor, parts: Mapping[str, StoredTensor], config: 
     """The weight in ``qweight``, or None where its parts do not fit one another.
 
     Args:
-        words: the tensor of ``qweight``.
-        parts: ``scales``, ``qzeros`` and ``g_idx``, those that there are.
-        config: the model's; its `quantization_config` may say ``gptq_v2``, and how large groups are.
+        words: stored tensor ``qweight``.
+        parts: stored tensors ``scales``, ``qzeros`` and ``g_idx``, as far as there are such.
+        config: the model's configuration, whose `quantization_config` may say ``gptq_v2`` and the size of groups.
 
     Raises:
-        ValueError: the groups are not those of the configuration.
+        ValueError: the number of scales is not that of the groups in the configuration.
     """
     if not {"scales", "qzeros"} <= parts.keys() or len(words.shape) != 2:
         return None
@@ -117,12 +122,13 @@ def compressed(words: StoredTensor, parts: Mapping[str, StoredTensor], config: M
     """The weight in ``weight_packed``, or None where its parts do not fit one another.
 
     Args:
-        words: the tensor of ``weight_packed``.
-        parts: ``weight_scale``, ``weight_shape``, ``weight_zero_point`` and ``weight_g_idx``, those that there are.
-        config: the model's; its `quantization_config` may say how large groups are.
+        words: stored tensor ``weight_packed``.
+        parts: stored tensors ``weight_scale``, ``weight_shape``, ``weight_zero_point`` and ``weight_g_idx``, as far as
+            there are such.
+        config: the model's configuration, whose `quantization_config` may say the size of groups.
 
     Raises:
-        ValueError: the groups are not those of the configuration.
+        ValueError: the number of scales is not that of the groups in the configuration.
     """
     if not {"weight_scale", "weight_shape"} <= parts.keys() or len(words.shape) != 2:
         return None
@@ -148,9 +154,9 @@ def compressed(words: StoredTensor, parts: Mapping[str, StoredTensor], config: M
 
 
 def _group_size(inputs: int, groups: int, config: Mapping[str, Any]) -> tuple[int, str]:
-    """How many inputs share a scale, the last ones fewer, and what is to be said about it.
+    """The number of inputs that share a scale (the last group may have fewer), and a note for the row.
 
-    The configuration says so; where it does not, groups are equal.
+    The configuration gives the number; where it gives none, all groups are taken to be equal.
     """
     told = _told_sizes(quantization_config(config))
     fitting = {min(size, inputs) for size in told if -(-inputs // size) == groups}

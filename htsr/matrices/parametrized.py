@@ -37,10 +37,10 @@ Compute = Callable[..., Any]
 
 
 def computed(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
-    """`tensors`, those of one weight that is computed from several replaced by one tensor, which computes it.
+    """`tensors`, in which the parts that a weight is computed from give way to one tensor that computes it.
 
     Args:
-        tensors: of a model.
+        tensors: stored tensors of a model.
     """
     names = {tensor.name for tensor in tensors}
     groups: dict[str, dict[str, StoredTensor]] = {}
@@ -93,7 +93,7 @@ def _weight(name: str, parts: dict[str, StoredTensor]) -> StoredTensor:
 
 
 def _rule(parts: dict[str, StoredTensor]) -> tuple[list[StoredTensor], Compute | None, str]:
-    """What is computed how; without a way, why."""
+    """The tensors that the weight is computed from, and the function; without a function, the reason."""
     kinds = set(parts)
     if kinds == {"original0", "original1"}:
         g, v = parts["original0"], parts["original1"]

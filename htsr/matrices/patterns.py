@@ -20,22 +20,31 @@ def matches(subject: str, patterns: Iterable[str]) -> bool:
 
     Args:
         subject: a name or role.
-        patterns: shell-style.
+        patterns: shell-style patterns.
+
+    Examples:
+        >>> matches("h.0.attn.c_attn[q]", ["*.c_attn[q]"]), matches("h.0.attn.c_attn[q]", ["c_attn*"])
+        (True, False)
     """
     return any(fnmatchcase(subject, pattern.replace("[", "[[]")) for pattern in patterns)
 
 
 def require(patterns: Iterable[str], subjects: Collection[str], of: str, what: str = "name") -> None:
-    """Refuse a pattern that matches nothing: it is a typo, and what it should have done is not done.
+    """Refuse a pattern that matches nothing: it is most likely a typo, and would be ignored in silence.
 
     Args:
-        patterns: as for `matches`.
-        subjects: the names and roles there are.
-        of: whose they are, for the sentence.
-        what: the patterns are of, for the sentence.
+        patterns: patterns as `matches` takes them.
+        subjects: the names or roles that there are.
+        of: what has these names or roles, for the sentence.
+        what: what the patterns stand for, ``name`` or ``role``, for the sentence.
 
     Raises:
-        UsageError: a pattern that matches none of `subjects`; the message names the nearest of them.
+        UsageError: a pattern matches none of `subjects`; the message has the nearest of them.
+
+    Examples:
+        >>> require(["*.q_porj"], ["layers.0.q_proj", "layers.0.k_proj"], of="the model")
+        Traceback (most recent call last):
+        htsr.errors.UsageError: no name of the model matches '*.q_porj'; the nearest is *.q_proj
     """
     for pattern in patterns:
         if not any(matches(subject, (pattern,)) for subject in subjects):

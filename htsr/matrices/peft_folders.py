@@ -26,14 +26,15 @@ _BY_ORDER = ("TINYLORA", "UNILORA")
 
 
 def computed_by_peft(config: AdapterConfig, base: list[StoredTensor]) -> list[StoredTensor]:
-    """The base's tensors, those that the adapter touches as PEFT computes them.
+    """The base's tensors; those that the adapter changes are as PEFT computes them.
 
     Args:
-        config: of the adapter.
-        base: of the base model, de-quantised.
+        config: configuration of the adapter.
+        base: stored tensors of the base model, de-quantised.
 
     Raises:
-        SourceError: PEFT cannot load it onto this base, the names of the two do not meet, or it changes no weight.
+        SourceError: PEFT cannot load the adapter onto this base, their names do not match, or the adapter changes no
+            weight.
     """
     refuse_prompts(config)
     stored = adapter_tensors(config.folder)

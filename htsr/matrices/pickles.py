@@ -26,10 +26,10 @@ def pickle_tensors(path: Path) -> list[StoredTensor]:
     """The tensors of a PyTorch file, named as stored.
 
     Args:
-        path: of the file.
+        path: the PyTorch file.
 
     Raises:
-        SourceError: as `load_pickle`.
+        SourceError: `load_pickle` refuses the file.
     """
     state, mapped = load_pickle(path)
     if not mapped:
@@ -51,8 +51,8 @@ class _Mapping:
     """A PyTorch file in memory, mapped anew every `_KEPT` bytes: pages are given back, and its index is parsed seldom.
 
     Args:
-        path: of the file.
-        state: its tensors, just loaded.
+        path: the PyTorch file.
+        state: tensors of the file by name, just loaded.
     """
 
     def __init__(self, path: Path, state: dict[str, torch.Tensor]) -> None:
@@ -64,7 +64,7 @@ class _Mapping:
         """The tensor `name`, mapped.
 
         Raises:
-            SourceError: the file was cut or changed since, and cannot be read any more.
+            SourceError: the file was changed since it was opened, and cannot be read any more.
         """
         with self._lock:
             version = _version(self._path)
@@ -86,13 +86,14 @@ def load_pickle(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
     """The state dict of a PyTorch file, memory-mapped where its format allows it.
 
     Args:
-        path: of a file that holds a state dict, bare or inside of dictionaries under any keys.
+        path: file that holds a state dict, bare or inside of dictionaries under any keys.
 
     Returns:
         Tensors of any shape by name, and whether they are memory-mapped.
 
     Raises:
-        SourceError: it holds Python objects besides tensors, no dictionary, several state dicts, or is truncated.
+        SourceError: the file holds Python objects besides tensors, no dictionary, or several state dicts, or it is
+            truncated.
     """
     import pickle
 
@@ -121,15 +122,15 @@ def state_dict_in(content: Any, label: str) -> dict[str, torch.Tensor]:
     """The tensors of the state dict in `content`, which dictionaries under any keys may wrap.
 
     Args:
-        content: what was loaded. A dictionary that holds a matrix is a state dict; states of optimizers and the like
-            are passed over.
+        content: object that was loaded. A dictionary that holds a matrix is a state dict; states of optimizers and
+            the like are passed over.
         label: what to call it in errors.
 
     Returns:
-        By name, of any shape.
+        Tensors of any shape, by name.
 
     Raises:
-        SourceError: it is no dictionary, or holds several state dicts.
+        SourceError: `content` is not a dictionary, or holds several state dicts.
     """
     if not isinstance(content, Mapping):
         raise SourceError(f"{label} holds a {type(content).__name__}, not a dictionary of tensors")

@@ -14,9 +14,21 @@ class Position:
 
     Attributes:
         tensor: name of the stored tensor.
-        element: index along the first axis, for an expert of a stack.
-        index: of a part of a fused matrix; None for all of it.
+        element: index along the first axis of the tensor, for an expert of a stack; None for the whole tensor.
+        index: NumPy index of the part, for a part of a fused matrix; None for the whole matrix.
         kernel: whether the tensor is a convolution kernel (out, in, …), whose offsets are the pieces of the matrix.
+
+    Examples:
+        >>> import numpy as np
+        >>> fused = np.arange(12.0).reshape(6, 2)  # q, k and v of two rows each
+        >>> k = Position("attn.c_attn.weight", index=slice(2, 4))
+        >>> k.take(fused).tolist()
+        [[4.0, 5.0], [6.0, 7.0]]
+        >>> k.put(fused, np.zeros((2, 2)))
+        >>> fused[1:5, 0].tolist()
+        [2.0, 0.0, 0.0, 8.0]
+        >>> Position("conv.weight", kernel=True).take(np.zeros((8, 4, 3, 3))).shape  # 9 offsets, 8 × 4 each
+        (9, 8, 4)
     """
 
     tensor: str

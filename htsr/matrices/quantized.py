@@ -53,11 +53,11 @@ _SCALE = re.compile(r"(^|_)(q?scales?|q?zeros?|zero_?points?|absmax|codebooks?|c
 
 
 def dequantized(tensors: list[StoredTensor], config: Mapping[str, Any] | None = None) -> list[StoredTensor]:
-    """`tensors` with quantised tensors and their companions replaced by one tensor each that reads as floats.
+    """`tensors`, in which each quantised weight and what belongs to it give way to one tensor that reads as floats.
 
     Args:
-        tensors: of a model.
-        config: of the model; it says which GPTQ this is.
+        tensors: stored tensors of a model.
+        config: configuration of the model, which tells versions of formats and sizes of groups.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
     eight = {tensor.name for tensor in tensors if tensor.dtype in EIGHT_BITS}

@@ -185,9 +185,9 @@ def is_kernel(name: str, shape: Sequence[int], kind: str | None = None) -> bool:
     than positions, a stack more rows and columns than slices. Length decides nothing: wav2vec 2.0's has 128 positions.
 
     Args:
-        name: of the tensor.
-        shape: of it.
-        kind: as for `role_of`.
+        name: name of the tensor.
+        shape: shape of the tensor.
+        kind: ``conv`` or ``embedding`` where the source knows; else None.
     """
     if kind is not None or len(shape) != 3:
         return kind == "conv" or len(shape) > 3
@@ -198,7 +198,12 @@ def is_kernel(name: str, shape: Sequence[int], kind: str | None = None) -> bool:
 
 @lru_cache(maxsize=1 << 17)  # a mixture has tens of thousands of tensors, and each is asked for more than once
 def role_of(name: str, kind: str | None = None) -> str:
-    """Role of a matrix by its `name`; `kind` is ``conv`` or ``embedding`` where the source knows."""
+    """Role of a matrix by its `name`; `kind` is ``conv`` or ``embedding`` where the source knows.
+
+    Examples:
+        >>> role_of("model.layers.0.self_attn.q_proj.weight"), role_of("h.0.mlp.c_fc"), role_of("blk.0.ffn_down.weight")
+        ('attn.q', 'mlp.up', 'mlp.down')
+    """
     path = canonical(name)
     if _OTHER.search(path):
         return "other"
@@ -224,7 +229,7 @@ def roles_of(tensors: Iterable[tuple[str, str | None]]) -> list[str]:
     ``w1`` is the gate where a ``w3`` or ``v1`` stands beside it, and else the way up.
 
     Args:
-        tensors: name and kind of each, as for `role_of`.
+        tensors: name and kind of each tensor, as `role_of` takes them.
     """
     tensors = list(tensors)
     stems = {stem(name) for name, _ in tensors}
@@ -243,10 +248,10 @@ def inner_widths(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> dict[str,
     """What other tensors say of the width inside a feed-forward network or RNN, for those that may be fused.
 
     Args:
-        tensors: of a model, as (name, role, shape).
+        tensors: name, role and shape of each tensor of a model.
 
     Returns:
-        By name: of an ``up`` the columns of the ``down`` beside it, of an RNN's weight its hidden size.
+        Widths by name: for an ``up`` the columns of the ``down`` beside it, for an RNN's weight its hidden size.
     """
     downs = {_beside(name): shape[1] for name, role, shape in tensors if role.endswith(".down") and len(shape) == 2}
     hidden = {name: shape[1] for name, role, shape in tensors if role == "rnn" and len(shape) == 2}
@@ -296,7 +301,7 @@ def stack_prefixes(names: Iterable[str]) -> dict[str, str]:
     Empty where there is one stack only. An encoder without a decoder beside it (and the reverse) goes without a name.
 
     Args:
-        names: of all weights.
+        names: names of all weights of a model.
     """
     containers = {found[1] for name in names if (found := re.match(r"(.*?)\.\d+\.", name))}
     stacks = {container: _stack(container) for container in containers}

@@ -40,19 +40,19 @@ def scale_of(name: str, names: Mapping[str, StoredTensor]) -> StoredTensor | Non
     """The scale that is stored beside the weight `name`; None where there is none under a name that is known.
 
     Args:
-        name: of the weight, with its ``.weight`` where it has one.
-        names: all tensors by name.
+        name: name of the weight, with its ``.weight`` where it has one.
+        names: all stored tensors of the model by name.
     """
     stem, endings = (name.removesuffix(".weight"), _OF_WEIGHT) if name.endswith(".weight") else (name, _OF_PARAMETER)
     return next((names[stem + ending] for ending in endings if stem + ending in names), None)
 
 
 def unknown_scale(name: str, names: Mapping[str, StoredTensor]) -> str:
-    """The name of a tensor beside the weight `name` that is a scale by its name, and no known one; or nothing.
+    """The name of a tensor beside the weight `name` that looks like a scale, but of an unknown format; else empty.
 
     Args:
-        name: of the weight.
-        names: all tensors by name.
+        name: name of the weight.
+        names: all stored tensors of the model by name.
     """
     stem = name.removesuffix(".weight")
     for other in names:
@@ -66,13 +66,19 @@ def unknown_scale(name: str, names: Mapping[str, StoredTensor]) -> str:
 def scaled(
     tensor: StoredTensor, scale: StoredTensor, zero: StoredTensor | None, config: Mapping[str, Any]
 ) -> StoredTensor:
-    """The tensor of a weight times its scale.
+    """A weight of 8 bits as a tensor that reads as floats: (numbers - zero point) · scale.
 
     Args:
-        tensor: of the 8-bit numbers, (…, out, in).
-        scale: that they are multiplied with.
-        zero: their zero point, of the scale's shape; None without one.
-        config: of the model.
+        tensor: stored tensor of the 8-bit numbers, (…, out, in).
+        scale: stored tensor of the scale.
+        zero: stored tensor of the zero point, of the scale's shape; None where there is none.
+        config: configuration of the model.
+
+    Examples:
+        >>> numbers = StoredTensor("w.weight", (2, 2), "int8", lambda *_: np.array([[1, 2], [3, 4]], np.int8))
+        >>> scale = StoredTensor("w.weight_scale", (2, 1), "float32", lambda *_: np.array([[0.5], [2.0]], np.float32))
+        >>> scaled(numbers, scale, None, {}).read().tolist()
+        [[0.5, 1.0], [6.0, 8.0]]
     """
     what = "8-bit" if tensor.dtype == "int8" else "FP8"
     shape = _as_factor(tensor.shape, scale.shape)
@@ -87,7 +93,7 @@ def scaled(
     def factor(part: StoredTensor, index: int | None) -> Any:
         values = as_numpy(part.read()).reshape(shape)
         if part is scale and part.dtype == "uint8":
-            values = np.exp2(values.astype(np.float32) - 127)
+            values = np.exp2(values.astype(np.float32) - 127)  # E8M0: a byte is an exponent, with 127 for 2⁰
         values = values if index is None or not shape or len(shape) < 3 or shape[0] == 1 else values[index]
         for axis, block in zip((-2, -1), blocks, strict=True):
             if shape and values.shape[axis] > 1:

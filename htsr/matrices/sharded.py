@@ -31,7 +31,7 @@ class Shard:
     """A tensor of which this process holds a part, and for a while the whole.
 
     Args:
-        tensor: a DTensor, or a parameter under ZeRO-3.
+        tensor: a DTensor, or a parameter that ZeRO-3 has partitioned.
     """
 
     def __init__(self, tensor: Any) -> None:
@@ -65,9 +65,9 @@ class LiveModel:
     """The matrices of a module in training.
 
     Attributes:
-        matrices: as `htsr.matrices.sources.open_model` gives them. Those of a sharded tensor can be read while their
-            shard is gathered.
-        shards: by the tensor's name, which is the matrix's without what follows in brackets.
+        matrices: the matrices, as `htsr.matrices.sources.open_model` gives them. Those of a sharded tensor can be read
+            while their shard is gathered.
+        shards: the sharded tensors by name: the name of a matrix without what follows in brackets.
     """
 
     matrices: tuple[WeightMatrix, ...]
@@ -78,8 +78,9 @@ def open_live(module: torch.nn.Module, view: View | None = None) -> LiveModel:
     """The matrices of `module`, of which some may be sharded.
 
     Args:
-        module: wrapped or not.
-        view: what to read in place of each parameter, such as its gradient: a tensor of the same shape, or None.
+        module: the model, wrapped or not.
+        view: function that gives what to read in place of a parameter, such as its gradient: a tensor of the same
+            shape, or None where there is nothing.
     """
     named = dict(module.named_parameters(remove_duplicate=False))
     names = base_names(named)
@@ -107,10 +108,10 @@ def open_live(module: torch.nn.Module, view: View | None = None) -> LiveModel:
 
 
 def refuse_flat(module: torch.nn.Module) -> None:
-    """What needs whole matrices calls this with the `module` it is to train.
+    """Refuse a `module` in which FSDP1 has flattened parameters, so that no whole matrix is left.
 
     Raises:
-        UsageError: FSDP1 has wrapped it or a part of it, and its parameters are flat.
+        UsageError: FSDP1 has wrapped the module, or a part of it.
     """
     if any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
         raise UsageError("FSDP1 flattens parameters, and no matrix is left: take FSDP2 (fully_shard, fsdp_version 2)")
@@ -122,9 +123,10 @@ def in_rounds(
     """What this rank can read, one tensor at a time; a round gathers one for each rank, so all ranks go on together.
 
     Args:
-        tensors: the matrices in each, the same on all ranks; every `size`-th from the `rank`-th is this rank's.
-        shards: of the tensors, by name.
-        rank: of this process.
+        tensors: the matrices of each tensor, the same list on all ranks; this rank reads every `size`-th tensor, from
+            number `rank` on.
+        shards: the sharded tensors by name.
+        rank: rank of this process among those that share the work.
         size: number of processes that share the work.
     """
     for first in range(0, len(tensors), size):

@@ -36,17 +36,19 @@ def open_model(
     against: Source | None = None,
     base: Source | None = None,
 ) -> Model:
-    """The matrices of `source`.
+    """The matrices of `source`, none of them read yet.
 
     Args:
         source: an ``nn.Module``, a state dict, a folder, a file, an adapter folder, or a hub id.
         revision: branch, tag or commit of a hub id.
-        against: take the difference source - against of all tensors of the same name and shape.
-        base: for an adapter: analyze base + ΔW instead of ΔW. ``auto`` takes the base that the adapter names.
+        against: another such source; the matrices are then those of the differences source - against of all tensors
+            with the same name and shape.
+        base: for an adapter: source of its base model, for the matrices of base + ΔW instead of ΔW. ``auto`` takes the
+            base that the adapter names.
 
     Raises:
-        SourceError: what cannot be read, with the reason.
-        UsageError: a `base` without an adapter, or a `revision` of a local path.
+        SourceError: the source cannot be read; the message says why.
+        UsageError: a `base` is given without an adapter, or a `revision` for a local path.
     """
     label, tensors, config, fingerprint = _open(source, revision) if base is None else _on_base(source, base, revision)
     if against is not None:
@@ -89,8 +91,8 @@ def locate(name: str, revision: str | None = None) -> Path:
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        SourceError: there is none, or the hub does not give it.
-        UsageError: an empty name, or a revision of a local path.
+        SourceError: there is no such path or model, or the hub refuses it.
+        UsageError: the name is empty, or a revision is given for a local path.
     """
     if not name:
         raise UsageError("the name of the model is empty: MODEL is a path or a hub id")
@@ -138,7 +140,7 @@ def _converted(
 
 
 def _files_of(file: Path) -> list[Path]:
-    """All that is read of the model that one `file` of it names, whether or not it is there."""
+    """All files that are read when one `file` names a model, whether or not they exist."""
     model = named_files(file)
     beside = [file.parent / name for name in ("config.json", "params.json")]
     return [*model.files, *beside, *([model.index] if model.index else [])]

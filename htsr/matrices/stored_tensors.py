@@ -24,15 +24,16 @@ class StoredTensor:
     """One tensor of a checkpoint or module.
 
     Attributes:
-        name: as stored, wrappers' prefixes removed.
-        shape: of the whole tensor.
-        dtype: as torch names it, without ``torch.``.
-        read: returns the tensor as a float array (NumPy, or torch where it lives on an accelerator or has a dtype
-            that NumPy lacks). `read(i)` returns the slice [i] of the first axis without reading the others.
-        storage: equal for tensors that share memory (tied weights).
-        kind: ``conv``, ``embedding`` … where the source knows; else it is told from name and shape.
+        name: name that the tensor is stored under, without wrappers' prefixes.
+        shape: shape of the whole tensor.
+        dtype: dtype as torch names it, without ``torch.``.
+        read: function that returns the tensor as a float array (NumPy, or torch where it lives on an accelerator or
+            has a dtype that NumPy lacks). `read(i)` returns the slice [i] of the first axis and reads no other.
+        storage: key of the memory that holds the tensor, equal for tensors that share it (tied weights); None where
+            not known.
+        kind: ``conv``, ``embedding`` … where the source knows; None where name and shape have to tell.
         problem: (status, sentence) where the tensor cannot be read as numbers.
-        warning: what a reader of its row should know.
+        warning: sentence that a reader of its row should know; empty where there is none.
     """
 
     name: str
@@ -48,7 +49,7 @@ class StoredTensor:
 def clean_name(name: str) -> str:
     """`name` without the prefixes that DDP, FSDP, DeepSpeed, Lightning Fabric and torch.compile add.
 
-    Of names that stand together `clean_names` is the better judge: ``module`` can be a model's own attribute.
+    For all names of a model `clean_names` judges better: ``module`` can be an attribute of the model itself.
     """
     name = _outside(name)
     while name.startswith("module."):
@@ -57,9 +58,15 @@ def clean_name(name: str) -> str:
 
 
 def clean_names(names: Iterable[str]) -> dict[str, str]:
-    """The `names` of one model, each to itself without wrappers' prefixes; no two become alike.
+    """The `names` of one model, each with its form without wrappers' prefixes; no two become alike.
 
-    ``module.`` is a wrapper's where everything lies under it: DDP and its kin hold nothing else.
+    ``module.`` is a wrapper's prefix where all names begin with it: DDP and its kin hold nothing else.
+
+    Examples:
+        >>> clean_names(["module.h.0.weight", "module._orig_mod.h.1.weight"])
+        {'module.h.0.weight': 'h.0.weight', 'module._orig_mod.h.1.weight': 'h.1.weight'}
+        >>> clean_names(["module.weight", "head.weight"])  # a model's own attribute
+        {'module.weight': 'module.weight', 'head.weight': 'head.weight'}
     """
     cleaned = {name: _outside(name) for name in names}
     while (inner := [n for n in cleaned.values() if "." in n]) and all(n.startswith("module.") for n in inner):
@@ -68,12 +75,12 @@ def clean_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def base_name(name: str) -> str:
-    """`name` as of `clean_name`, also without the prefix that PEFT adds: the name that the base model has for it."""
+    """`name` as `clean_name` gives it, and without the prefix that PEFT adds: its name in the base model."""
     return clean_name(name).removeprefix(_PEFT)
 
 
 def base_names(names: Iterable[str]) -> dict[str, str]:
-    """As `clean_names`, also without the prefix that PEFT adds: each of `names` to the one that the base model has."""
+    """The `names` of one model, each with its name in the base model: as `clean_names`, without PEFT's prefix too."""
     return _unique({name: short.removeprefix(_PEFT) for name, short in clean_names(names).items()})
 
 
@@ -94,8 +101,7 @@ def stored_tensor(name: str, tensor: Any, **more: Any) -> StoredTensor:
 
     Args:
         name: name that it is stored under.
-        tensor: any torch tensor. One on the meta device is one with a problem; a sparse or quantised one reads
-            dense.
+        tensor: any torch tensor. One on the meta device has a problem; a sparse or quantised one reads dense.
         **more: further fields of `StoredTensor`.
     """
     import torch

@@ -58,8 +58,8 @@ def tuner_tensors(layer: Any, prefix: str, walk: Walk, mixture: bool = False) ->
     """The weights of a `layer` that PEFT has wrapped, as it computes with them.
 
     Args:
-        layer: the tuner's.
-        prefix: of the names.
+        layer: layer that PEFT has wrapped.
+        prefix: prefix of the names.
         walk: function that gives the tensors of a plain module, named from a prefix on.
         mixture: whether adapters are mixed anew for each input (X-LoRA).
     """
@@ -109,9 +109,9 @@ class Merged:
     """Reads a parameter of the base layer after PEFT has merged the active adapters into a copy of it.
 
     Attributes:
-        base: the tensor that it is computed from.
-        layer: the tuner's.
-        parameter: its name in the layer.
+        base: stored tensor that the result is computed from.
+        layer: layer that PEFT has wrapped.
+        parameter: name of the parameter in the layer.
     """
 
     base: StoredTensor
@@ -119,10 +119,10 @@ class Merged:
     parameter: str
 
     def __call__(self, index: int | None = None) -> Array:
-        """The whole tensor, of the shape of `base`, or the slice [i] of its first axis.
+        """The result in the shape of `base`, or one slice of its first axis.
 
         Args:
-            index: i; None for the whole.
+            index: number of the slice; None for the whole tensor.
         """
         import warnings
 
@@ -173,9 +173,9 @@ class Adapted:
     """Reads W + ΔW of plain LoRA and DoRA, summed in float32 or better, whatever W is stored in.
 
     Attributes:
-        base: the tensor of W.
-        layer: the tuner's.
-        adapters: the names of those to add.
+        base: stored tensor of W.
+        layer: layer that PEFT has wrapped.
+        adapters: names of the adapters to add.
     """
 
     base: StoredTensor
@@ -183,10 +183,10 @@ class Adapted:
     adapters: tuple[str, ...]
 
     def __call__(self, index: int | None = None) -> Array:
-        """The whole tensor, of the shape of `base`, or the slice [i] of its first axis.
+        """The result in the shape of `base`, or one slice of its first axis.
 
         Args:
-            index: i; None for the whole.
+            index: number of the slice; None for the whole tensor.
         """
         import torch
 
@@ -213,8 +213,8 @@ def _in_float32(layer: Any, base: Any) -> Any:
     """The `layer`, or one like it that does not round its ΔW to the half precision of its factors or its parameter.
 
     Args:
-        layer: the tuner's.
-        base: W, not in half precision.
+        layer: layer that PEFT has wrapped.
+        base: W in float32 or float64.
     """
     own = {name: part for name, part in layer._modules.items() if name != "base_layer" and part is not None}
     halves = any(p.element_size() < 4 for part in own.values() for p in part.parameters())

@@ -21,13 +21,13 @@ _EMBEDDINGS = ("embed", "head")
 
 
 def tied(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
-    """`tensors` of a checkpoint, in which an embedding or head that is stored twice has one `storage`.
+    """`tensors`, in which an embedding or head that is stored twice has the same `storage` both times.
 
     Args:
-        tensors: whose tables are read as far as two of them are equal.
+        tensors: stored tensors of a checkpoint. Its embeddings and heads are read, row by row until they differ.
 
     Returns:
-        In the same order, but repeated ones come last: of a tied head the embedding's name is kept.
+        The tensors in the same order, but repeated ones last: a tied head counts under the embedding's name.
     """
     found = list(tensors)
     tables: list[int] = []
@@ -47,7 +47,7 @@ def tied(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
 
 
 def repeated(tensors: Iterable[StoredTensor]) -> dict[str, str]:
-    """Those of `tensors` that are the same weight as an earlier one, by name: the name of the earlier."""
+    """The names of `tensors` that are the same weight as an earlier tensor, each with the name of that one."""
     first: dict[object, str] = {}
     found = {}
     for tensor in tensors:

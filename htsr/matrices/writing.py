@@ -27,16 +27,16 @@ def copy_checkpoint(source: Path, model: ModelFiles, target: Path) -> dict[str, 
     """Copy a model: its weights as safetensors, and of a folder what else is in it (configuration, tokenizer).
 
     Args:
-        source: the folder, or the one file.
-        model: its weight files.
-        target: an empty folder.
+        source: folder or file of the model.
+        model: weight files of the model.
+        target: empty folder for the copy.
 
     Returns:
         The tensors of the copy, by name without wrappers' prefixes.
 
     Raises:
-        SourceError: a format that is not written (GGUF), or a file that cannot be read.
-        HtsrError: a dtype of a PyTorch file that safetensors does not store.
+        SourceError: the model has a format that is not written (GGUF), or a file cannot be read.
+        HtsrError: a PyTorch file holds a dtype that safetensors does not store.
     """
     files = model.files
     for file in files:
