@@ -203,6 +203,8 @@ def dora_factor(adapted: Any, magnitude: Any, transposed: bool) -> Any:
         (out, 1, …), or (1, out) where `transposed`, so that it broadcasts against `adapted`.
 
     Examples:
+        >>> import numpy as np
+        >>> from htsr.matrices.adapters import dora_factor
         >>> dora_factor(np.array([[3.0, 4.0], [0.0, 2.0]]), np.array([10.0, 1.0]), transposed=False).tolist()
         [[2.0], [0.5]]
 

@@ -85,7 +85,7 @@ class TensorInFile:
             index: number or range of slices of the first axis; None for the whole tensor.
 
         Returns:
-            NumPy, or torch for a dtype that NumPy lacks; in the stored dtype.
+            An array of that shape in the stored dtype: NumPy, or torch for a dtype that NumPy lacks.
 
         Raises:
             OSError: the file ends earlier.

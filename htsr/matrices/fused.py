@@ -69,6 +69,7 @@ def split(
             the hidden size of the RNN; 0 where it is not known.
 
     Examples:
+        >>> from htsr.matrices.fused import split
         >>> [(part.suffix, part.shape) for part in split("c_attn", "qkv", (64, 192), {"model_type": "gpt2"})]
         [('q', (64, 64)), ('k', (64, 64)), ('v', (64, 64))]
         >>> split("query_key_value", "qkv", (192, 64), {})  # head by head or in sequence? Nothing says so

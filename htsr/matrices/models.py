@@ -78,7 +78,7 @@ class WeightMatrix:
         return self._attempt(self.load)
 
     def opened(self) -> Array | Product:
-        """The matrix as `read` gives it, or as its two factors where it is their product.
+        """The matrix as `read` gives it, (rows, columns) or (pieces, rows, columns), or its factors where it has such.
 
         Raises:
             MatrixError: the matrix cannot be read; the message names the tensor.

@@ -74,6 +74,7 @@ def canonical(name: str) -> str:
         name: name of the tensor, as its checkpoint has it.
 
     Examples:
+        >>> from htsr.matrices.naming import canonical
         >>> canonical("model.layers.3.self_attn.q_proj.weight")
         'model.layers.self_attn.q_proj'
         >>> canonical("blk.3.ffn_gate.weight")  # llama.cpp

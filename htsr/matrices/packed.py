@@ -66,6 +66,8 @@ def unpacked(words: Numbers, bits: int, axis: int) -> Numbers:
         (rows, columns) uint8, one axis of them longer.
 
     Examples:
+        >>> import numpy as np
+        >>> from htsr.matrices.packed import unpacked
         >>> unpacked(np.array([[0x43210]], dtype=np.int32), bits=4, axis=1)
         array([[0, 1, 2, 3, 4, 0, 0, 0]], dtype=uint8)
     """

@@ -23,6 +23,7 @@ def matches(subject: str, patterns: Iterable[str]) -> bool:
         patterns: shell-style patterns.
 
     Examples:
+        >>> from htsr.matrices.patterns import matches
         >>> matches("h.0.attn.c_attn[q]", ["*.c_attn[q]"]), matches("h.0.attn.c_attn[q]", ["c_attn*"])
         (True, False)
     """
@@ -42,6 +43,7 @@ def require(patterns: Iterable[str], subjects: Collection[str], of: str, what: s
         UsageError: a pattern matches none of `subjects`; the message has the nearest of them.
 
     Examples:
+        >>> from htsr.matrices.patterns import require
         >>> require(["*.q_porj"], ["layers.0.q_proj", "layers.0.k_proj"], of="the model")
         Traceback (most recent call last):
         htsr.errors.UsageError: no name of the model matches '*.q_porj'; the nearest is *.q_proj

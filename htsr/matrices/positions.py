@@ -20,6 +20,7 @@ class Position:
 
     Examples:
         >>> import numpy as np
+        >>> from htsr.matrices.positions import Position
         >>> fused = np.arange(12.0).reshape(6, 2)  # q, k and v of two rows each
         >>> k = Position("attn.c_attn.weight", index=slice(2, 4))
         >>> k.take(fused).tolist()

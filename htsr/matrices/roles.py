@@ -201,6 +201,7 @@ def role_of(name: str, kind: str | None = None) -> str:
     """Role of a matrix by its `name`; `kind` is ``conv`` or ``embedding`` where the source knows.
 
     Examples:
+        >>> from htsr.matrices.roles import role_of
         >>> role_of("model.layers.0.self_attn.q_proj.weight"), role_of("h.0.mlp.c_fc"), role_of("blk.0.ffn_down.weight")
         ('attn.q', 'mlp.up', 'mlp.down')
     """

@@ -75,6 +75,9 @@ def scaled(
         config: configuration of the model.
 
     Examples:
+        >>> import numpy as np
+        >>> from htsr.matrices.scaled import scaled
+        >>> from htsr.matrices.stored_tensors import StoredTensor
         >>> numbers = StoredTensor("w.weight", (2, 2), "int8", lambda *_: np.array([[1, 2], [3, 4]], np.int8))
         >>> scale = StoredTensor("w.weight_scale", (2, 1), "float32", lambda *_: np.array([[0.5], [2.0]], np.float32))
         >>> scaled(numbers, scale, None, {}).read().tolist()

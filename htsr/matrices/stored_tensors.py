@@ -63,6 +63,7 @@ def clean_names(names: Iterable[str]) -> dict[str, str]:
     ``module.`` is a wrapper's prefix where all names begin with it: DDP and its kin hold nothing else.
 
     Examples:
+        >>> from htsr.matrices.stored_tensors import clean_names
         >>> clean_names(["module.h.0.weight", "module._orig_mod.h.1.weight"])
         {'module.h.0.weight': 'h.0.weight', 'module._orig_mod.h.1.weight': 'h.1.weight'}
         >>> clean_names(["module.weight", "head.weight"])  # a model's own attribute
