@@ -45,10 +45,10 @@ class Progress:
     """How far an analysis is, after each matrix.
 
     Attributes:
-        done: matrices finished (by this rank, plus those taken up from a journal).
-        total: matrices this rank has to do, those included.
-        fraction: share of the work done, by floating-point operations.
-        row: the row just finished.
+        done: number of finished matrices: those of this rank, and those taken over from a journal.
+        total: number of matrices that this rank has to finish, counted in the same way.
+        fraction: finished share of the work, in floating-point operations, between 0 and 1.
+        row: row that was just finished.
     """
 
     done: int
@@ -59,17 +59,28 @@ class Progress:
 
 @dataclass(frozen=True, repr=False)
 class Analysis:
-    """The rows of a model, in its order, with the spectra they were computed from.
+    """The rows of a model, in its order, with the spectra that they were computed from.
 
     Attributes:
         label: path, hub id or class name of the model.
-        rows: one `LayerMetrics` per matrix.
-        options: what was computed, and how.
-        eigenvalues: (K,) float64, ascending, by matrix name; matrices without a spectrum are missing.
-        permuted: (K,) likewise, of the permuted matrices; empty where not asked for.
-        meta: version, seconds, ranks.
+        rows: one `LayerMetrics` for each matrix.
+        options: options that say what was computed, and how.
+        eigenvalues: spectra by matrix name, (K,) float64, ascending; matrices without a spectrum are missing.
+        permuted: spectra of the permuted matrices, likewise (K,); empty where they were not asked for.
+        meta: version of htsr, seconds that it took, number of ranks.
 
     Iteration, `len` and ``analysis["name"]`` or ``analysis[0]`` go by rows.
+
+    Examples:
+        >>> import htsr, torch
+        >>> state = {f"layers.{i}.mlp.up_proj.weight": torch.diag(torch.arange(1.0, 31.0)) for i in (0, 1)}
+        >>> analysis = htsr.analyze(state, null=False)
+        >>> [row.name for row in analysis]
+        ['layers.0.mlp.up_proj', 'layers.1.mlp.up_proj']
+        >>> analysis[0].role, analysis[0].spectral_norm, analysis.eigenvalues["layers.0.mlp.up_proj"][:3].tolist()
+        ('mlp.up', 900.0, [1.0, 4.0, 9.0])
+        >>> analysis.summary()["norm"], list(analysis.summary_by("block"))
+        (9455.0, [0, 1])
     """
 
     label: str
@@ -107,8 +118,8 @@ class Analysis:
         """A row by name or position, or the rows of a slice.
 
         Raises:
-            KeyError: no such name; the message has the nearest.
-            TypeError: none of these.
+            KeyError: no row has this name; the message has the nearest one.
+            TypeError: the key is neither a name nor a position nor a slice.
         """
         if isinstance(key, (slice, int, np.integer)):
             return self.rows[key]
@@ -121,14 +132,14 @@ class Analysis:
         raise KeyError(f"{self.label} has no matrix {key}" + "".join(f"; the nearest is {name}" for name in near))
 
     def summary(self) -> dict[str, float]:
-        """Mean of every metric over the matrices that have it, and their number as ``matrices`` and ``fitted``."""
+        """Mean of every metric over the matrices that have it; ``matrices`` and ``fitted`` are numbers of matrices."""
         return _means(self.rows)
 
     def summary_by(self, key: str) -> dict[Any, dict[str, float]]:
         """`summary` of the matrices of each group, in the model's order.
 
         Args:
-            key: the field of `LayerMetrics` to group by: ``role``, ``block``, ``kind`` …
+            key: field of `LayerMetrics` to group by: ``role``, ``block``, ``kind`` …
 
         Raises:
             UsageError: rows have no such field.
@@ -152,10 +163,10 @@ class Analysis:
         """Write the report: one self-contained HTML file. Needs the ``report`` extra.
 
         Args:
-            path: of the file.
+            path: file to write.
 
         Raises:
-            HtsrError: it cannot be written.
+            HtsrError: the file cannot be written.
             MissingDependencyError: plotly is not installed.
         """
         from htsr.reporting.html import write_report
@@ -166,8 +177,8 @@ class Analysis:
         """Plot the ESD of the matrix `name` with its fit, or, without a name, a heat map of `metric` by block and role.
 
         Args:
-            name: of a matrix.
-            metric: a numeric field of `LayerMetrics`, for the heat map.
+            name: name of a matrix; None for the heat map.
+            metric: numeric field of `LayerMetrics` that the heat map shows.
             ax: matplotlib axes to draw on; new ones by default.
 
         Returns:
@@ -181,10 +192,10 @@ class Analysis:
         """Write rows and spectra to one .npz file, by way of a temporary file.
 
         Args:
-            path: of the file, taken as it is.
+            path: file to write; no suffix is added.
 
         Raises:
-            HtsrError: it cannot be written.
+            HtsrError: the file cannot be written.
         """
         spectra = {"eigenvalues": self.eigenvalues, "permuted": self.permuted}
         write_parts(Path(path), self.label, self.rows, self.options, spectra, self.meta)
@@ -194,10 +205,10 @@ class Analysis:
         """Read what `save` wrote.
 
         Args:
-            path: of the file.
+            path: file to read.
 
         Raises:
-            SourceError: not such a file, or a damaged one; the message says what does not fit.
+            SourceError: the file is not one that `save` wrote, or is damaged; the message says what is wrong.
         """
         return cls(**read_parts(Path(path)))
 
@@ -221,28 +232,37 @@ def analyze(
         source: an ``nn.Module`` (on any device, wrapped or not), a state dict, a folder, a checkpoint file, a PEFT
             adapter folder (its ΔW), or a hub id.
         revision: branch, tag or commit of a hub id.
-        against: analyze the difference to this model instead.
-        base: for an adapter, analyze this base + ΔW; ``auto`` for the base that the adapter names.
-        where: which matrices; all by default.
-        full: also bulk, permuted weights and alternatives to the power law (several times slower).
-        journal: keep finished rows in this file while running, and take up those that an interrupted run of the same
-            analysis of the same weights has left there. Removed at the end.
-        progress: called after each matrix.
-        distributed: under `accelerate launch` or `torchrun` the ranks share the matrices, and each of them returns all
-            rows: every rank has to call this, with the same model. False where one rank analyzes alone, or each of
-            them its own model; a tensor that is sharded over the ranks then has a row that says so.
-        **options: the fields of `htsr.Options`: fit, route, dtype, device (``auto`` is an accelerator where there is
-            one), windows, bulk, permuted, alternatives, quality, bootstrap, seed …
+        against: second model; the matrices are then the differences of the two.
+        base: for an adapter, source of its base, to analyze base + ΔW; ``auto`` for the base that the adapter names.
+        where: filter of the matrices that are wanted; all by default.
+        full: whether to add bulk, permuted weights and alternatives to the power law (several times slower).
+        journal: file that keeps finished rows while this runs, and from which rows of an interrupted run are taken
+            over, if that was the same analysis of the same weights. It is removed at the end.
+        progress: function that is called after each matrix.
+        distributed: whether the ranks of `accelerate launch` or `torchrun` share the matrices. Each of them then has to
+            call this with the same model, and returns all rows. False where one rank analyzes alone, or each of them
+            its own model; a tensor that is sharded over the ranks then has a row that says so.
+        **options: fields of `htsr.Options`: fit, route, dtype, device (``auto`` is an accelerator where there is one),
+            windows, bulk, permuted, alternatives, quality, bootstrap, seed …
 
     Returns:
         An `Analysis`. Matrices that cannot be analyzed have a row that says why.
 
     Raises:
         SourceError: the source cannot be read at all.
-        UsageError: an option without meaning, a filter that nothing passes, a `base` without an adapter, a
-            `revision` of a local path, or ranks that do not come or bring another model.
+        UsageError: an option has no meaning, no matrix passes the filter, `base` is given without an adapter or
+            `revision` for a local path; or other ranks do not call this, or call it with another model.
 
-    Sources: HT-SR (Martin & Mahoney, JMLR 2021); SETOL (arXiv 2507.17912); of each number, see `LayerMetrics`.
+    Sources: HT-SR (Martin & Mahoney, JMLR 2021); SETOL (arXiv 2507.17912); for each number, see `LayerMetrics`.
+
+    Examples:
+        >>> import htsr, torch
+        >>> noise = torch.randn(60, 90, generator=torch.Generator().manual_seed(0))
+        >>> (row,) = htsr.analyze({"layers.0.mlp.up_proj.weight": noise})
+        >>> row.name, row.role, row.M, row.N
+        ('layers.0.mlp.up_proj', 'mlp.up', 60, 90)
+        >>> abs(row.alpha - row.alpha_null) < 2 * row.alpha_null_sd  # noise has the α of its shape
+        True
     """
     settings = make_options(full=full, **options)
     model = open_model(source, revision=revision, against=against, base=base).filtered(as_filter(where))
@@ -255,14 +275,14 @@ def analyze(
 
 
 def make_options(*, full: bool = False, **options: Any) -> Options:
-    """`Options` from keywords, the device picked.
+    """`Options` from keywords, with a device that exists.
 
     Args:
-        full: also bulk, permuted weights and alternatives to the power law.
+        full: whether to add bulk, permuted weights and alternatives to the power law.
         **options: fields of `Options`; `device` is ``auto`` by default.
 
     Raises:
-        UsageError: an unknown option.
+        UsageError: there is no such option, or no such device.
     """
     options = {"device": "auto"} | (FULL if full else {}) | options
     options["device"] = pick_device(options["device"])
@@ -283,15 +303,15 @@ def analyze_model(
     """`analyze` for a model that is already open.
 
     Args:
-        model: whose matrices are measured.
-        options: what is computed, and how.
-        journal: where finished rows are kept while running; discarded at the end.
-        progress: called after each matrix.
-        shards: tensors of the model that are spread over the processes.
-        ranks: who shares the work; all processes by default.
+        model: model whose matrices are measured.
+        options: options that say what is computed, and how.
+        journal: file of finished rows while this runs; discarded at the end.
+        progress: function that is called after each matrix.
+        shards: tensors of the model that are spread over the processes, by name.
+        ranks: processes that share the work; all by default.
 
     Raises:
-        UsageError: ranks do not come, or bring another model.
+        UsageError: other ranks do not call this, or call it with another model.
     """
     started = time.perf_counter()
     ranks = ranks or Ranks()
@@ -347,15 +367,27 @@ def describe(
     """The weight matrices of a model, without reading any: names, shapes, roles, blocks.
 
     Args:
-        source: as for `analyze`, like the rest.
+        source: model, file, folder or hub id as `analyze` takes it.
         revision: branch, tag or commit of a hub id.
-        against: the difference to this model.
-        base: for an adapter, this base + ΔW; ``auto`` for the base that the adapter names.
-        where: which matrices; all by default.
+        against: second model; the matrices are then the differences of the two.
+        base: for an adapter, source of its base, for the matrices of base + ΔW; ``auto`` for the base that it names.
+        where: filter of the matrices that are wanted; all by default.
 
     Raises:
         SourceError: the source cannot be read at all.
-        UsageError: a filter that nothing passes, a `base` without an adapter, or a `revision` of a local path.
+        UsageError: no matrix passes the filter, or `base` is given without an adapter or `revision` for a local path.
+
+    Examples:
+        >>> import htsr, torch
+        >>> model = htsr.describe(torch.nn.TransformerEncoderLayer(d_model=8, nhead=2, dim_feedforward=16))
+        >>> for matrix in model:
+        ...     print(matrix.name, matrix.role, matrix.shape)
+        self_attn.in_proj_weight[q] attn.q (8, 8)
+        self_attn.in_proj_weight[k] attn.k (8, 8)
+        self_attn.in_proj_weight[v] attn.v (8, 8)
+        self_attn.out_proj attn.o (8, 8)
+        linear1 mlp.up (16, 8)
+        linear2 mlp.down (8, 16)
     """
     return open_model(source, revision=revision, against=against, base=base).filtered(as_filter(where))
 

@@ -38,11 +38,11 @@ class Distance:
     """How far two matrices A and B of the same shape are apart.
 
     Attributes:
-        frobenius: ‖A - B‖_F, in the unit of the weights.
-        relative: ‖A - B‖_F / ‖A‖_F.
-        cosine: ⟨A, B⟩ / (‖A‖_F ‖B‖_F), in [-1, 1].
-        cka: linear centred kernel alignment of the rows' Gram matrices (Kornblith et al. 2019), on the smaller side; 1
-            where B is A times a rotation.
+        frobenius: distance ‖A - B‖_F, in the unit of the weights.
+        relative: relative distance ‖A - B‖_F / ‖A‖_F.
+        cosine: cosine similarity ⟨A, B⟩ / (‖A‖_F ‖B‖_F), in [-1, 1].
+        cka: linear centred kernel alignment of the Gram matrices of the smaller side (Kornblith et al. 2019); 1 where B
+            is A times a rotation.
     """
 
     frobenius: float
@@ -56,10 +56,11 @@ class Pair:
     """One matrix in both models.
 
     Attributes:
-        name: in the first model.
-        a: its row in the first model.
-        b: its row in the second.
-        distance: between the weights; None for saved analyses, for one of zeros, and where one is stored transposed.
+        name: name of the matrix in the first model.
+        a: row of the matrix in the first model.
+        b: row of the matrix in the second model.
+        distance: distance between the weights; None for saved analyses, where one matrix is zero, and where one is
+            stored transposed.
         esd_distance: Jensen-Shannon distance between the ESDs, in [0, √ln 2]; None where their sizes differ, or one is
             missing or zero.
     """
@@ -79,13 +80,13 @@ class Comparison:
     """Two models, matrix by matrix.
 
     Attributes:
-        a: analysis of the first.
-        b: analysis of the second.
-        pairs: the matrices that are in both, in the first's order.
-        only_a: names of those that are in the first only.
-        only_b: names of those that are in the second only.
-        reshaped: names in the first of those whose counterpart has another shape. They are no pair: α and most other
-            numbers depend on the shape.
+        a: analysis of the first model.
+        b: analysis of the second model.
+        pairs: matrices that are in both models, in the order of the first.
+        only_a: names of matrices that are in the first model only.
+        only_b: names of matrices that are in the second model only.
+        reshaped: names in the first model of matrices that have another shape in the second. They are no pair: α and
+            most other numbers depend on the shape.
     """
 
     a: Analysis
@@ -143,24 +144,35 @@ def compare(
 ) -> Comparison:
     """Compare two models, or two saved analyses of them.
 
-    Matrices are matched by name, and those that are named otherwise in the two (a GGUF file and its original; experts
-    one by one or in a stack) by role and block. What
-    llama.cpp's converter permutes is put back; where that is not known the row's warning says so.
+    Matrices are matched by name; where the two models have different names (a GGUF file and its original, experts one
+    by one or in a stack), by role and block. Rows that llama.cpp's converter has permuted are put back; where the
+    permutation is not known, the row's warning says so.
 
     Args:
-        a: a source as `htsr.analyze` takes it, or an `Analysis`.
-        b: likewise.
-        where: which matrices, also of what is analyzed already.
-        full: as in `htsr.analyze`.
-        distributed: as in `htsr.analyze`.
-        **options: as in `htsr.analyze`; beside an `Analysis`, those that it was made with where they are not given.
+        a: first model: a source as `htsr.analyze` takes it, or an `Analysis`.
+        b: second model, likewise.
+        where: filter of the matrices that are wanted, also in a finished analysis; all by default.
+        full: whether to add bulk, permuted weights and alternatives to the power law.
+        distributed: whether the ranks of `accelerate launch` or `torchrun` share the matrices.
+        **options: options as in `htsr.analyze`; beside an `Analysis`, its own options are the default.
 
     Returns:
-        A `Comparison`. Distances between weights are there where both are sources, not analyses.
+        A `Comparison`. It has distances between weights only where both models are sources, not analyses.
 
     Raises:
-        SourceError: one cannot be read, or no matrix of one has a counterpart of its shape in the other.
-        UsageError: an option without meaning, a filter that nothing passes, or two fits that give different numbers.
+        SourceError: a model cannot be read, or the two have no matrix of one shape in common.
+        UsageError: an option has no meaning, no matrix passes the filter, or the two were fitted in ways that give
+            different numbers.
+
+    Examples:
+        >>> import htsr, torch
+        >>> base = {"layers.0.mlp.up_proj.weight": torch.randn(40, 40, generator=torch.Generator().manual_seed(0))}
+        >>> tuned = {name: 2 * W for name, W in base.items()}
+        >>> (pair,) = htsr.compare(base, tuned, null=False)
+        >>> round(pair.distance.relative, 6), round(pair.distance.cosine, 6)
+        (1.0, 1.0)
+        >>> abs(pair.a.alpha - pair.b.alpha) < 1e-9  # α does not feel the scale
+        True
     """
     settings = options_beside([x for x in (a, b) if isinstance(x, Analysis)], full=full, **options)
     sides = filtered_together([x if isinstance(x, Analysis) else open_model(x) for x in (a, b)], as_filter(where))
@@ -176,12 +188,12 @@ def options_beside(saved: Sequence[Analysis], *, full: bool = False, **options: 
     """Options for models that are compared with `saved` analyses: theirs, where they are not given.
 
     Args:
-        saved: none, one or two.
-        full: as in `htsr.analyze`.
-        **options: as in `htsr.analyze`.
+        saved: finished analyses among the two models: none, one or two.
+        full: whether to add bulk, permuted weights and alternatives to the power law.
+        **options: options as in `htsr.analyze`.
 
     Raises:
-        UsageError: an option without meaning, or one under which a saved analysis has other numbers.
+        UsageError: an option has no meaning, or gives other numbers than those of a saved analysis.
     """
     theirs: dict[str, Any] = {}
     if saved:
@@ -203,11 +215,11 @@ def filtered_together(sides: Sequence[Model | Analysis], where: Filter) -> list[
     """The wanted matrices of each of `sides`; what `where` names need be in one of them only.
 
     Args:
-        sides: to be compared.
-        where: which matrices.
+        sides: the models or analyses to be compared.
+        where: filter of the matrices that are wanted.
 
     Raises:
-        UsageError: a pattern or block that none has, or a side of which nothing is left.
+        UsageError: none of the sides has a pattern or block of the filter, or nothing is left of one side.
     """
     where.check([matrix for side in sides for matrix in _matrices(side)], " and ".join(side.label for side in sides))
     kept: list[Model | Analysis] = []
@@ -252,14 +264,14 @@ def compare_analyses(
     """`compare` for analyses that exist.
 
     Args:
-        a: of the first model.
-        b: of the second.
-        model_a: the first model, which is read once more for the distances between weights; None for none.
-        model_b: the second, likewise.
+        a: analysis of the first model.
+        b: analysis of the second model.
+        model_a: the first model, which is read once more for the distances between weights; None for no distances.
+        model_b: the second model, likewise.
 
     Raises:
-        SourceError: no matrix of one has a counterpart of its shape in the other.
-        UsageError: they were made by different fits.
+        SourceError: the two have no matrix of one shape in common.
+        UsageError: the analyses were made by different fits.
     """
     _insist_on_one_fit(a.label, a.options, b.label, b.options)
     if (versions := (a.meta.get("htsr"), b.meta.get("htsr")))[0] != versions[1]:
@@ -301,7 +313,7 @@ def _of_one_shape(a: LayerMetrics, b: LayerMetrics) -> bool:
 
 
 def match(a: Sequence[LayerMetrics], b: Sequence[LayerMetrics]) -> list[tuple[LayerMetrics, LayerMetrics]]:
-    """Pairs of rows of `a` and `b` of one matrix: by name, then by the name's end, then by role, block and part."""
+    """Pairs of rows of `a` and `b` that are of one matrix: by name, then by its end, then by role, block and part."""
     pairs: list[tuple[LayerMetrics, LayerMetrics]] = []
     left_a, left_b = list(a), list(b)
     for key in (_by_name, _by_end, _by_place):
@@ -359,11 +371,18 @@ def distance(a: Array, b: Array) -> Distance | None:
     """Distances between two matrices, computed in float32, or float64 where one is stored so, with sums in float64.
 
     Args:
-        a: (m, n) or (pieces, m, n), any float dtype.
-        b: in the same shape.
+        a: first matrix, (m, n) or (pieces, m, n), any float dtype.
+        b: second matrix, in the shape of `a`.
 
     Returns:
-        None where one is zero or not finite.
+        The distances; None where a matrix is zero or not finite.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.analysis.comparison import distance
+        >>> found = distance(np.eye(3), -np.eye(3))
+        >>> round(found.relative, 6), round(found.cosine, 6)
+        (2.0, -1.0)
     """
     A, B = as_numpy(a), as_numpy(b)
     wide = np.float64 if np.float64 in (A.dtype, B.dtype) else np.float32
@@ -381,7 +400,7 @@ def distance(a: Array, b: Array) -> Distance | None:
 
 
 def _exponent(*numbers: float) -> int:
-    """Of the power of two above the largest: scaling by it rounds nothing and keeps squares from overflowing."""
+    """Exponent of the power of two above all `numbers`: scaling by it rounds nothing, and no square overflows."""
     return int(np.frexp(max(numbers))[1])
 
 
@@ -396,14 +415,24 @@ def cka(A: Any, B: Any) -> float:
     """Linear CKA, ‖AᵀB‖_F² / (‖AᵀA‖_F ‖BᵀB‖_F) for centred columns, summed over pieces; the long side is contracted.
 
     Args:
-        A: (pieces, m, n), NumPy, of any scale.
-        B: in the same shape.
+        A: first matrix, (pieces, m, n), NumPy, of any scale.
+        B: second matrix, in the shape of `A`.
 
     Returns:
-        In [0, 1]; NaN where one is constant along its long side.
+        A number in [0, 1]; NaN where a matrix is constant along its long side.
 
     Source: Kornblith, Norouzi, Lee & Hinton (ICML 2019), eq. 4.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.analysis.comparison import cka
+        >>> random = np.random.default_rng(0)
+        >>> A = random.standard_normal((1, 20, 5))
+        >>> rotation, _ = np.linalg.qr(random.standard_normal((5, 5)))
+        >>> round(cka(A, A @ rotation), 6), cka(A, random.standard_normal((1, 20, 5))) < 0.5
+        (1.0, True)
     """
+    # an exact power of two: CKA does not feel the scale, but the fourth powers in it would overflow
     A, B = (np.ldexp(X, -_exponent(float(np.abs(X).max()))) for X in (A, B))
     cross = own_a = own_b = 0.0
     for x, y in zip(A, B, strict=True):

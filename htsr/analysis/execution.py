@@ -48,8 +48,8 @@ def for_each(matrices: Sequence[WeightMatrix], work: Work[Result]) -> Iterator[t
     """(index, result) of each matrix, in the order of completion.
 
     Args:
-        matrices: what to work on.
-        work: the results of a few matrices of one shape; called in several threads.
+        matrices: matrices to work on.
+        work: function that gives the results of a few matrices of one shape; it is called in several threads.
     """
     order = sorted(range(len(matrices)), key=lambda i: -matrices[i].cost)
     small = [i for i in order if _footprint(matrices[i]) <= SIDE_BY_SIDE]
@@ -145,7 +145,13 @@ def _one_blas_thread() -> Iterator[None]:
 
 
 def share(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Indices for each of `ranks` workers, their sums of `costs` nearly equal (longest first to the least loaded)."""
+    """Indices for each of `ranks` workers, their sums of `costs` nearly equal (longest first to the least loaded).
+
+    Examples:
+        >>> from htsr.analysis.execution import share
+        >>> share([5.0, 4.0, 3.0, 3.0], ranks=2)
+        [[0, 3], [1, 2]]
+    """
     loads = [(0.0, rank) for rank in range(ranks)]
     shares: list[list[int]] = [[] for _ in range(ranks)]
     for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -161,14 +167,14 @@ def shared_out(
     """How `size` processes share the work, some of it on tensors that are spread over them.
 
     Args:
-        matrices: all of them, the same on every rank.
-        shards: names of the tensors that are spread.
-        rank: of this process.
+        matrices: all matrices, the same on every rank.
+        shards: names of the tensors that are spread over the processes.
+        rank: rank of this process.
         size: number of processes.
 
     Returns:
-        What this rank reads where it is, and the matrices of each spread tensor, the costliest first, for
-        `htsr.matrices.sharded.in_rounds`.
+        The whole matrices that this rank reads, and the matrices of each spread tensor, the costliest tensor first,
+        for `htsr.matrices.sharded.in_rounds`.
     """
     whole = [matrix for matrix in matrices if whole_name(matrix.name) not in shards]
     spread = by_tensor(matrix for matrix in matrices if whole_name(matrix.name) in shards)
@@ -179,10 +185,11 @@ def shared_out(
 def pick_device(device: str) -> str:
     """`device`, with ``auto`` as this process's accelerator where there is one.
 
-    torch is imported for nothing else on a machine without an accelerator, so it is asked only where a driver shows.
+    torch is asked only where a driver shows: a machine without an accelerator needs it for nothing else here, and
+    importing it takes longer than many an analysis.
 
     Raises:
-        UsageError: a device that is not here.
+        UsageError: this machine has no such device.
     """
     if device == "cpu":
         return device

@@ -29,7 +29,7 @@ def cache_folder() -> Path:
     """Where journals lie unless told otherwise: $HTSR_CACHE, else htsr in the user's cache folder.
 
     Raises:
-        RuntimeError: the user has no home.
+        RuntimeError: the user has no home folder.
     """
     if folder := os.environ.get("HTSR_CACHE"):
         return Path(folder)
@@ -39,16 +39,16 @@ def cache_folder() -> Path:
 class Journal:
     """One JSON object a line, written as each matrix is done; every rank has a file of its own.
 
-    The first line says what is analyzed and how; rows of anything else are not taken up. Files are known by path, size
-    and date; of a model in memory each row bears a checksum of its matrix, and is taken up for that matrix only.
+    The first line says what is analyzed and how; rows of anything else are not taken over. Files are known by path,
+    size and date. Each row of a model in memory has a checksum of its matrix, and is taken over for that matrix only.
 
-    A journal is a convenience: where it cannot be written or read, the analysis goes on without, and a warning says so.
+    A journal is a convenience: where it cannot be written or read, the analysis goes on without it and warns.
 
     Args:
-        model: what is analyzed.
-        options: and how.
-        path: of the file; one in `cache_folder` by default.
-        fresh: forget what an earlier run has left.
+        model: model that is analyzed.
+        options: options of the analysis.
+        path: file of the journal; one in `cache_folder` by default.
+        fresh: whether to forget what an earlier run has left.
     """
 
     def __init__(self, model: Model, options: Options, path: Path | None = None, *, fresh: bool = False) -> None:
@@ -73,7 +73,7 @@ class Journal:
                 self._give_up(error)
 
     def load(self) -> dict[str, Measured]:
-        """Rows by name that an interrupted run of the same analysis, on any number of ranks, has left."""
+        """The rows by name that an interrupted run of the same analysis, on any number of ranks, has left."""
         if self._fresh:
             self.discard()
         found: dict[str, Measured] = {}

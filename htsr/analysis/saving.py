@@ -1,7 +1,7 @@
 """Analyses on disk: one .npz file, a header of JSON and an array per spectrum.
 
-Files come from strangers, or from a disk that was full: everything is held against what `write` writes, sizes against
-the file, before it is believed.
+Files come from strangers, or from a disk that was full: before anything is believed, contents are held against what
+`write_parts` writes, and sizes against the file.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def write_parts(
     """Write the parts of an analysis to `path`, whole or not at all.
 
     Raises:
-        HtsrError: it cannot be written.
+        HtsrError: the file cannot be written.
     """
     header = {
         "htsr": __version__,
@@ -82,7 +82,7 @@ def read_parts(path: Path) -> dict[str, Any]:
     """Label, rows, options, spectra and meta as the fields of `htsr.Analysis`.
 
     Raises:
-        SourceError: `path` is not what `write_parts` wrote.
+        SourceError: `path` is not a file that `write_parts` wrote, or is damaged.
     """
     if os.path.exists(path) and not path.is_file():
         raise SourceError(f"{path} is not an analysis that htsr saved: it is no file")

@@ -18,11 +18,20 @@ def from_json(kind: type[T], value: Any) -> T:
     """An instance of the dataclass `kind` from what `dataclasses.asdict` and JSON have made of one.
 
     Args:
-        kind: a dataclass whose fields are text, numbers, booleans, literals, None, tuples, or such dataclasses.
-        value: as JSON gives it. Fields with a default may be missing.
+        kind: dataclass whose fields are text, numbers, booleans, literals, None, tuples, or such dataclasses.
+        value: value as JSON gives it. Fields with a default may be missing.
 
     Raises:
-        ValueError: a field is unknown, missing, or not of its type; or `kind` itself refuses it.
+        ValueError: a field is unknown, missing, or not of its type, or `kind` itself refuses it.
+
+    Examples:
+        >>> from htsr.analysis.schema import from_json
+        >>> from htsr.spectra.windows import Windows
+        >>> from_json(Windows, {"rows": 100, "count": 9})
+        Windows(rows=100, count=9, aspect=1.0)
+        >>> from_json(Windows, {"rows": "100", "count": 9})
+        Traceback (most recent call last):
+        ValueError: rows: '100' is no whole number
     """
     return _check(kind)(value)  # type: ignore[arg-type, no-any-return]
 

@@ -2,8 +2,8 @@
 
     htsr.project("path/or/hub-id", "projected", "erg")
 
-The statistics of it are `htsr.spectra.directions`; here every wanted matrix of a model is changed, one stored tensor in
-memory at a time, in a copy of its files that becomes the output folder when all is done.
+`htsr.spectra.directions` has the mathematics of one matrix. Here every wanted matrix of a model is changed in a copy of
+its files, one stored tensor in memory at a time; the copy becomes the output folder when all is done.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ RECORD = "htsr_project.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """What was done to one matrix; None where that was not asked for.
+    """What was done to one matrix; fields of what was not asked for are None.
 
     Attributes:
-        name: the matrix, as `htsr analyze` names it.
-        role: what it does (`htsr.matrices.roles`).
-        block: index of its block; None outside of all.
-        rows: first dimension.
-        columns: second dimension.
-        status: ``ok``, or why it was left as it is.
-        warning: the same as a sentence.
-        kept: directions kept.
-        total: directions it had, K.
-        norm_kept: share of ‖W‖_F² kept.
-        lambda_min: smallest eigenvalue kept.
-        traps_before: correlation traps found.
-        traps_after: those that remain.
-        mean_removed: subtracted from every entry.
-        limit: entries were clipped at ± this; None where none were.
-        clipped: how many.
+        name: name of the matrix, as `htsr analyze` prints it.
+        role: what the matrix does in the model (`htsr.matrices.roles`).
+        block: index of its transformer block; None outside of all blocks.
+        rows: number of rows, the first dimension.
+        columns: number of columns, the second dimension.
+        status: ``ok``, or in one word why the matrix was left as it is.
+        warning: the same reason as a sentence.
+        kept: number of directions that were kept.
+        total: number of directions that the matrix had, K.
+        norm_kept: share of ‖W‖_F² that was kept.
+        lambda_min: smallest eigenvalue that was kept.
+        traps_before: number of correlation traps that were found.
+        traps_after: number of correlation traps that remain.
+        mean_removed: mean that was subtracted from every entry.
+        limit: size beyond which entries were clipped to ± this size; None where none were.
+        clipped: number of entries that were clipped.
     """
 
     name: str
@@ -84,9 +84,9 @@ class Surgery:
     """What was done to a model.
 
     Attributes:
-        label: the model.
-        output: the folder written.
-        operations: one per wanted matrix, in the model's order.
+        label: path or hub id of the model.
+        output: folder that was written.
+        operations: one `Operation` for each wanted matrix, in the model's order.
     """
 
     label: str
@@ -108,30 +108,41 @@ def project(
 ) -> Surgery:
     """Write a copy of a model whose matrices are projected on their tails.
 
-    The copy has the files of the original: shards, configuration and tokenizer, weights in their dtype; PyTorch files
-    become safetensors. Tied weights change together. ``htsr_project.json`` in it says what was done.
+    The copy has the files of the original: shards, configuration and tokenizer, and weights in their stored dtype;
+    PyTorch files become safetensors. Tied weights change together. ``htsr_project.json`` in it says what was done.
     In bfloat16 and float16 the rounding of the result brings back small eigenvalues, about 1e-6 of λ_max.
 
     Args:
-        source: a folder, a file (safetensors or PyTorch), or a hub id.
-        output: the folder to write; must not exist, or be empty.
-        keep: the directions that are kept (`htsr.spectra.directions.project_tail`); None for all.
-        traps: first remove correlation traps (`htsr.spectra.directions.remove_traps`).
+        source: folder, file (safetensors or PyTorch), or hub id of the model.
+        output: folder to write; it must be empty, or not exist yet.
+        keep: which directions are kept: ``"tail"``, ``"erg"`` or a number (`htsr.project_tail`); None for all.
+        traps: whether to remove correlation traps first (`htsr.remove_traps`).
         fit: how the power-law tail is chosen.
-        where: the matrices to change; all others are copied as they are.
+        where: filter of the matrices to change; all others are copied as they are.
         revision: branch, tag or commit of a hub id.
-        seed: of the permutations that show traps.
-        progress: called with (done, total, name) after each matrix.
+        seed: seed of the permutations that show traps.
+        progress: function that is called with (done, total, name) after each matrix.
 
     Returns:
         A `Surgery`. A matrix that cannot be changed is left as it is, and its `Operation` says why.
 
     Raises:
-        SourceError: a model that cannot be read, or whose format is not written (GGUF, quantised).
-        UsageError: nothing to do, an output that is in use, an adapter, or a filter that nothing passes.
+        SourceError: the model cannot be read, or its format is not written (GGUF, quantised).
+        UsageError: nothing is to be done, the output is in use, the model is an adapter, or no matrix passes the
+            filter.
         HtsrError: the output cannot be written, or safetensors does not store a dtype of the model.
 
     Source: SETOL (arXiv 2507.17912) for the projection on a tail as a test of what a layer has learned.
+
+    Examples:
+        >>> import htsr, torch
+        >>> from safetensors.torch import load_file, save_file
+        >>> save_file({"layers.0.mlp.up_proj.weight": torch.diag(torch.tensor([3.0, 2.0, 1.0]))}, "model.safetensors")
+        >>> surgery = htsr.project("model.safetensors", "projected", keep=2)
+        >>> surgery.operations[0].kept, surgery.operations[0].total
+        (2, 3)
+        >>> load_file("projected/model.safetensors")["layers.0.mlp.up_proj.weight"].diag().tolist()
+        [3.0, 2.0, 0.0]
     """
     if keep is None and not traps:
         raise UsageError("say which directions to keep (erg, tail or a number), or remove traps")
