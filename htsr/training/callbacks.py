@@ -1,4 +1,4 @@
-"""Callbacks of the transformers Trainer."""
+"""Layerwise learning rates and layer sampling under the transformers Trainer."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ class LayerwiseCallback(TrainerCallback):
     `htsr.log_values` returns.
 
     Args:
-        trainer: the one that the callback is added to, before `train`.
-        policy: as for `htsr.layerwise`.
+        trainer: Trainer that the callback is added to, before `train`.
+        policy: policy that `htsr.layerwise` takes: a name, a `Policy` or fixed multipliers.
         **changes: fields of `htsr.Policy` to be changed.
 
     Raises:
-        UsageError: no Trainer, or a policy without meaning; later, from `train`, as `htsr.layerwise`.
+        UsageError: there is no Trainer, or the policy has no meaning; later, from `train`, what `htsr.layerwise`
+            refuses.
     """
 
     def __init__(self, trainer: Trainer, policy: PolicyLike = "llr", **changes: Any) -> None:
@@ -45,7 +46,7 @@ class LayerwiseCallback(TrainerCallback):
             )
         self.trainer, self.policy = trainer, make_policy(policy, **changes)
         self._create: Callable[..., Any] = trainer.create_optimizer
-        setattr(trainer, "create_optimizer", self._create_layerwise)  # noqa: B010 - of this trainer, whatever its class
+        setattr(trainer, "create_optimizer", self._create_layerwise)  # noqa: B010 - on this trainer, whatever its class
 
     def _create_layerwise(self, model: Any = None) -> Any:
         """In place of the Trainer's own method, which is called with a model where that is wrapped."""
@@ -88,17 +89,17 @@ class LayerSamplerCallback(TrainerCallback):
     need nothing more: the sampler's state is in the optimizer's.
 
     Args:
-        sampler: of the model that the Trainer trains.
+        sampler: sampler made with the model that the Trainer trains.
     """
 
     def __init__(self, sampler: LayerSampler) -> None:
         self.sampler = sampler
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The model is wrapped, the optimizer made and, when resuming, loaded: freeze what does not train now.
+        """Freeze what does not train now: the model is wrapped, the optimizer made and, when resuming, loaded.
 
         Raises:
-            UsageError: as `LayerSampler.attach`.
+            UsageError: `LayerSampler.attach` refuses the optimizer.
         """
         self.sampler.attach(kwargs["optimizer"])
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
 
-HILL = "hill"  # a score of ours, no metric of the rows
+HILL = "hill"  # computed here, no metric of the rows
 _ROLES = ("attn.*", "mlp.*")
 
 
@@ -56,20 +56,20 @@ def lora_config(
 ) -> LoraConfig:
     """A `LoraConfig` whose `rank_pattern` follows the scores, at the parameters of uniform rank `rank`.
 
-    A unit of rank costs in + out parameters. `alpha_pattern` keeps lora_alpha/r = `scaling` for every matrix, so that a
+    One more rank costs in + out parameters. `alpha_pattern` keeps lora_alpha/r = `scaling` for every matrix, so that a
     larger rank means more directions, not a larger learning rate.
 
     Args:
         model: the model to be adapted.
-        analysis: of it.
-        rank: of the uniform adapter that sets the budget.
+        analysis: analysis of this model.
+        rank: rank of the uniform adapter that sets the budget.
         score: ``hill``, Hill's α over the mean of its role, from the analysis's spectra whatever its own fit was, or
             any numeric metric ≥ 0 of `LayerMetrics` as it is. A matrix without it gets an average share.
-        roles: which Linear modules inside the blocks, by role.
+        roles: which Linear modules inside the blocks are adapted, by role.
         blocks: name of the list of blocks, or several, in place of what `find_blocks` takes.
         minimum: least rank.
         maximum: largest rank; 4·`rank` if None. No rank exceeds the smaller side of its matrix.
-        reverse: more rank for smaller scores.
+        reverse: whether smaller scores get the larger ranks.
         scaling: lora_alpha/r.
         **options: more arguments of `LoraConfig`.
 
@@ -77,9 +77,23 @@ def lora_config(
         PEFT's `LoraConfig`, for `peft.get_peft_model`.
 
     Raises:
-        UsageError: no such metric, negative scores, no such modules, an analysis of other shapes, or a budget that
-            the bounds do not allow.
-        SourceError: a model without blocks.
+        UsageError: there is no such metric, a score is negative, no module has these roles, the analysis has other
+            shapes, or the bounds do not allow the budget.
+        SourceError: the model has no blocks.
+
+    Examples:
+        Four matrices of noise, but that the first has one dominant direction, and so the least stable rank:
+
+        >>> import htsr, torch
+        >>> _ = torch.manual_seed(0)
+        >>> layer = torch.nn.TransformerEncoderLayer(d_model=64, nhead=2, dim_feedforward=128)
+        >>> model = torch.nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
+        >>> with torch.no_grad():
+        ...     _ = model.layers[0].linear1.weight.add_(1.0)
+        >>> analysis = htsr.analyze(model)
+        >>> config = htsr.lora_config(model, analysis, rank=4, roles=["mlp.*"], score="stable_rank")
+        >>> list(config.rank_pattern.values())  # four times 4 in all
+        [1, 5, 5, 5]
 
     Source: AlphaLoRA (arXiv 2410.10054) for ranks that follow α; LoRA (arXiv 2106.09685).
     """
@@ -125,20 +139,20 @@ def adapter_ranks(
     """Rank of each adapted module by name.
 
     Args:
-        model: as for `lora_config`, like the next.
-        analysis: of it.
-        rank: of the uniform adapter that sets the budget.
+        model: the model to be adapted.
+        analysis: analysis of this model.
+        rank: rank of the uniform adapter that sets the budget.
         score: ``hill``, or any numeric metric ≥ 0 of `LayerMetrics`.
-        roles: which Linear modules inside the blocks, by role.
+        roles: which Linear modules inside the blocks are adapted, by role.
         blocks: name of the list of blocks, or several, in place of what `find_blocks` takes.
         minimum: least rank.
         maximum: largest rank; 4·`rank` if None.
-        reverse: more rank for smaller scores.
+        reverse: whether smaller scores get the larger ranks.
 
     Raises:
-        UsageError: no such metric, negative scores, no such modules, an analysis of other shapes, or a budget that
-            the bounds do not allow.
-        SourceError: a model without blocks.
+        UsageError: there is no such metric, a score is negative, no module has these roles, the analysis has other
+            shapes, or the bounds do not allow the budget.
+        SourceError: the model has no blocks.
     """
     from htsr.calibration.activations import linear_modules
 
@@ -172,7 +186,7 @@ def _module_of(row: LayerMetrics) -> str:
 
 
 def _sides(module: torch.nn.Module) -> tuple[int, int]:
-    """Out and in of a Linear, whose weight may be packed in 4 bits; the weight's shape of a Conv1D."""
+    """Output and input features of a Linear, whose weight may be packed in 4 bits; of a Conv1D the weight's shape."""
     if hasattr(module, "out_features") and hasattr(module, "in_features"):
         return int(cast("int", module.out_features)), int(cast("int", module.in_features))
     out, into = cast("torch.Tensor", module.weight).shape

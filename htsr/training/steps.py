@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+# every class of optimizer has its step wrapped by a function with this code, by which a running step is recognised
 _STEP = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 
 
@@ -29,7 +30,7 @@ def skipped_by_scaler(optimizer: Any) -> bool:
     """Whether a fused optimizer was called by a GradScaler with gradients that overflowed, and does nothing.
 
     Args:
-        optimizer: whose `step` is being called.
+        optimizer: optimizer whose `step` is being called.
     """
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found.item())

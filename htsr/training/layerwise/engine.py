@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ROUNDING = 1e-6  # of a step
+_ROUNDING = 1e-6  # steps, by which a product of floating-point numbers may be off
 
 Groups = list[tuple[int, dict[str, Any]]]
 
@@ -54,8 +54,8 @@ class Event:
     """What was decided at a step.
 
     Attributes:
-        step: counted from 1.
-        outcome: by unit.
+        step: optimizer step, counted from 1.
+        outcome: scores and multipliers of the units.
         kept: units that keep the multipliers that they have, and why: they do not train now, or could not be measured
             through no fault of their weights.
     """
@@ -66,16 +66,16 @@ class Event:
 
 
 class Layerwise:
-    """What hangs on the optimizer: the policy, which group has which unit, and nothing that a checkpoint would need.
+    """What is attached to the optimizer: the policy, which group has which unit, and nothing that a checkpoint needs.
 
     Args:
-        optimizer: fresh; its groups are split in place.
-        model: wrapped or not.
-        policy: the rules.
+        optimizer: optimizer without a scheduler; its groups are split in place.
+        model: model, wrapped or not.
+        policy: policy that the multipliers follow.
         total_steps: optimizer steps of the whole training; None where not known.
 
     Raises:
-        UsageError: as `layerwise`.
+        UsageError: `htsr.layerwise` refuses the arguments.
     """
 
     def __init__(
@@ -94,7 +94,11 @@ class Layerwise:
         tied = has_tied_head(model)
         values = fixed(policy, matrices, tied=tied)
         of_any_size = fixed(replace(policy, min_size=0), matrices, tied=tied)
-        small = [s.name for s, v, w in zip(matrices, values, of_any_size, strict=True) if v is not None and w is None]
+        small = [
+            unit.name
+            for unit, value, at_any_size in zip(matrices, values, of_any_size, strict=True)
+            if value is not None and at_any_size is None
+        ]
         if small:
             logger.info(
                 "%d of %d matrices have fewer eigenvalues than min_size, %d, and stay at 1: %s%s",
@@ -107,16 +111,14 @@ class Layerwise:
         others = [pinned(unit, policy.pin) for unit in self.units[len(moving) :]]
         settled = [value for _, value in moving] + [1.0 if value is None else value for value in others]
         here = {
-            unit
-            for unit, group in zip(self.of_group, optimizer.param_groups, strict=True)
-            if any(
-                len(whole_shape(p)) > 1 or stem(names.get(id(p), "")) == self.units[unit].name for p in group["params"]
-            )
+            i
+            for i, group in zip(self.of_group, optimizer.param_groups, strict=True)
+            if any(len(whole_shape(p)) > 1 or stem(names.get(id(p), "")) == self.units[i].name for p in group["params"])
         }
         # a matrix in another optimizer takes no part here, and a bias without its matrix stays at 1
-        self.settled = [1.0 if v is None and unit not in here else v for unit, v in enumerate(settled)]
+        self.settled = [1.0 if value is None and i not in here else value for i, value in enumerate(settled)]
         self._told: set[str] = set()
-        if all(self.settled[unit] == 1.0 for unit in self.of_group):
+        if all(self.settled[i] == 1.0 for i in self.of_group):
             self._tell("nothing", "layerwise has nothing to set: no parameter is of a matrix that it measures or pins")
         self.handles: list[RemovableHandle] = []
         self.seconds = 0.0
@@ -152,7 +154,7 @@ class Layerwise:
         """Measure and decide at this `step` of `optimizer`.
 
         Raises:
-            HtsrError: the ranks do not hold the same matrices.
+            HtsrError: the processes do not hold the same matrices.
         """
         began = time.perf_counter()
         names = parameter_names(self.model)
@@ -247,11 +249,14 @@ class Layerwise:
             group[key] = value * factor
 
     def groups(self, optimizer: torch.optim.Optimizer) -> Groups:
-        """ParameterUnit and group of those of `optimizer` that were split here; a loaded checkpoint makes new ones."""
+        """The groups of `optimizer` that were split here, each with the index of its unit.
+
+        They are looked up anew each time, since loading a checkpoint makes new ones.
+        """
         return [(self.of_group[g["htsr_place"]], g) for g in optimizer.param_groups if "htsr_step" in g]
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> Groups:
-        """Those that a step of the `optimizer` moves now.
+        """The groups that a step of the `optimizer` moves now.
 
         DeepSpeed's ZeRO calls a step for each: stages 1 and 2 show the optimizer one group, stage 3 empties the others.
         """

@@ -4,12 +4,12 @@ What is known about a group rides in it as plain numbers and strings, which ever
 
 ================ ======================================================================================
 ``name``         the matrix, or what kind of parameters are together in it
-``role``         of the matrix
-``multiplier``   in force at the last step
-``score``        of the last event; NaN where not measured
-``status``       of the last event: ``ok``, ``frozen``, or why it could not be measured and kept its multiplier
+``role``         role of the matrix
+``multiplier``   multiplier in force at the last step
+``score``        score at the last event; NaN where not measured
+``status``       outcome of the last event: ``ok``, ``frozen``, or why it could not be measured and kept its multiplier
 ``htsr_start``   multiplier at the last event
-``htsr_target``  where it is going since
+``htsr_target``  multiplier that it has been moving to since
 ``htsr_event``   step of the last event, 0 before the first
 ``htsr_step``    optimizer steps done
 ``htsr_policy``  the policy, as JSON
@@ -54,13 +54,13 @@ _ORIGINAL_NAME = "htsr_name"  # the user's own `name` of the group that was spli
 
 
 @dataclass(frozen=True)
-class Share:
+class Subgroup:
     """Parameters of one group that go together into a new one.
 
     Attributes:
         unit: index of their unit.
-        places: of the parameters in the old group.
-        name: of the new group.
+        places: places of the parameters in the old group.
+        name: name of the new group.
     """
 
     unit: int
@@ -161,14 +161,14 @@ def split_groups(
     """Split the groups of `optimizer` in place, so that each has one unit.
 
     Args:
-        optimizer: fresh.
-        names: of the parameters by id.
-        units: of matrices. Units for the parameters that belong to none of them are appended.
+        optimizer: optimizer without a scheduler, not split yet.
+        names: names of the model's parameters by their id.
+        units: units of the model's matrices. Units for the parameters that belong to none of them are appended.
         pin: multipliers by pattern; parameters that belong to no unit stay together where theirs are equal.
-        policy: in words.
+        policy: the policy as JSON, which is written into the groups.
 
     Returns:
-        The unit of each new group.
+        Index of the unit of each new group.
 
     Raises:
         UsageError: no parameter of the optimizer belongs to the model.
@@ -181,16 +181,16 @@ def split_groups(
     sorter = _Sorter(names, units, pin)
     taken: set[str] = set()
     groups: list[dict[str, Any]] = []
-    assigned = []
+    unit_indices = []
     for origin, group in enumerate(optimizer.param_groups):
-        for share in sorter.shares(group["params"]):
-            wanted = f"{group['name']}: {share.name}" if "name" in group else share.name
+        for subgroup in sorter.subgroups(group["params"]):
+            wanted = f"{group['name']}: {subgroup.name}" if "name" in group else subgroup.name
             alternatives = (wanted if i == 0 else f"{wanted} ({i})" for i in count())
             name = next(name for name in alternatives if name not in taken)
             taken.add(name)
-            own = {"name": name, "role": units[share.unit].role, "htsr_policy": policy}
-            groups.append(_new_group(group, share, own | {"htsr_place": len(groups), "htsr_origin": origin}))
-            assigned.append(share.unit)
+            own = {"name": name, "role": units[subgroup.unit].role, "htsr_policy": policy}
+            groups.append(_new_group(group, subgroup, own | {"htsr_place": len(groups), "htsr_origin": origin}))
+            unit_indices.append(subgroup.unit)
     if len(optimizer.param_groups) > 1:
         logger.info(
             "the %d groups of the optimizer are %d now: a scheduler takes a list for them through htsr.per_group",
@@ -198,7 +198,7 @@ def split_groups(
             len(groups),
         )
     optimizer.param_groups[:] = groups
-    return assigned
+    return unit_indices
 
 
 class _Sorter:
@@ -209,17 +209,18 @@ class _Sorter:
         self.matrices = {unit.name: i for i, unit in enumerate(units)}
         self.others: dict[tuple[str, float | None], int] = {}
 
-    def shares(self, parameters: Sequence[Any]) -> list[Share]:
+    def subgroups(self, parameters: Sequence[Any]) -> list[Subgroup]:
         """The parameters of one group by unit, in their order; an empty group stays one."""
         names = [self.names.get(id(parameter), "") for parameter in parameters]
         places: dict[int, list[int]] = {}
         for place, name in enumerate(names):
-            places.setdefault(self._slot(name), []).append(place)
+            places.setdefault(self._unit(name), []).append(place)
         if not parameters:
-            places[self._slot("")] = []
-        return [Share(unit, tuple(own), self._label(unit, [names[i] for i in own])) for unit, own in places.items()]
+            places[self._unit("")] = []
+        return [Subgroup(unit, tuple(own), self._label(unit, [names[i] for i in own])) for unit, own in places.items()]
 
-    def _slot(self, name: str) -> int:
+    def _unit(self, name: str) -> int:
+        """Index of the unit of a parameter, made where it belongs to no matrix."""
         found = unit_of(name, self.matrices)
         if found is not None:
             return found
@@ -239,16 +240,16 @@ class _Sorter:
         return own.name if any(stem(name) == own.name for name in names) else names[0]
 
 
-def _new_group(group: dict[str, Any], share: Share, own: dict[str, Any]) -> dict[str, Any]:
+def _new_group(group: dict[str, Any], subgroup: Subgroup, own: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     new = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in group.items()}
     for key in ("params", "param_names"):
         if key in group:
-            new[key] = [group[key][place] for place in share.places]
+            new[key] = [group[key][place] for place in subgroup.places]
     if "name" in group:
         new[_ORIGINAL_NAME] = group["name"]
-    return new | own | _AT_START | {"score": float("nan"), "htsr_order": list(share.places)}
+    return new | own | _AT_START | {"score": float("nan"), "htsr_order": list(subgroup.places)}
 
 
 def per_group(optimizer: Any, values: Sequence[Value]) -> list[Value]:
@@ -257,11 +258,23 @@ def per_group(optimizer: Any, values: Sequence[Value]) -> list[Value]:
     Schedulers with a list take it so: ``LambdaLR(optimizer, htsr.per_group(optimizer, [f, g]))``.
 
     Args:
-        optimizer: from `htsr.layerwise`, also as accelerate wraps it. One that is not layerwise keeps its groups.
-        values: one for each of its own groups, in their order; groups that were added later come last.
+        optimizer: optimizer from `htsr.layerwise`, also one that accelerate has wrapped. One that is not layerwise has
+            the groups that it had.
+        values: one value for each of its own groups, in their order; groups that were added later come last.
 
     Raises:
         UsageError: there are more or fewer groups than values.
+
+    Examples:
+        Two groups of the user's own, the first with two matrices:
+
+        >>> import htsr, torch
+        >>> body, head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)), torch.nn.Linear(64, 64)
+        >>> groups = [{"params": body.parameters()}, {"params": head.parameters()}]
+        >>> model = torch.nn.Sequential(body, head)
+        >>> optimizer = htsr.layerwise(torch.optim.SGD(groups, lr=0.1), model)
+        >>> htsr.per_group(optimizer, ["slow", "fast"])
+        ['slow', 'slow', 'fast']
     """
     origins: list[Any] = []
     for place, group in enumerate(optimizer.param_groups):
@@ -283,7 +296,7 @@ def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict of a layerwise optimizer as one that the same optimizer loads without htsr.
 
     Args:
-        state_dict: of the optimizer.
+        state_dict: state dict of the optimizer.
 
     Returns:
         A state dict with the groups that were there before they were split; multipliers are dropped.
@@ -311,8 +324,8 @@ def adapt_state_dict(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, 
     """What the layerwise `optimizer` is to load: a checkpoint made without htsr is split like the optimizer itself.
 
     Args:
-        optimizer: whose groups are split.
-        state_dict: the checkpoint's.
+        optimizer: optimizer whose groups are split.
+        state_dict: state dict of the checkpoint.
 
     Returns:
         The state dict to load, or None to load the given one.

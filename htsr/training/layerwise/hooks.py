@@ -1,4 +1,4 @@
-"""What hangs an engine on its optimizer: hooks, the step that restores when it fails, and how the optimizer is copied.
+"""How an engine is attached to its optimizer: hooks, a step that restores when it fails, and what a copy is made of.
 
 torch keeps no hooks in a copied or pickled optimizer. A layerwise one is put together again with its engine, whose
 model is copied with it, so that `copy.deepcopy((model, optimizer))` and `torch.save` of both go on as one run.
@@ -20,7 +20,7 @@ _ENGINE = "_htsr_layerwise"
 
 
 def attach(engine: Layerwise, optimizer: torch.optim.Optimizer) -> None:
-    """Hang the `engine` on its `optimizer`."""
+    """Attach the `engine` to its `optimizer`."""
     untraced: Callable[[Any], Any] = torch.compiler.disable
     engine.handles = [
         optimizer.register_step_pre_hook(untraced(engine.before_step)),

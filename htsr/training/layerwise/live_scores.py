@@ -34,7 +34,7 @@ def view_of(spectrum: Spectrum, optimizer: torch.optim.Optimizer) -> Callable[[A
 
     Args:
         spectrum: ``weights``, ``gradients`` or ``momentum``.
-        optimizer: whose first moments are looked up by the names that torch's and other optimizers give them.
+        optimizer: optimizer whose first moments are looked up by the names that torch's and other optimizers give them.
 
     Returns:
         None for the parameter itself; else a function from the parameter to a tensor of its shape, or None where it
@@ -58,7 +58,7 @@ class Failure:
     """A matrix whose score could not be computed.
 
     Attributes:
-        why: in a sentence.
+        why: reason, in one sentence.
         passing: whether it may be computed the next time: out of memory, no convergence. Else the score itself is at
             fault, a function of the user's.
     """

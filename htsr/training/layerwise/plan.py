@@ -25,14 +25,14 @@ class PlanRow:
     """One parameter of the plan.
 
     Attributes:
-        name: the tensor, without ``.weight``.
-        role: of it.
+        name: name of the tensor, without ``.weight``.
+        role: role of the tensor.
         block: index of its block.
-        rows: of the whole tensor, or of one of its parts.
-        columns: likewise.
-        parts: matrices in it: 1, or more of a fused or stacked tensor.
-        score: mean over the parts; None where not measured.
-        multiplier: of the learning rate or weight decay.
+        rows: rows of the whole tensor, or of one of its parts.
+        columns: columns of the whole tensor, or of one of its parts.
+        parts: number of matrices in it: 1, or more of a fused or stacked tensor.
+        score: mean score over the parts; None where not measured.
+        multiplier: multiplier of the learning rate or weight decay.
         why: ``measured``, ``embedding``, ``small`` (fewer eigenvalues than `min_size`), ``fixed`` (pinned, excluded, or
             nothing is measured), or ``no score``.
     """
@@ -53,8 +53,8 @@ class Plan:
     """What `layerwise_plan` returns.
 
     Attributes:
-        label: the model.
-        policy: what was planned.
+        label: name of the model.
+        policy: policy that was planned.
         rows: one for each tensor with a matrix, in the model's order. All other parameters have the multiplier 1,
             unless they are pinned.
     """
@@ -74,15 +74,25 @@ def layerwise_plan(source: Source, policy: PolicyLike = "llr", *, revision: str 
     """The multipliers of the first event for the weights as they are; nothing is instantiated.
 
     Args:
-        source: as for `htsr.analyze`: a module, a state dict, a folder, a file, a hub id.
-        policy: as for `htsr.layerwise`. Gradients and momentum are in no checkpoint.
-        revision: of a hub id.
+        source: model that `htsr.analyze` takes: a module, a state dict, a folder, a file, a hub id.
+        policy: policy that `htsr.layerwise` takes; of weights, since gradients and momentum are in no checkpoint.
+        revision: branch, tag or commit of a hub id.
         **changes: fields of `Policy` to be changed.
 
     Raises:
         SourceError: the source cannot be read.
-        UsageError: a policy without meaning.
-        HtsrError: a score of your own that fails.
+        UsageError: the policy has no meaning.
+        HtsrError: a score of your own fails.
+
+    Examples:
+        >>> import htsr, torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+        >>> for row in htsr.layerwise_plan(model, embeddings=2.0):
+        ...     print(row.name, row.multiplier, row.why)
+        0 2.0 embedding
+        1 1.0 measured
+        2 1.0 small
     """
     chosen = make_policy(policy, **({"interval": None} | changes if policy == "tempbalance" else changes))
     if chosen.spectrum != "weights":

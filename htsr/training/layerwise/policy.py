@@ -32,15 +32,15 @@ class Policy:
     (`htsr.allocate`). Patterns are shell-style and match a role (``attn.q``, ``mlp.*``, ``norm``) or a name.
 
     Attributes:
-        score: of a matrix, see `htsr.spectra.scores`: ``alpha``, ``alpha_null`` (static by shape), ``alpha_minus_null``
-            (shape-corrected), ``erg_gap``, ``trace_log``, ``stable_rank``, or a function of an `ESD`. None measures
-            nothing: only what is pinned, embeddings included, leaves 1.
+        score: score of a matrix, see `htsr.spectra.scores`: ``alpha``, ``alpha_null`` (static by shape),
+            ``alpha_minus_null`` (shape-corrected), ``erg_gap``, ``trace_log``, ``stable_rank``, or a function of an
+            `ESD`. None measures nothing: only what is pinned, embeddings included, leaves 1.
         fit: how the power-law tail is chosen.
         windows: FARMS windows; None decomposes whole matrices.
-        spectrum: of the ``weights``, of their ``gradients``, or of the optimizer's ``momentum``.
-        map: from scores to multipliers, see `htsr.allocate`.
-        bounds: s1 and s2, the least and the largest multiplier.
-        reverse: favour small scores instead.
+        spectrum: what is decomposed: the ``weights``, their ``gradients``, or the optimizer's ``momentum``.
+        map: map from scores to multipliers, see `htsr.allocate`.
+        bounds: least and largest multiplier, s1 and s2.
+        reverse: whether small scores get large multipliers instead.
         sets: what is multiplied, ``lr`` or ``weight_decay``.
         unit: what shares one multiplier: ``matrix``, or all matrices of a ``block`` or ``role``, their scores averaged.
         interval: steps between events, which fall on step 1 and on the multiples of `interval`; None for step 1 only.
@@ -50,15 +50,27 @@ class Policy:
             matrix gets; the upper bound where none is measured), ``measured`` (like any matrix), ``leave`` (1).
         min_size: matrices with fewer eigenvalues stay at 1; the slices of a kernel count together.
         exclude: patterns of matrices that stay at 1.
-        exclude_ends: leave out the first and the last layer: embeddings and the head, and where there are none (or no
-            head, unless the embedding is tied to one) the first or the last matrix in the order of the modules.
+        exclude_ends: whether the first and the last layer stay at 1: embeddings and the head, and where there are none
+            (or no head, unless the embedding is tied to one) the first or the last matrix in the order of the modules.
         pin: multipliers by pattern. The first that matches counts; it goes before all other rules.
-        decouple_weight_decay: divide weight decay by the lr multiplier, for optimizers that decay by lr·wd (AdamW).
+        decouple_weight_decay: whether weight decay is divided by the lr multiplier, for optimizers that decay by lr·wd
+            (AdamW).
         dtype: precision of the eigenvalues. ``float32`` takes half the time and resolves eigenvalues down to 2e-6·λ_max
             only: enough for the weights of a trained model, not for gradients or momentum.
 
     Raises:
-        UsageError: a field without meaning.
+        UsageError: a field has no meaning.
+
+    Examples:
+        LLR on whole blocks, measured every 500 steps, norms and biases at twice the rate:
+
+        >>> import htsr
+        >>> policy = htsr.Policy(unit="block", interval=500, pin={"norm": 2.0, "vector": 2.0})
+        >>> policy.score, policy.bounds
+        ('alpha', (1.0, 5.0))
+        >>> htsr.Policy(bounds=(5.0, 1.0))
+        Traceback (most recent call last):
+        htsr.errors.UsageError: bounds are (s1, s2), finite numbers with 0 ≤ s1 ≤ s2, not (5.0, 1.0)
 
     Source: LLR (arXiv 2605.22297); its relatives TempBalance (arXiv 2312.00359), AlphaDecay, FARMS (ICML 2025).
     """
@@ -148,10 +160,10 @@ def name_of(score: Score | None) -> str | None:
 
 
 def require_count(name: str, value: Any, least: int) -> None:
-    """Refuse a `value` of the argument `name` that is no whole number of at `least` so many.
+    """Refuse a `value` of the argument `name` that is no whole number, or is below `least`.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is none, or is below.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
         raise UsageError(f"{name} is a whole number, at least {least}, not {value!r}")
@@ -196,7 +208,14 @@ def make_policy(policy: PolicyLike = "llr", **changes: Any) -> Policy:
         **changes: fields of `Policy` to be changed; ``tempbalance`` needs `interval`.
 
     Raises:
-        UsageError: an unknown name or field, or a field without meaning.
+        UsageError: the name or a field is unknown, or a field has no meaning.
+
+    Examples:
+        >>> from htsr.training.layerwise.policy import make_policy
+        >>> make_policy("alphadecay", interval=100).sets
+        'weight_decay'
+        >>> make_policy({"attn.*": 4.0, "embed": 10.0}).pin
+        {'attn.*': 4.0, 'embed': 10.0}
     """
     if isinstance(policy, str):
         if policy not in PRESETS:

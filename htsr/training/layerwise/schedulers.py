@@ -23,18 +23,30 @@ class LayerwiseLR(LRScheduler):
     as in `LambdaLR`, and no other scheduler goes with it; `htsr.layerwise` goes with any. It counts its own steps, so
     call `scheduler.step()` after every `optimizer.step()`. The first event is when it is made.
 
-    Args:
-        optimizer: fresh, as for `htsr.layerwise`; its groups are split.
-        model: as for `htsr.layerwise`.
-        policy: as for `htsr.layerwise`; it sets the learning rate.
-        schedule: b, a function of the steps done (0 for the first step); constant by default.
-        total_steps: steps of the whole training.
-        **changes: fields of `htsr.Policy` to be changed.
-
     State is in the param groups and in the scheduler's own `state_dict()`: save and load both, the scheduler first.
 
+    Args:
+        optimizer: optimizer without a scheduler; its groups are split.
+        model: model whose parameters the optimizer trains, wrapped or not.
+        policy: policy that `htsr.layerwise` takes; it sets the learning rate.
+        schedule: b, a function of the steps done (0 for the first step); constant by default.
+        total_steps: optimizer steps of the whole training.
+        **changes: fields of `htsr.Policy` to be changed.
+
     Raises:
-        UsageError: as `htsr.layerwise`, and for policies that set the weight decay.
+        UsageError: `htsr.layerwise` would refuse the arguments, or the policy sets the weight decay.
+
+    Examples:
+        >>> import htsr, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> scheduler = htsr.LayerwiseLR(optimizer, model, {"0": 1.0, "1": 4.0}, schedule=lambda step: 0.5**step)
+        >>> scheduler.get_last_lr()
+        [0.1, 0.4]
+        >>> optimizer.step()
+        >>> scheduler.step()
+        >>> scheduler.get_last_lr()
+        [0.05, 0.2]
     """
 
     def __init__(

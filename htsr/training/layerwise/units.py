@@ -1,4 +1,4 @@
-"""Which parameters share a multiplier, and what it becomes once the scores are known. Knows no optimizer."""
+"""Which parameters have a multiplier in common, and what it becomes once the scores are known. Knows no optimizer."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class ParameterUnit:
     """What has one multiplier: a parameter with its followers (bias, LoRA factors), or parameters that stay together.
 
     Attributes:
-        name: of the parameter, without ``.weight``.
-        role: of it; of a fused tensor that is split the roles of its parts in one, as in ``attn.qkv``.
+        name: name of the parameter, without ``.weight``.
+        role: role of the parameter; a fused tensor that is split has the roles of its parts in one: ``attn.qkv``.
         block: index of its block.
         parts: names of the matrices in it: one, several of a fused or stacked tensor, none for vectors.
-        part_roles: their roles.
-        size: eigenvalues of the smallest part, those of a kernel's slices together; 0 without parts.
+        part_roles: roles of the parts, in their order.
+        size: number of eigenvalues of the smallest part, those of a kernel's slices together; 0 without parts.
     """
 
     name: str
@@ -55,8 +55,8 @@ class Outcome:
     """Scores and multipliers of all units, in their order.
 
     Attributes:
-        scores: mean over the parts of a unit; NaN where it was not measured or has none.
-        multipliers: of the learning rate or weight decay.
+        scores: mean score over the parts of each unit; NaN where it was not measured or has none.
+        multipliers: multiplier of the learning rate or weight decay of each unit.
     """
 
     scores: tuple[float, ...]
@@ -67,7 +67,7 @@ def matrix_units(matrices: Iterable[WeightMatrix]) -> list[ParameterUnit]:
     """One unit for each tensor, parts of a fused one together: an optimizer knows one learning rate per parameter.
 
     Args:
-        matrices: of a model, in its order.
+        matrices: matrices of a model, in its order.
     """
     return [
         ParameterUnit(
@@ -95,11 +95,17 @@ def unit_of(parameter: str, names: Mapping[str, int]) -> int | None:
     """The unit that a parameter belongs to: its own, or that of the matrix whose bias or adapter it is.
 
     Args:
-        parameter: its full name, wrappers' prefixes removed.
+        parameter: full name of the parameter, wrappers' prefixes removed.
         names: indices of units by their name.
 
     Returns:
-        An index; None where it belongs to no matrix.
+        Index of the unit; None where the parameter belongs to no matrix.
+
+    Examples:
+        >>> from htsr.training.layerwise.units import unit_of
+        >>> units = {"layers.0.q": 0, "layers.0.k": 1}
+        >>> unit_of("layers.0.k.bias", units), unit_of("layers.0.k.lora_A.weight", units), unit_of("norm.weight", units)
+        (1, 1, None)
     """
     for own in (parameter, parameter.removesuffix("_bias"), re.sub(r"bias$", "weight", parameter)):
         if own in names:
@@ -121,13 +127,13 @@ def require_patterns(policy: Policy, units: Sequence[ParameterUnit], vectors: It
     """Refuse patterns of a `policy` that change nothing.
 
     Args:
-        policy: whose pins and exclusions are looked at.
-        units: all of the model.
-        vectors: names of the parameters that belong to none.
-        of: the model, for the sentence.
+        policy: policy whose pins and exclusions are looked at.
+        units: all units of the model.
+        vectors: names of the parameters that belong to no unit.
+        of: name of the model, for the message.
 
     Raises:
-        UsageError: a pattern that matches nothing, or some parts of fused tensors only.
+        UsageError: a pattern matches nothing, or only some parts of fused tensors.
     """
     names = list(vectors)
     wholes = {subject for unit in units for subject in (unit.role, unit.name)}
@@ -152,11 +158,16 @@ def pinned(unit: ParameterUnit, pin: Mapping[str, float]) -> float | None:
     A fused tensor whose own role and name match nothing takes the mean over its parts, where all of them match.
 
     Args:
-        unit: whose role and name, or whose parts', are matched.
+        unit: unit whose role and name, or those of its parts, are matched.
         pin: multipliers by shell-style pattern.
 
     Returns:
         A multiplier; None where nothing matches.
+
+    Examples:
+        >>> from htsr.training.layerwise.units import ParameterUnit, pinned
+        >>> pinned(ParameterUnit("layers.0.self_attn.q_proj", "attn.q"), {"attn.*": 4.0, "*": 1.0})
+        4.0
     """
     if (value := _first(pin, unit.role, unit.name)) is not None or not unit.parts:
         return value
@@ -173,7 +184,7 @@ def _first(pin: Mapping[str, float], *subjects: str) -> float | None:
 
 
 def _matches(subject: str, pattern: str) -> bool:
-    """As elsewhere, where brackets are part of a name; here they may also be a set of letters, as in ``attn.[qk]``."""
+    """Match as elsewhere, where brackets are part of a name, or with brackets as a set of letters: ``attn.[qk]``."""
     return matches(subject, (pattern,)) or fnmatchcase(subject, pattern)
 
 
@@ -182,8 +193,8 @@ def ends(units: Sequence[ParameterUnit], *, tied: bool = False) -> set[int]:
     that stands there.
 
     Args:
-        units: all of the model, in its order.
-        tied: the embedding is the head, too.
+        units: all units of the model, in its order.
+        tied: whether the embedding is the head, too.
     """
     matrices = [i for i, unit in enumerate(units) if unit.parts]
     if not matrices:
@@ -209,13 +220,21 @@ def fixed(policy: Policy, units: Sequence[ParameterUnit], *, tied: bool = False)
     """The multiplier of every unit that needs no measuring.
 
     Args:
-        policy: the rules.
-        units: all of the model, in its order.
-        tied: the embedding is the head, too.
+        policy: rules that say what is measured.
+        units: all units of the model, in its order.
+        tied: whether the embedding is the head, too.
 
     Returns:
-        In the order of `units`: a multiplier; None where the unit is to be measured; NaN where it is the embeddings'
-        ``max``, which the others decide.
+        For each unit a multiplier; None where the unit is to be measured; NaN where it is the embeddings' ``max``,
+        which the others decide.
+
+    Examples:
+        >>> from htsr.training.layerwise.policy import Policy
+        >>> from htsr.training.layerwise.units import ParameterUnit, fixed
+        >>> q, k = (ParameterUnit(name, name, parts=(name,), part_roles=(name,), size=64) for name in "qk")
+        >>> norm = ParameterUnit("norm", "norm")
+        >>> fixed(Policy(pin={"k": 2.0}), [q, k, norm])
+        [None, 2.0, 1.0]
     """
     left_out = ends(units, tied=tied) if policy.exclude_ends else set()
 
@@ -239,10 +258,18 @@ def decide(
     """The multiplier of every unit.
 
     Args:
-        policy: the rules.
-        units: all of them.
-        multipliers: what is settled already, as `fixed` returns it.
-        scores: by matrix; a tensor's score is the mean over its parts. Missing and NaN scores give 1.
+        policy: rules that turn scores into multipliers.
+        units: all units of the model, in its order.
+        multipliers: what is settled already: what `fixed` returns.
+        scores: score of each matrix, by name; a tensor's score is the mean over its parts. Missing and NaN scores
+            give 1.
+
+    Examples:
+        >>> from htsr.training.layerwise.policy import Policy
+        >>> from htsr.training.layerwise.units import ParameterUnit, decide
+        >>> units = [ParameterUnit(name, name, parts=(name,), part_roles=(name,), size=64) for name in "qkv"]
+        >>> decide(Policy(), units, [None, None, None], {"q": 2.0, "k": 4.0, "v": 3.0}).multipliers
+        (1.0, 5.0, 3.0)
     """
     means = [_mean([scores.get(part, np.nan) for part in unit.parts]) for unit in units]
     measured = [value is None for value in multipliers]

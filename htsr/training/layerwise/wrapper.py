@@ -1,4 +1,4 @@
-"""Layerwise learning rates and weight decay around any torch optimizer.
+"""`layerwise`: learning rates and weight decay by matrix, around any torch optimizer.
 
     optimizer = htsr.layerwise(torch.optim.AdamW(model.parameters(), lr=1e-3), model, total_steps=10_000)
 
@@ -52,9 +52,9 @@ def layerwise(
     so that Muon beside AdamW takes two calls, one for each. What PEFT adds to a matrix follows it.
 
     Args:
-        optimizer: over parameters of `model`, in any groups; their hyper-parameters and any state are kept. What
-            accelerate has prepared is legal.
-        model: wrapped or not. It is kept, and read at events.
+        optimizer: optimizer that trains parameters of `model`, in any groups; their hyper-parameters and any state
+            are kept. One that accelerate has prepared is fine.
+        model: model, wrapped or not. It is kept, and read at events.
         policy: ``llr``, ``tempbalance``, ``alphadecay``, ``model_balancing``, a `Policy`, or a mapping of role or name
             patterns to fixed multipliers, as in ``{"attn.*": 4, "embed": 10}``.
         total_steps: optimizer steps of the whole training. Events end at the policy's `active_fraction` of it; without
@@ -65,10 +65,28 @@ def layerwise(
         `optimizer`.
 
     Raises:
-        UsageError: an optimizer with a scheduler, one that cannot have a learning rate for each matrix or steps through
-            another, one of another model, or a policy without meaning; the optimizer is left as it was. Later, from its
-            `load_state_dict`: a checkpoint of other groups.
-        HtsrError: later, from its `step`: ranks that do not hold the same matrices, or a score of your own that fails.
+        UsageError: the optimizer has a scheduler, cannot have a learning rate for each matrix, steps through another
+            optimizer or trains another model, or the policy has no meaning; the optimizer is left as it was. Later,
+            from its `load_state_dict`: the checkpoint has other groups.
+        HtsrError: later, from its `step`: the processes do not hold the same matrices, or a score of your own fails.
+
+    Examples:
+        Two matrices, one with a heavy tail (a low α, well trained), one of noise. At the first step the noise gets
+        the largest multiplier, the heavy tail the least, and the biases, which have no spectrum, stay at 1:
+
+        >>> import htsr, torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight.mul_(torch.arange(1.0, 65.0) ** -1)  # columns that fall off by a power law
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> optimizer = htsr.layerwise(optimizer, model, "llr", embeddings="measured")
+        >>> model(torch.ones(1, 64)).sum().backward()
+        >>> optimizer.step()
+        >>> htsr.multipliers(optimizer)
+        {'0': 1.0, '1': 5.0}
+        >>> [group["lr"] for group in optimizer.param_groups]  # put back after the step
+        [0.001, 0.001]
 
     Source: LLR (arXiv 2605.22297), with the engine of TempBalance (arXiv 2312.00359) and AlphaDecay as other policies.
     """
@@ -94,14 +112,23 @@ def remove_layerwise(optimizer: Any) -> Any:
     """Take `htsr.layerwise` off an optimizer, or out of its state dict.
 
     Args:
-        optimizer: one from `layerwise`, also as accelerate wraps it, which gets its own groups back in place and keeps
-            its state; or the state dict of one, of which a plain optimizer loads what is returned.
+        optimizer: layerwise optimizer, also one that accelerate has wrapped, which gets its own groups back in place
+            and keeps its state; or the state dict of one, of which a plain optimizer loads what is returned.
 
     Returns:
         The same optimizer; or a new state dict.
 
     Raises:
-        UsageError: an optimizer with a scheduler, which counts on the groups, or one that is not layerwise.
+        UsageError: the optimizer has a scheduler, which counts on the groups, or it is not layerwise.
+
+    Examples:
+        >>> import htsr, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+        >>> optimizer = htsr.layerwise(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        >>> len(optimizer.param_groups)
+        2
+        >>> len(htsr.remove_layerwise(optimizer).param_groups)
+        1
     """
     if isinstance(optimizer, Mapping):
         return plain_state_dict(optimizer)
@@ -122,11 +149,18 @@ def multipliers(optimizer: Any) -> dict[str, float]:
     """The multiplier of each group at the last step.
 
     Args:
-        optimizer: from `layerwise` or with a `LayerwiseLR`, also as accelerate wraps it.
+        optimizer: optimizer from `layerwise` or with a `LayerwiseLR`, also one that accelerate has wrapped.
 
     Returns:
-        By the group's name, the matrix in it or ``rest``; 1 before the first step. Empty where the optimizer is not
-        layerwise.
+        Multipliers by the group's name, which is the matrix in it or ``rest``; 1 before the first step. Empty where the
+        optimizer is not layerwise.
+
+    Examples:
+        >>> import htsr, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
+        >>> optimizer = htsr.layerwise(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        >>> htsr.multipliers(optimizer)
+        {'0': 1.0, 'rest': 1.0}
     """
     return {group["name"]: group["multiplier"] for group in optimizer.param_groups if "htsr_step" in group}
 
@@ -135,11 +169,12 @@ def log_values(optimizer: Any) -> dict[str, float]:
     """What a tracker should see of the last step: the distribution of multipliers, and multiplier and score by role.
 
     Args:
-        optimizer: as for `multipliers`.
+        optimizer: optimizer that `multipliers` takes.
 
     Returns:
-        ``layerwise/multiplier_min``, ``_median``, ``_max``; ``layerwise/multiplier/ROLE`` and ``layerwise/score/ROLE``,
-        means over the role's matrices (the score of LLR is α). Empty where the optimizer is not layerwise.
+        Values by name: ``layerwise/multiplier_min``, ``_median``, ``_max``; ``layerwise/multiplier/ROLE`` and
+        ``layerwise/score/ROLE``, means over the role's matrices (the score of LLR is α). Empty where the optimizer is
+        not layerwise.
     """
     groups = [group for group in optimizer.param_groups if "htsr_step" in group and group["role"] != "rest"]
     if not groups:

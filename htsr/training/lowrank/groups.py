@@ -23,10 +23,17 @@ def is_low_rank(name: str, shape: Sequence[int], rank: int, embeddings: bool = F
     """Whether `low_rank_groups` gives a parameter a rank: a matrix, or stack of experts, of a block that is larger.
 
     Args:
-        name: of the parameter, wrapped or not.
-        shape: of it; a stack has the experts on its first axis.
-        rank: r; the smaller side must exceed it.
-        embeddings: embedding and head, too.
+        name: name of the parameter, with wrappers' prefixes or without.
+        shape: shape of the parameter; a stack has the experts on its first axis.
+        rank: dimension r of the subspace; the smaller side must exceed it.
+        embeddings: whether embedding and head get one, too.
+
+    Examples:
+        >>> from htsr.training.lowrank.groups import is_low_rank
+        >>> is_low_rank("model.layers.0.mlp.up_proj.weight", (256, 64), rank=8)
+        True
+        >>> is_low_rank("model.layers.0.mlp.up_proj.weight", (256, 8), rank=8)
+        False
     """
     name = clean_name(name)
     role = role_of(name)
@@ -46,15 +53,24 @@ def low_rank_groups(
 
     Args:
         model: any module whose parameter names tell their roles (`htsr.matrices.roles`).
-        rank: r of every low-rank matrix.
-        embeddings: low-rank states for embedding and head, too.
+        rank: dimension r of the subspace of every low-rank matrix.
+        embeddings: whether embedding and head get low-rank states, too.
         **options: more keys of the low-rank group: `scale`, `refresh_every`, `method`, `moments`, `state_dtype`, `lr` …
 
     Returns:
         Up to three groups, those without parameters left out: low rank, full rank, vectors.
 
     Raises:
-        UsageError: a rank below 1, no matrix of the model that gets it, or FSDP1 has flattened them.
+        UsageError: the rank is below 1, no matrix of the model can have it, or FSDP1 has flattened them.
+
+    Examples:
+        Of each block four matrices at rank 4, and ten vectors without weight decay:
+
+        >>> import htsr, torch
+        >>> layer = torch.nn.TransformerEncoderLayer(d_model=16, nhead=2, dim_feedforward=32)
+        >>> model = torch.nn.TransformerEncoder(layer, num_layers=3, enable_nested_tensor=False)
+        >>> [(len(group["params"]), group.get("rank")) for group in htsr.low_rank_groups(model, rank=4)]
+        [(12, 4), (24, None)]
     """
     refuse_flat(model)
     _insist_on_count("rank", rank)
@@ -79,10 +95,10 @@ def check_group(group: dict[str, Any]) -> None:
     """Refuse a group of `LowRankAdamW` with an option without meaning.
 
     Args:
-        group: with all options.
+        group: parameter group with all options.
 
     Raises:
-        UsageError: such an option, or a group with rank that holds anything but matrices.
+        UsageError: an option has no meaning, or a group with a rank holds anything but matrices.
     """
     for name, known in (
         ("method", ("svd", "randomized")),
@@ -112,7 +128,7 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def _number(value: Any) -> float:
-    """Of a number or a tensor with one; NaN of anything else."""
+    """The value of a number or of a tensor with one; NaN for anything else."""
     try:
         return math.nan if isinstance(value, (bool, str)) else float(value)
     except (TypeError, ValueError, RuntimeError):

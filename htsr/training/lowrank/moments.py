@@ -22,13 +22,13 @@ def create(state: dict[str, Any], like: Tensor, dtype: StateDtype) -> None:
     """Zero moments for a gradient; sharded as it is. float64 gradients keep float64 where float32 is asked.
 
     Args:
-        state: of one parameter; ``exp_avg``, ``exp_avg_sq`` and, in 8 bits, their ``_scale`` are put into it.
+        state: state of one parameter; ``exp_avg``, ``exp_avg_sq`` and, in 8 bits, their ``_scale`` are put into it.
         like: the gradient, of any shape.
         dtype: ``float32``, ``bfloat16`` or ``8bit``.
 
     Raises:
-        UsageError: 8 bits of a sharded gradient.
-        MissingDependencyError: 8 bits without bitsandbytes.
+        UsageError: a sharded gradient is to have moments in 8 bits.
+        MissingDependencyError: bitsandbytes, which 8 bits need, is not installed.
     """
     for name in _SIGNED:
         if dtype == "8bit":
@@ -46,18 +46,27 @@ def create(state: dict[str, Any], like: Tensor, dtype: StateDtype) -> None:
 def read(state: dict[str, Any], name: str, rows: Any = ...) -> Tensor:
     """A moment in float32 (or float64); of a DTensor, this process's part.
 
-    It shares the state's memory where that has this dtype.
+    It lies in the state's own memory where that has this dtype.
 
     Args:
-        state: of one parameter, from `create`.
+        state: state of one parameter, from `create`.
         name: ``exp_avg`` or ``exp_avg_sq``.
-        rows: all, or a slice of the first axis that begins at a multiple of 256.
+        rows: all rows, or a slice of the first axis that begins at a multiple of 256.
 
     Returns:
-        In the shape of the gradient, or of these rows of it.
+        The moment in the shape of the gradient, or of these rows of it.
 
     Raises:
-        MissingDependencyError: 8 bits without bitsandbytes.
+        MissingDependencyError: bitsandbytes, which 8 bits need, is not installed.
+
+    Examples:
+        >>> import torch
+        >>> from htsr.training.lowrank.moments import create, read, write
+        >>> state = {}
+        >>> create(state, torch.zeros(2, 2), "bfloat16")
+        >>> write(state, "exp_avg", torch.full((2, 2), 0.5))
+        >>> state["exp_avg"].dtype, read(state, "exp_avg").dtype
+        (torch.bfloat16, torch.float32)
     """
     moment = local(state[name])
     if moment.dtype == torch.uint8:
@@ -73,13 +82,13 @@ def write(state: dict[str, Any], name: str, value: Tensor, rows: Any = ...) -> N
     """Store a moment, or rows of it, as its state is stored.
 
     Args:
-        state: of one parameter, from `create`.
+        state: state of one parameter, from `create`.
         name: ``exp_avg`` or ``exp_avg_sq``.
-        value: float32 or float64, in the shape that `read` gives.
-        rows: as of `read`.
+        value: moment in float32 or float64, in the shape that `read` gives.
+        rows: rows that were given to `read`.
 
     Raises:
-        MissingDependencyError: 8 bits without bitsandbytes.
+        MissingDependencyError: bitsandbytes, which 8 bits need, is not installed.
     """
     moment = local(state[name])
     if moment.dtype == torch.uint8:

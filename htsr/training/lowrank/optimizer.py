@@ -2,8 +2,12 @@
 
     optimizer = LowRankAdamW(low_rank_groups(model, rank=128), lr=1e-3)
 
-Per matrix: R = G projected; Adam on R; W ← (1 - lr·weight_decay)·W - lr·scale·(Adam's direction projected back). The
-subspace is that of the gradient at the steps 0, T, 2T …. Parameters without a rank get torch.optim.AdamW's update.
+For each matrix W with gradient G and, as D, Adam's direction for R:
+
+    R = G·P  or  Pᵀ·G        W ← (1 - lr·weight_decay)·W - lr·scale·(D·Pᵀ  or  P·D)
+
+P spans the top singular subspace of the gradient at the steps 0, T, 2T … (`htsr.training.lowrank.subspace`). Parameters
+without a rank get torch.optim.AdamW's update.
 """
 
 from __future__ import annotations
@@ -39,19 +43,20 @@ _USED = (
 
 
 class LowRankAdamW(torch.optim.Optimizer):
-    """AdamW on projected gradients.
+    """AdamW on gradients in low-rank subspaces.
 
-    A group with the key ``rank`` holds matrices, or stacks (E, m, n) of them, and is projected; a group without is
-    plain AdamW. All options but `gradients` and `process_group` can differ by group and are part of the state dict, as
-    are step, projector (`projector`: (min(m, n), r), of a stack (E, min(m, n), r)) and moments, all plain tensors: it
-    loads with ``torch.load(weights_only=True)``, and a resumed run repeats the uninterrupted one bit for bit.
+    A group with the key ``rank`` holds matrices, or stacks (E, m, n) of them, and is trained in subspaces; a group
+    without is plain AdamW. All options but `gradients` and `process_group` can differ by group and are part of the
+    state dict, as are step, projector (`projector`: (min(m, n), r), of a stack (E, min(m, n), r)) and moments, all
+    plain tensors: it loads with ``torch.load(weights_only=True)``, and a resumed run repeats the uninterrupted one bit
+    for bit.
 
     With exact SVD and kept moments the update is that of galore-torch's AdamW, but that weights decay before the update
     and eps is added after the bias correction, both as in torch.optim.AdamW.
 
     Parameters may be DTensors (FSDP2, tensor parallel): a gradient is gathered, one matrix at a time, when its
     projector is computed, and projected shard by shard otherwise; moments are sharded where the matrix side that they
-    keep is. Under DDP every rank computes the same.
+    keep is. Under DDP every process computes the same.
 
     Weights in bfloat16 or float16 are updated in float32 and rounded stochastically (see
     `htsr.training.lowrank.rounding`): rounded to nearest, as torch.optim.AdamW on such weights rounds, an update below
@@ -62,30 +67,47 @@ class LowRankAdamW(torch.optim.Optimizer):
         params: parameters or groups, as from `low_rank_groups`.
         lr: learning rate, as in torch.optim.AdamW.
         betas: decay rates of the two moments.
-        eps: added to the root of the second moment, after its bias correction.
-        weight_decay: decoupled, W ← (1 - lr·weight_decay)·W.
+        eps: number that is added to the root of the second moment, after its bias correction.
+        weight_decay: decoupled weight decay, W ← (1 - lr·weight_decay)·W.
         scale: factor of the low-rank updates, α in the paper.
-        refresh_every: T, optimizer steps between projectors.
-        method: ``randomized`` subspace iteration, or exact ``svd``.
-        moments: at a refresh, ``keep`` them as they are (the paper) or ``rotate`` them into the new subspace.
-        state_dtype: of the moments: ``float32``, ``bfloat16``, or ``8bit`` (bitsandbytes). The projector has the
+        refresh_every: optimizer steps from one projector to the next, T in the paper.
+        method: method of the projector, ``randomized`` subspace iteration or exact ``svd``.
+        moments: what becomes of the moments at a refresh: ``keep`` them as they are (the paper) or ``rotate`` them into
+            the new subspace.
+        state_dtype: dtype of the moments: ``float32``, ``bfloat16``, or ``8bit`` (bitsandbytes). The projector has the
             gradient's dtype.
-        seed: of the randomised method; its numbers are a function of seed, parameter and step.
-        gradients: ``keep`` them until the caller drops them, as torch does; ``project`` each low-rank matrix's gradient
-            as soon as backward has it and add it up in the subspace until `step`, so that no full gradient outlives
-            its matrix and gradients accumulate at the size of one moment; ``update`` each parameter as soon as
-            backward has its gradient, so that none is kept: one backward is one step, after which `step` or `zero_grad`
-            is called. The sum of projected gradients is the projected sum, up to rounding; at a refresh step the
-            subspace is that of the first backward since the last step. ``parameter.grad`` is a `ReleasedGradient` then:
-            under ``project`` torch.nn.utils.clip_grad_norm_ clips it as `clip_grad_norm_` does, and whatever would
-            pass over it in silence is refused (a GradScaler, DDP; under ``update`` clipping and accumulation, too).
-        process_group: ranks with copies of the model, over which the optimizer averages what ``project`` and ``update``
-            release too early for DDP: run backward on the bare module or under ``no_sync()``.
-        stochastic_rounding: of narrow weights; False for rounding to nearest.
+        seed: seed of the randomised method and of the rounding; their numbers are functions of seed, parameter and
+            step.
+        gradients: what becomes of the gradients: ``keep`` them until the caller drops them, as torch does; ``project``
+            each low-rank matrix's gradient as soon as backward has it and add it up in the subspace until `step`, so
+            that no full gradient outlives its matrix and gradients accumulate at the size of one moment; ``update``
+            each parameter as soon as backward has its gradient, so that none is kept: one backward is one step, after
+            which `step` or `zero_grad` is called. The sum of projected gradients is the projected sum, up to rounding;
+            at a refresh step the subspace is that of the first backward since the last step. ``parameter.grad`` is a
+            `ReleasedGradient` then: under ``project`` torch.nn.utils.clip_grad_norm_ clips it as `clip_grad_norm_`
+            does, and whatever would pass over it in silence is refused (a GradScaler, DDP; under ``update`` clipping
+            and accumulation, too).
+        process_group: processes with copies of the model, over which the optimizer averages what ``project`` and
+            ``update`` release too early for DDP: run backward on the bare module or under ``no_sync()``.
+        stochastic_rounding: whether narrow weights are rounded stochastically; False for rounding to nearest.
 
     Raises:
-        UsageError: an option without meaning, or a group with rank that holds anything but matrices.
-        MissingDependencyError: at the first step, ``8bit`` without bitsandbytes.
+        UsageError: an option has no meaning, or a group with a rank holds anything but matrices.
+        MissingDependencyError: at the first step, bitsandbytes, which ``8bit`` needs, is not installed.
+
+    Examples:
+        A matrix of 16 × 16 has moments of 16 × 4:
+
+        >>> import htsr, torch
+        >>> _ = torch.manual_seed(0)
+        >>> layer = torch.nn.TransformerEncoderLayer(d_model=16, nhead=2, dim_feedforward=32)
+        >>> model = torch.nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
+        >>> optimizer = htsr.LowRankAdamW(htsr.low_rank_groups(model, rank=4), lr=1e-3)
+        >>> model(torch.randn(3, 1, 16)).square().mean().backward()
+        >>> optimizer.step()
+        >>> W = model.layers[0].self_attn.out_proj.weight
+        >>> {name: tuple(value.shape) for name, value in optimizer.state[W].items()}
+        {'projector': (16, 4), 'step': (), 'exp_avg': (16, 4), 'exp_avg_sq': (16, 4)}
 
     Source: GaLore (arXiv 2403.03507), algorithm 2; AdamW (arXiv 1711.05101), algorithm 2.
     """
@@ -138,10 +160,10 @@ class LowRankAdamW(torch.optim.Optimizer):
         """Add a group.
 
         Args:
-            param_group: as in torch; with the key ``rank`` all of its parameters are matrices.
+            param_group: group as torch takes it; with the key ``rank`` all of its parameters are matrices.
 
         Raises:
-            UsageError: an option without meaning, or a group with rank that holds anything but matrices.
+            UsageError: an option has no meaning, or a group with a rank holds anything but matrices.
         """
         super().add_param_group(param_group)
         check_group(self.param_groups[-1])
@@ -153,14 +175,14 @@ class LowRankAdamW(torch.optim.Optimizer):
         """Update every parameter that has a gradient.
 
         Args:
-            closure: evaluates the model again, as in torch.
+            closure: function that evaluates the model again, as in torch.
 
         Returns:
             What the closure returns; None without one.
 
         Raises:
-            HtsrError: a gradient with NaN or Inf where a projector is due.
-            UsageError: a sparse gradient.
+            HtsrError: a gradient has NaN or Inf where a projector is due.
+            UsageError: a gradient is sparse.
         """
         loss = None
         if closure is not None:
@@ -180,10 +202,10 @@ class LowRankAdamW(torch.optim.Optimizer):
         """Scale the gradients to a global norm of at most `max_norm`; returns the norm before.
 
         Call it between backward and `step`. It scales what stands in ``grad``, as torch's does, and keeps nothing else.
-        The norm is that of what the optimizer will use: ‖R‖_F for low-rank
-        matrices, which is ‖G‖_F less the part outside the subspace, ‖G‖_F for the others, over all parameters and
-        processes. ``torch.nn.utils.clip_grad_norm_`` does the same under ``gradients="project"``; under ``keep`` its
-        norm is that of the whole gradients.
+        The norm is that of what the optimizer will use: ‖R‖_F for low-rank matrices, which is ‖G‖_F less the part
+        outside the subspace, ‖G‖_F for the others, over all parameters and processes.
+        ``torch.nn.utils.clip_grad_norm_`` does the same under ``gradients="project"``; under ``keep`` its norm is that
+        of the whole gradients.
 
         Args:
             max_norm: the largest norm that is left as it is.
@@ -192,8 +214,8 @@ class LowRankAdamW(torch.optim.Optimizer):
             The norm before, a scalar in float32 at least; 0 where there is no gradient.
 
         Raises:
-            HtsrError: a gradient with NaN or Inf where a projector is due.
-            UsageError: with ``gradients="update"`` there is no moment at which all gradients are known.
+            HtsrError: a gradient has NaN or Inf where a projector is due.
+            UsageError: there is no moment at which all gradients are known, with ``gradients="update"``.
         """
         if self.gradients == "update":
             raise UsageError("a global norm cannot be known while updating during backward; take gradients='project'")
@@ -217,7 +239,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         """Drop all gradients, the projected ones too.
 
         Args:
-            set_to_none: as in torch; projected gradients are dropped in either case.
+            set_to_none: whether gradients become None, as in torch; those in a subspace are dropped in either case.
         """
         for _, parameter, _ in self._members():
             if isinstance(parameter.grad, ReleasedGradient):
@@ -228,7 +250,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         """As in torch, but tensors keep the dtype that they were saved in; torch casts them to the parameter's.
 
         Args:
-            state_dict: from `state_dict` of an optimizer with the same groups.
+            state_dict: state dict of an optimizer with the same groups.
         """
         super().load_state_dict(state_dict)
         self._places.clear()
@@ -239,15 +261,15 @@ class LowRankAdamW(torch.optim.Optimizer):
                     self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
 
     def take_up(self, parameter: Tensor, released: ReleasedGradient, G: Tensor) -> None:
-        """Project or use a full gradient during backward; `ReleasedGradient` calls it.
+        """Take a full gradient into its subspace, or use it up, during backward; `ReleasedGradient` calls it.
 
         Args:
-            parameter: of the optimizer, of any shape.
+            parameter: parameter of the optimizer, of any shape.
             released: what stands in its ``grad``.
-            G: of the parameter's shape.
+            G: gradient in the parameter's shape.
 
         Raises:
-            HtsrError: NaN or Inf where a projector is due.
+            HtsrError: the gradient has NaN or Inf where a projector is due.
             UsageError: ``update`` has had a gradient of this parameter since the last step, or there are step hooks.
         """
         if not self._places:  # groups may have been split or loaded since the last step
@@ -270,7 +292,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         released.spent = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which release gradients as this one does."""
+        """State for copies and pickles, which release gradients as this one does."""
         if self.process_group is not None:
             raise UsageError(
                 "a LowRankAdamW with a process_group cannot be copied: make another and load this one's state dict"
@@ -279,7 +301,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         return state | {"gradients": self.gradients, "process_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, and in `load_state_dict`."""
+        """Restore a copy; `load_state_dict` calls it, too."""
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("stochastic_rounding", True)  # from before 0.2
@@ -332,7 +354,10 @@ class LowRankAdamW(torch.optim.Optimizer):
         parameter.grad = released
 
     def _take(self, group: Group, parameter: Tensor, index: int, steps: bool = True) -> Tensor | None:
-        """The gradient of the coming step, projected, averaged over the ranks; `steps`: the step is made with it."""
+        """The gradient of the coming step, in its subspace, averaged over the processes.
+
+        `steps`: whether the step is made with it.
+        """
         G = parameter.grad
         if G is None:
             return None

@@ -23,29 +23,29 @@ class Owner(Protocol):
     """An optimizer that releases gradients during backward."""
 
     def take_up(self, parameter: Tensor, released: ReleasedGradient, G: Tensor) -> None:
-        """Project or use a full gradient.
+        """Take a full gradient into the subspace, or use it up.
 
         Args:
-            parameter: of the optimizer, of any shape.
+            parameter: parameter of the optimizer, of any shape.
             released: what stands in its ``grad``; its ``R`` or ``used``, and ``spent``, are set.
-            G: of the parameter's shape.
+            G: gradient in the parameter's shape.
         """
 
 
 class ReleasedGradient(Tensor):
-    """A gradient in the shape and dtype of its parameter, without entries: its projection stands for it, or nothing.
+    """A gradient in the shape and dtype of its parameter, without entries: its part in the subspace stands for it.
 
-    Its 2-norm is that of what the optimizer uses, and a projection is scaled by what scales it; what backward adds to
-    it goes to its owner. Any other use is refused.
+    Where it was used up, nothing does. Its 2-norm is that of what the optimizer uses, and what scales it scales R; what
+    backward adds to it goes to its owner. Any other use is refused.
 
     Args:
-        parameter: whose gradient it is, of any shape.
-        owner: the optimizer.
-        sentence: for refusals: why there is nothing to use, and what to do.
+        parameter: parameter whose gradient it is, of any shape.
+        owner: optimizer that has released it.
+        sentence: sentence for refusals: why there is nothing to use, and what to do.
         clips: whether others may see the norm.
 
     Attributes:
-        R: the projected gradient; None where it was used up during backward.
+        R: the gradient's coordinates in the subspace; None where it was used up during backward.
         used: 2-norm, a scalar, of what was used up.
         spent: whether the optimizer has made its step with it; it then is as good as no gradient.
     """
@@ -66,10 +66,8 @@ class ReleasedGradient(Tensor):
         self.sentence, self.clips = sentence, clips
         self.R = self.used = None
         self.spent = True
-        self._parameter, self._owner = (
-            weakref.ref(parameter),
-            weakref.ref(owner),
-        )  # no cycle, torch would not collect it
+        # weak, since torch would not collect a cycle
+        self._parameter, self._owner = weakref.ref(parameter), weakref.ref(owner)
 
     def is_of(self, owner: Owner) -> bool:
         """Whether it was released by `owner`."""
@@ -79,7 +77,7 @@ class ReleasedGradient(Tensor):
         """Have the owner take up one more full gradient.
 
         Args:
-            G: of the parameter's shape.
+            G: gradient in the parameter's shape.
 
         Raises:
             UsageError: the owner is gone.

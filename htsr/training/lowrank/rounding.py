@@ -30,17 +30,32 @@ def stochastically_rounded(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tens
     largest number of `dtype` it is that number or infinity, as in rounding to nearest.
 
     Args:
-        x: float32, of any shape.
+        x: numbers in float32, of any shape.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
-        noise: int32, of the same shape, uniform in [0, 2¹⁶): `entry_noise`.
+        noise: int32 numbers in the same shape, uniform in [0, 2¹⁶): `entry_noise`.
 
     Returns:
-        Of the same shape, in `dtype`.
+        The rounded numbers, in the same shape and in `dtype`.
+
+    Examples:
+        1.001 lies between the bfloat16 numbers 1 and 1 + 2⁻⁷, and becomes the second 0.128 of the time:
+
+        >>> import torch
+        >>> from htsr.training.lowrank.rounding import axis_keys, entry_noise, stochastically_rounded
+        >>> x = torch.full((100_000,), 1.001)
+        >>> rounded = stochastically_rounded(x, torch.bfloat16, entry_noise(axis_keys(x, seed=0)))
+        >>> rounded.unique().tolist(), round(rounded.double().mean().item(), 4)
+        ([1.0, 1.0078125], 1.001)
+        >>> x.bfloat16().unique().tolist()
+        [1.0]
     """
+    # Noise below the last bit that is kept carries into it with the probability of what is cut off. Neighbouring
+    # numbers of one sign have neighbouring bit patterns, across powers of two as well, so integers can be added.
     dropped = 16 if dtype == torch.bfloat16 else 13  # last bits of float32 that dtype lacks
     bits = x.view(torch.int32) + (noise >> (16 - dropped))
     rounded = bits.bitwise_and_(-(1 << dropped)).view(torch.float32)
     if dtype == torch.float16:
+        # below its normal numbers float16 is equally spaced, which the bits of float32 are not
         small = (x / _FLOAT16_QUANTUM + noise / 2**16).floor_().mul_(_FLOAT16_QUANTUM)
         rounded = torch.where(x.abs() < _FLOAT16_NORMAL, small, rounded)
     return torch.where(x.isfinite(), rounded, x).to(dtype)
@@ -50,11 +65,12 @@ def axis_keys(tensor: Tensor, seed: int) -> list[Tensor]:
     """Random numbers, one for each index of each axis of a tensor, from which `entry_noise` makes those of its entries.
 
     Args:
-        tensor: of any shape; of a DTensor the keys are those of this process's part.
-        seed: that all processes share.
+        tensor: tensor of any shape; of a DTensor the keys are those of this process's part.
+        seed: seed of the numbers, the same on all processes.
 
     Returns:
-        For each axis int32 of its length, uniform over all of int32, on the tensor's device; for a scalar one number.
+        For each axis int32 numbers of its length, uniform over all of int32, on the tensor's device; for a scalar one
+        number.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = tuple(tensor.shape) or (1,)
@@ -75,11 +91,20 @@ def entry_noise(keys: list[Tensor], rows: Any = ...) -> Tensor:
     multipliers of MurmurHash3's finalizer), which leaves nothing of the sum's structure.
 
     Args:
-        keys: from `axis_keys`, (n_1,), (n_2,) …
+        keys: numbers from `axis_keys`, (n_1,), (n_2,) …
         rows: a slice of the first axis, or all.
 
     Returns:
-        (n_1, n_2, …) int32 in [0, 2¹⁶).
+        (n_1, n_2, …) int32 numbers in [0, 2¹⁶).
+
+    Examples:
+        Rows of the noise are the noise of these rows, whichever part of the tensor a process holds:
+
+        >>> import torch
+        >>> from htsr.training.lowrank.rounding import axis_keys, entry_noise
+        >>> keys = axis_keys(torch.empty(4, 3), seed=0)
+        >>> torch.equal(entry_noise(keys)[2:], entry_noise(keys, slice(2, 4)))
+        True
     """
     x = keys[0][rows]
     for key in keys[1:]:

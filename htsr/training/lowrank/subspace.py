@@ -1,9 +1,9 @@
-"""Low-rank projection of a gradient (GaLore, arXiv 2403.03507): the subspace, the way in, the way back.
+"""The low-rank subspace of a gradient (GaLore, arXiv 2403.03507): its basis, the way in, the way back.
 
-G is m×n. Where m ≥ n it is projected on the right, R = G·P with P the top r right singular vectors (n×r), so R is m×r;
-else on the left, R = Pᵀ·G with the top r left singular vectors (m×r), so R is r×n. A stack of E matrices (the experts
-of a mixture) is E such projections, with E in front of every shape. All functions take plain tensors and DTensors; of a
-DTensor gradient, P is sharded as the side of G that it multiplies, and by matrices where G is.
+G is m×n. Where m ≥ n the subspace is of its rows, R = G·P with P the top r right singular vectors (n×r), so R is m×r;
+else of its columns, R = Pᵀ·G with the top r left singular vectors (m×r), so R is r×n. A stack of E matrices (the
+experts of a mixture) has E subspaces, with E in front of every shape. All functions take plain tensors and DTensors:
+for a DTensor gradient, P is sharded like the side of G that it multiplies, and by matrices where G is.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from htsr.errors import HtsrError, UsageError
 
 Method: TypeAlias = Literal["svd", "randomized"]
 
-_OVERSAMPLING = 8
-_COLD_ITERATIONS, _WARM_ITERATIONS = 3, 1
+_OVERSAMPLING = 8  # directions beyond r, which take up what the iteration has not yet told apart from the top r
+_COLD_ITERATIONS, _WARM_ITERATIONS = 3, 1  # the subspace of the last refresh is near, so one from there will do
 
 
 def projects_right(shape: torch.Size) -> bool:
-    """Whether a gradient of this `shape`, (m, n) or (E, m, n), is projected on the right: m ≥ n."""
+    """Whether a gradient of this `shape`, (m, n) or (E, m, n), is multiplied by its basis on the right: m ≥ n."""
     return shape[-2] >= shape[-1]
 
 
@@ -41,18 +41,26 @@ def projector(
 
     Args:
         G: (m, n) gradient, or (E, m, n) stack; a DTensor is gathered, but for a stack that is sharded by matrices.
-        rank: r, cut to min(m, n).
+        rank: dimension r of the subspace, cut to min(m, n).
         method: ``svd`` or ``randomized``.
         previous: the last basis, (min(m, n), any rank) or a stack of them, for a warm start of ``randomized``.
-        generator: of the Gaussian numbers of ``randomized``, on the CPU.
+        generator: generator of the Gaussian numbers of ``randomized``, on the CPU.
 
     Returns:
-        (min(m, n), r), or (E, min(m, n), r), in the dtype of G. Inside float32 at least, but for the products with a
-        bfloat16 gradient, which is not copied.
+        Basis P, (min(m, n), r) or (E, min(m, n), r), in the dtype of G. Computed in float32 at least, but for the
+        products with a bfloat16 gradient, which is not copied.
 
     Raises:
         HtsrError: G has NaN or Inf.
-        UsageError: no such method.
+        UsageError: there is no such method.
+
+    Examples:
+        >>> import torch
+        >>> from htsr.training.lowrank.subspace import projector
+        >>> projector(torch.diag(torch.tensor([1.0, 3.0, 2.0])), rank=2).abs()
+        tensor([[0., 0.],
+                [1., 0.],
+                [0., 1.]])
 
     Source: GaLore (arXiv 2403.03507), §3; Halko, Martinsson & Tropp (SIAM Rev. 53, 2011), algorithm 4.4.
     """
@@ -78,7 +86,7 @@ def projector(
 def _projectors(
     G: Tensor, rank: int, method: Method, previous: Tensor | None, generator: torch.Generator | None
 ) -> Tensor:
-    """Those of a stack. Noise depends on the place in the stack alone, not on how it is sharded."""
+    """Bases of a stack. Noise depends on the place in the stack alone, not on how it is sharded."""
     seed = None if generator is None else int(torch.randint(2**62, (1,), generator=generator))
     first = _first_slice(G)
     read = _whole if first is None else local
@@ -121,15 +129,16 @@ def _first_slice(G: Tensor) -> int | None:
 
 
 def _subspace_iteration(A: Tensor, rank: int, previous: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """Products in A's dtype, bases in float32 at least."""
+    """Basis of the top right singular subspace of A: products in A's dtype, bases in float32 at least."""
     dtype = torch.promote_types(A.dtype, torch.float32)
     width = min(A.shape[1], rank + _OVERSAMPLING)
     known = torch.empty(A.shape[1], 0, dtype=dtype) if previous is None else previous[:, :width]
     noise = torch.randn(A.shape[1], width - known.shape[1], generator=generator, dtype=dtype)
     Q = torch.linalg.qr(torch.cat([known.to(A.device), noise.to(A.device)], 1))[0]
     for _ in range(_COLD_ITERATIONS if previous is None else _WARM_ITERATIONS):
+        # without QR all columns would turn into the top direction, and the others drown in rounding
         Q = torch.linalg.qr((A.mT @ (A @ Q.to(A.dtype))).to(dtype))[0]
-    B = (A @ Q.to(A.dtype)).to(dtype)
+    B = (A @ Q.to(A.dtype)).to(dtype)  # Rayleigh-Ritz: the best directions within the span of Q
     _, V = torch.linalg.eigh(B.mT @ B)
     P = Q @ V.flip(-1)[:, :rank]
     if previous is not None:
@@ -144,7 +153,18 @@ def project(G: Tensor, P: Tensor) -> Tensor:
 
     Args:
         G: (m, n) gradient.
-        P: (min(m, n), r) from `projector`.
+        P: (min(m, n), r) basis from `projector`.
+
+    Examples:
+        >>> import torch
+        >>> from htsr.training.lowrank.subspace import project, project_back
+        >>> G, P = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([[1.0], [0.0]])
+        >>> project(G, P).flatten()
+        tensor([1., 3., 5.])
+        >>> project_back(project(G, P), P, G.shape)
+        tensor([[1., 0.],
+                [3., 0.],
+                [5., 0.]])
     """
     return _product(G, P) if projects_right(G.shape) else _product(P.mT, G)
 
@@ -153,9 +173,9 @@ def project_back(R: Tensor, P: Tensor, shape: torch.Size) -> Tensor:
     """R·Pᵀ where m ≥ n, else P·R: (m, n).
 
     Args:
-        R: (m, r) where m ≥ n, else (r, n).
-        P: (min(m, n), r).
-        shape: (m, n).
+        R: (m, r) coordinates where m ≥ n, else (r, n).
+        P: (min(m, n), r) basis.
+        shape: (m, n) shape of the gradient.
     """
     return R @ P.mT if projects_right(shape) else P @ R
 
@@ -166,10 +186,10 @@ def add_projected_back(W: Tensor, R: Tensor, P: Tensor, factor: float) -> None:
     The sum runs over r, which is never sharded, so every process does its own part.
 
     Args:
-        W: (m, n), changed.
-        R: (m, r) where m ≥ n, else (r, n), in the dtype of W.
-        P: (min(m, n), r).
-        factor: of what is added.
+        W: (m, n) matrix, changed.
+        R: (m, r) coordinates where m ≥ n, else (r, n), in the dtype of W.
+        P: (min(m, n), r) basis.
+        factor: factor of what is added.
     """
     right = projects_right(W.shape)
     W, R, P = local(W), local(R), local(P)
@@ -180,18 +200,28 @@ def add_projected_back(W: Tensor, R: Tensor, P: Tensor, factor: float) -> None:
 def rotated(exp_avg: Tensor, exp_avg_sq: Tensor, old: Tensor, new: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Adam's moments in the coordinates of a new basis: with C = newᵀ·old, C·exp_avg and (C∘C)·exp_avg_sq.
 
-    The first is the projection of the old first moment on the new subspace. The second is what the squares would be if
-    the old coordinates were uncorrelated; it is never negative. What lies outside the new subspace is dropped.
+    The first is the part of the old first moment that lies in the new subspace. The second is what the squares would be
+    if the old coordinates were uncorrelated; it is never negative. What lies outside the new subspace is dropped.
 
     Args:
-        exp_avg: (m, r) where m ≥ n, else (r, n); of a sharded matrix, this process's part.
-        exp_avg_sq: in the same shape.
+        exp_avg: (m, r) first moment where m ≥ n, else (r, n); for a sharded matrix, this process's part.
+        exp_avg_sq: second moment, shape of the first.
         old: (min(m, n), r) basis that the moments are in.
         new: (min(m, n), r') basis to go to.
-        shape: (m, n) of the whole matrix.
+        shape: (m, n) shape of the whole matrix.
 
     Returns:
         Both moments with r' in place of r, in their dtype.
+
+    Examples:
+        A basis that is turned by 45°: half of each direction's variance goes to the new one.
+
+        >>> import math, torch
+        >>> from htsr.training.lowrank.subspace import rotated
+        >>> old, new = torch.eye(2), torch.tensor([[1.0], [1.0]]) / math.sqrt(2)
+        >>> m, v = rotated(torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 3.0]]), old, new, torch.Size((2, 2)))
+        >>> round(m.item(), 4), round(v.item(), 4)
+        (1.4142, 2.0)
     """
     C = local(_product(new.mT, old)).to(exp_avg.dtype)
     if projects_right(shape):
@@ -200,7 +230,7 @@ def rotated(exp_avg: Tensor, exp_avg_sq: Tensor, old: Tensor, new: Tensor, shape
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a `tensor` of any shape if it is a DTensor, sharing its memory; else the tensor itself."""
+    """This process's part of a `tensor` of any shape if it is a DTensor, on the same memory; else the tensor itself."""
     return tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
 
 

@@ -28,12 +28,21 @@ def adam_update(
         R: gradient, of any shape.
         exp_avg: first moment before the step, in the shape and dtype of R; changed.
         exp_avg_sq: second moment, in the same shape and dtype; changed.
-        step: counted from 1.
-        betas: β₁ and β₂.
-        eps: added to the corrected root, as in torch.
+        step: number of this step, counted from 1.
+        betas: decay rates β₁ and β₂ of the moments.
+        eps: number that is added to the corrected root, as in torch.
 
     Returns:
         The direction, in the shape and dtype of R.
+
+    Examples:
+        At the first step it is the sign of the gradient:
+
+        >>> import torch
+        >>> from htsr.training.lowrank.update import adam_update
+        >>> G = torch.tensor([4.0, -0.5, 0.0])
+        >>> adam_update(G, torch.zeros(3), torch.zeros(3), step=1, betas=(0.9, 0.999), eps=1e-8).round(decimals=3)
+        tensor([ 1., -1.,  0.])
 
     Source: Adam (Kingma & Ba, arXiv 1412.6980), algorithm 1.
     """
@@ -50,11 +59,11 @@ def apply_update(parameter: Tensor, state: dict[str, Any], group: Group, R: Tens
     Narrow weights are computed in float32 and rounded stochastically, unless the group says otherwise.
 
     Args:
-        parameter: of any shape, changed; a DTensor in this process's part.
-        state: of it, changed; ``projector`` is there where the group has a rank.
-        group: of `LowRankAdamW`.
-        R: the gradient, (m, r) or (r, n) as projected where the group has a rank, else of the parameter's shape.
-        index: of the parameter among all of the optimizer, a seed of the rounding.
+        parameter: parameter of any shape, changed; of a DTensor this process's part.
+        state: state of the parameter, changed; ``projector`` is there where the group has a rank.
+        group: parameter group of `LowRankAdamW`.
+        R: gradient: its coordinates, (m, r) or (r, n), where the group has a rank, else in the parameter's shape.
+        index: index of the parameter among all of the optimizer, a part of the rounding's seed.
     """
     if "exp_avg" not in state:
         state["step"] = torch.zeros(())
@@ -80,6 +89,15 @@ def seed_of(*parts: object) -> int:
 
     Args:
         *parts: plain numbers and strings.
+
+    Examples:
+        Neighbouring parts give unrelated seeds, unlike their sum:
+
+        >>> from htsr.training.lowrank.update import seed_of
+        >>> seed_of("rounding", 0, 1) == seed_of("rounding", 0, 1)
+        True
+        >>> seed_of("rounding", 0, 1) == seed_of("rounding", 1, 0)
+        False
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
@@ -88,7 +106,7 @@ def seed_of(*parts: object) -> int:
 def _update_rounded(
     parameter: Tensor, state: dict[str, Any], group: Group, G: Tensor, step: int, keys: list[Tensor]
 ) -> None:
-    """In float32, and then to one of the two neighbours in the weight's own type."""
+    """Update in float32, and round each entry to one of its two neighbours in the weight's own type."""
     W, lr = local(parameter), float(group["lr"])
     low_rank = group["rank"] is not None
     R = P = torch.empty(0)
