@@ -17,7 +17,7 @@ from htsr.errors import HtsrError, UsageError
 
 Method: TypeAlias = Literal["svd", "randomized"]
 
-_OVERSAMPLING = 8  # directions beyond r, which take up what the iteration has not yet told apart from the top r
+OVERSAMPLING = 8  # directions beyond r, which take up what the iteration has not yet told apart from the top r
 _COLD_ITERATIONS, _WARM_ITERATIONS = 3, 1  # the subspace of the last refresh is near, so one from there will do
 
 
@@ -131,7 +131,7 @@ def _first_slice(G: Tensor) -> int | None:
 def _subspace_iteration(A: Tensor, rank: int, previous: Tensor | None, generator: torch.Generator | None) -> Tensor:
     """Basis of the top right singular subspace of A: products in A's dtype, bases in float32 at least."""
     dtype = torch.promote_types(A.dtype, torch.float32)
-    width = min(A.shape[1], rank + _OVERSAMPLING)
+    width = min(A.shape[1], rank + OVERSAMPLING)
     known = torch.empty(A.shape[1], 0, dtype=dtype) if previous is None else previous[:, :width]
     noise = torch.randn(A.shape[1], width - known.shape[1], generator=generator, dtype=dtype)
     Q = torch.linalg.qr(torch.cat([known.to(A.device), noise.to(A.device)], 1))[0]

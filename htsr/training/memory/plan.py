@@ -27,13 +27,13 @@ class Setting:
         method: how the model is trained.
         batch: sequences per backward pass.
         sequence: tokens per sequence.
-        rank: of adapters or projections.
-        active_blocks: blocks that train at a time.
-        dtype: of the weights; None for the configuration's.
-        checkpointing: of activations.
-        state_dtype: of Adam's moments; None for the parameter's own.
+        rank: rank of the adapters, or dimension of the gradients' subspaces.
+        active_blocks: number of blocks that train at a time.
+        dtype: dtype of the weights; None for the configuration's.
+        checkpointing: whether activations are checkpointed.
+        state_dtype: dtype of Adam's moments; None for the parameter's own.
         embeddings: what becomes of embedding and head.
-        gradients: when they are released.
+        gradients: when gradients are released.
     """
 
     method: TrainingMethod
@@ -53,19 +53,19 @@ class MemoryPlan:
     """Bytes at the moment of the peak, by part; they add up to `total`.
 
     Attributes:
-        model: whose.
-        method: how it is trained.
+        model: name of the model.
+        method: how the model is trained.
         moment: when the peak is: ``forward``, ``backward`` or ``step``.
-        total: all parts.
-        weights: parameters and buffers, adapters included.
-        gradients: those that wait for the optimizer at that moment.
-        optimizer: moments.
-        projectors: bases of the low-rank subspaces.
-        activations: what backward needs, and what forward and backward have in their hands.
-        logits: tensors of batch × sequence × vocabulary: logits, their logarithms and gradients.
-        workspace: temporaries of the optimizer, or a de-quantised matrix.
-        parameters: number of the model's, adapters included.
-        trainable: number of those that train.
+        total: bytes of all parts.
+        weights: bytes of parameters and buffers, adapters included.
+        gradients: bytes of the gradients that wait for the optimizer at that moment.
+        optimizer: bytes of Adam's moments.
+        projectors: bytes of the bases of the low-rank subspaces.
+        activations: bytes of what backward needs, and of what forward and backward are working on.
+        logits: bytes of tensors of batch × sequence × vocabulary: logits, their logarithms and gradients.
+        workspace: bytes of the optimizer's temporaries, or of a de-quantised matrix.
+        parameters: number of the model's parameters, adapters included.
+        trainable: number of the parameters that train.
     """
 
     model: str
@@ -88,8 +88,8 @@ class MemoryPlans:
     """Plans of one model side by side.
 
     Attributes:
-        label: the model.
-        plans: one for each way to train it.
+        label: name of the model.
+        plans: one plan for each way to train it.
     """
 
     label: str
@@ -103,7 +103,7 @@ def beside(plan: MemoryPlan) -> dict[str, int]:
     """Bytes that a run on a CPU has resident and that are no part of a `plan`'s total.
 
     Returns:
-        ``process``: the interpreter with the packages of a fine-tuning run, all the time. ``merging``: the weights once
-        more after training, into which adapters are merged.
+        Bytes by name. ``process``: the interpreter with the packages of a fine-tuning run, all the time. ``merging``:
+        the weights once more after training, into which adapters are merged.
     """
     return {"process": PROCESS, "merging": plan.weights if plan.method in ("lora", "qlora") else 0}

@@ -59,20 +59,38 @@ def predict_memory(
             the lowest, from which backward is longest.
         batch: sequences per backward pass.
         sequence: tokens per sequence, all of them real.
-        rank: of adapters (8 by default) or of projections (128 by default).
-        active_blocks: γ, the blocks that ``lisa`` and ``owlore`` train at a time.
-        dtype: of the weights; by default the configuration's.
-        checkpointing: activation checkpointing, non-reentrant, per block.
-        state_dtype: of Adam's moments; by default the parameter's own with torch's (fused) AdamW, float32 with
+        rank: rank of the adapters (8 by default), or dimension of the gradients' subspaces (128 by default).
+        active_blocks: number γ of blocks that ``lisa`` and ``owlore`` train at a time.
+        dtype: dtype of the weights; by default the configuration's.
+        checkpointing: whether activations are checkpointed, non-reentrant, per block.
+        state_dtype: dtype of Adam's moments; by default the parameter's own with torch's (fused) AdamW, float32 with
             `LowRankAdamW`.
-        embeddings: embedding and head under ``lisa`` and ``owlore``: ``freeze``, the default as in `LayerSampler`, or
-            ``train`` as in the papers; under ``galore`` and ``owlore`` also ``lowrank``, with low-rank states.
-        gradients: of ``galore`` and ``owlore``, as in `LowRankAdamW` and in a recipe.
+        embeddings: what becomes of embedding and head: under ``lisa`` and ``owlore`` ``freeze``, the default as in
+            `LayerSampler`, or ``train`` as in the papers; under ``galore`` and ``owlore`` also ``lowrank``, with
+            low-rank states.
+        gradients: what ``galore`` and ``owlore`` do with gradients, see `LowRankAdamW`.
         revision: branch, tag or commit of a hub id.
 
+    Returns:
+        The `MemoryPlan` of the peak, in bytes.
+
     Raises:
-        SourceError: no configuration of a causal language model.
-        UsageError: an option without meaning.
+        SourceError: the source is no configuration of a causal language model.
+        UsageError: an option has no meaning.
+
+    Examples:
+        AdamW keeps two moments of four bytes for each float32 parameter; LISA keeps them for what trains now:
+
+        >>> import htsr
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 99}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+        >>> full = htsr.predict_memory(model, "full", sequence=16)
+        >>> lisa = htsr.predict_memory(model, "lisa", active_blocks=1, sequence=16)
+        >>> full.optimizer == 8 * full.parameters, lisa.optimizer == 8 * lisa.trainable
+        (True, True)
+        >>> lisa.total < full.total
+        True
     """
     if method not in METHODS:
         raise UsageError(f"unknown method {method!r}: one of {', '.join(METHODS)}")
@@ -121,7 +139,7 @@ def predict_memory(
 
 
 def embeddings_fit(method: TrainingMethod, embeddings: Embeddings) -> bool:
-    """Whether a `method` can treat `embeddings` so."""
+    """Whether `embeddings` is a way in which this `method` can treat embedding and head."""
     return embeddings == "train" or method in (SAMPLED if embeddings == "freeze" else LOW_RANK)
 
 

@@ -1,4 +1,4 @@
-"""A training step on tensors without values, and what is alive when most is."""
+"""A training step on tensors without values, and which of them are alive at the peak."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from htsr.errors import SourceError, UsageError
 from htsr.matrices.blocks import find_blocks
 from htsr.training.lowrank.groups import is_low_rank
 from htsr.training.lowrank.moments import BLOCK
+from htsr.training.lowrank.subspace import OVERSAMPLING
 from htsr.training.memory.plan import LOW_RANK, PARTS, SAMPLED, MemoryPlan, Setting
 from htsr.training.sampling.members import trainable
 
 # NF4 in blocks of 64 with doubly quantised scales (QLoRA, arXiv 2305.14314, §3): bytes per weight
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-_OVERSAMPLING = 8
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -31,7 +31,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         logits: numbers of entries by which a tensor is known as logits.
-        fixed: bytes by part that are there all the time.
+        fixed: bytes, by part, that are there all the time.
     """
 
     def __init__(self, logits: set[int], fixed: dict[str, int]) -> None:
@@ -87,9 +87,9 @@ def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
     """The plan of `htsr.predict_memory`.
 
     Args:
-        label: what to call the model.
-        config: its transformers configuration.
-        setting: what decides about memory beside it.
+        label: name of the model.
+        config: the model's transformers configuration.
+        setting: what decides about memory beside the model.
 
     Raises:
         SourceError: transformers knows no causal language model of this configuration.
@@ -242,7 +242,7 @@ def _workspace(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
 
 
 def _to_project(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
-    """A randomised refresh.
+    """Temporaries of a randomised refresh.
 
     A float32 copy of a float16 gradient, the products with the basis, and four bases (start, QR, next, Ritz vectors),
     matrix by matrix in a stack.
@@ -250,7 +250,7 @@ def _to_project(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
     if setting.method not in LOW_RANK or not low_rank:
         return 0
     small, large = sorted(parameter.shape[-2:])
-    width = min(small, setting.rank + _OVERSAMPLING)
+    width = min(small, setting.rank + OVERSAMPLING)
     wide = 4 * small * large if parameter.dtype == torch.float16 else 0
     refresh = wide + 4 * width * (2 * large + 4 * small)
     stack = parameter.numel() // (small * large)
@@ -259,7 +259,7 @@ def _to_project(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
 
 
 def _to_update(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
-    """Adam's direction, and float32 copies of what is narrower; then new weights with noise, to be rounded."""
+    """Adam's direction, and float32 copies of what is narrower; then new weights and their noise, to be rounded."""
     from htsr.training.lowrank.update import PIECE
 
     if setting.method not in LOW_RANK:

@@ -14,10 +14,10 @@ class Coverage:
     """How often one block was trained.
 
     Attributes:
-        name: the block.
-        probability: p of the first draw of an interval.
-        intervals: intervals in which it was updated so far, the current one included.
-        expected: the number to expect of as many intervals (without replacement).
+        name: name of the block.
+        probability: probability p that it is the first block drawn in an interval.
+        intervals: number of intervals in which it was updated so far, the current one included.
+        expected: number to expect after as many intervals (drawn without replacement).
     """
 
     name: str
@@ -31,20 +31,20 @@ class Tally:
     """Intervals in which each member moved.
 
     Attributes:
-        counts: (members,) int64.
-        moved: members that moved in the current interval.
+        counts: (members,) int64 numbers of intervals.
+        moved: indices of the members that moved in the current interval.
     """
 
     counts: npt.NDArray[np.int64]
     moved: set[int] = field(default_factory=set)
 
     def add(self, members: Collection[int]) -> None:
-        """These `members` have moved, once or again in this interval."""
+        """Note that these `members` have moved, for the first time in this interval or again."""
         self.counts[list(set(members) - self.moved)] += 1
         self.moved |= set(members)
 
     def begin(self) -> None:
-        """A new interval."""
+        """Begin a new interval."""
         self.moved = set()
 
     def rows(
@@ -53,9 +53,9 @@ class Tally:
         """One `Coverage` for each member.
 
         Args:
-            names: of the members.
-            probabilities: (members,) of the first draw.
-            expected: (members,) intervals to expect.
+            names: names of the members.
+            probabilities: (members,) probabilities of the first draw.
+            expected: (members,) numbers of intervals to expect.
         """
         return tuple(
             Coverage(name, float(p), int(count), float(mean))

@@ -34,11 +34,11 @@ class HeldFlags:
         return tuple(self._wanted)
 
     def want(self, parameter: torch.nn.Parameter, trains: bool) -> None:
-        """From now on.
+        """Set the flag that a parameter has from now on.
 
         Args:
-            parameter: of any shape.
-            trains: its flag.
+            parameter: parameter of any shape.
+            trains: whether it trains.
         """
         self._wanted[parameter] = trains
         parameter.requires_grad_(trains)
@@ -51,7 +51,7 @@ class HeldFlags:
         """Set flags again.
 
         Args:
-            parameters: whose; all by default.
+            parameters: parameters whose flags are set; all by default.
         """
         for parameter in self._wanted if parameters is None else parameters:
             wanted = self._wanted[parameter]
@@ -59,7 +59,7 @@ class HeldFlags:
                 parameter.requires_grad_(wanted)
 
     def drop_gradients(self) -> None:
-        """Of what is frozen: gradients that came by a forward pass around the hooks."""
+        """Drop the gradients of what is frozen, which come by a forward pass that goes around the hooks."""
         for parameter, trains in self._wanted.items():
             if not trains:
                 parameter.grad = None
@@ -95,7 +95,7 @@ def called_inside(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The parts of a module that its forward calls: its children, and those of lists and dicts among them.
 
     Args:
-        module: a block.
+        module: a block of the model.
     """
     from torch import nn
 
@@ -112,7 +112,7 @@ def stop_input_gradients(model: torch.nn.Module) -> list[torch.nn.Module]:
     Only reentrant checkpointing needs it, and keeps it.
 
     Args:
-        model: wrapped or not.
+        model: model, wrapped or not.
 
     Returns:
         The modules for which it was undone.
@@ -132,10 +132,10 @@ def stop_input_gradients(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def set_up_anew(model: torch.nn.Module, thawed: set[str]) -> None:
-    """FSDP2 settles a unit's dtypes once, by the parameters that require gradients then; have it do so again.
+    """Have FSDP2 settle its units' dtypes again, which it does once, by the parameters that require gradients then.
 
     Args:
-        model: of which some units may be FSDP2's.
+        model: model, some modules of which may be FSDP2's units.
         thawed: names of parameters that train from now on, and did not before.
     """
     units = {clean_name(f"{name}.") if name else "": m for name, m in model.named_modules() if hasattr(m, "unshard")}
@@ -151,12 +151,12 @@ def move_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, 
     """Move the tensors of one parameter's state; its step count stays where the optimizer wants it.
 
     Args:
-        optimizer: that may hold the parameter.
-        parameter: of any shape.
-        device: to go to.
+        optimizer: optimizer that may hold the parameter.
+        parameter: parameter of any shape.
+        device: device to move to.
 
     Raises:
-        UsageError: sharded state.
+        UsageError: the state is sharded.
     """
     import torch
 
@@ -177,10 +177,10 @@ def insist_on_unused_parameters(model: torch.nn.Module) -> None:
     """Refuse a DDP wrapper that waits for the gradients of frozen parameters.
 
     Args:
-        model: wrapped or not.
+        model: model, wrapped or not.
 
     Raises:
-        UsageError: such a wrapper.
+        UsageError: the model is in such a wrapper.
     """
     from torch.nn.parallel import DistributedDataParallel
 

@@ -18,10 +18,10 @@ class Trainable:
     """Names, without wrappers, of the parameters of a model that train.
 
     Attributes:
-        blocks: for each block.
-        embedding: input embedding with all that comes before the first block of its tower (encoder and decoder are
-            two), position tables and embedding norms wherever a tower registers them, and head.
-        rest: of anything else: final norm, classifier, vision tower.
+        blocks: names of the parameters of each block.
+        embedding: names in the input embedding with all that comes before the first block of its tower (encoder and
+            decoder are two), in position tables and embedding norms wherever a tower registers them, and in the head.
+        rest: names of all others: final norm, classifier, vision tower.
     """
 
     blocks: list[list[str]]
@@ -33,8 +33,18 @@ def trainable(model: torch.nn.Module, blocks: Blocks) -> Trainable:
     """Tell a model's trainable parameters apart.
 
     Args:
-        model: wrapped or not.
-        blocks: of it.
+        model: model, wrapped or not.
+        blocks: blocks of this model.
+
+    Examples:
+        >>> import torch
+        >>> from htsr.matrices.blocks import find_blocks
+        >>> from htsr.training.sampling.members import trainable
+        >>> layer = torch.nn.TransformerEncoderLayer(d_model=16, nhead=2, dim_feedforward=32)
+        >>> model = torch.nn.TransformerEncoder(layer, 2, norm=torch.nn.LayerNorm(16), enable_nested_tensor=False)
+        >>> found = trainable(model, find_blocks(model))
+        >>> [len(names) for names in found.blocks], found.rest
+        ([12, 12], ['norm.weight', 'norm.bias'])
     """
     ends = set()
     for module in model.modules():
@@ -78,9 +88,9 @@ def what_else_trains(model: torch.nn.Module, blocks: Blocks, names: Trainable) -
     """A sentence on what trains in every step beside sampled blocks, where it is more than the largest of them.
 
     Args:
-        model: wrapped or not.
-        blocks: that are sampled.
-        names: of the model's trainable parameters.
+        model: model, wrapped or not.
+        blocks: blocks that are sampled.
+        names: names of the model's trainable parameters.
     """
     sizes = {clean_name(name): parameter.numel() for name, parameter in model.named_parameters()}
     rest = sum(sizes[name] for name in names.rest)

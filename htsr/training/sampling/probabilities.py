@@ -43,16 +43,25 @@ def block_probabilities(
     ============ ===================================================================================================
 
     Args:
-        strategy: a name of the above, or (L,) weights ≥ 0 themselves.
-        blocks: of the model.
+        strategy: one of the names above, or (L,) weights ≥ 0 themselves.
+        blocks: blocks of the model, L of them.
         scores: `Outliers` for ``owlore`` and ``reverse``, an `Analysis` for ``alpha``, ``erg`` and ``snr``.
-        threshold: τ.
+        threshold: τ of the outlier distribution.
 
     Returns:
-        (L,) float64 that sums to 1.
+        (L,) float64 probabilities with the sum 1.
 
     Raises:
-        UsageError: an unknown strategy, or scores that are missing, of another model, or all zero.
+        UsageError: the strategy is unknown, or the scores are missing, belong to another model, or are all zero.
+
+    Examples:
+        >>> import torch
+        >>> from htsr.matrices.blocks import find_blocks
+        >>> from htsr.training.sampling.probabilities import block_probabilities
+        >>> layer = torch.nn.TransformerEncoderLayer(d_model=16, nhead=2, dim_feedforward=32)
+        >>> model = torch.nn.TransformerEncoder(layer, num_layers=4, enable_nested_tensor=False)
+        >>> block_probabilities("increase", find_blocks(model))
+        array([0.1, 0.2, 0.3, 0.4])
 
     Sources: OwLore (arXiv 2405.18380); LISA (arXiv 2403.17919); LLR (arXiv 2605.22297) for the map of ``alpha``;
     Spectrum (arXiv 2406.06623).
@@ -109,12 +118,12 @@ def block_means(analysis: Analysis, score: str, blocks: Blocks) -> Vector:
     """Mean score of the matrices of each block.
 
     Args:
-        analysis: of the model; with ``bulk=True`` for ``snr``.
+        analysis: analysis of the model; with ``bulk=True`` for ``snr``.
         score: ``alpha``, ``erg`` (⟨ln λ̃⟩ of the power-law tail) or ``snr`` (`signal_to_noise`).
-        blocks: of the model, L of them.
+        blocks: blocks of the model, L of them.
 
     Returns:
-        (L,) float64; NaN for a block without the score.
+        (L,) float64 means; NaN for a block without the score.
 
     Raises:
         UsageError: the analysis knows no block of this model, or lacks the score.
@@ -145,15 +154,22 @@ def inclusion_probabilities(p: npt.ArrayLike, draws: int) -> Vector:
 
     Args:
         p: (n,) weights ≥ 0, at least `draws` of them above 0.
-        draws: items drawn.
+        draws: number of items drawn.
 
     Returns:
-        (n,) float64 that sums to `draws`.
+        (n,) float64 probabilities with the sum `draws`.
+
+    Examples:
+        The heaviest of three is left out of two draws only if the other two come first, 2·(1/4)·(1/3) = 1/6:
+
+        >>> from htsr.training.sampling.probabilities import inclusion_probabilities
+        >>> inclusion_probabilities([1.0, 1.0, 2.0], draws=2).round(4)
+        array([0.5833, 0.5833, 0.8333])
     """
     weights = np.asarray(p, dtype=np.float64)
     nodes, measure = np.polynomial.legendre.leggauss(_NODES)
     u, measure = (nodes + 1) / 2, measure / 2
-    u, measure = u**3, measure * 3 * u**2  # the integrand is steep at u = 0
+    u, measure = u**3, measure * 3 * u**2  # puts more nodes near u = 0, where the integrand is steep
     result = np.zeros(weights.size)
     for i in np.flatnonzero(weights):
         t = -np.log(u) / weights[i]
@@ -161,7 +177,7 @@ def inclusion_probabilities(p: npt.ArrayLike, draws: int) -> Vector:
         arrived[0] = 1
         for j in np.flatnonzero(weights):
             if j != i:
-                q = -np.expm1(-weights[j] * t)
+                q = -np.expm1(-weights[j] * t)  # P(j has come by t); 1 - exp(…) would lose all digits of a small one
                 arrived[1:] = arrived[1:] * (1 - q) + arrived[:-1] * q
                 arrived[0] *= 1 - q
         result[i] = measure @ arrived.sum(axis=0)

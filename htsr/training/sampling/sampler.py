@@ -79,27 +79,47 @@ class LayerSampler:
         model: any transformers encoder or decoder, wrapped or not; of a vision-language model the language model's
             blocks, of a sequence-to-sequence model those of encoder and decoder, as `find_blocks` finds them. What
             trains beside them, such as a vision tower, is named in the log.
-        strategy: ``owlore`` and ``reverse`` (outliers), ``uniform`` (LISA), ``alpha``, ``erg`` and ``snr`` (of an
-            analysis), ``increase``, ``decrease`` (with depth), or the probabilities themselves; see
+        strategy: ``owlore`` and ``reverse`` (outliers), ``uniform`` (LISA), ``alpha``, ``erg`` and ``snr`` (all three
+            by an analysis), ``increase``, ``decrease`` (with depth), or the probabilities themselves; see
             `block_probabilities`.
         scores: the `Outliers` or the `Analysis` that the strategy needs.
-        active: γ, blocks that train at a time.
-        interval: K, optimizer steps between draws.
-        top: train the γ most probable blocks for good, instead of sampling.
-        embedding: see above.
+        active: number γ of blocks that train at a time.
+        interval: number K of optimizer steps between draws.
+        top: whether the γ most probable blocks train for good, instead of sampling.
+        embedding: what becomes of embedding and head, see above.
         frozen_state: what becomes of the optimizer state of a block that is frozen: ``drop`` (starts anew next time),
             ``keep`` (memory grows to that of full training), ``offload`` (to host memory).
-        seed: of the draws.
+        seed: seed of the draws.
         threshold: τ of the outlier distribution.
         blocks: name of the list of blocks to sample, or several, in place of what `find_blocks` takes.
 
     Attributes:
-        names: the members of the draw: blocks, and with ``sampled`` embedding and head at the end.
-        probabilities: (members,) float64 that sum to 1.
+        names: names of the members of the draw: blocks, and with ``sampled`` embedding and head at the end.
+        probabilities: (members,) float64 probabilities with the sum 1.
 
     Raises:
-        UsageError: an argument without meaning here.
-        SourceError: a model without blocks.
+        UsageError: an argument has no meaning for this model.
+        SourceError: the model has no blocks.
+
+    Examples:
+        Of four blocks one trains at a time, and the next is drawn after two steps:
+
+        >>> import htsr, torch
+        >>> _ = torch.manual_seed(0)
+        >>> layer = torch.nn.TransformerEncoderLayer(d_model=16, nhead=2, dim_feedforward=32)
+        >>> model = torch.nn.TransformerEncoder(layer, num_layers=4, enable_nested_tensor=False)
+        >>> sampler = htsr.LayerSampler(model, "uniform", active=1, interval=2, seed=0)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> sampler.attach(optimizer)
+        >>> for step in range(4):
+        ...     print(sampler.active, len(optimizer.state))
+        ...     model(torch.randn(3, 1, 16)).square().mean().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        (0,) 0
+        (0,) 12
+        (2,) 0
+        (2,) 12
     """
 
     _optimizers: tuple[torch.optim.Optimizer, ...]
@@ -166,11 +186,12 @@ class LayerSampler:
         """The members of interval `number`, ascending: a function of the seed and the number alone.
 
         Args:
-            number: of the interval, counted from 0.
+            number: number of the interval, counted from 0.
         """
         if self.top:
             order = np.argsort(-self.probabilities, kind="stable")
             return tuple(sorted(int(i) for i in order[: self._gamma]))
+        # a generator for each draw, so that a resumed run and all processes agree without those before it
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, number])))
         drawn = random.choice(len(self.names), size=self._gamma, replace=False, p=self.probabilities)
         return tuple(sorted(int(i) for i in drawn))
@@ -185,9 +206,9 @@ class LayerSampler:
         block that is to train got no gradient.
 
         Args:
-            *optimizers: over all parameters of the model that train, also as accelerate wraps them: one, or several
-                that share them (Muon for matrices, AdamW for the rest). A step is counted when each of them has made
-                one. A second call with the same does nothing.
+            *optimizers: optimizers of all parameters of the model that train, also ones that accelerate has wrapped:
+                one, or several with a part each (Muon for matrices, AdamW for the rest). A step is counted when each of
+                them has made one. A second call with the same does nothing.
 
         Raises:
             UsageError: the sampler has other optimizers already, the optimizers lack parameters of the blocks, DDP
@@ -227,7 +248,7 @@ class LayerSampler:
             logger.warning(sentence)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which stand where this one does and are attached to nothing: hooks are not copied."""
+        """State for copies, which stand where this one does and are attached to nothing: hooks are not copied."""
         state = self.__dict__.copy()
         for name in ("_optimizers", "_parameters", "_flags", "_handles", "_stopped", "_stepped"):
             del state[name]
@@ -239,7 +260,7 @@ class LayerSampler:
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy."""
+        """Restore a copy."""
         self.__dict__.update(state)
         self._begin()
 
@@ -278,10 +299,10 @@ class LayerSampler:
         """Go on where `state` stood.
 
         Args:
-            state: from `state_dict`; its seed replaces the sampler's own.
+            state: what `state_dict` returned; its seed replaces the sampler's own.
 
         Raises:
-            UsageError: the state of no sampler, or of one with another number of blocks.
+            UsageError: the state is that of no sampler, or of one with another number of blocks.
         """
         if not {"seed", "steps", "active", "counts"} <= set(state) or len(state["counts"]) != len(self.names):
             raise UsageError(f"the checkpoint has no state of a sampler over {len(self.names)} blocks")
@@ -295,7 +316,7 @@ class LayerSampler:
 
     @contextmanager
     def loading(self, steps: int) -> Iterator[None]:
-        """To load a checkpoint into sharded parameters under it, after `attach`.
+        """A context in which a checkpoint is loaded into sharded parameters, after `attach`.
 
         torch loads the state of those parameters only that require gradients, and insists on one for each of them.
 
@@ -322,11 +343,11 @@ class LayerSampler:
 
         Counted is what had a gradient when an optimizer made a step, drawn or not.
         """
-        share: Vector = np.array([float(i in self._active) for i in range(len(self.names))])
+        inclusion: Vector = np.array([float(i in self._active) for i in range(len(self.names))])
         if not self.top:
-            share = inclusion_probabilities(self.probabilities, self._gamma)
+            inclusion = inclusion_probabilities(self.probabilities, self._gamma)
         intervals = -(-self._steps // self.interval)
-        return self._tally.rows(self.names, self.probabilities, share * intervals)
+        return self._tally.rows(self.names, self.probabilities, inclusion * intervals)
 
     def _watch(self, optimizer: torch.optim.Optimizer) -> None:
         if getattr(optimizer, "gradients", None) != "update":  # which steps during backward, and refuses such hooks
@@ -387,7 +408,7 @@ class LayerSampler:
                 move_state(optimizer, parameter, "cpu")
 
     def _hold(self) -> None:
-        """Before the forward of the model all flags, before that of each block and its parts the block's.
+        """Set all flags before the forward of the model, and a block's before that of the block and of its parts.
 
         The parts, since checkpointing may recompute the inside of a block without calling the block.
         """
