@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from htsr_cli.options import Format, Output, Quiet, Verbose
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Layerwise learning rates, before any training.")
-
-_FORMATS = {".json": "json", ".csv": "csv", ".md": "markdown", ".txt": "table"}
 
 
 @app.callback()
@@ -19,6 +18,7 @@ def _root() -> None:
 
 @app.command()
 def plan(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or checkpoint file.")],
     policy: Annotated[str, typer.Option(help="llr, tempbalance, alphadecay, model_balancing.")] = "llr",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
@@ -41,35 +41,25 @@ def plan(
         list[str] | None,
         typer.Option(metavar="PATTERN=M", help="Multiplier of these roles or names. Repeatable."),
     ] = None,
-    format: Annotated[str | None, typer.Option("--format", help="table, json, csv or markdown.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write there; the suffix tells the format.")
-    ] = None,
+    format: Format = None,
+    output: Output = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the multipliers (.png, .svg, .pdf).")] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """The multipliers that a model would get at the first step.
 
     For example:  [bold]htsr layerwise plan ./model --policy llr --bounds 1,3 --picture plan.png[/bold]
     """
-    from htsr_cli.output import console
+    from htsr_cli.output import Target, Words
     from htsr_cli.run import parse_windows
 
-    from htsr.errors import UsageError
-    from htsr.files import check_writable, written
-    from htsr.reporting import plans
-    from htsr.reporting.plots import check_picture
-    from htsr.reporting.text import encodable
+    from htsr.reporting.plots import check_picture, write_picture
     from htsr.training.layerwise.plan import layerwise_plan
 
-    if format is None:
-        format = "table" if output is None else _FORMATS.get(output.suffix.lower(), "")
-    render = {"table": plans.as_text, "json": plans.as_json, "csv": plans.as_csv, "markdown": plans.as_markdown}
-    if format not in render:
-        raise UsageError(f"the format of a plan is one of {', '.join(render)}, told by --format or the output's suffix")
+    target, words = Target.of(context), Words(quiet, verbose)
     if picture is not None:
         check_picture(picture)
-    if output is not None:
-        check_writable(output)
     changes: dict[str, Any] = {
         "score": score,
         "fit": fit,
@@ -88,16 +78,8 @@ def plan(
         changes["score"] = None
     result = layerwise_plan(model, policy, revision=revision, **changes)
     if picture is not None:
-        plans.write_picture(result, picture)
-    if output is not None:
-        with written(output) as temporary:
-            temporary.write_text(encodable(render[format](result)), encoding="utf-8")
-    elif format == "table":
-        to = console()
-        to.print(plans.plan_table(result, to.width))
-        to.print(plans.closing(result), style="dim")
-    else:
-        typer.echo(encodable(render[format](result)), nl=False)
+        write_picture(result.plot(), picture)
+    target.write(result, words)
 
 
 def _number(text: str) -> float | str:

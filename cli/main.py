@@ -13,6 +13,41 @@ from typing import Annotated
 
 import typer
 from htsr_cli import layerwise
+from htsr_cli.options import (
+    Alternatives,
+    Block,
+    Bootstrap,
+    Bulk,
+    Device,
+    Dtype,
+    Exclude,
+    ExcludeRole,
+    FailOn,
+    Fit,
+    Format,
+    Full,
+    Html,
+    Include,
+    MaxSize,
+    MinSize,
+    Model,
+    Null,
+    Output,
+    Permuted,
+    Quality,
+    Quiet,
+    Resume,
+    Revision,
+    Role,
+    Route,
+    Save,
+    Seed,
+    Table,
+    Verbose,
+    WindowsOption,
+    Xmax,
+    Xmin,
+)
 
 from htsr._version import __version__
 
@@ -26,55 +61,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(layerwise.app, name="layerwise")
-
-Model = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="Hub id, folder, .safetensors/.bin/.pt/.gguf file, or adapter folder."),
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-Include = Annotated[
-    list[str] | None, typer.Option(help="Only matrices whose name matches, as in '*.q_proj'. Repeatable.")
-]
-Exclude = Annotated[list[str] | None, typer.Option(help="No matrices whose name matches. Repeatable.")]
-Role = Annotated[list[str] | None, typer.Option(help="Only these roles, as in attn.q or 'mlp.*'. Repeatable.")]
-ExcludeRole = Annotated[list[str] | None, typer.Option(help="Not these roles. Repeatable.")]
-Block = Annotated[str | None, typer.Option(help="Only these blocks, as in 0-3,7.")]
-MinSize = Annotated[int, typer.Option(min=0, help="Least size of the smaller side.")]
-MaxSize = Annotated[int | None, typer.Option(min=1, help="Largest size of the smaller side.")]
-Fit = Annotated[str, typer.Option(help="How the tail is chosen: ks, hill, hill_paper, fix_fingers, clip_xmax.")]
-Xmin = Annotated[float | None, typer.Option(help="Begin of the tail by hand, an eigenvalue.")]
-Xmax = Annotated[float | None, typer.Option(help="Leave out eigenvalues above this.")]
-Route = Annotated[str, typer.Option(help="How eigenvalues are computed: auto, gram, svd, lanczos.")]
-Dtype = Annotated[str, typer.Option(help="Precision: auto, float32, float64.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-WindowsOption = Annotated[
-    str | None, typer.Option("--windows", metavar="ROWSxCOUNT", help="Pool FARMS windows, as in 2000x10.")
-]
-Full = Annotated[bool, typer.Option("--full", help="Also bulk, permuted weights and alternatives to the power law.")]
-Bulk = Annotated[bool, typer.Option("--bulk", help="Marchenko-Pastur bulk and spikes.")]
-Permuted = Annotated[bool, typer.Option("--permuted", help="Permuted weights: traps, distance to random.")]
-Alternatives = Annotated[bool, typer.Option("--alternatives", help="Other laws for the tail, compared.")]
-Quality = Annotated[bool, typer.Option("--quality", help="SETOL's quality estimates (experimental).")]
-Bootstrap = Annotated[int, typer.Option(min=0, metavar="N", help="Bootstrap interval of α from N resamples.")]
-Null = Annotated[bool, typer.Option("--null/--no-null", help="α of pure noise of the same shape.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
-Format = Annotated[str | None, typer.Option("--format", help="table, json, csv, parquet or markdown.")]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="Write there; the suffix tells the format.", show_default=False),
-]
-Html = Annotated[Path | None, typer.Option(help="Write the report, one self-contained HTML file.")]
-Save = Annotated[Path | None, typer.Option(help="Save rows and spectra (.npz) for `htsr compare` and for Python.")]
-FailOn = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="CONDITION",
-        help="Exit with 3 if any matrix meets it, as in 'alpha>6' or 'note~random-like' (~: contains). Repeatable.",
-    ),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run of the same analysis stopped.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no words.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 
 
 def _version(value: bool) -> None:
@@ -101,6 +87,7 @@ def _root(
 
 @app.command()
 def analyze(
+    context: typer.Context,
     model: Model,
     revision: Revision = None,
     against: Annotated[str | None, typer.Option(metavar="BASE", help="Analyze MODEL - BASE.")] = None,
@@ -166,7 +153,7 @@ def analyze(
     }
     words = Words(quiet, verbose)
     conditions = parse_conditions(fail_on)
-    target = Target(format, output)
+    target = Target.of(context)
     code = run.analyze(
         model, chosen, options, words, target, conditions,
         revision=revision, against=against, base=base, html=html, save=save, resume=resume,
@@ -209,7 +196,7 @@ def compare(
     chosen = run.Choice(include, exclude, role, block, min_size, max_size, exclude_role)
     every = {"fit": fit, "full": full, "route": route, "dtype": dtype, "device": device, "seed": seed}
     options = {name: value for name, value in every.items() if _is_given(context, name)}
-    run.compare(a, b, chosen, options, Words(quiet, verbose), Target(format, output))
+    run.compare(a, b, chosen, options, Words(quiet, verbose), Target.of(context))
 
 
 def _is_given(context: typer.Context, option: str) -> bool:
@@ -219,6 +206,7 @@ def _is_given(context: typer.Context, option: str) -> bool:
 
 @app.command()
 def describe(
+    context: typer.Context,
     model: Model,
     revision: Revision = None,
     include: Include = None,
@@ -230,20 +218,23 @@ def describe(
     max_size: MaxSize = None,
     format: Format = None,
     output: Output = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """The weight matrices of a model, without reading them: names, roles, shapes.
 
     For example:  [bold]htsr describe ./model --role 'mlp.*'[/bold]
     """
     from htsr_cli import run
-    from htsr_cli.output import Target
+    from htsr_cli.output import Target, Words
 
     chosen = run.Choice(include, exclude, role, block, min_size, max_size, exclude_role)
-    run.describe(model, chosen, Target(format, output), revision=revision)
+    run.describe(model, chosen, Words(quiet, verbose), Target.of(context), revision=revision)
 
 
 @app.command()
 def memory(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(metavar="MODEL", help="Hub id, or a folder with a config.json; weights are not needed."),
@@ -296,11 +287,12 @@ def memory(
         "gradients": gradients,
         "revision": revision,
     }
-    run.memory(model, method, options, Target(format, output))
+    run.memory(model, method, options, Target.of(context))
 
 
 @app.command()
 def outliers(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or .gguf file of a transformer.")],
     data: Annotated[
         str, typer.Option(help="Calibration text: .jsonl, .txt, or a data set of the hub as in org/name:train.")
@@ -316,6 +308,8 @@ def outliers(
     seed: Seed = 0,
     save: Annotated[Path | None, typer.Option(help="Save the result (.json) for training and for Python.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw it, as .png, .svg or .pdf.")] = None,
+    format: Format = None,
+    output: Output = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -324,12 +318,12 @@ def outliers(
     For example:  [bold]htsr outliers ./model --data train.jsonl --threshold 13 --save outliers.json[/bold]
     """
     from htsr_cli.outliers import outliers as measure
-    from htsr_cli.output import Words
+    from htsr_cli.output import Target, Words
 
     from htsr.calibration.outliers import THRESHOLDS
 
     measure(
-        model, data, threshold or list(THRESHOLDS), Words(quiet, verbose),
+        model, data, threshold or list(THRESHOLDS), Words(quiet, verbose), Target.of(context),
         revision=revision, samples=samples, length=length, batch_size=batch_size,
         device=device, seed=seed, save=save, picture=picture,
     )  # fmt: skip
@@ -362,6 +356,7 @@ def finetune(
 
 @app.command()
 def project(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .safetensors/.bin/.pt file.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)],
     keep: Annotated[
@@ -381,6 +376,8 @@ def project(
     max_size: MaxSize = None,
     fit: Fit = "ks",
     seed: Seed = 0,
+    format: Format = None,
+    table: Table = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -389,11 +386,11 @@ def project(
     For example:  [bold]htsr project ./model --keep erg --role 'mlp.*' --output ./projected[/bold]
     """
     from htsr_cli import run
-    from htsr_cli.output import Words
+    from htsr_cli.output import Target, Words
 
     chosen = run.Choice(include, exclude, role, block, min_size, max_size, exclude_role)
     run.project(
-        model, output, run.parse_keep(keep), chosen, Words(quiet, verbose),
+        model, output, run.parse_keep(keep), chosen, Words(quiet, verbose), Target.of(context, "table"),
         traps=remove_traps, fit=fit, seed=seed, revision=revision,
     )  # fmt: skip
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from htsr_cli.output import Words, console
+from htsr_cli.output import Target, Words
 
 from htsr.analysis.execution import pick_device
 from htsr.calibration.loading import load_model, load_tokenizer
-from htsr.calibration.outliers import Outliers, checked_thresholds, measure_outliers
+from htsr.calibration.outliers import checked_thresholds, measure_outliers
 from htsr.calibration.records import read_records, text_of
-from htsr.errors import HtsrError, MissingDependencyError, UsageError
-from htsr.files import check_writable, written
-from htsr.reporting.plots import check_picture
+from htsr.files import check_writable
+from htsr.reporting.plots import check_picture, write_picture
 from htsr.reporting.text import plain_console
 
 if TYPE_CHECKING:
@@ -29,6 +27,7 @@ def outliers(
     data: str,
     thresholds: list[float],
     words: Words,
+    target: Target,
     *,
     revision: str | None,
     samples: int,
@@ -39,9 +38,8 @@ def outliers(
     save: Path | None,
     picture: Path | None,
 ) -> None:
-    """Calibrate, score, print the table, and write what was asked for."""
+    """Calibrate, score, and write what was asked for."""
     thresholds = list(checked_thresholds(thresholds))
-    _check_targets(save, picture)
     if picture:
         check_picture(picture)
     if save:
@@ -57,31 +55,11 @@ def outliers(
             model, tokenizer, texts, thresholds=thresholds, batch_size=batch_size, length=length, progress=progress
         )
     found = replace(found, label=name, meta={**found.meta, "data": data, "length": length, "seed": seed})
-    _print(found)
-    words.say(f"htsr: {found.label}: {found.samples} samples, {found.tokens} tokens")
     if save:
         found.save(save)
     if picture:
-        with written(picture) as temporary:
-            found.plot().figure.savefig(temporary, dpi=150)
-
-
-def _check_targets(save: Path | None, picture: Path | None) -> None:
-    """What cannot be written is known before anything is loaded."""
-    for path in (save, picture):
-        if path is not None and not path.parent.is_dir():
-            raise HtsrError(f"{path} cannot be written: {path.parent} is no folder")
-    if picture is not None:
-        if picture.suffix not in (".png", ".svg", ".pdf"):
-            raise UsageError(f"--picture ends in .png, .svg or .pdf, not as {picture.name}")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise MissingDependencyError("the picture needs matplotlib: pip install 'htsr[report]'")
-
-
-def _print(found: Outliers) -> None:
-    from htsr.reporting.outliers import outlier_table
-
-    console().print(outlier_table(found))
+        write_picture(found.plot(), picture)
+    target.write(found, words)
 
 
 @contextmanager

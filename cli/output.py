@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import sys
@@ -10,26 +9,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from htsr.analysis.analyze import Analysis, Progress
-from htsr.analysis.comparison import Comparison
 from htsr.errors import UsageError
 from htsr.files import check_writable, written
-from htsr.matrices.models import Model
-from htsr.reporting import tables
+from htsr.reporting.formats import as_csv, as_json, as_markdown, require_pyarrow, write_parquet
+from htsr.reporting.latex import as_latex
+from htsr.reporting.terminal import as_text, terminal_table
 from htsr.reporting.text import encodable, plain_console, visible
-from htsr.spectra.notes import CAUTION
-from htsr.training.memory.plan import MemoryPlans
+from htsr.results import Tabular, envelope
 
 if TYPE_CHECKING:
+    import typer
     from rich.console import Console
 
-Subject: TypeAlias = Analysis | Comparison | Model | MemoryPlans
+    from htsr.analysis.analyze import Progress
 
-FORMATS = ("table", "json", "csv", "parquet", "markdown")
-_SUFFIXES = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".md": "markdown", ".txt": "table"}
+SUFFIXES = {
+    ".txt": "table",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".md": "markdown",
+    ".tex": "latex",
+}
+FORMATS = tuple(SUFFIXES.values())
 _PLAIN_WIDTH = 200
+_NO_OPTIONS = ("format", "output", "table", "quiet", "verbose")  # they change nothing that is found
 
 
 def is_first() -> bool:
@@ -38,50 +44,86 @@ def is_first() -> bool:
 
 
 class Target:
-    """Where the result goes, and in which format."""
+    """Where the result of a command goes, and in which format.
 
-    def __init__(self, format: str | None, output: Path | None) -> None:
+    Args:
+        format: one of `FORMATS`; told by the suffix of `output` if None, a table without.
+        output: the file; standard output if None.
+        command: the command.
+        options: what it was given.
+
+    Raises:
+        UsageError: no such format, or none that a terminal takes.
+        MissingDependencyError: the format needs a package that is not there.
+        HtsrError: the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        format: str | None,
+        output: Path | None,
+        command: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
         if format is None:
-            format = "table" if output is None else _SUFFIXES.get(output.suffix.lower(), "")
+            format = "table" if output is None else SUFFIXES.get(output.suffix.lower(), "")
         if format not in FORMATS:
             raise UsageError(
                 f"the format is one of {', '.join(FORMATS)}" + (f", and {output} does not tell which" if output else "")
             )
-        if format == "parquet" and output is None:
-            raise UsageError("parquet goes to a file: --output FILE.parquet")
         if format == "parquet":
-            tables.require_pyarrow()
+            if output is None:
+                raise UsageError("parquet goes to a file: --output FILE.parquet")
+            require_pyarrow()
         if output is not None:
             check_writable(output)
-        self.format, self.output = format, output
+        self.format, self.output, self.command, self.options = format, output, command, options
 
-    def write(self, subject: Subject, words: Words | None = None) -> None:
-        """Write `subject` whole, or not at all; `words` say what belongs to a table and is no data."""
-        self._write(subject)
-        if words and self.format == "table":
-            for remark in _remarks(subject):
-                words.say(f"htsr: {remark}")
+    @classmethod
+    def of(cls, context: typer.Context, file: str = "output") -> Target:
+        """What the command line says.
 
-    def _write(self, subject: Subject) -> None:
+        Args:
+            context: of the command.
+            file: the parameter that names the file.
+        """
+        given, known = context.params, context.command.params
+        names = [p.name for p in known if p.param_type_name == "option" and p.name not in _NO_OPTIONS]
+        options = {name: _plain(given[name]) for name in names if name in given}
+        return cls(given["format"], given[file], context.command_path.partition(" ")[2], options)
+
+    def write(self, result: Tabular, words: Words | None = None) -> None:
+        """Write `result` whole, or not at all; `words` say what belongs to a table and is no data."""
         if self.format == "parquet":
             assert self.output is not None
-            tables.write_parquet(subject, self.output)
-            return
-        if self.format == "table" and self.output is None:
-            _print_tables(subject, console())
-            return
-        render = {
-            "json": tables.as_json,
-            "csv": tables.as_csv,
-            "markdown": tables.as_markdown,
-            "table": _plain_tables,
+            write_parquet(result.records(), self.output)
+        elif self.output is not None:
+            with written(self.output) as temporary:
+                temporary.write_text(self._text(result), encoding="utf-8")
+        elif self.format == "table":
+            to = console()
+            for table in result.tables():
+                to.print(terminal_table(table, to.width))
+        else:
+            sys.stdout.write(self._text(result))
+        if words and self.format == "table":
+            for remark in result.remarks():
+                words.say(f"htsr: {remark}")
+
+    def _text(self, result: Tabular) -> str:
+        render: dict[str, Callable[[], str]] = {
+            "table": lambda: as_text(result.tables(), _PLAIN_WIDTH),
+            "json": lambda: as_json(envelope(result, self.command, self.options)),
+            "csv": lambda: as_csv(result.records()),
+            "markdown": lambda: as_markdown(result.tables()[0]),
+            "latex": lambda: as_latex(result.tables()[0], f"htsr {self.command or ''}: {result.label}"),
         }
-        text = encodable(render[self.format](subject))
-        if self.output is None:
-            sys.stdout.write(text)
-            return
-        with written(self.output) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        return encodable(render[self.format]())
+
+
+def _plain(value: Any) -> Any:
+    """A parameter for JSON."""
+    return str(value) if isinstance(value, Path) else value
 
 
 class _Formatter(logging.Formatter):
@@ -154,36 +196,3 @@ class Words:
 def console() -> Console:
     """Standard output; wide where it is no terminal, so that nothing is cut."""
     return plain_console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
-
-
-def _print_tables(subject: Analysis | Comparison | Model | MemoryPlans, to: Console) -> None:
-    if isinstance(subject, Analysis):
-        to.print(tables.terminal_table(subject.rows, to.width))
-        to.print(tables.summary_table(subject, to.width))
-    elif isinstance(subject, Comparison):
-        to.print(tables.comparison_table(subject, to.width))
-    elif isinstance(subject, MemoryPlans):
-        to.print(tables.memory_table(subject))
-    else:
-        to.print(tables.description_table(subject, to.width))
-        total = sum(m.parameters for m in subject)
-        to.print(f"{len(subject.matrices)} matrices, {total:,} parameters in them", style="dim")
-
-
-def _remarks(subject: Subject) -> Iterator[str]:
-    """What is said beside a table."""
-    if isinstance(subject, Analysis):
-        failed = sum(row.status != "ok" for row in subject)
-        problems = f", {failed} without a fit" if failed else ""
-        yield f"{subject.label}: {len(subject)} matrices{problems} in {subject.meta.get('seconds', 0):.1f} s"
-        if any(kind in row.warning for row in subject for kind in ("heavy tail", "light tail")):
-            yield CAUTION
-    elif isinstance(subject, Comparison) and (alpha := subject.summary().get("alpha")):
-        both = sum(pair.a.alpha is not None and pair.b.alpha is not None for pair in subject)
-        yield f"mean α {alpha[0]:.3f} → {alpha[1]:.3f} over {both} matrices"
-
-
-def _plain_tables(subject: Subject) -> str:
-    out = io.StringIO()
-    _print_tables(subject, plain_console(file=out, width=_PLAIN_WIDTH))
-    return out.getvalue()

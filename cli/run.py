@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from htsr_cli.conditions import Condition, judge, say_error, with_needed
-from htsr_cli.output import Target, Words, console, is_first
+from htsr_cli.output import Target, Words, is_first
 
 from htsr.analysis.analyze import Analysis, analyze_model, make_options
 from htsr.analysis.comparison import compare_analyses, filtered_together, options_beside
@@ -16,7 +16,6 @@ from htsr.errors import UsageError
 from htsr.files import check_writable
 from htsr.matrices.models import Filter
 from htsr.matrices.sources import open_model
-from htsr.reporting import tables
 from htsr.spectra.windows import Windows
 from htsr.training.memory.plan import LOW_RANK, METHODS, MemoryPlans, TrainingMethod
 from htsr.training.memory.prediction import embeddings_fit, predict_memory
@@ -132,9 +131,9 @@ def compare(a: str, b: str, choice: Choice, options: dict[str, Any], words: Word
     target.write(comparison, words)
 
 
-def describe(name: str, choice: Choice, target: Target, *, revision: str | None) -> None:
+def describe(name: str, choice: Choice, words: Words, target: Target, *, revision: str | None) -> None:
     """`htsr describe`."""
-    target.write(open_model(name, revision=revision).filtered(choice.filter))
+    target.write(open_model(name, revision=revision).filtered(choice.filter), words)
 
 
 def memory(name: str, methods: list[str] | None, options: dict[str, Any], target: Target) -> None:
@@ -158,6 +157,7 @@ def project(
     keep: Keep | None,
     choice: Choice,
     words: Words,
+    target: Target,
     *,
     traps: bool,
     fit: str,
@@ -171,9 +171,7 @@ def project(
         name, output, keep,
         traps=traps, fit=make_options(fit=fit).fit, where=choice.filter, revision=revision, seed=seed,
     )  # fmt: skip
-    to = console()
-    to.print(tables.surgery_table(surgery.operations, to.width))
-    words.say(f"htsr: {output} holds {name} with {sum(o.status == 'ok' for o in surgery.operations)} matrices changed")
+    target.write(surgery, words)
 
 
 def parse_keep(text: str | None) -> Keep | None:

@@ -218,11 +218,11 @@ def test_links_to_the_repository_are_turned(hooks):
 
 
 def test_the_page_on_reports_explains_all_that_a_report_shows():
-    from htsr.reporting import figures, tables
+    from htsr.analysis.tables import METRICS
+    from htsr.reporting import figures
 
     page = (PAGES / "reading-a-report.md").read_text(encoding="utf-8")
-    everything = [htsr.LayerMetrics(name="x", **dict.fromkeys(("alpha_low", "num_traps"), 1), best_law="lognormal")]
-    shown = {header for header, _ in tables.columns(everything)} | {h for h, _, _ in tables._WHERE_PRESENT}
+    shown = {column.header for column, _ in METRICS}
     shown |= set(figures.LABELS.values()) | set(figures.LABELS)
     assert not {word for word in shown if word not in page}
     from htsr.spectra.notes import notes

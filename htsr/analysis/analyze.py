@@ -25,17 +25,22 @@ from htsr._version import __version__
 from htsr.analysis.execution import measure_all, pick_device, shared_out
 from htsr.analysis.journal import Journal
 from htsr.analysis.saving import read_parts, write_parts
+from htsr.analysis.tables import means_table, metrics_table
 from htsr.arrays import Vector
 from htsr.errors import UsageError
 from htsr.matrices.models import Filter, Model, as_filter
 from htsr.matrices.sharded import Shard, in_rounds, open_live
 from htsr.matrices.sources import Source, open_model
 from htsr.ranks import Ranks
+from htsr.results import Record, Table, Tabular
 from htsr.spectra.measure import Measured
 from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
+from htsr.spectra.notes import CAUTION
 
 if TYPE_CHECKING:
     import pandas
+
+    from htsr.reporting.html import Page
 
 FULL = {"bulk": True, "permuted": True, "alternatives": True}
 
@@ -58,7 +63,7 @@ class Progress:
 
 
 @dataclass(frozen=True, repr=False)
-class Analysis:
+class Analysis(Tabular):
     """The rows of a model, in its order, with the spectra that they were computed from.
 
     Attributes:
@@ -98,9 +103,9 @@ class Analysis:
         )
 
     def _repr_html_(self) -> str:
-        from htsr.reporting.html import summary_html
+        from htsr.reporting.html import table_html
 
-        return summary_html(self)
+        return table_html(repr(self)[1:-1], self.tables()[-1])
 
     def __iter__(self) -> Iterator[LayerMetrics]:
         return iter(self.rows)
@@ -151,11 +156,35 @@ class Analysis:
             groups.setdefault(getattr(row, key), []).append(row)
         return {group: _means(rows) for group, rows in groups.items()}
 
+    def records(self) -> list[Record]:
+        """One dictionary a row, with all fields of `LayerMetrics`."""
+        return [asdict(row) for row in self.rows]
+
+    def tables(self) -> tuple[Table, ...]:
+        """The short table of the rows, and their means by role."""
+        return metrics_table(self.rows), means_table(self.summary_by("role"), self.summary())
+
+    def facts(self) -> dict[str, Any]:
+        """Model, options, meta, and means of all matrices and by role."""
+        return {
+            "model": self.label,
+            "options": asdict(self.options),
+            "meta": dict(self.meta),
+            "summary": self.summary(),
+            "roles": self.summary_by("role"),
+        }
+
+    def remarks(self) -> tuple[str, ...]:
+        """How many matrices in which time, and what notes on tails do not mean."""
+        failed = sum(row.status != "ok" for row in self)
+        problems = f", {failed} without a fit" if failed else ""
+        counted = f"{self.label}: {len(self)} matrices{problems} in {self.meta.get('seconds', 0):.1f} s"
+        noted = any(kind in row.warning for row in self for kind in ("heavy tail", "light tail"))
+        return (counted, CAUTION) if noted else (counted,)
+
     def to_pandas(self) -> pandas.DataFrame:
         """All rows as a table, one column per field; columns that are empty in every row are left out."""
-        import pandas as pd
-
-        frame = pd.DataFrame([asdict(row) for row in self.rows])
+        frame = super().to_pandas()
         keep = [c for c in frame.columns if c in ("block", "warning") or frame[c].notna().any()]
         return frame[keep]
 
@@ -169,9 +198,14 @@ class Analysis:
             HtsrError: the file cannot be written.
             MissingDependencyError: plotly is not installed.
         """
-        from htsr.reporting.html import write_report
+        from htsr.reporting.html import write_page
 
-        write_report(self, Path(path))
+        write_page(self._page(), Path(path))
+
+    def _page(self) -> Page:
+        from htsr.analysis.report import page_of
+
+        return page_of(self.label, self.rows, self.options, self.meta, self.tables(), self.eigenvalues, self.permuted)
 
     def plot(self, name: str | None = None, *, metric: str = "alpha", ax: Any = None) -> Any:
         """Plot the ESD of the matrix `name` with its fit, or, without a name, a heat map of `metric` by block and role.
@@ -183,10 +217,21 @@ class Analysis:
 
         Returns:
             The matplotlib axes. Needs the ``report`` extra.
+
+        Raises:
+            KeyError: no such matrix.
+            UsageError: the matrix has no eigenvalues, or no matrix has the metric.
+            MissingDependencyError: matplotlib is not installed.
         """
         from htsr.reporting.plots import plot_esd, plot_heat_map
 
-        return plot_heat_map(self, metric, ax) if name is None else plot_esd(self, name, ax)
+        if name is not None:
+            row, spectra = self[name], (self.eigenvalues, self.permuted)
+            eigenvalues, permuted = (spectrum.get(row.name) for spectrum in spectra)
+            return plot_esd(asdict(row), eigenvalues, permuted, xmax=self.options.xmax, ax=ax)
+        if metric not in NUMERIC:
+            raise UsageError(f"rows have no number {metric!r}; among others alpha, trace_log, stable_rank, log_norm")
+        return plot_heat_map(self.records(), metric, ax=ax)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write rows and spectra to one .npz file, by way of a temporary file.

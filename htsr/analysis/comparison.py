@@ -11,22 +11,21 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from htsr.analysis.analyze import FULL, Analysis, analyze_model, make_options
+from htsr.analysis.tables import changes_table, pairs_table
 from htsr.arrays import Array, Vector, as_numpy
 from htsr.errors import MatrixError, SourceError, UsageError
 from htsr.matrices.models import Filter, Model, WeightMatrix, as_filter
 from htsr.matrices.positions import Position
 from htsr.matrices.sources import Source, open_model
 from htsr.ranks import Ranks
+from htsr.results import Record, Table, Tabular
 from htsr.spectra.bulk import jensen_shannon_distance
 from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
-
-if TYPE_CHECKING:
-    import pandas
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ class Pair:
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison:
+class Comparison(Tabular):
     """Two models, matrix by matrix.
 
     Attributes:
@@ -102,9 +101,10 @@ class Comparison:
         return f"<Comparison of {self.a.label!r} and {self.b.label!r}: {len(self)} matrices in both{means}>"
 
     def _repr_html_(self) -> str:
-        from htsr.reporting.html import comparison_html
+        from htsr.reporting.figures import LABELS
+        from htsr.reporting.html import table_html
 
-        return comparison_html(self)
+        return table_html(repr(self)[1:-1], changes_table(self.summary(), LABELS))
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self.pairs)
@@ -126,11 +126,43 @@ class Comparison:
                 table[name] = (float(x.mean()), float(y.mean()), float((y - x).mean()))
         return table
 
-    def to_pandas(self) -> pandas.DataFrame:
-        """One line per pair: name, role, block, distances, and each metric as ``m_a``, ``m_b`` and ``m_delta``."""
-        import pandas as pd
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        """Both models."""
+        return f"{self.a.label} and {self.b.label}"
 
-        return pd.DataFrame([_flat(pair) for pair in self.pairs])
+    def records(self) -> list[Record]:
+        """One dictionary a pair: name, role, block, distances, and each metric as ``m_a``, ``m_b`` and ``m_delta``.
+
+        Distances and metrics that no matrix has are left out.
+        """
+        rows = [row for pair in self.pairs for row in (pair.a, pair.b)]
+        metrics = [name for name in NUMERIC if any(getattr(row, name) is not None for row in rows)]
+        distances = [f.name for f in fields(Distance)] if any(pair.distance for pair in self.pairs) else []
+        return [_record(pair, distances, metrics) for pair in self.pairs]
+
+    def tables(self) -> tuple[Table, ...]:
+        """The pairs."""
+        return (pairs_table(self.records()),)
+
+    def facts(self) -> dict[str, Any]:
+        """Both models, their options, means of both, and the names that are in one only or have another shape."""
+        return {
+            "a": self.a.label,
+            "b": self.b.label,
+            "options": {"a": asdict(self.a.options), "b": asdict(self.b.options)},
+            "summary": {k: dict(zip(("a", "b", "delta"), v, strict=True)) for k, v in self.summary().items()},
+            "only_a": self.only_a,
+            "only_b": self.only_b,
+            "reshaped": self.reshaped,
+        }
+
+    def remarks(self) -> tuple[str, ...]:
+        """Means of α."""
+        if not (alpha := self.summary().get("alpha")):
+            return ()
+        both = sum(pair.a.alpha is not None and pair.b.alpha is not None for pair in self)
+        return (f"mean α {alpha[0]:.3f} → {alpha[1]:.3f} over {both} matrices",)
 
 
 def compare(
@@ -445,21 +477,13 @@ def cka(A: Any, B: Any) -> float:
     return min(cross / scale, 1.0) if scale > 0 else float("nan")
 
 
-def _flat(pair: Pair) -> dict[str, Any]:
-    line: dict[str, Any] = {
-        "name": pair.name,
-        "name_b": pair.b.name,
-        "role": pair.a.role,
-        "block": pair.a.block,
-        "status_a": pair.a.status,
-        "status_b": pair.b.status,
-        "esd_distance": pair.esd_distance,
-    }
-    if pair.distance is not None:
-        line |= asdict(pair.distance)
-    for name in NUMERIC:
-        x, y = getattr(pair.a, name), getattr(pair.b, name)
-        if x is not None or y is not None:
-            line |= {f"{name}_a": x, f"{name}_b": y}
-            line[f"{name}_delta"] = None if x is None or y is None else float(y) - float(x)
-    return line
+def _record(pair: Pair, distances: Sequence[str], metrics: Sequence[str]) -> Record:
+    a, b = pair.a, pair.b
+    record: Record = {"name": pair.name, "name_b": b.name, "role": a.role, "block": a.block}
+    record |= {"status_a": a.status, "status_b": b.status, "esd_distance": pair.esd_distance}
+    record |= {name: getattr(pair.distance, name, None) for name in distances}
+    for name in metrics:
+        x, y = getattr(a, name), getattr(b, name)
+        delta = None if x is None or y is None else float(y) - float(x)
+        record |= {f"{name}_a": x, f"{name}_b": y, f"{name}_delta": delta}
+    return record

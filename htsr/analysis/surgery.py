@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from htsr._version import __version__
 from htsr.errors import HtsrError, MatrixError, SourceError, UsageError
@@ -29,6 +29,7 @@ from htsr.matrices.sources import locate, open_model
 from htsr.matrices.stored_tensors import FLOATS
 from htsr.matrices.tying import repeated, tied
 from htsr.matrices.writing import copy_checkpoint
+from htsr.results import Column, Record, Table, Tabular, Value, tabulate
 from htsr.spectra.directions import Keep, project_tail, remove_traps
 from htsr.spectra.tail import FitMethod
 
@@ -79,8 +80,21 @@ class Operation:
     clipped: int | None = None
 
 
-@dataclass(frozen=True)
-class Surgery:
+_COLUMNS: tuple[tuple[Column, Callable[[Operation], Value]], ...] = (
+    (Column("matrix", text=True), lambda o: o.name),
+    (Column("role", text=True, optional=True), lambda o: o.role),
+    (Column("shape", optional=True), lambda o: f"{o.rows}×{o.columns}"),
+    (Column("kept", optional=True), lambda o: None if o.kept is None else f"{o.kept}/{o.total}"),
+    (Column("‖W‖² kept", ".4f", optional=True), lambda o: o.norm_kept),
+    (Column("traps", optional=True), lambda o: None if o.traps_before is None else f"{o.traps_before}→{o.traps_after}"),
+    (Column("mean", ".2g", optional=True), lambda o: o.mean_removed or None),
+    (Column("clipped", optional=True), lambda o: o.clipped or None),
+    (Column("note", text=True, optional=True), lambda o: "" if o.status == "ok" else o.warning),
+)
+
+
+@dataclass(frozen=True, repr=False)
+class Surgery(Tabular):
     """What was done to a model.
 
     Attributes:
@@ -92,6 +106,30 @@ class Surgery:
     label: str
     output: Path
     operations: tuple[Operation, ...]
+
+    def __repr__(self) -> str:
+        return f"<Surgery of {self.label!r} to {str(self.output)!r}: {self.changed} of {len(self.operations)} matrices>"
+
+    @property
+    def changed(self) -> int:
+        """How many matrices were changed."""
+        return sum(operation.status == "ok" for operation in self.operations)
+
+    def records(self) -> list[Record]:
+        """One dictionary a matrix, with all fields of `Operation`."""
+        return [asdict(operation) for operation in self.operations]
+
+    def tables(self) -> tuple[Table, ...]:
+        """What was done to each matrix."""
+        return (tabulate(self.operations, _COLUMNS, spare=("role", "shape", "mean", "clipped")),)
+
+    def facts(self) -> dict[str, Any]:
+        """The model, and the folder written."""
+        return {"model": self.label, "output": str(self.output)}
+
+    def remarks(self) -> tuple[str, ...]:
+        """What is where."""
+        return (f"{self.output} holds {self.label} with {self.changed} matrices changed",)
 
 
 def project(

@@ -18,7 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from htsr.errors import HtsrError, SourceError, UsageError, reason_of
 from htsr.files import written
 from htsr.matrices import roles
 from htsr.matrices.blocks import Blocks, find_blocks
+from htsr.results import Column, Record, Table, Tabular
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,7 @@ class OutlierRow:
 
 
 @dataclass(frozen=True, repr=False)
-class Outliers:
+class Outliers(Tabular):
     """Outliers of a model, matrix by matrix and block by block, for several thresholds.
 
     Attributes:
@@ -124,6 +125,47 @@ class Outliers:
         index = self._index(threshold)
         return {row.name: row.counts[index] / row.parameters for row in self.rows}
 
+    def records(self) -> list[Record]:
+        """One dictionary a block: ``name``, ``block``, ``parameters``, and for each τ ``D`` and ``p`` = D/ΣD.
+
+        The keys of those are as in ``D_13`` and ``p_13``. p is 0 in all blocks where no block has an outlier.
+        """
+        sizes = np.zeros(len(self.blocks), dtype=np.int64)
+        for row in self.rows:
+            if row.block is not None:
+                sizes[row.block] += row.parameters
+        shares = {_named(threshold): self.distribution(threshold) for threshold in self.thresholds}
+        drawn = {name: share / (share.sum() or 1.0) for name, share in shares.items()}
+        return [
+            {"name": name, "block": i, "parameters": int(sizes[i])}
+            | {f"D_{threshold}": float(share[i]) for threshold, share in shares.items()}
+            | {f"p_{threshold}": float(share[i]) for threshold, share in drawn.items()}
+            for i, name in enumerate(self.blocks)
+        ]
+
+    def tables(self) -> tuple[Table, ...]:
+        """One line a block: D_l at every threshold, and p_l with a bar at the highest that has outliers."""
+        names = [_named(threshold) for threshold in self.thresholds]
+        records = self.records()
+        shown = next((name for name in reversed(names) if any(r[f"p_{name}"] for r in records)), names[0])
+        most = max((record[f"p_{shown}"] for record in records), default=0.0) or 1.0
+        columns = [Column("block", text=True), *(Column(f"D {name}", ".4f", "%") for name in names)]
+        columns += [Column(f"p {shown}", ".4f"), Column("", text=True, bar=True)]
+        rows = [
+            (r["name"], *(100 * r[f"D_{name}"] for name in names), r[f"p_{shown}"], r[f"p_{shown}"] / most)
+            for r in records
+        ]
+        return (Table(tuple(columns), tuple(rows), spare=("", *(f"D {name}" for name in names if name != shown))),)
+
+    def facts(self) -> dict[str, Any]:
+        """Everything that was measured; ``matrices`` are the `OutlierRow`."""
+        content = asdict(self)
+        return {"model": content.pop("label"), "matrices": content.pop("rows"), **content}
+
+    def remarks(self) -> tuple[str, ...]:
+        """What it was measured on."""
+        return (f"{self.label}: {self.samples} samples, {self.tokens} tokens",)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything as JSON, by way of a temporary file.
 
@@ -139,7 +181,7 @@ class Outliers:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Outliers:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or ``htsr outliers --output FILE.json``.
 
         Args:
             path: of the file.
@@ -149,6 +191,9 @@ class Outliers:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content.get("command") == "outliers":
+                known = {f.name: content[f.name] for f in fields(cls)}
+                content = known | {"htsr_outliers": content["htsr"], "rows": content["matrices"]}
             del content["htsr_outliers"]
             rows = tuple(
                 OutlierRow(**row | {key: tuple(row[key]) for key in ("counts", "block_counts")})
@@ -173,9 +218,10 @@ class Outliers:
         Returns:
             The axes. Needs the ``report`` extra.
         """
-        from htsr.reporting.outliers import plot_outliers
+        from htsr.reporting.plots import plot_distributions
 
-        return plot_outliers(self, ax)
+        distributions = {f"τ = {threshold:g}": self.distribution(threshold) for threshold in self.thresholds}
+        return plot_distributions(distributions, f"{self.label}: outlier distribution", ax=ax)
 
     def _index(self, threshold: float) -> int:
         try:
@@ -183,6 +229,11 @@ class Outliers:
         except ValueError:
             known = ", ".join(f"{t:g}" for t in self.thresholds)
             raise UsageError(f"the outliers were measured at τ = {known}, not at {threshold:g}") from None
+
+
+def _named(threshold: float) -> str:
+    """τ as part of a name, short where that is the same number."""
+    return short if float(short := f"{threshold:g}") == threshold else repr(threshold)
 
 
 def measure_outliers(

@@ -12,6 +12,7 @@ from htsr.errors import MatrixError, UsageError
 from htsr.matrices import roles
 from htsr.matrices.patterns import matches, require
 from htsr.matrices.positions import Position
+from htsr.results import Column, Record, Table, Tabular, tabulate
 
 Read = TypeVar("Read")
 
@@ -225,7 +226,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 @dataclass(frozen=True, repr=False)
-class Model:
+class Model(Tabular):
     """A model as its matrices.
 
     Attributes:
@@ -251,6 +252,45 @@ class Model:
 
     def __iter__(self) -> Iterator[WeightMatrix]:
         return iter(self.matrices)
+
+    def records(self) -> list[Record]:
+        """One dictionary a matrix."""
+        return [
+            {
+                "name": m.name,
+                "role": m.role,
+                "block": m.block,
+                "kind": m.kind,
+                "rows": m.shape[0],
+                "columns": m.shape[1],
+                "pieces": m.pieces,
+                "parameters": m.parameters,
+                "stored": m.dtype,
+                "problem": m.problem[1] if m.problem else "",
+                "warning": m.warning,
+            }
+            for m in self.matrices
+        ]
+
+    def tables(self) -> tuple[Table, ...]:
+        """The matrices."""
+        columns: list[tuple[Column, Callable[[WeightMatrix], str | float | None]]] = [
+            (Column("matrix", text=True), lambda m: m.name),
+            (Column("role", text=True), lambda m: m.role),
+            (Column("block"), lambda m: m.block),
+            (Column("kind", text=True), lambda m: m.kind),
+            (Column("shape"), lambda m: f"{m.shape[0]}×{m.shape[1]}" + (f"·{m.pieces}" if m.pieces > 1 else "")),
+            (Column("Q", ".2f"), lambda m: max(m.shape) / min(m.shape)),
+            (Column("parameters", ","), lambda m: m.parameters),
+            (Column("stored", text=True), lambda m: m.dtype),
+            (Column("note", text=True, optional=True), lambda m: m.problem[1] if m.problem else m.warning),
+        ]
+        return (tabulate(self.matrices, columns, spare=("Q", "kind", "block", "stored", "role", "note")),)
+
+    def remarks(self) -> tuple[str, ...]:
+        """How many matrices and parameters there are."""
+        total = sum(m.parameters for m in self.matrices)
+        return (f"{self.label}: {len(self.matrices)} matrices, {total:,} parameters in them",)
 
     def filtered(self, wanted: Filter, *, checked: bool = False) -> Model:
         """The same model with the wanted matrices only.

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from htsr.arrays import Vector
-from htsr.spectra.metrics import NUMERIC, LayerMetrics
+from htsr.results import Record
 
 BINS = 100
 POINTS = 200
@@ -138,24 +138,22 @@ class FittedLine:
         return self.share * _power(value / self.low, 1 - self.alpha)
 
 
-def fitted_line(row: LayerMetrics, eigenvalues: Vector, xmax: float | None = None) -> FittedLine | None:
+def fitted_line(row: Record, eigenvalues: Vector, xmax: float | None = None) -> FittedLine | None:
     """The fit of a row over its eigenvalues (K,), ascending; None where there is no fit. `xmax` as in the options."""
-    if row.alpha is None or row.lambda_min is None or row.num_pl_tail is None:
-        return None
-    if not (math.isfinite(row.alpha) and row.lambda_min > 0):
+    alpha, lambda_min, in_tail = row["alpha"], row["lambda_min"], row["num_pl_tail"]
+    if alpha is None or lambda_min is None or in_tail is None or not (math.isfinite(alpha) and lambda_min > 0):
         return None
     fitted = eigenvalues if xmax is None else eigenvalues[eigenvalues <= xmax]
-    dropped = row.num_fingers or 0
+    dropped = row["num_fingers"] or 0
     if fitted.size <= dropped:
         return None
-    high = float(fitted[-1 - dropped])
-    return FittedLine(row.alpha, row.lambda_min, high, row.num_pl_tail / eigenvalues.size)
+    return FittedLine(alpha, lambda_min, float(fitted[-1 - dropped]), in_tail / eigenvalues.size)
 
 
-def marks(row: LayerMetrics) -> dict[str, float]:
+def marks(row: Record) -> dict[str, float]:
     """Where the vertical lines of an ESD stand: ``lambda_min``, ``lambda_erg``, ``bulk_edge``, those there are."""
-    edge = row.bulk_threshold if row.bulk_threshold is not None else row.lambda_plus
-    places = {"lambda_min": row.lambda_min, "lambda_erg": row.lambda_erg, "bulk_edge": edge}
+    edge = row["lambda_plus"] if row["bulk_threshold"] is None else row["bulk_threshold"]
+    places = {"lambda_min": row["lambda_min"], "lambda_erg": row["lambda_erg"], "bulk_edge": edge}
     return {name: value for name, value in places.items() if value is not None and 0 < value < math.inf}
 
 
@@ -173,27 +171,27 @@ class Grid:
     blocks: tuple[int | None, ...]
     members: tuple[tuple[tuple[int, ...], ...], ...]
 
-    def means(self, rows: Sequence[LayerMetrics], metric: str) -> Vector:
+    def means(self, rows: Sequence[Record], metric: str) -> Vector:
         """(roles, blocks) mean of `metric` over each cell, NaN where it has none."""
         return np.array([[_mean([rows[i] for i in cell], metric) for cell in line] for line in self.members])
 
 
-def grid(rows: Sequence[LayerMetrics]) -> Grid:
+def grid(rows: Sequence[Record]) -> Grid:
     """The cells of the heat map of `rows`."""
-    roles = tuple(dict.fromkeys(row.role for row in rows))
-    blocks: list[int | None] = [*sorted({row.block for row in rows if row.block is not None})]
-    if any(row.block is None for row in rows):
+    roles = tuple(dict.fromkeys(row["role"] for row in rows))
+    blocks: list[int | None] = [*sorted({row["block"] for row in rows if row["block"] is not None})]
+    if any(row["block"] is None for row in rows):
         blocks.insert(0, None)
     cells: dict[tuple[str, int | None], list[int]] = {}
     for i, row in enumerate(rows):
-        cells.setdefault((row.role, row.block), []).append(i)
+        cells.setdefault((row["role"], row["block"]), []).append(i)
     members = tuple(tuple(tuple(cells.get((role, block), ())) for block in blocks) for role in roles)
     return Grid(roles, tuple(blocks), members)
 
 
-def metrics_of(rows: Sequence[LayerMetrics]) -> list[str]:
-    """The numeric metrics that some row has, those people look at first in front."""
-    ordered = dict.fromkeys([*(name for name in LABELS if name in NUMERIC), *NUMERIC])
+def metrics_of(rows: Sequence[Record], numeric: Sequence[str]) -> list[str]:
+    """The `numeric` fields that some row has, those people look at first in front."""
+    ordered = dict.fromkeys([*(name for name in LABELS if name in numeric), *numeric])
     return [name for name in ordered if any(number(row, name) is not None for row in rows)]
 
 
@@ -225,9 +223,9 @@ def colour_scale(values: Vector, metric: str) -> Scale:
     return Scale(low, high, None) if high > low else Scale(low - 0.5, low + 0.5, None)
 
 
-def number(row: LayerMetrics, metric: str) -> float | None:
+def number(row: Record, metric: str) -> float | None:
     """A metric of a row as a float, None if it is missing or not finite."""
-    value = getattr(row, metric)
+    value = row[metric]
     return float(value) if value is not None and math.isfinite(value) else None
 
 
@@ -238,6 +236,6 @@ def _power(base: float, exponent: float) -> float:
         return math.inf
 
 
-def _mean(rows: Sequence[LayerMetrics], metric: str) -> float:
+def _mean(rows: Sequence[Record], metric: str) -> float:
     values = [value for row in rows if (value := number(row, metric)) is not None]
     return sum(values) / len(values) if values else math.nan

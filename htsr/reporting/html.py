@@ -11,10 +11,8 @@ import base64
 import hashlib
 import json
 import math
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from importlib.util import find_spec
@@ -23,19 +21,48 @@ from string import Template
 from typing import Any
 
 from htsr._version import __version__
-from htsr.analysis.analyze import Analysis
-from htsr.analysis.comparison import Comparison
 from htsr.arrays import Vector
 from htsr.errors import MissingDependencyError
 from htsr.files import written
-from htsr.reporting import figures, tables
+from htsr.reporting import figures
 from htsr.reporting.text import visible
-from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
-from htsr.spectra.notes import CAUTION, kind_of
+from htsr.results import Record, Table
 
 _DIGITS = 6  # of the numbers of a row
 _CURVE_DIGITS = 4  # of the points of a curve
-_CLASSES = {"red": "failed", "bright_black": "random", "magenta": "heavy", "green": "middle", "yellow": "light"}
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the report shows.
+
+    Attributes:
+        title: what it is of.
+        facts: text by name; empty ones are not shown.
+        notes: kinds of notes, and how many rows have each.
+        caution: a sentence under them.
+        records: one per matrix, with ``name``, ``role``, ``block`` and the fields that `figures` draws.
+        about: what each field is.
+        numeric: the fields that are numbers.
+        table: the short table of the records, in their order.
+        summary: their means.
+        eigenvalues: (K,) ascending, by name.
+        permuted: (K,) likewise, of the permuted matrices.
+        xmax: eigenvalues above it are in no fit.
+    """
+
+    title: str
+    facts: Mapping[str, str]
+    notes: Sequence[tuple[str, int]]
+    caution: str
+    records: Sequence[Record]
+    about: Mapping[str, str]
+    numeric: Sequence[str]
+    table: Table
+    summary: Table
+    eigenvalues: Mapping[str, Vector]
+    permuted: Mapping[str, Vector]
+    xmax: float | None = None
 
 
 def require_plotly() -> None:
@@ -48,8 +75,8 @@ def require_plotly() -> None:
         raise MissingDependencyError("the report needs plotly: pip install 'htsr[report]'")
 
 
-def write_report(analysis: Analysis, path: Path) -> None:
-    """Write the report of `analysis` to `path`: one self-contained HTML file, whole or not at all.
+def write_page(page: Page, path: Path) -> None:
+    """Write the report to `path`: one self-contained HTML file, whole or not at all.
 
     Raises:
         MissingDependencyError: plotly is not installed.
@@ -58,32 +85,32 @@ def write_report(analysis: Analysis, path: Path) -> None:
     require_plotly()
     from plotly.offline import get_plotlyjs
 
-    page = render(analysis, get_plotlyjs())
+    text = render(page, get_plotlyjs())
     with written(path) as temporary:
-        temporary.write_bytes(page.encode("utf-8", "replace"))  # a path may hold what UTF-8 cannot say
+        temporary.write_bytes(text.encode("utf-8", "replace"))  # a path may hold what UTF-8 cannot say
 
 
-def render(analysis: Analysis, plotly: str) -> str:
-    """The page, with the source of plotly.js put in."""
+def render(page: Page, plotly: str) -> str:
+    """The text of the page, with the source of plotly.js put in."""
     scripts = [_script(plotly), _script(_asset("report.js"))]
     hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
     return Template(_asset("report.html")).substitute(
         hashes=hashes,
-        title=escape(visible(analysis.label)),
+        title=escape(visible(page.title)),
         version=escape(__version__),
         style=_asset("report.css"),
-        facts=_facts(analysis),
-        notes=_notes(analysis.rows),
-        caution=escape(CAUTION),
-        summary=_summary(analysis),
-        data=_json(content(analysis)),
+        facts=_facts(page.facts),
+        notes=_notes(page.notes),
+        caution=escape(page.caution),
+        summary=_cells(page.summary),
+        data=_json(content(page)),
         plotly=scripts[0],
         script=scripts[1],
     )
 
 
-def content(analysis: Analysis) -> dict[str, Any]:
-    """What `report.js` draws, ready for JSON. Lists that are one per matrix are in the order of the rows.
+def content(page: Page) -> dict[str, Any]:
+    """What `report.js` draws, ready for JSON. Lists that are one per matrix are in the order of the records.
 
     ============ =====================================================================================
     fields       names of the metrics that some matrix has
@@ -102,27 +129,26 @@ def content(analysis: Analysis) -> dict[str, Any]:
     marks        per matrix: where the vertical lines stand
     ============ =====================================================================================
     """
-    rows = analysis.rows
-    shown = [f.name for f in fields(LayerMetrics) if any(getattr(row, f.name) not in (None, "") for row in rows)]
-    name, role, *numbers, note = tables.columns(rows)
-    short = [name, note, role, *numbers]  # what qualifies the numbers is never off the screen
+    rows = page.records
+    shown = [name for name in (rows[0] if rows else ()) if any(row[name] not in (None, "") for row in rows)]
+    first, *others, note = range(len(page.table.columns))
+    short = [first, note, *others]  # what qualifies the numbers is never off the screen
     cells = figures.grid(rows)
-    metrics = figures.metrics_of(rows)
-    spectra = [_spectrum(analysis.eigenvalues.get(row.name)) for row in rows]
-    permuted = [_spectrum(analysis.permuted.get(row.name)) for row in rows]
-    about = _about()
+    metrics = figures.metrics_of(rows, page.numeric)
+    spectra = [_spectrum(page.eigenvalues.get(row["name"])) for row in rows]
+    permuted = [_spectrum(page.permuted.get(row["name"])) for row in rows]
     return {
         "fields": shown,
-        "rows": [[_plain(getattr(row, name)) for name in shown] for row in rows],
-        "about": {name: about.get(name, "") for name in shown},
+        "rows": [[_plain(row[name]) for name in shown] for row in rows],
+        "about": {name: page.about.get(name, "") for name in shown},
         "labels": figures.LABELS,
         "metrics": metrics,
-        "numeric": [name for name in shown if name in NUMERIC or name == "block"],
+        "numeric": [name for name in shown if name in page.numeric or name == "block"],
         "short": {
-            "headers": [header for header, _ in short],
-            "cells": [[visible(cell(r)) for _, cell in short] for r in rows],
+            "headers": [page.table.columns[i].header for i in short],
+            "cells": [[visible(line[i]) for i in short] for line in page.table.cells()],
         },
-        "styles": [_CLASSES.get(tables.style_of(row), "plain") for row in rows],
+        "styles": [tone or "plain" for tone in page.table.tones],
         "grid": {
             "roles": cells.roles,
             "blocks": ["–" if block is None else str(block) for block in cells.blocks],
@@ -132,7 +158,7 @@ def content(analysis: Analysis) -> dict[str, Any]:
         "ranks": {s["positive"]: figures.tail_ranks(s["positive"]).tolist() for s in (*spectra, *permuted) if s},
         "spectra": spectra,
         "permuted": permuted,
-        "lines": [_line(analysis, row) for row in rows],
+        "lines": [_line(row, page.eigenvalues.get(row["name"]), page.xmax) for row in rows],
         "marks": [{name: _round(value) for name, value in figures.marks(row).items()} for row in rows],
     }
 
@@ -151,7 +177,7 @@ def _spectrum(eigenvalues: Vector | None) -> dict[str, Any] | None:
     }
 
 
-def _heat(cells: figures.Grid, rows: tuple[LayerMetrics, ...], metric: str) -> dict[str, Any]:
+def _heat(cells: figures.Grid, rows: Sequence[Record], metric: str) -> dict[str, Any]:
     values = cells.means(rows, metric)
     scale = figures.colour_scale(values, metric)
     return {
@@ -162,9 +188,8 @@ def _heat(cells: figures.Grid, rows: tuple[LayerMetrics, ...], metric: str) -> d
     }
 
 
-def _line(analysis: Analysis, row: LayerMetrics) -> dict[str, Any] | None:
-    eigenvalues = analysis.eigenvalues.get(row.name)
-    line = None if eigenvalues is None else figures.fitted_line(row, eigenvalues, analysis.options.xmax)
+def _line(row: Record, eigenvalues: Vector | None, xmax: float | None) -> dict[str, Any] | None:
+    line = None if eigenvalues is None else figures.fitted_line(row, eigenvalues, xmax)
     if line is None:
         return None
     ends = (line.low, line.high)
@@ -187,87 +212,32 @@ def _plain(value: Any) -> Any:
     return _round(value) if isinstance(value, float) else visible(value) if isinstance(value, str) else value
 
 
-def _about() -> dict[str, str]:
-    """What each field is, from the docstring of `LayerMetrics`; nothing where Python runs without docstrings."""
-    text = (LayerMetrics.__doc__ or "").partition("Attributes:")[2].replace("`", "")
-    return dict(re.findall(r"^ {4,8}(\w+): (.+)$", text, re.MULTILINE))
-
-
-def _facts(analysis: Analysis) -> str:
-    rows, options = analysis.rows, analysis.options
-    parameters = sum(
-        (row.rows or 0) * (row.columns or 0) * ((row.pieces or 1) if row.kind in ("conv", "stack") else 1)
-        for row in rows
-    )
-    routes = sorted({row.route for row in rows if row.route})
-    facts = {
-        "matrices": f"{len(rows):,}",
-        "parameters in them": f"{parameters:,}",
-        "without a fit": f"{sum(row.alpha is None for row in rows):,}",
-        "fit": options.fit,
-        "eigenvalues": f"{options.route} ({', '.join(routes)})" if routes else options.route,
-        "device": options.device,
-        "further options": _further(options),
-        "htsr": str(analysis.meta.get("htsr", __version__)),
-        "computed in": f"{analysis.meta['seconds']:.1f} s" if "seconds" in analysis.meta else "",
-    }
+def _facts(facts: Mapping[str, str]) -> str:
     return "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items() if v)
 
 
-def _further(options: Options) -> str:
-    """What was asked for beyond the default, in the words of `Options`."""
-    named = {"fit", "route", "device"}
-    given: Mapping[str, Any] = {f.name: getattr(options, f.name) for f in fields(Options) if f.name not in named}
-    usual = Options()
-    return ", ".join(
-        name if value is True else f"no {name}" if value is False else f"{name} {value}"
-        for name, value in given.items()
-        if value != getattr(usual, name)
-    )
-
-
-def _notes(rows: Iterable[LayerMetrics]) -> str:
-    """How often each kind of note and each status occurs, as buttons that filter the table."""
-    counts: Counter[str] = Counter()
-    for row in rows:
-        counts.update(dict.fromkeys(map(kind_of, row.warning.split("; ")) if row.status == "ok" else [row.status], 1))
-    del counts[""]
+def _notes(notes: Iterable[tuple[str, int]]) -> str:
+    """The notes as buttons that filter the table."""
     buttons = (
         f'<button type="button" class="chip" data-filter="{escape(text)}">{escape(text)} <b>{count}</b></button>'
-        for text, count in counts.most_common()
+        for text, count in notes
     )
     return "".join(buttons) or "<p>No notes.</p>"
 
 
-def _summary(analysis: Analysis) -> str:
-    """`tables.summary_table` as HTML."""
-    shown = tables.summary_table(analysis).columns
-    head = "".join(f'<th scope="col">{escape(str(column.header))}</th>' for column in shown)
-    lines = zip(*(column.cells for column in shown), strict=True)
+def _cells(table: Table) -> str:
+    """Head and body of a table."""
+    head = "".join(f'<th scope="col">{escape(column.header)}</th>' for column in table.columns)
     body = "".join(
-        f'<tr><th scope="row">{escape(str(role))}</th>' + "".join(f"<td>{escape(str(c))}</td>" for c in cells) + "</tr>"
-        for role, *cells in lines
+        f'<tr><th scope="row">{escape(visible(first))}</th>' + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>"
+        for first, *cells in table.cells()
     )
     return f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
 
 
-def summary_html(analysis: Analysis) -> str:
-    """What a notebook shows of an analysis: means by role."""
-    return f"<p>{escape(repr(analysis)[1:-1])}</p><table>{_summary(analysis)}</table>"
-
-
-def comparison_html(comparison: Comparison) -> str:
-    """What a notebook shows of a comparison: means of both, for the metrics that people look at first."""
-    means = comparison.summary()
-    lines = "".join(
-        f'<tr><th scope="row">{escape(label)}</th>'
-        + "".join(f"<td>{value:.4g}</td>" for value in means[name])
-        + "</tr>"
-        for name, label in figures.LABELS.items()
-        if name in means
-    )
-    head = "".join(f'<th scope="col">{text}</th>' for text in ("mean", "a", "b", "b − a"))
-    return f"<p>{escape(repr(comparison)[1:-1])}</p><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+def table_html(caption: str, table: Table) -> str:
+    """What a notebook shows of a result."""
+    return f"<p>{escape(caption)}</p><table>{_cells(table)}</table>"
 
 
 def _asset(name: str) -> str:

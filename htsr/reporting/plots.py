@@ -1,7 +1,8 @@
-"""Plots for notebooks and papers, drawn with matplotlib: one ESD with its fit, and the heat map of a model."""
+"""Plots for notebooks and papers, drawn with matplotlib: one ESD with its fit, heat maps, distributions by block."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +11,13 @@ import numpy as np
 
 from htsr.arrays import Vector
 from htsr.errors import MissingDependencyError, UsageError
-from htsr.files import check_writable
+from htsr.files import check_writable, written
 from htsr.reporting import figures
 from htsr.reporting.text import visible
-from htsr.spectra.metrics import NUMERIC
+from htsr.results import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from htsr.analysis.analyze import Analysis
 
 # Okabe and Ito's colours, apart for every kind of colour vision
 _BLUE, _GREY, _VERMILION, _GREEN, _PURPLE = "#0072b2", "#8a8f98", "#d55e00", "#009e73", "#9b4f96"
@@ -29,6 +28,7 @@ _LINES = {
 }
 
 
+_FEW_BLOCKS = 16
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -47,30 +47,36 @@ def check_picture(path: Path) -> None:
         raise MissingDependencyError("the picture needs matplotlib: pip install 'htsr[report]'")
 
 
-def plot_esd(analysis: Analysis, name: str, ax: Any = None) -> Axes:
+def plot_esd(
+    row: Record,
+    eigenvalues: Vector | None,
+    permuted: Vector | None = None,
+    *,
+    xmax: float | None = None,
+    ax: Any = None,
+) -> Axes:
     """The ESD of one matrix on logarithmic axes, with the power law, λ_min, λ_ERG and the bulk edge where there are.
 
     Args:
-        analysis: where the matrix is from.
-        name: the matrix.
+        row: its numbers.
+        eigenvalues: (K,) ascending; None where it has none.
+        permuted: (K,) likewise, of the permuted matrix.
+        xmax: eigenvalues above it are in no fit.
         ax: matplotlib axes to draw on; new ones by default.
 
     Raises:
-        KeyError: no such matrix.
         UsageError: the matrix has no eigenvalues to plot.
         MissingDependencyError: matplotlib is not installed.
     """
-    row = analysis[name]
-    eigenvalues = analysis.eigenvalues.get(row.name)
     histogram = None if eigenvalues is None else figures.log_histogram(eigenvalues)
     if eigenvalues is None or histogram is None:
-        raise UsageError(f"{row.name} has no positive eigenvalues to plot: {row.warning or row.status}")
+        raise UsageError(f"{row['name']} has no positive eigenvalues to plot: {row['warning'] or row['status']}")
     ax = _axes(ax, (6.4, 4.4))
-    if row.name in analysis.permuted and (noise := figures.log_histogram(analysis.permuted[row.name])):
+    if permuted is not None and (noise := figures.log_histogram(permuted)):
         ax.stairs(_gaps(noise.density), noise.edges, color=_GREY, label="permuted")
     ax.stairs(_gaps(histogram.density), histogram.edges, color=_BLUE, fill=True, alpha=0.3)
     ax.stairs(_gaps(histogram.density), histogram.edges, color=_BLUE, label="ESD")
-    if line := figures.fitted_line(row, eigenvalues, analysis.options.xmax):
+    if line := figures.fitted_line(row, eigenvalues, xmax):
         ends = [line.low, line.high]
         label = rf"power law, $\alpha$ = {line.alpha:.2f}"
         ax.plot(ends, [line.density(x) for x in ends], color=_VERMILION, linewidth=2, label=label)
@@ -81,29 +87,31 @@ def plot_esd(analysis: Analysis, name: str, ax: Any = None) -> Axes:
     ax.set(xscale="log", yscale="log", xlabel=r"eigenvalue $\lambda$", ylabel="density")
     ax.set_xlim(min([histogram.edges[1] / 1.5, *(v / 1.2 for v in figures.marks(row).values())]), None)
     ax.set_ylim(shown.min() / 2, shown.max() * 2)
-    ax.set_title(visible(row.name), fontsize="medium", parse_math=False)
+    ax.set_title(visible(row["name"]), fontsize="medium", parse_math=False)
     ax.legend(fontsize="small", frameon=False)
     return ax
 
 
-def plot_heat_map(analysis: Analysis, metric: str = "alpha", ax: Any = None) -> Axes:
+def plot_heat_map(
+    rows: Sequence[Record], metric: str, *, title: str | None = None, numbers: bool = False, ax: Any = None
+) -> Axes:
     """Heat map of a metric by role and block; several matrices in one cell are averaged.
 
     Args:
-        analysis: the model.
-        metric: a numeric field of `htsr.LayerMetrics`.
+        rows: one per matrix, with ``role`` and ``block``.
+        metric: the field that is drawn, a number or None.
+        title: of the axes; the metric by role and block, if None.
+        numbers: whether the cells hold their numbers, where there are few blocks.
         ax: matplotlib axes to draw on; new ones by default.
 
     Raises:
         UsageError: no row has such a number.
         MissingDependencyError: matplotlib is not installed.
     """
-    if metric not in NUMERIC:
-        raise UsageError(f"rows have no number {metric!r}; among others alpha, trace_log, stable_rank, log_norm")
-    cells = figures.grid(analysis.rows)
-    values = cells.means(analysis.rows, metric)
+    cells = figures.grid(rows)
+    values = cells.means(rows, metric)
     if not np.isfinite(values).any():
-        raise UsageError(f"no matrix of {analysis.label} has {metric}")
+        raise UsageError(f"no matrix has {metric}")
     scale = figures.colour_scale(values, metric)
     ax = _axes(ax, (min(14.0, 3.0 + 0.35 * len(cells.blocks)), 1.8 + 0.32 * len(cells.roles)))
     colours = "viridis" if scale.centre is None else "PuOr_r"
@@ -111,10 +119,56 @@ def plot_heat_map(analysis: Analysis, metric: str = "alpha", ax: Any = None) -> 
     step = max(1, len(cells.blocks) // 30)
     ax.set_xticks(range(0, len(cells.blocks), step), ["–" if b is None else str(b) for b in cells.blocks[::step]])
     ax.set_yticks(range(len(cells.roles)), cells.roles, parse_math=False)
+    if numbers and len(cells.blocks) <= _FEW_BLOCKS:
+        middle = (scale.low + scale.high) / 2
+        for (i, j), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                colour = "black" if value > middle else "white"
+                ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize="small", color=colour)
     label = figures.LABELS.get(metric, metric)
-    ax.set(xlabel="block", title=f"{label} by role and block")
+    ax.set(xlabel="block", title=title or f"{label} by role and block")
     ax.figure.colorbar(image, ax=ax, label=label, extend="both")
     return ax
+
+
+def plot_distributions(distributions: Mapping[str, Vector], title: str, *, ax: Any = None) -> Axes:
+    """Sampling probabilities D_l/ΣD by block, one line per distribution that has any.
+
+    Args:
+        distributions: D_l (blocks,) by name.
+        title: of the axes.
+        ax: matplotlib axes to draw on; new ones by default.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    ax = _axes(ax, (8, 4))
+    for name, share in distributions.items():
+        if share.sum() > 0:
+            ax.plot(np.arange(len(share)), share / share.sum(), marker="o", markersize=3, label=name)
+    blocks = max(map(len, distributions.values()))
+    ax.axhline(1 / blocks, color="grey", linewidth=0.8, linestyle="--", label="uniform")
+    ax.set(xlabel="block", ylabel="$D_l / \\sum D$")
+    ax.set_title(visible(title), parse_math=False)
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def write_picture(axes: Axes, path: Path) -> None:
+    """The figure of `axes` as a file; the suffix tells the format (`PICTURES`).
+
+    Raises:
+        HtsrError: the file cannot be written.
+    """
+    from matplotlib import pyplot
+
+    figure: Any = axes.figure
+    try:
+        with written(path) as temporary:
+            figure.savefig(temporary, dpi=150)
+    finally:
+        pyplot.close(figure)
 
 
 def _axes(ax: Any, size: tuple[float, float]) -> Any:

@@ -16,7 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 import htsr
-from htsr.reporting import tables
+from htsr.analysis.tables import metrics_table
+from htsr.reporting.terminal import terminal_table
 from reports import common
 
 HERE = Path(__file__).parent
@@ -42,8 +43,8 @@ def terminal(analysis: htsr.Analysis) -> None:
     console = Console(record=True, width=158, file=io.StringIO(), highlight=False)
     rows = [row for row in analysis if row.block is None or row.block >= 4]
     console.print("$ htsr analyze all-MiniLM-L6-v2", style="bold")
-    console.print(tables.terminal_table(rows, console.width))
-    console.print(tables.summary_table(analysis))
+    console.print(terminal_table(metrics_table(rows), console.width))
+    console.print(terminal_table(analysis.tables()[1], 1000))
     console.save_svg(str(HERE / "terminal.svg"), title="htsr")
 
 

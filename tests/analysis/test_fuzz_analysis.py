@@ -50,7 +50,7 @@ def is_shown(analysis):
         with redirect_stdout(io.StringIO()) as out:
             Target(format, None).write(analysis)
         assert out.getvalue()
-    page = html.render(analysis, "plotly")
+    page = html.render(analysis._page(), "plotly")
     page.encode("utf-8", "replace")
     assert len(repr(analysis)) < 1000
     return True

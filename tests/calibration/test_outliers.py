@@ -246,7 +246,7 @@ def test_texts_that_a_model_cannot_take():
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--picture", "a.foo"], 2, "--picture ends in .png, .svg or .pdf, not as a.foo"),
+        (["--picture", "a.foo"], 2, "the picture a.foo is one of .png, .svg, .pdf"),
         (["--picture", "no/a.png"], 1, "no/a.png cannot be written: no is no folder"),
         (["--save", "no/a.json"], 1, "no/a.json cannot be written: no is no folder"),
         (["--threshold", "nan"], 2, "thresholds are positive multiples"),

@@ -44,7 +44,7 @@ def test_survival_counts_the_eigenvalues_at_least_as_large(eigenvalues):
 def test_the_fitted_line_is_the_power_law_of_the_tail(analysis):
     for row in analysis:
         eigenvalues = analysis.eigenvalues[row.name]
-        line = figures.fitted_line(row, eigenvalues)
+        line = figures.fitted_line(vars(row), eigenvalues)
         assert line.survival(line.low) == pytest.approx(np.mean(eigenvalues >= row.lambda_min))
         x = np.geomspace(line.low, line.high, 20_001)
         area = np.trapezoid([line.density(value) for value in x], x)
@@ -58,23 +58,23 @@ def test_a_tail_cut_by_hand_ends_where_it_was_cut():
     name = "model.layers.0.mlp.up_proj"
     xmax = float(np.median(htsr.esd(state[f"{name}.weight"]).eigenvalues))
     analysis = htsr.analyze(state, device="cpu", xmax=xmax)
-    line = figures.fitted_line(analysis[name], analysis.eigenvalues[name], xmax)
+    line = figures.fitted_line(vars(analysis[name]), analysis.eigenvalues[name], xmax)
     assert line.high <= xmax
     assert line.high > 0.5 * xmax
 
 
 def test_without_a_fit_there_is_no_line(analysis):
     row = LayerMetrics(name="zero", status="zero")
-    assert figures.fitted_line(row, np.zeros(4)) is None
-    assert figures.marks(row) == {}
+    assert figures.fitted_line(vars(row), np.zeros(4)) is None
+    assert figures.marks(vars(row)) == {}
 
 
 def test_the_grid_holds_each_matrix_once(analysis):
-    cells = figures.grid(analysis.rows)
+    cells = figures.grid(analysis.records())
     seen = sorted(i for line in cells.members for cell in line for i in cell)
     assert seen == list(range(len(analysis)))
     assert cells.blocks == (None, 0, 1, 2)
-    means = cells.means(analysis.rows, "alpha")
+    means = cells.means(analysis.records(), "alpha")
     q = cells.roles.index("attn.q")
     assert means[q, 2] == analysis["model.layers.1.self_attn.q_proj"].alpha
     assert np.isnan(means[q, 0])

@@ -98,7 +98,7 @@ def test_the_page_says_what_notes_are_not(analysis, page):
 
 
 def test_a_label_turns_no_text_around(analysis):
-    page = html.render(replace(analysis, label="a\u202eb\x1b[31m</title>"), "plotly")
+    page = html.render(replace(analysis, label="a\u202eb\x1b[31m</title>")._page(), "plotly")
     assert "<h1>a\\u202eb\\x1b[31m&lt;/title&gt;</h1>" in page
 
 

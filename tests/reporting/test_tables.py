@@ -7,7 +7,9 @@ from htsr_cli.output import Target, Words
 from rich.console import Console
 
 import htsr
-from htsr.reporting import tables
+from htsr.analysis import tables
+from htsr.reporting.formats import as_csv
+from htsr.reporting.terminal import STYLES, _first_kinds, terminal_table
 from htsr.spectra.notes import CAUTION
 from htsr.training.memory.plan import MemoryPlan, MemoryPlans
 from tests.models import state_dict
@@ -26,7 +28,7 @@ def lines(table, width):
 
 @pytest.mark.parametrize("width", [60, 80, 100, 140, 220])
 def test_numbers_are_never_cut(analysis, width):
-    table = tables.terminal_table(analysis.rows, width)
+    table = terminal_table(tables.metrics_table(analysis.rows), width)
     assert bool(table.caption) == (width < 220)  # columns are never left out in silence
     table.caption = None
     shown = lines(table, width)
@@ -44,12 +46,12 @@ def test_a_narrow_terminal_keeps_what_qualifies_alpha(width):
     rows = [
         replace(row, name=f"encoder.{row.name}", warning=warning) for row in htsr.analyze(state_dict(), device="cpu")
     ]
-    table = tables.terminal_table(rows, width)
+    table = terminal_table(tables.metrics_table(rows), width)
     headers = [str(column.header) for column in table.columns]
     assert headers[-1] == "note"
     assert ("tail" in headers) == (width >= 80)
     assert all(line.endswith(("random-like…", "de-quantised…")) for line in lines(table, width)[2 : 2 + len(rows)])
-    missing = [header for header, _ in tables.columns(rows) if header not in headers]
+    missing = [c.header for c in tables.metrics_table(rows).columns if c.header not in headers]
     assert str(table.caption).startswith("left out for width: D, log ‖W‖²")
     assert all(header in str(table.caption) for header in missing)
 
@@ -64,12 +66,12 @@ def test_a_narrow_terminal_keeps_what_qualifies_alpha(width):
     ],
 )
 def test_a_note_loses_its_end(room, shown):
-    assert tables._first_kinds("de-quantised; random-like; tail of 22", room) == shown
+    assert _first_kinds("de-quantised; random-like; tail of 22", room) == shown
 
 
 def test_long_names_lose_their_middle(analysis):
     row = replace(analysis[0], name="model." + 20 * "very." + "long.name.of_a_projection")
-    line = lines(tables.terminal_table([row], 100), 100)[2]
+    line = lines(terminal_table(tables.metrics_table([row]), 100), 100)[2]
     assert line.split()[0].startswith("model.")
     assert "of_a_projection" in line
 
@@ -78,7 +80,8 @@ def test_long_names_lose_their_middle(analysis):
 def test_other_tables_fit_too(analysis, width):
     model = htsr.describe(state_dict())
     comparison = htsr.compare(analysis, analysis)
-    for table in (tables.description_table(model, width), tables.comparison_table(comparison, width)):
+    for result in (model, comparison):
+        table = terminal_table(result.tables()[0], width)
         assert bool(table.caption) == (width < 200)
         table.caption = None
         shown = lines(table, width)
@@ -95,12 +98,12 @@ def test_colours_tell_the_status(analysis):
         "green": replace(row, alpha=3.0, warning=""),
         "yellow": replace(row, alpha=9.0, warning=""),
     }
-    assert {style: tables.style_of(case) for style, case in cases.items()} == {style: style for style in cases}
+    assert {style: STYLES[tables.tone_of(case)] for style, case in cases.items()} == {style: style for style in cases}
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])
 def test_the_summary_cuts_no_number(analysis, width):
-    table = tables.summary_table(analysis, width)
+    table = terminal_table(analysis.tables()[1], width)
     assert str(table.caption).startswith("left out for width: log ‖W‖²")
     shown = lines(table, width)
     assert all(len(line) <= width and "…" not in line for line in shown)
@@ -108,7 +111,7 @@ def test_the_summary_cuts_no_number(analysis, width):
 
 
 def test_the_summary_ends_with_the_whole_model(analysis):
-    shown = lines(tables.summary_table(analysis), 200)
+    shown = lines(terminal_table(analysis.tables()[1], 200), 200)
     assert shown[-1].split()[:2] == ["all", "13"]
     assert f"{analysis.summary()['alpha']:.2f}" in shown[-1]
 
@@ -133,7 +136,7 @@ def test_names_are_shown_as_they_are(capsys):
 @pytest.mark.parametrize("name", ["=HYPERLINK(1)", "+a", "-a", "@a"])
 def test_no_name_is_a_formula_in_a_csv(name):
     analysis = htsr.analyze({f"{name}.weight": torch.randn(20, 20)}, device="cpu")
-    assert tables.as_csv(analysis).splitlines()[1].startswith(f"'{name},")
+    assert as_csv(analysis.records()).splitlines()[1].startswith(f"'{name},")
 
 
 @pytest.mark.parametrize(("scale", "unit"), [(1 << 10, "KiB"), (1 << 20, "MiB"), (1 << 30, "GiB")])
@@ -142,7 +145,7 @@ def test_the_unit_of_memory_fits_its_size(scale, unit):
         "tiny", "full", "step", total=2 * scale, weights=scale, gradients=scale, optimizer=0, projectors=0,
         activations=0, logits=0, workspace=0, parameters=1234, trainable=1234,
     )  # fmt: skip
-    shown = [line.split() for line in lines(tables.memory_table(MemoryPlans("tiny", (plan,))), 100)]
+    shown = [line.split() for line in lines(terminal_table(MemoryPlans("tiny", (plan,)).tables()[0], 100), 100)]
     assert shown[0] == [unit, "at", "the", "peak", "full"]
     assert ["weights", "1.00"] in shown
     assert ["total", "2.00"] in shown

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from htsr.errors import UsageError
 from htsr.matrices.roles import whole_name
 from htsr.matrices.sources import Source, open_model
+from htsr.results import Column, Record, Table, Tabular, Value, tabulate
 from htsr.training.layerwise.groups import parameter_names
 from htsr.training.layerwise.live_scores import Failure, refuse_faults, scores
 from htsr.training.layerwise.policy import Policy, PolicyLike, make_policy
@@ -48,8 +50,18 @@ class PlanRow:
     why: str
 
 
+_COLUMNS: tuple[tuple[Column, Callable[[PlanRow], Value]], ...] = (
+    (Column("matrix", text=True), lambda row: row.name),
+    (Column("role", text=True), lambda row: row.role),
+    (Column("shape"), lambda row: f"{row.rows}×{row.columns}" + (f" ({row.parts} parts)" if row.parts > 1 else "")),
+    (Column("score", ".3f"), lambda row: row.score),
+    (Column("multiplier", ".3f"), lambda row: row.multiplier),
+    (Column("note", text=True), lambda row: "" if row.why == "measured" else row.why),
+)
+
+
 @dataclass(frozen=True, repr=False)
-class Plan:
+class Plan(Tabular):
     """What `layerwise_plan` returns.
 
     Attributes:
@@ -68,6 +80,42 @@ class Plan:
 
     def __iter__(self) -> Iterator[PlanRow]:
         return iter(self.rows)
+
+    @property
+    def sets(self) -> str:
+        """What is multiplied, in words."""
+        return {"lr": "learning rate", "weight_decay": "weight decay"}[self.policy.sets]
+
+    def records(self) -> list[Record]:
+        """One dictionary a tensor, with all fields of `PlanRow`."""
+        return [asdict(row) for row in self.rows]
+
+    def tables(self) -> tuple[Table, ...]:
+        """The tensors."""
+        return (tabulate(self.rows, _COLUMNS, spare=("shape", "role", "note")),)
+
+    def facts(self) -> dict[str, Any]:
+        """Model and policy."""
+        return {"model": self.label, "policy": json.loads(self.policy.describe())}
+
+    def remarks(self) -> tuple[str, ...]:
+        """What the multipliers are of."""
+        rest = "parameters of no matrix stay at 1 unless pinned"
+        return (f"{self.label}: multipliers of the {self.sets} at step 1; {rest}",)
+
+    def plot(self, *, ax: Any = None) -> Any:
+        """Heat map of the multipliers by role and block.
+
+        Args:
+            ax: matplotlib axes to draw on; new ones by default.
+
+        Returns:
+            The axes. Needs the ``report`` extra.
+        """
+        from htsr.reporting.plots import plot_heat_map
+
+        title = f"multiplier of the {self.sets}"
+        return plot_heat_map(self.records(), "multiplier", title=title, numbers=True, ax=ax)
 
 
 def layerwise_plan(source: Source, policy: PolicyLike = "llr", *, revision: str | None = None, **changes: Any) -> Plan:

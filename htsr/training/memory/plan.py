@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from htsr.results import Column, Record, Table, Tabular
 
 if TYPE_CHECKING:
     from htsr.training.lowrank.moments import StateDtype
@@ -49,7 +51,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class MemoryPlan(Tabular):
     """Bytes at the moment of the peak, by part; they add up to `total`.
 
     Attributes:
@@ -82,18 +84,18 @@ class MemoryPlan:
     parameters: int
     trainable: int
 
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        """The model."""
+        return self.model
 
-@dataclass(frozen=True)
-class MemoryPlans:
-    """Plans of one model side by side.
+    def records(self) -> list[Record]:
+        """One dictionary, in bytes."""
+        return MemoryPlans(self.model, (self,)).records()
 
-    Attributes:
-        label: name of the model.
-        plans: one plan for each way to train it.
-    """
-
-    label: str
-    plans: tuple[MemoryPlan, ...]
+    def tables(self) -> tuple[Table, ...]:
+        """Parts of the peak."""
+        return MemoryPlans(self.model, (self,)).tables()
 
 
 PROCESS = 525 << 20  # resident with torch 2.13, transformers 5.24, TRL 1.16 and datasets 5.2 imported, nothing loaded
@@ -107,3 +109,45 @@ def beside(plan: MemoryPlan) -> dict[str, int]:
         the weights once more after training, into which adapters are merged.
     """
     return {"process": PROCESS, "merging": plan.weights if plan.method in ("lora", "qlora") else 0}
+
+
+_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+@dataclass(frozen=True)
+class MemoryPlans(Tabular):
+    """Plans of one model side by side.
+
+    Attributes:
+        label: name of the model.
+        plans: one plan for each way to train it.
+    """
+
+    label: str
+    plans: tuple[MemoryPlan, ...]
+
+    def records(self) -> list[Record]:
+        """One dictionary a method, in bytes, with what a run on a CPU takes besides (`beside`)."""
+        return [asdict(plan) | beside(plan) for plan in self.plans]
+
+    def tables(self) -> tuple[Table, ...]:
+        """Parts of the peak, a column a method, in the binary unit in which the largest peak is at least 1."""
+        records = self.records()
+        peak = max((record["total"] for record in records), default=0)
+        unit, size = next(((name, size) for name, size in _UNITS if peak >= size), _UNITS[-1])
+        parts = {part: part for part in (*PARTS, "total")}
+        extra = {f"on a CPU: {part}": part for part in ("process", "merging") if any(r[part] for r in records)}
+        rows = [(label, *(f"{record[part] / size:.2f}" for record in records)) for label, part in parts.items()]
+        rows += [
+            (label, *(f"+{record[part] / size:.2f}" if record[part] else "" for record in records))
+            for label, part in extra.items()
+        ]
+        rows.append(("peak in", *(record["moment"] for record in records)))
+        rows.append(("trained", *(_millions(record["trainable"]) for record in records)))
+        columns = (Column(f"{unit} at the peak", text=True), *(Column(record["method"]) for record in records))
+        tones = (*[""] * len(PARTS), "total", *["aside"] * (len(rows) - len(PARTS) - 1))
+        return (Table(columns, tuple(rows), tones=tones),)
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:,.1f} M" if parameters >= 1e5 else f"{parameters:,}"

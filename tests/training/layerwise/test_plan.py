@@ -48,7 +48,8 @@ def test_plan_is_the_first_step(folder, policy, changes):
 
 def test_command(capsys, folder, tmp_path):
     code, out, err = run(capsys, "layerwise", "plan", folder, "--policy", "llr", "--bounds", "1,3")
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert "multipliers of the learning rate at step 1" in err
     assert "layers.1.mlp.down_proj" in out
     assert "embedding" in out
     code, out, _ = run(capsys, "layerwise", "plan", folder, "--format", "json", "--pin", "mlp.*=2", "--reverse")

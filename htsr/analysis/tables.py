@@ -1,0 +1,143 @@
+"""Rows of analyses and comparisons as people look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from htsr.results import Column, Record, Table, Value, tabulate
+from htsr.spectra.metrics import LayerMetrics
+
+Shown = tuple[Column, Callable[[LayerMetrics], Value]]
+
+_LIGHT, _HEAVY = 6, 2
+
+
+def _of(title: str, field: str, format: str, *, optional: bool = False) -> Shown:
+    return Column(title, format, optional=optional), lambda row: getattr(row, field)
+
+
+def _shape(row: LayerMetrics) -> str:
+    kernel = f"·{row.pieces}" if row.kind in ("conv", "stack") and row.pieces and row.pieces > 1 else ""
+    return f"{row.rows}×{row.columns}{kernel}"
+
+
+def _note(row: LayerMetrics) -> str:
+    return row.warning if row.status == "ok" else f"{row.status}: {row.warning}"
+
+
+METRICS: tuple[Shown, ...] = (
+    (Column("matrix", text=True), lambda row: row.name),
+    (Column("role", text=True), lambda row: row.role),
+    (Column("shape"), _shape),
+    _of("α", "alpha", ".2f"),
+    _of("± σ", "sigma", ".2f"),
+    _of("D", "D", ".3f"),
+    _of("tail", "num_pl_tail", ".0f"),
+    _of("α null", "alpha_null", ".1f"),
+    _of("⟨ln λ̃⟩", "trace_log", ".2f"),
+    _of("stable rank", "stable_rank", ".1f"),
+    _of("log ‖W‖²", "log_norm", ".2f"),
+    _of("α low", "alpha_low", ".2f", optional=True),
+    _of("α high", "alpha_high", ".2f", optional=True),
+    _of("α error", "alpha_error", ".2f", optional=True),
+    _of("spikes", "num_spikes", ".0f", optional=True),
+    _of("traps", "num_traps", ".0f", optional=True),
+    _of("to random", "rand_distance", ".3f", optional=True),
+    (Column("law", text=True, optional=True), lambda row: row.best_law),
+    (Column("note", text=True), _note),
+)
+"""What the short table of an analysis shows; `definitions` of the documentation has all."""
+
+
+_SPARE = (
+    *("D", "log ‖W‖²", "± σ", "stable rank", "role", "α null"),
+    *("to random", "law", "spikes", "shape", "traps", "tail", "note"),
+)
+
+
+def metrics_table(rows: Sequence[LayerMetrics]) -> Table:
+    """The short table of these `rows`."""
+    return tabulate(rows, METRICS, spare=_SPARE, tones=tuple(map(tone_of, rows)), toned=("α", "note"))
+
+
+def tone_of(row: LayerMetrics) -> str:
+    """What kind of row `row` is: by status, then by α."""
+    if row.status != "ok":
+        return "failed"
+    if "random-like" in row.warning:
+        return "random"
+    if row.alpha is None:
+        return ""
+    return "heavy" if row.alpha < _HEAVY else "middle" if row.alpha <= _LIGHT else "light"
+
+
+Means = tuple[str, Mapping[str, float]]
+
+
+def _mean(title: str, field: str, format: str) -> tuple[Column, Callable[[Means], Value]]:
+    return Column(title, format, optional=True), lambda line: line[1].get(field)
+
+
+_MEANS: tuple[tuple[Column, Callable[[Means], Value]], ...] = (
+    (Column("role", text=True), lambda line: line[0]),
+    (Column("matrices", ".0f"), lambda line: line[1]["matrices"]),
+    _mean("α", "alpha", ".2f"),
+    _mean("α null", "alpha_null", ".1f"),
+    _mean("⟨ln λ̃⟩", "trace_log", ".2f"),
+    _mean("stable rank", "stable_rank", ".1f"),
+    _mean("entropy", "entropy", ".3f"),
+    _mean("log ‖W‖²", "log_norm", ".2f"),
+    _mean("log λ_max", "log_spectral_norm", ".2f"),
+    _mean("α̂", "alpha_hat", ".2f"),
+    _mean("spikes", "num_spikes", ".1f"),
+    _mean("traps", "num_traps", ".1f"),
+)
+
+
+def means_table(groups: Mapping[str, Mapping[str, float]], whole: Mapping[str, float]) -> Table:
+    """Means by role, and of the whole model in the last line.
+
+    Args:
+        groups: means by metric of each role, with the number of ``matrices``.
+        whole: the same of all.
+    """
+    spare = ("log ‖W‖²", "log λ_max", "entropy", "α̂", "stable rank", "matrices", "α null", "traps", "spikes")
+    tones = (*[""] * len(groups), "total")
+    lines = [*groups.items(), ("all", whole)]
+    return tabulate(lines, _MEANS, spare=spare, tones=tones, elsewhere="--format json has all")
+
+
+def _in_both(title: str, field: str, format: str) -> tuple[Column, Callable[[Record], Value]]:
+    return Column(title, format, optional=True), lambda record: record.get(field)
+
+
+_PAIRS: tuple[tuple[Column, Callable[[Record], Value]], ...] = (
+    (Column("matrix", text=True), lambda record: record["name"]),
+    (Column("role", text=True), lambda record: record["role"]),
+    _in_both("α a", "alpha_a", ".2f"),
+    _in_both("α b", "alpha_b", ".2f"),
+    _in_both("Δα", "alpha_delta", ".2f"),
+    _in_both("⟨ln λ̃⟩ a", "trace_log_a", ".2f"),
+    _in_both("⟨ln λ̃⟩ b", "trace_log_b", ".2f"),
+    _in_both("‖A-B‖/‖A‖", "relative", ".4f"),
+    _in_both("cosine", "cosine", ".4f"),
+    _in_both("CKA", "cka", ".4f"),
+    _in_both("ESD dist.", "esd_distance", ".4f"),
+)
+
+
+def pairs_table(records: Sequence[Record]) -> Table:
+    """Pairs of matrices of a comparison, of which these are the `records`."""
+    spare = ("CKA", "role", "⟨ln λ̃⟩ a", "⟨ln λ̃⟩ b", "cosine", "ESD dist.", "α a")
+    return tabulate(records, _PAIRS, spare=spare)
+
+
+def changes_table(summary: Mapping[str, tuple[float, float, float]], labels: Mapping[str, str]) -> Table:
+    """Means of both models of a comparison, and of the differences.
+
+    Args:
+        summary: the three means by metric.
+        labels: what to call the metrics that are shown.
+    """
+    columns = (Column("mean", text=True), Column("a", ".4g"), Column("b", ".4g"), Column("b − a", ".4g"))
+    return Table(columns, tuple((label, *summary[name]) for name, label in labels.items() if name in summary))

@@ -1,0 +1,76 @@
+"""Rows for other programs, and tables for documents: JSON, CSV, Parquet, Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from htsr.errors import MissingDependencyError
+from htsr.files import written
+from htsr.reporting.text import encodable, in_csv, in_markdown
+from htsr.results import Record, Table
+
+
+def as_json(content: Mapping[str, Any]) -> str:
+    """Strict JSON: NaN and infinities are null."""
+    return json.dumps(_strict(content), indent=1, allow_nan=False) + "\n"
+
+
+def as_csv(records: Sequence[Record]) -> str:
+    """Comma-separated, all columns; None is empty."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(records[0]) if records else [], lineterminator="\n")
+    writer.writerow({key: in_csv(key) for key in writer.fieldnames})
+    writer.writerows({key: in_csv(value) for key, value in record.items()} for record in records)
+    return out.getvalue()
+
+
+def as_markdown(table: Table) -> str:
+    """The table in Markdown, numbers on the right."""
+    table = table.in_print()
+    rules = ["---" if column.text else "--:" for column in table.columns]
+    lines = [[column.header for column in table.columns], rules, *table.cells()]
+    return "".join("| " + " | ".join(map(in_markdown, line)) + " |\n" for line in lines)
+
+
+def write_parquet(records: Sequence[Record], path: Path) -> None:
+    """All columns as Parquet, whole numbers as such. Needs the ``report`` extra.
+
+    Raises:
+        MissingDependencyError: pyarrow is not installed.
+        HtsrError: the file cannot be written.
+    """
+    require_pyarrow()
+    import pyarrow
+    from pyarrow import parquet
+
+    lines = [
+        {key: encodable(value) if isinstance(value, str) else value for key, value in record.items()}
+        for record in records
+    ]
+    with written(path) as temporary:
+        parquet.write_table(pyarrow.Table.from_pylist(lines), temporary)
+
+
+def require_pyarrow() -> None:
+    """Make sure that Parquet can be written, without importing pyarrow.
+
+    Raises:
+        MissingDependencyError: pyarrow is not installed.
+    """
+    if find_spec("pyarrow") is None:
+        raise MissingDependencyError("parquet needs pyarrow: pip install 'htsr[report]'")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _strict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,143 @@
+"""What all results have in common: rows of plain values, and the tables that people look at.
+
+A result says what is in it (`Tabular`) and knows no format; `htsr.reporting` writes every format from that and knows no
+result.
+
+    rows, small = result.records(), result.tables()[0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from htsr._version import __version__
+
+if TYPE_CHECKING:
+    import pandas
+
+Record: TypeAlias = dict[str, Any]
+"""A row with all its columns: text, numbers, truth values or None by field."""
+Value: TypeAlias = str | float | None
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column that people look at.
+
+    Attributes:
+        title: what it is called, unique in its table.
+        format: format of its numbers, as in ``.2f``.
+        unit: unit of its numbers; none where it is empty.
+        text: whether it holds words, which stand on the left.
+        optional: whether it is left out where no row has anything in it.
+        bar: whether it holds shares from 0 to 1 that a terminal draws, and no other format has.
+    """
+
+    title: str
+    format: str = ""
+    unit: str = ""
+    text: bool = False
+    optional: bool = False
+    bar: bool = False
+
+    @property
+    def header(self) -> str:
+        """Title and unit."""
+        return f"{self.title} {self.unit}".rstrip()
+
+    def cell(self, value: Value) -> str:
+        """`value` as it stands in the table; nothing for None."""
+        return "" if value is None else value if isinstance(value, str) else format(value, self.format)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows as people look at them: a selection, in words and rounded numbers.
+
+    Attributes:
+        columns: what is shown; the first names the row.
+        rows: one value a column.
+        spare: titles of the columns that a narrow terminal leaves out, the least telling first.
+        tones: what kind of row each is (``failed``, ``total`` …), which a terminal colours; empty for plain rows.
+        toned: titles of the columns that are coloured; all if empty.
+        elsewhere: where all columns are.
+    """
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Value, ...], ...]
+    spare: tuple[str, ...] = ()
+    tones: tuple[str, ...] = ()
+    toned: tuple[str, ...] = ()
+    elsewhere: str = "--format csv has all"
+
+    def cells(self) -> list[list[str]]:
+        """The rows as text."""
+        return [[c.cell(value) for c, value in zip(self.columns, row, strict=True)] for row in self.rows]
+
+    def in_print(self) -> Table:
+        """The same without what only a terminal draws."""
+        kept = [i for i, column in enumerate(self.columns) if not column.bar]
+        rows = tuple(tuple(row[i] for i in kept) for row in self.rows)
+        return Table(tuple(self.columns[i] for i in kept), rows, self.spare, self.tones, self.toned, self.elsewhere)
+
+
+def tabulate(things: Iterable[Row], columns: Sequence[tuple[Column, Callable[[Row], Value]]], **looks: Any) -> Table:
+    """The table of `things`, each value read by the function beside its column, without optional columns in vain.
+
+    Args:
+        things: one for each row.
+        columns: each with what it shows of a thing.
+        **looks: further fields of `Table`.
+    """
+    rows = [[read(thing) for _, read in columns] for thing in things]
+    kept = [i for i, (c, _) in enumerate(columns) if not c.optional or any(row[i] not in (None, "") for row in rows)]
+    return Table(tuple(columns[i][0] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows), **looks)
+
+
+class Tabular:
+    """A result as rows.
+
+    Attributes:
+        label: what it is of.
+    """
+
+    label: str
+
+    def records(self) -> list[Record]:
+        """All rows with all their columns, as plain values, one dictionary a row; the keys are the same in all."""
+        raise NotImplementedError
+
+    def tables(self) -> tuple[Table, ...]:
+        """What people look at: first the rows, then means or sums of them where there are."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """What is true of the whole and in no row, as plain values: what was asked for, means …"""
+        return {"model": self.label}
+
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences that belong beside a table and are no data."""
+        return ()
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """All rows as a table of pandas, one column a field."""
+        import pandas as pd
+
+        return pd.DataFrame(self.records())
+
+
+def envelope(result: Tabular, command: str | None = None, options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A result as one JSON object, the same for all: ``htsr``, ``command``, ``label``, ``options``, facts, ``rows``.
+
+    Args:
+        result: what was found.
+        command: the command that found it.
+        options: what the command was given; those that the result knows itself are taken from there.
+    """
+    facts = result.facts()
+    asked = (options or {}) | facts.pop("options", {})
+    start = {"htsr": __version__, "command": command, "label": result.label}
+    return start | facts | {"options": asked, "rows": result.records()}
