@@ -14,17 +14,24 @@ Result = TypeVar("Result")
 
 
 def attempted(step: Callable[[], Result]) -> Result | MatrixError:
-    """The step's result, or what it failed of.
+    """The result of a step, or the reason why it failed.
 
     Args:
-        step: reads, decomposes or measures one matrix.
+        step: function that reads, decomposes or measures one matrix.
 
     Returns:
-        The result. A `MatrixError` that the step raises or returns comes back as it is; anything else that it raises,
-        such as LinAlgError or a device that is out of memory, as one of status ``failed``.
+        The result, or a `MatrixError`: the one that the step raises or returns, or one with status ``failed`` for
+        anything else that it raises, such as LinAlgError or a device that is out of memory.
 
     Raises:
-        UsageError: the step's own, about arguments rather than the matrix.
+        UsageError: the step refuses an argument, which is no fault of the matrix.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.attempts import attempted
+        >>> problem = attempted(lambda: np.linalg.cholesky(-np.eye(2)))
+        >>> problem.status, str(problem)
+        ('failed', 'LinAlgError: Matrix is not positive definite')
     """
     try:
         return step()

@@ -40,9 +40,10 @@ class Bulk:
         sigma: standard deviation of the entries that make the bulk, σ_MP.
         lambda_plus: upper bulk edge σ²(√N + √M)², in units of the eigenvalues.
         lambda_minus: lower bulk edge σ²(√N - √M)².
-        threshold: spikes lie above it: the Tracy-Widom 99 % quantile of a pure-noise matrix (`tw_threshold`).
-        num_spikes: eigenvalues above `threshold`.
-        mp_softrank: lambda_plus / λ_max; 1 and above for noise.
+        threshold: value above which an eigenvalue is a spike: the Tracy-Widom 99 % quantile of a pure-noise matrix
+            (`tw_threshold`).
+        num_spikes: number of eigenvalues above `threshold`.
+        mp_softrank: MP soft rank lambda_plus / λ_max; 1 and above for noise.
         distance: Kolmogorov-Smirnov distance between the eigenvalues below `threshold` and the MP law. A bulk that
             is not MP at all has a large one, and its σ means little.
     """
@@ -77,11 +78,17 @@ def mp_quantile(probability: float | Vector, Q: float) -> Vector:
     """Quantiles of the MP law of λ/(N σ²).
 
     Args:
-        probability: in [0, 1]; a number, or an array of any shape.
+        probability: probability in [0, 1]; a number, or an array of any shape.
         Q: aspect ratio N/M ≥ 1.
 
     Returns:
         float64, in the shape of `probability`; from a table of 4001 nodes.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.bulk import mp_quantile
+        >>> mp_quantile(np.array([0.0, 1.0]), Q=4.0).tolist()  # the edges (1 ± 1/√Q)²
+        [0.25, 2.25]
     """
     x, cdf = _mp_table(float(Q))
     return np.asarray(np.interp(probability, cdf, x))
@@ -91,11 +98,16 @@ def mp_cdf(value: float | Vector, Q: float) -> Vector:
     """Distribution function of the MP law of λ/(N σ²).
 
     Args:
-        value: of λ/(N σ²); a number, or an array of any shape.
+        value: value of λ/(N σ²); a number, or an array of any shape.
         Q: aspect ratio N/M ≥ 1.
 
     Returns:
         float64, in the shape of `value`; from a table of 4001 nodes.
+
+    Examples:
+        >>> from htsr.spectra.bulk import mp_cdf
+        >>> round(float(mp_cdf(1.0, Q=1.0)), 4)  # 1/3 + √3/(2π)
+        0.609
     """
     x, cdf = _mp_table(float(Q))
     return np.asarray(np.interp(value, x, cdf))
@@ -106,14 +118,22 @@ def tw_threshold(sigma: float, M: int, N: int, pieces: int = 1) -> float:
 
     Args:
         sigma: standard deviation of the entries.
-        M: smaller side.
-        N: larger side.
-        pieces: matrices pooled; the probability is 1 % that any one of them exceeds it.
+        M: smaller side of the matrix.
+        N: larger side of the matrix.
+        pieces: number of pooled matrices; the probability is 1 % that any one of them exceeds the value.
 
     Returns:
-        μ + q·s of the module's text, in units of the eigenvalues of WᵀW.
+        The threshold μ + q·s of the module's text, in units of the eigenvalues of WᵀW.
 
     Source: Johnstone (Ann. Statist. 29, 2001), theorem 1.1.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.bulk import tw_threshold
+        >>> noise = np.random.default_rng(0).standard_normal((500, 40, 20))
+        >>> largest = np.linalg.norm(noise, ord=2, axis=(1, 2)) ** 2
+        >>> float(np.mean(largest > tw_threshold(1.0, M=20, N=40)))  # about 0.01
+        0.006
     """
     root_n, root_m = max(N - 1, 1) ** 0.5, M**0.5
     centre = (root_n + root_m) ** 2
@@ -126,6 +146,11 @@ def tw1_quantile(tail: float) -> float:
     """Upper quantile of the Tracy-Widom law TW₁, P(X > quantile) = `tail`.
 
     Shifted-gamma approximation of Chiani (2014, J. Multivar. Anal. 129), good to 0.01 for tails from 0.1 to 1e-6.
+
+    Examples:
+        >>> from htsr.spectra.bulk import tw1_quantile
+        >>> round(tw1_quantile(0.05), 2)  # 0.9793 in tables
+        0.98
     """
     if tail == 0.01:
         return TW1_99
@@ -142,9 +167,24 @@ def fit_bulk(eigenvalues: Vector, M: int, N: int, pieces: int = 1) -> Bulk:
 
     Args:
         eigenvalues: (K,) float64, ascending, not all 0, of K/M matrices of shape N × M.
-        M: smaller side.
-        N: larger side.
-        pieces: matrices pooled, K/M.
+        M: smaller side of a matrix.
+        N: larger side of a matrix.
+        pieces: number of pooled matrices, K/M.
+
+    Returns:
+        The `Bulk`; a heavy tail makes many spikes and not a wide bulk.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.bulk import fit_bulk
+        >>> random = np.random.default_rng(0)
+        >>> W = random.standard_normal((400, 200))
+        >>> signal = 5 * np.outer(random.standard_normal(400), random.standard_normal(200)) / 20
+        >>> for matrix in (W, W + signal):
+        ...     bulk = fit_bulk(np.linalg.eigvalsh(matrix.T @ matrix), M=200, N=400)
+        ...     print(round(bulk.sigma, 2), bulk.num_spikes)
+        1.0 0
+        1.0 1
     """
     Q = N / M
     x = eigenvalues / N
@@ -183,10 +223,18 @@ def permute_entries(matrix: npt.NDArray[np.floating], seed: int | tuple[int, ...
 
     Args:
         matrix: (m, n); or (pieces, m, n), each piece permuted within itself.
-        seed: the same one gives the same permutation of the same shape.
+        seed: seed of the permutation; the same seed and shape give the same permutation.
 
     Returns:
         A new array of the same shape and dtype.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.bulk import permute_entries
+        >>> W = np.arange(6.0).reshape(2, 3)
+        >>> noise = permute_entries(W, seed=0)
+        >>> noise.shape, np.sort(noise, axis=None).tolist()
+        ((2, 3), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     """
     random = np.random.Generator(np.random.SFC64(seed))
     if matrix.ndim == 3:
@@ -230,10 +278,18 @@ def jensen_shannon_distance(a: Vector, b: Vector) -> float:
     In [0, √ln 2]; 0 for equal spectra up to scale.
 
     Args:
-        a: (K,) ≥ 0, ascending, not all 0.
-        b: (K,) likewise.
+        a: first ESD, (K,) ≥ 0, ascending, not all 0.
+        b: second ESD, (K,) likewise.
 
     Source: Lin (IEEE Trans. Inf. Theory 37, 1991); WeightWatcher's ``rand_distance`` bins the ESDs instead.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.bulk import jensen_shannon_distance
+        >>> jensen_shannon_distance(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
+        0.0
+        >>> round(jensen_shannon_distance(np.array([0.0, 0.0, 1.0]), np.array([1.0, 1.0, 1.0])), 3)
+        0.564
     """
     p, q = a / a.sum(), b / b.sum()
     mean = (p + q) / 2
@@ -251,7 +307,13 @@ def signal_to_noise(eigenvalues: Vector, lambda_plus: float) -> float:
 
     Args:
         eigenvalues: (K,) in any order, not all 0.
-        lambda_plus: the edge, as in `Bulk`, in units of the eigenvalues.
+        lambda_plus: upper edge of the bulk, as in `Bulk`, in units of the eigenvalues.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.bulk import signal_to_noise
+        >>> round(signal_to_noise(np.array([1.0, 4.0, 100.0]), lambda_plus=5.0), 6)  # 10 / (1 + 2) / 10
+        0.333333
     """
     singular = np.sqrt(np.maximum(eigenvalues, 0.0))
     above = eigenvalues > lambda_plus

@@ -46,10 +46,10 @@ class Eigendecomposition:
     """Eigenvalues and eigenvectors of the smaller Gram matrix of W, one for each piece of a stack.
 
     Attributes:
-        values: (pieces, M) float64, ascending; exactly 0 where below the resolution of the stored
+        values: eigenvalues, (pieces, M) float64, ascending; exactly 0 where they lie below the resolution of the stored
             numbers or of the computation.
-        vectors: (pieces, M, M) float64 or float32, columns in the same order; the right singular vectors of W where
-            m ≥ n, else the left.
+        vectors: eigenvectors, (pieces, M, M) float64 or float32, as columns in the same order: the right singular
+            vectors of W where m ≥ n, else the left.
         equal_within: relative difference of eigenvalues that are equal but for rounding.
     """
 
@@ -61,7 +61,7 @@ class Eigendecomposition:
         """Refuse a spectrum that has no tail to speak of.
 
         Raises:
-            MatrixError: as `htsr.spectra.resolution.require_tail`.
+            MatrixError: `htsr.spectra.resolution.require_tail` refuses the spectrum.
         """
         require_tail(np.sort(self.values, axis=None), self.equal_within)
 
@@ -71,11 +71,11 @@ class ProjectedMatrix:
     """A matrix on some of its directions.
 
     Attributes:
-        matrix: the projected matrix: shape, dtype and kind (NumPy or torch) of what was given.
-        kept: directions kept, over all pieces.
-        total: eigenvalues in all, K.
-        norm_kept: share of ‖W‖_F² that is kept.
-        lambda_min: smallest eigenvalue kept.
+        matrix: projected matrix, in shape, dtype and kind (NumPy or torch) of the one that was given.
+        kept: number of directions that were kept, over all pieces.
+        total: number of eigenvalues in all, K.
+        norm_kept: share of ‖W‖_F² that was kept.
+        lambda_min: smallest eigenvalue that was kept.
     """
 
     matrix: Array
@@ -90,12 +90,12 @@ class CleanedMatrix:
     """A matrix without its correlation traps, as far as they could be removed.
 
     Attributes:
-        matrix: the cleaned matrix, in shape, dtype and kind of the one given; that one where nothing was done.
-        traps_before: eigenvalues of the permuted matrix beyond its bulk edge.
-        traps_after: the same of the cleaned matrix, permuted alike.
-        mean_removed: what was subtracted from every entry; 0.0 where nothing was.
-        limit: entries were clipped at ± this; infinite where none were.
-        clipped: how many.
+        matrix: cleaned matrix, in shape, dtype and kind of the one that was given; that one where nothing was done.
+        traps_before: number of eigenvalues of the permuted matrix beyond its bulk edge.
+        traps_after: the same number for the cleaned matrix under the same permutation.
+        mean_removed: mean that was subtracted from every entry; 0.0 where nothing was.
+        limit: size beyond which entries were clipped to ± this size; infinite where none were.
+        clipped: number of entries that were clipped.
     """
 
     matrix: Array
@@ -112,16 +112,28 @@ def project_tail(matrix: Array, keep: Keep, *, fit: FitMethod = "ks") -> Project
     Args:
         matrix: (m, n), or (pieces, m, n): a stack's tail is that of the pooled eigenvalues, K directions are kept of
             each piece. Any float dtype; computed in float64 on a CPU and float32 on an accelerator.
-        keep: ``"tail"``, ``"erg"`` or how many directions; see the module's text.
+        keep: ``"tail"`` for the eigenvalues of the power-law tail, ``"erg"`` for those of the effective correlation
+            space, or the number of directions.
         fit: how the power law's λ_min is chosen, for ``"tail"``.
 
+    Returns:
+        A `ProjectedMatrix`.
+
     Raises:
-        MatrixError: no eigenvalue differs from 0 (status ``zero``), NaN or infinite entries (``nan``), none at all
-            (``empty``), no power law (``degenerate``), a trace-log condition without crossing (``no_ecs``), or fewer
-            directions, M, than are to be kept (``too_small``).
-        UsageError: `keep` is neither of these, or below 1; or a matrix of other dimensions.
+        MatrixError: no eigenvalue differs from 0 (status ``zero``), entries are NaN or infinite (``nan``), there are no
+            entries (``empty``), no power law (``degenerate``) or no crossing in the trace-log condition (``no_ecs``),
+            or the matrix has fewer directions, M, than are to be kept (``too_small``).
+        UsageError: `keep` is none of these, or below 1; or the matrix has other dimensions.
 
     Source: SETOL (arXiv 2507.17912) for the test; Eckart & Young (Psychometrika 1, 1936) for the projection.
+
+    Examples:
+        >>> import htsr, numpy as np
+        >>> found = htsr.project_tail(np.diag([3.0, 2.0, 1.0]), keep=2)
+        >>> found.matrix.diagonal().round(6).tolist(), found.kept, found.total
+        ([3.0, 2.0, 0.0], 2, 3)
+        >>> round(found.norm_kept, 6), round(13 / 14, 6)  # (3² + 2²) / (3² + 2² + 1²)
+        (0.928571, 0.928571)
     """
     found = decompose(matrix)
     if keep == "tail" and found.values.any():
@@ -165,8 +177,15 @@ def decompose(matrix: Array) -> Eigendecomposition:
         matrix: (m, n), or (pieces, m, n); any float dtype.
 
     Raises:
-        MatrixError: NaN, infinite or overflowing entries (status ``nan``), or no entries (``empty``).
-        UsageError: neither 2 nor 3 dimensions.
+        MatrixError: entries are NaN, infinite or overflow (status ``nan``), or there are none (``empty``).
+        UsageError: the matrix has neither 2 nor 3 dimensions.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.directions import decompose
+        >>> found = decompose(np.diag([1.0, 3.0, 2.0]))
+        >>> found.values.round(6).tolist(), found.vectors[0].abs().argmax(0).tolist()
+        ([[1.0, 4.0, 9.0]], [0, 2, 1])
     """
     import torch
 
@@ -194,17 +213,18 @@ def rescaled(matrix: Array, vectors: torch.Tensor, ratios: Vector) -> Array:
 
     Args:
         matrix: (m, n) or (pieces, m, n).
-        vectors: (pieces, M, M), of its `decompose`.
-        ratios: (pieces, M), in the order of its eigenvalues.
+        vectors: (pieces, M, M) eigenvectors from `decompose`.
+        ratios: (pieces, M) factors of the singular values, in the order of the eigenvalues.
 
     Returns:
-        Shape, dtype and kind (NumPy or torch) of `matrix`.
+        The new matrix, in shape, dtype and kind (NumPy or torch) of `matrix`.
     """
     import torch
 
     W = _stack(matrix)
     wide = W.shape[1] < W.shape[2]
     scale = torch.as_tensor(ratios, dtype=vectors.dtype, device=vectors.device)
+    # W V diag(ratios) Vᵀ: no division by singular values, so that small ones do no harm
     change = (vectors * scale[:, None, :]) @ vectors.mT
     result = torch.empty_like(W)
     tall, target = (W.mT, result.mT) if wide else (W, result)
@@ -249,18 +269,26 @@ def remove_traps(matrix: Array, *, seed: int | tuple[int, ...] = 0) -> CleanedMa
     spectrum. Traps of many moderately large entries (a heavy-tailed entry distribution) remain, and are reported.
 
     Args:
-        matrix: (m, n) or (pieces, m, n), whose mean and σ are common; NumPy or torch, any float dtype. Changed in
-            float64, permuted and decomposed in float32.
-        seed: of the permutation, the same before and after.
+        matrix: (m, n), or (pieces, m, n) with one mean and σ of all pieces; NumPy or torch, any float dtype. It is
+            changed in float64, and permuted and decomposed in float32.
+        seed: seed of the permutation, the same before and after.
 
     Returns:
-        A `CleanedMatrix`, whose matrix has shape, dtype and kind of what was given.
+        A `CleanedMatrix`, whose matrix has shape, dtype and kind of the one that was given.
 
     Raises:
-        MatrixError: NaN, infinite or overflowing entries (status ``nan``), or no entries (``empty``).
-        UsageError: a matrix of other dimensions.
+        MatrixError: entries are NaN, infinite or overflow (status ``nan``), or there are none (``empty``).
+        UsageError: the matrix has other dimensions.
 
     Sources: SETOL (arXiv 2507.17912) for traps; Benaych-Georges & Nadakuditi (J. Multivar. Anal. 111, 2012).
+
+    Examples:
+        >>> import htsr, numpy as np
+        >>> W = np.random.default_rng(0).standard_normal((200, 100))
+        >>> W[3, 5] = 40.0
+        >>> found = htsr.remove_traps(W)
+        >>> found.traps_before, found.traps_after, found.clipped, round(found.limit, 1)  # 20000^¼ = 11.9
+        (1, 0, 1, 11.8)
     """
     W = as_numpy(matrix)
     before, sigma = _traps(W, seed)

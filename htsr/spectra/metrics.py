@@ -19,22 +19,30 @@ class Options:
 
     Attributes:
         fit: how λ_min is chosen (`htsr.spectra.tail`).
-        xmin: λ_min by hand, in units of the eigenvalues.
-        xmax: eigenvalues above it are left out of the fit.
+        xmin: value of λ_min, in units of the eigenvalues, where it is not to be chosen; else None.
+        xmax: largest eigenvalue that takes part in the fit; None for all.
         route: how eigenvalues are computed (`htsr.spectra.esd`).
         dtype: precision of that computation.
-        device: where it runs: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        device: device that it runs on: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         windows: FARMS windows; None decomposes whole matrices.
-        null: compare α with its shape null (`htsr.spectra.null`).
-        bulk: fit the Marchenko-Pastur bulk and count spikes.
-        permuted: decompose the permuted matrix too: traps, distance to random.
-        alternatives: compare the power law with other laws.
-        quality: SETOL's (experimental) quality estimates.
-        bootstrap: resamples of the bootstrap interval of α; 0 for none.
-        seed: of everything random but the null: permutation, bootstrap, Lanczos probes.
+        null: whether to compare α with its shape null (`htsr.spectra.null`).
+        bulk: whether to fit the Marchenko-Pastur bulk and count spikes.
+        permuted: whether to decompose the permuted matrix, too, for traps and the distance to random.
+        alternatives: whether to compare the power law with other laws.
+        quality: whether to compute SETOL's (experimental) quality estimates.
+        bootstrap: number of resamples of the bootstrap interval of α; 0 for no interval.
+        seed: seed of all that is random but the null: permutation, bootstrap, Lanczos probes.
 
     Raises:
-        UsageError: an unknown `fit`, `route` or `dtype`, or a number without meaning.
+        UsageError: there is no such `fit`, `route` or `dtype`, or a number has no meaning.
+
+    Examples:
+        >>> import htsr
+        >>> htsr.Options(fit="hill", bulk=True).fit
+        'hill'
+        >>> htsr.Options(fit="hil")
+        Traceback (most recent call last):
+        htsr.errors.UsageError: unknown fit 'hil': ks, hill, hill_paper, fix_fingers, clip_xmax
     """
 
     fit: FitMethod = "ks"
@@ -74,87 +82,95 @@ class LayerMetrics:
     to base 10, as in the reference tools. `trace_log`, `log_lambda_ratio` and `erg_logdet` use natural ones.
 
     Attributes:
-        name: the matrix, as the checkpoint names it, with ``[q]``, ``[3]`` … for a part of a fused tensor.
-        role: what it does: ``embed``, ``attn.q``, ``mlp.up``, ``conv`` … (`htsr.matrices.roles`).
+        name: name of the matrix in the checkpoint, with ``[q]``, ``[3]`` … for a part of a fused tensor.
+        role: what the matrix does: ``embed``, ``attn.q``, ``mlp.up``, ``conv`` … (`htsr.matrices.roles`).
         block: index of its transformer block or stage.
-        kind: ``linear``, ``embedding``, ``conv``, ``expert``, ``adapter``.
-        stored: dtype it is stored in.
-        rows: first dimension of the matrix (out).
-        columns: second dimension (in).
+        kind: kind of the layer: ``linear``, ``embedding``, ``conv``, ``expert``, ``adapter``.
+        stored: dtype that the matrix is stored in.
+        rows: number of rows, the first dimension of the matrix (out).
+        columns: number of columns, the second dimension (in).
         M: smaller side of what was decomposed (of a window, if windowed).
-        N: larger side.
+        N: larger side of what was decomposed.
         Q: aspect ratio N/M.
-        pieces: matrices whose eigenvalues are pooled (kernel offsets, windows).
-        num_eigenvalues: K = M · pieces.
-        status: ``ok``, or why there is no fit.
-        warning: what to be careful about.
+        pieces: number of matrices whose eigenvalues are pooled (kernel offsets, windows).
+        num_eigenvalues: number of eigenvalues, K = M · pieces.
+        status: ``ok``, or in one word why there is no fit.
+        warning: notes on what to be careful about.
         alpha: power-law exponent α of the ESD's tail.
-        sigma: its standard error (α-1)/√n.
+        sigma: standard error of α, (α-1)/√n.
         D: Kolmogorov-Smirnov distance of the fit.
-        lambda_min: where the tail begins.
-        num_pl_tail: eigenvalues in the tail.
+        lambda_min: smallest eigenvalue of the tail, λ_min.
+        num_pl_tail: number of eigenvalues in the tail, n.
         fit: method that chose λ_min.
-        num_fingers: top eigenvalues that ``clip_xmax`` dropped.
+        num_fingers: number of largest eigenvalues that ``clip_xmax`` dropped.
         alpha_low: lower bound of the 95 % bootstrap interval of α.
-        alpha_high: upper bound.
+        alpha_high: upper bound of that interval.
         alpha_error: standard error of α from the probes of the Lanczos route.
-        alpha_null: α of pure noise of the same shape under the same fit, median.
-        alpha_null_sd: its standard deviation.
-        alpha_minus_null: α - alpha_null.
+        alpha_null: median α of pure noise of the same shape under the same fit.
+        alpha_null_sd: standard deviation of α of that noise.
+        alpha_minus_null: difference α - alpha_null.
         trace_log: mean of ln λ̃ over the power-law tail, the primary ERG number; 0 is ideal.
-        erg_num: eigenvalues in the effective correlation space.
-        lambda_erg: smallest of them.
-        lambda_erg_rescaled: the same with mean λ = 1.
-        delta_lambda_min: λ̃_min - λ̃_ERG.
-        log_lambda_ratio: ln(λ_min / λ_ERG).
-        erg_gap: erg_num - num_pl_tail.
-        erg_gap_fraction: erg_gap / K.
-        erg_logdet: Σ ln λ̃ over the power-law tail.
+        erg_num: number of eigenvalues in the effective correlation space (ECS).
+        lambda_erg: smallest eigenvalue of the ECS, λ_ERG.
+        lambda_erg_rescaled: smallest eigenvalue of the ECS where the mean of all is 1, λ̃_ERG.
+        delta_lambda_min: difference λ̃_min - λ̃_ERG.
+        log_lambda_ratio: logarithm ln(λ_min / λ_ERG).
+        erg_gap: difference erg_num - num_pl_tail.
+        erg_gap_fraction: ratio erg_gap / K.
+        erg_logdet: sum Σ ln λ̃ over the power-law tail.
         erg_crossing: whether the trace-log condition can be met at all.
-        norm: ‖W‖_F² = Σλ.
-        log_norm: log10 of it.
-        spectral_norm: λ_max, the squared largest singular value.
-        log_spectral_norm: log10 λ_max.
-        lambda_max: λ_max.
-        alpha_hat: α·log10 λ_max, with raw eigenvalues.
-        log_alpha_norm: log10 Σ λ^α.
-        stable_rank: Σλ / λ_max.
-        entropy: -Σ p ln p / ln(rank), p = λ/Σλ.
-        matrix_rank: eigenvalues above the resolution of the stored numbers (`htsr.spectra.resolution`).
-        rank_loss: K - matrix_rank.
+        norm: squared Frobenius norm ‖W‖_F² = Σλ.
+        log_norm: logarithm log10 ‖W‖_F².
+        spectral_norm: largest eigenvalue λ_max, the square of the largest singular value.
+        log_spectral_norm: logarithm log10 λ_max.
+        lambda_max: largest eigenvalue λ_max.
+        alpha_hat: weighted exponent α·log10 λ_max, with eigenvalues as they are.
+        log_alpha_norm: logarithm log10 Σ λ^α.
+        stable_rank: stable rank Σλ / λ_max.
+        entropy: matrix entropy -Σ p ln p / ln(rank), p = λ/Σλ.
+        matrix_rank: number of eigenvalues above the resolution of the stored numbers (`htsr.spectra.resolution`).
+        rank_loss: number of eigenvalues below that resolution, K - matrix_rank.
         sigma_mp: standard deviation of the entries of the Marchenko-Pastur bulk.
-        lambda_plus: its upper edge.
-        lambda_minus: its lower edge.
-        bulk_threshold: what a spike must exceed: the Tracy-Widom 99 % quantile of a pure-noise matrix.
-        num_spikes: eigenvalues that do.
-        mp_softrank: lambda_plus / λ_max.
+        lambda_plus: upper edge of that bulk, λ₊.
+        lambda_minus: lower edge of that bulk, λ₋.
+        bulk_threshold: value that a spike exceeds: the Tracy-Widom 99 % quantile of a pure-noise matrix.
+        num_spikes: number of spikes, eigenvalues above `bulk_threshold`.
+        mp_softrank: Marchenko-Pastur soft rank λ₊ / λ_max.
         mp_distance: Kolmogorov-Smirnov distance between the bulk and the Marchenko-Pastur law.
-        num_traps: correlation traps: spikes of the permuted matrix.
-        max_rand_eval: its largest eigenvalue.
-        rand_threshold: what its spikes exceed.
+        num_traps: number of correlation traps: spikes of the permuted matrix.
+        max_rand_eval: largest eigenvalue of the permuted matrix.
+        rand_threshold: value that spikes of the permuted matrix exceed.
         rand_distance: Jensen-Shannon distance between the ESDs of W and of the permuted W.
-        mean_shift: |mean W| / standard deviation of W.
-        mean_shift_threshold: above it the mean alone makes a trap, (N·M)^(-1/4).
-        best_law: ``power_law`` or the law that is significantly better on the same tail.
-        tpl_alpha: α of the truncated power law on the same tail.
-        tpl_Lambda: its cut-off rate Λ, 1/λ units.
-        tpl_R: log-likelihood ratio, power law against truncated; negative favours the truncated one.
-        tpl_p: significance of it.
-        exponential_R: power law against exponential.
-        exponential_p: significance.
-        stretched_exponential_R: power law against stretched exponential.
-        stretched_exponential_p: significance.
-        lognormal_R: power law against lognormal.
-        lognormal_p: significance.
-        e_tpl_alpha: α of the extended truncated power law (tail of ``fix_fingers``).
-        e_tpl_Lambda: its cut-off rate.
-        quality_tail_norm: experimental, see `htsr.spectra.quality`, as the next three.
-        quality_log: inverse Marchenko-Pastur form.
-        quality_schatten: Lévy-Wigner form.
-        quality_cumulant: free-cumulant form.
+        mean_shift: ratio |mean W| / standard deviation of W.
+        mean_shift_threshold: value of `mean_shift` above which the mean alone makes a trap, (N·M)^(-1/4).
+        best_law: ``power_law``, or the law that is significantly better on the same tail.
+        tpl_alpha: exponent α of the truncated power law on the same tail.
+        tpl_Lambda: cut-off rate Λ of the truncated power law, in 1/λ units.
+        tpl_R: log-likelihood ratio of power law and truncated power law; negative favours the truncated one.
+        tpl_p: significance of `tpl_R`.
+        exponential_R: log-likelihood ratio of power law and exponential.
+        exponential_p: significance of `exponential_R`.
+        stretched_exponential_R: log-likelihood ratio of power law and stretched exponential.
+        stretched_exponential_p: significance of `stretched_exponential_R`.
+        lognormal_R: log-likelihood ratio of power law and lognormal.
+        lognormal_p: significance of `lognormal_R`.
+        e_tpl_alpha: exponent α of the extended truncated power law (tail of ``fix_fingers``).
+        e_tpl_Lambda: cut-off rate Λ of the extended truncated power law, in 1/λ units.
+        quality_tail_norm: experimental quality estimate, tail-norm form (`htsr.spectra.quality`).
+        quality_log: experimental quality estimate, inverse Marchenko-Pastur form.
+        quality_schatten: experimental quality estimate, Lévy-Wigner form.
+        quality_cumulant: experimental quality estimate, free-cumulant form.
         route: how the eigenvalues were computed, and in which precision.
         esd_error: standard error of the distribution function, where the route is approximate.
-        seconds: time spent on this matrix.
+        seconds: time spent on this matrix, in seconds.
+
+    Examples:
+        >>> import htsr, torch
+        >>> (row,) = htsr.analyze({"layers.0.mlp.up_proj.weight": torch.diag(torch.arange(1.0, 31.0))}, null=False)
+        >>> row.norm, row.spectral_norm, row.stable_rank == row.norm / row.spectral_norm, row.matrix_rank
+        (9455.0, 900.0, True, 30)
+        >>> row.num_spikes is None  # not asked for
+        True
     """
 
     name: str

@@ -32,8 +32,11 @@ def notes(numbers: dict[str, Any], spectrum: ESD) -> list[str]:
     ================== ==================================================================================
 
     Args:
-        numbers: of the row, by field of `LayerMetrics`.
-        spectrum: that they are of.
+        numbers: numbers of the row, by field of `LayerMetrics`.
+        spectrum: spectrum that they were computed from.
+
+    Returns:
+        The notes, none longer than a few words.
     """
     found = []
     variance = numbers["norm"] / (spectrum.pieces * spectrum.M * spectrum.N)
@@ -55,9 +58,14 @@ def notes(numbers: dict[str, Any], spectrum: ESD) -> list[str]:
 
 
 def kind_of(note: str) -> str:
-    """What notes of one kind have in common, for counting and filtering: ``tail of`` of ``tail of 7``.
+    """What all notes of one kind begin with, for counting and filtering: ``tail of`` for ``tail of 7``.
 
     Args:
-        note: one of a row's, without the ``; `` between them.
+        note: one note of a row, without the ``; `` between notes.
+
+    Examples:
+        >>> from htsr.spectra.notes import kind_of
+        >>> kind_of("tail of 7"), kind_of("no ERG")
+        ('tail of', 'no ERG')
     """
     return "tail of" if note.startswith("tail of ") else note

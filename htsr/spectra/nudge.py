@@ -40,11 +40,11 @@ class Nudge:
     """A nudged spectrum.
 
     Attributes:
-        eigenvalues: the new ones, in the shape and order of the old.
-        tail: which of them are the tail, bool, in the same shape.
-        alpha: exponent of the tail before.
-        alpha_after: exponent of the same tail after.
-        strength: what was applied, at most what was asked for.
+        eigenvalues: new eigenvalues, in the shape and order of the old ones.
+        tail: mask of those that are the tail, bool, in the same shape.
+        alpha: exponent of the tail before the nudge.
+        alpha_after: exponent of the same eigenvalues after the nudge.
+        strength: strength that was applied, at most the one that was asked for.
     """
 
     eigenvalues: Vector
@@ -58,14 +58,25 @@ def nudge_spectrum(eigenvalues: Vector, strength: float, *, fit: FitMethod = "ks
     """The spectrum, moved towards α = 2.
 
     Args:
-        eigenvalues: non-negative, any shape and order; pooled for the fit.
+        eigenvalues: non-negative eigenvalues in any shape and order; the fit pools them.
         strength: η in [0, 1]. At 0 nothing changes, at 1 the tail's exponent becomes 2.
-        fit: how the tail is chosen.
+        fit: how the tail is chosen (`htsr.spectra.tail`).
 
     Raises:
-        MatrixError: no power law (status ``degenerate``), a tail of fewer than 8 eigenvalues (``no_tail``), or one that
-            cannot go towards α = 2 without leaving the trace-log condition (``no_way``).
-        UsageError: a strength outside [0, 1].
+        MatrixError: there is no power law (status ``degenerate``), its tail has fewer than 8 eigenvalues (``no_tail``),
+            or it cannot go towards α = 2 without leaving the trace-log condition (``no_way``).
+        UsageError: the strength lies outside [0, 1].
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.nudge import nudge_spectrum
+        >>> bulk, tail = np.linspace(0.1, 1, 80), 2 * (np.arange(1, 41) / 41) ** -0.5  # a power law with α = 3
+        >>> spectrum = np.concatenate([bulk, tail])
+        >>> moved = nudge_spectrum(spectrum, 0.5)
+        >>> round(moved.alpha, 2), round(moved.alpha_after, 2)  # α' = 1 + √(α - 1)
+        (3.15, 2.47)
+        >>> bool(np.isclose(moved.eigenvalues.sum(), spectrum.sum()))  # ‖W‖_F stays
+        True
     """
     if not 0 <= strength <= 1:
         raise UsageError(f"the strength of a nudge is between 0 and 1, not {strength}")
@@ -75,7 +86,7 @@ def nudge_spectrum(eigenvalues: Vector, strength: float, *, fit: FitMethod = "ks
         raise MatrixError("no_tail", f"a power-law tail of {int(tail.sum())} eigenvalues is too short to be nudged")
     log = np.log(eigenvalues[tail])
     centre, total = float(log.mean()), float(eigenvalues.sum())
-    T = centre - np.log(total / eigenvalues.size)
+    T = centre - np.log(total / eigenvalues.size)  # mean of ln λ̃ without forming λ̃
     for halving in range(HALVINGS + 1):
         applied = strength * 0.5**halving
         stretch = (found.alpha - 1) ** applied
@@ -95,12 +106,23 @@ def nudge(matrix: Array, strength: float, *, fit: FitMethod = "ks") -> tuple[Arr
 
     Args:
         matrix: (m, n), or (pieces, m, n) with pooled eigenvalues; computed in float64 on a CPU, float32 elsewhere.
-        strength: see `nudge_spectrum`; at 0 the matrix itself is returned.
-        fit: how the tail is chosen.
+        strength: η in [0, 1]; at 0 the matrix itself is returned.
+        fit: how the tail is chosen (`htsr.spectra.tail`).
+
+    Returns:
+        The new matrix in shape, dtype and kind (NumPy or torch) of `matrix`, and the `Nudge` of its spectrum.
 
     Raises:
-        MatrixError: as `nudge_spectrum` and `htsr.spectra.directions.decompose`.
-        UsageError: a strength outside [0, 1].
+        MatrixError: `nudge_spectrum` or `htsr.spectra.directions.decompose` refuses the matrix.
+        UsageError: the strength lies outside [0, 1].
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.nudge import nudge
+        >>> W = np.diag(np.sqrt(np.concatenate([np.linspace(0.1, 1, 80), 2 * (np.arange(1, 41) / 41) ** -0.5])))
+        >>> changed, moved = nudge(W, 1.0)
+        >>> round(moved.alpha_after, 6), bool(np.isclose(np.linalg.norm(changed), np.linalg.norm(W)))
+        (2.0, True)
     """
     found = decompose(matrix)
     found.require_tail()

@@ -13,12 +13,22 @@ from htsr.arrays import Numbers, Product, Vector
 
 
 def product_eigenvalues(product: Product) -> Vector:
-    """Squared singular values of all pieces, ascending: M = min(m, n) a piece, of which at most `rank` are not 0.
-
-    What lies below float64's resolution of the r × r problem is 0.
+    """Squared singular values of all pieces of a product.
 
     Args:
         product: one product, or a stack of them.
+
+    Returns:
+        (pieces · M,) float64, ascending, M = min(m, n). At most `rank` of each piece are not 0: what lies below
+        float64's resolution of the r × r problem is 0.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.arrays import Product
+        >>> from htsr.spectra.product import product_eigenvalues
+        >>> B, A = np.array([[3.0], [4.0]]), np.array([[1.0, 0.0, 0.0]])  # ΔW of rank 1 and norm 5
+        >>> product_eigenvalues(Product(B, A)).round(6).tolist()
+        [0.0, 25.0]
     """
     factors = (product.left, product.right)
     stacks = [x.astype(np.float64) if x.ndim == 3 else x[None].astype(np.float64) for x in factors]
@@ -29,6 +39,7 @@ def product_eigenvalues(product: Product) -> Vector:
 
 
 def _singular(left: Numbers, right: Numbers) -> Numbers:
+    """Singular values of left · right: orthogonal Q_left and Q_right change none, so those of the small core."""
     if not (np.isfinite(left).all() and np.isfinite(right).all()):
         return np.full(1, np.nan)
     r_left, r_right = (np.asarray(np.linalg.qr(x, mode="r")) for x in (left, right.T))

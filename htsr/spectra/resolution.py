@@ -62,13 +62,26 @@ _COMPUTED = 64.0  # ulps between eigenvalues of a matrix that was made orthogona
 
 
 def without_rounding(eigenvalues: Vector, N: int, stored: str, rounding: float | None = None) -> Vector:
-    """The eigenvalues of single matrices, what is rounding set to 0, as the module's text says.
+    """The eigenvalues of single matrices, with those that are only rounding set to 0, as the module's text says.
 
     Args:
         eigenvalues: (…, M) ≥ 0, ascending along the last axis.
         N: larger side of the matrices.
         stored: dtype that their entries were stored in, as torch names it.
         rounding: mean square of their entries' errors, where that is known otherwise (`Difference`).
+
+    Returns:
+        (…, M) float64, in the same order.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.resolution import without_rounding
+        >>> random = np.random.default_rng(0)
+        >>> W = random.standard_normal((400, 60)) @ random.standard_normal((60, 200))  # rank 60
+        >>> stored = W.astype(np.float32).astype(np.float64)
+        >>> eigenvalues = np.linalg.svd(stored, compute_uv=False)[::-1] ** 2
+        >>> int(np.count_nonzero(eigenvalues)), int(np.count_nonzero(without_rounding(eigenvalues, 400, "float32")))
+        (200, 60)
     """
     M = eigenvalues.shape[-1]
     eps = epsilon(stored)
@@ -76,6 +89,7 @@ def without_rounding(eigenvalues: Vector, N: int, stored: str, rounding: float |
     largest = eigenvalues[..., -1:]
     k = np.arange(1, M + 1)
     square = eigenvalues.sum(axis=-1, keepdims=True) / (M * N)
+    # for each k at once: the errors of rank M - k, and whether the k smallest look like them
     stored_errors = MANTISSAS**2 * eps**2 * square if rounding is None else np.full_like(square, rounding)
     errors = stored_errors + MANTISSAS**2 * summed**2 * square * (M - k) / 2
     alike = eigenvalues <= _UNEVEN**2 * errors * (np.sqrt(N - M + k) + np.sqrt(k)) ** 2
@@ -104,7 +118,15 @@ def rounded_away(matrix: npt.NDArray[Any], stored: str) -> int:
         stored: ``bfloat16`` or ``float16``.
 
     Returns:
-        k, counted among the M = min(m, n) eigenvalues of the Gram matrix; zero rows and columns among them.
+        Their number k among the M = min(m, n) eigenvalues of the Gram matrix; zero rows and columns count, too.
+
+    Examples:
+        >>> import numpy as np, torch
+        >>> from htsr.spectra.resolution import rounded_away
+        >>> random = np.random.default_rng(0)
+        >>> W = random.standard_normal((400, 60)) @ random.standard_normal((60, 200))  # rank 60
+        >>> rounded_away(torch.from_numpy(W).bfloat16().double().numpy(), "bfloat16")
+        140
     """
     W = matrix.astype(np.float64)
     W = W[W.any(axis=1)][:, W.any(axis=0)]
@@ -113,9 +135,10 @@ def rounded_away(matrix: npt.NDArray[Any], stored: str) -> int:
     empty = min(matrix.shape) - M
     if M == 0:
         return empty
+    # spacing of the stored numbers about each entry; an error is uniform in it, of variance step²/12
     step = np.maximum(epsilon(stored) * np.exp2(np.frexp(W)[1] - 1.0), _SMALLEST[stored])
     errors = np.where(W == 0, 0.0, step**2 / 12)
-    for _ in range(_BALANCING):
+    for _ in range(_BALANCING):  # rows and columns in turn (Sinkhorn): scaling either unsettles the other a little
         for axis in (0, 1):
             mean = errors.mean(axis=axis, keepdims=True)
             errors, W = errors / mean, W / np.sqrt(mean)
@@ -140,8 +163,8 @@ def equal_within(M: int, N: int, stored: str) -> float:
     4·√(2M)·s·ρ·rms, which is 1.2·ε·√(M/N) of s² (measured: the same to 5 %); twice that, and what computing adds.
 
     Args:
-        M: smaller side.
-        N: larger side.
+        M: smaller side of the matrix.
+        N: larger side of the matrix.
         stored: dtype that the entries were stored in, as torch names it.
     """
     return 2.4 * epsilon(stored) * (M / N) ** 0.5 + _COMPUTED * EPSILON["float32"]
@@ -152,8 +175,14 @@ def distinct(values: Vector, within: float, enough: int) -> int:
 
     Args:
         values: (K,) positive, ascending.
-        within: relative difference of values that are equal.
-        enough: where to stop counting.
+        within: relative difference up to which two values count as one.
+        enough: number at which counting stops.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.resolution import distinct
+        >>> distinct(np.array([1.0, 1.0 + 1e-9, 2.0, 3.0]), within=1e-6, enough=8)
+        3
     """
     found = start = 0
     while start < values.size and found < enough:
@@ -166,12 +195,12 @@ def require_tail(eigenvalues: Vector, within: float) -> None:
     """Refuse a spectrum that has no tail to speak of, so that no exponent of it would mean anything.
 
     Args:
-        eigenvalues: (K,) ≥ 0, ascending, what is rounding set to 0.
-        within: relative difference of values that are equal.
+        eigenvalues: (K,) ≥ 0, ascending; those that are only rounding are 0.
+        within: relative difference up to which two values count as one.
 
     Raises:
-        MatrixError: fewer than `MIN_EIGENVALUES` eigenvalues above the resolution (status ``tiny``), or of those fewer
-            that differ by more than rounding (``degenerate``), as of an orthogonal matrix.
+        MatrixError: fewer than `MIN_EIGENVALUES` eigenvalues are above the resolution (status ``tiny``), or fewer than
+            that differ by more than rounding (``degenerate``), as for an orthogonal matrix.
     """
     positive = eigenvalues[eigenvalues > 0]
     if (rank := positive.size) < MIN_EIGENVALUES:

@@ -35,16 +35,25 @@ def score(spectrum: ESD, name: Score, fit: FitMethod = "hill") -> float:
     """The score of one ESD.
 
     Args:
-        spectrum: of the matrix.
-        name: see the module's text, or a function of the `ESD`.
+        spectrum: spectrum of the matrix.
+        name: name of the score, as in the table above, or a function of the `ESD`.
         fit: how the power-law tail is chosen (`htsr.spectra.tail`).
 
     Returns:
         The score, without unit; NaN for the stable rank of a matrix of zeros, and for an ERG gap without a crossing.
 
     Raises:
-        MatrixError: a score that wants a tail of a spectrum that has none (`ESD.require_tail`).
-        UsageError: an unknown name.
+        MatrixError: the score needs a tail, and the spectrum has none (`ESD.require_tail`).
+        UsageError: there is no score of that name.
+
+    Examples:
+        >>> import htsr, numpy as np
+        >>> from htsr.spectra.scores import score
+        >>> spectrum = htsr.esd(np.diag(np.arange(1.0, 31.0)))
+        >>> round(score(spectrum, "stable_rank"), 3), 9455 / 900  # Σλ = 1² + … + 30²
+        (10.506, 10.505555555555556)
+        >>> score(spectrum, lambda spectrum: spectrum.eigenvalues[-1])
+        900.0
     """
     if callable(name):
         return float(name(spectrum))
@@ -84,13 +93,18 @@ def null_of_shape(
     """α of pure noise of this shape, or of its windows; nothing is read.
 
     Args:
-        shape: (m, n) of the matrix, or of one of `pieces` of equal shape that are pooled.
-        pieces: how many.
-        fit: as in `score`.
+        shape: (m, n) of the matrix, or of each piece where several are pooled.
+        pieces: number of pieces of that shape.
+        fit: how the power-law tail is chosen (`htsr.spectra.tail`).
         windows: FARMS windows; None for the whole matrix.
 
     Returns:
         The median of `htsr.spectra.null.alpha_null`; the same for the same arguments.
+
+    Examples:
+        >>> from htsr.spectra.scores import null_of_shape
+        >>> null_of_shape((64, 64)) < null_of_shape((64, 256))  # a narrower bulk has a steeper edge
+        True
     """
     if windows is not None:
         cuts = windows.slices(shape)

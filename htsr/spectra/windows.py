@@ -13,18 +13,27 @@ _MOST = 200  # along an axis; more than ten times what was published
 class Windows:
     """FARMS windows: equal-shape submatrices that all share one aspect ratio, and so one shape null.
 
-    Up to `count` × `count` windows of `rows` × int(rows · aspect) entries, evenly spread, the last one touching the
-    edge. A window larger than the matrix shrinks to it and keeps its aspect.
+    Up to `count` × `count` windows of `rows` × int(rows · aspect) entries, evenly spread, the last one at the edge of
+    the matrix. A window larger than the matrix shrinks to it and keeps its aspect.
 
     Attributes:
-        rows: rows of a window. Published: 2000 for LLMs, 100 for CNNs.
-        count: windows along each axis. Published: 10-15 for LLMs, 9 for CNNs.
-        aspect: columns per row.
+        rows: number of rows of a window. Published: 2000 for LLMs, 100 for CNNs.
+        count: number of windows along each axis. Published: 10-15 for LLMs, 9 for CNNs.
+        aspect: aspect ratio of a window, columns per row.
 
     Raises:
-        UsageError: rows or count below 1, a count above 200, or an aspect that is not positive.
+        UsageError: rows or count are below 1, count is above 200, or the aspect is not positive.
 
     Source: FARMS (ICML 2025).
+
+    Examples:
+        >>> import htsr
+        >>> for rows, columns in htsr.Windows(rows=2, count=2).slices((5, 4)):
+        ...     print(rows.start, rows.stop, columns.start, columns.stop)
+        0 2 0 2
+        0 2 2 4
+        3 5 0 2
+        3 5 2 4
     """
 
     rows: int
@@ -46,7 +55,7 @@ class Windows:
             shape: (m, n) of the matrix.
 
         Returns:
-            Up to `count`² pairs; fewer where the matrix has no room for that many different ones.
+            Up to `count`² pairs of slices; fewer where the matrix has no room for so many different windows.
         """
         m, n = shape
         rows = max(1, min(self.rows, m, int(n / self.aspect)))
