@@ -1,4 +1,4 @@
-"""Checkpoints of a fine-tuning run: which can be gone on from, how far they are, and the loss so far."""
+"""Checkpoints of a fine-tuning run: from which a run can go on, how far they are, and the loss so far."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Checkpoint:
     """A checkpoint that the Trainer wrote whole.
 
     Attributes:
-        path: of its folder.
-        step: optimizer steps done.
+        path: path of its folder.
+        step: number of optimizer steps done.
         loss: sum of the training loss over `loss_steps` steps.
-        loss_steps: steps that the sum is over; fewer than `step` where an older version of htsr began the run.
+        loss_steps: number of steps in that sum; fewer than `step` where an older version of htsr began the run.
     """
 
     path: Path
@@ -36,7 +36,7 @@ class Checkpoint:
 
 
 def last_checkpoint(output: Path) -> Checkpoint | None:
-    """The last in the folder `output` that training can go on from; None where there are no checkpoints.
+    """The last checkpoint in the folder `output` from which training can go on; None where there are none.
 
     Folders with other names than ``checkpoint-STEP``, those without the state that the Trainer writes last, and those
     that lack a file without which the Trainer would go on as another run are not counted.
@@ -110,7 +110,7 @@ class LossSum(TrainerCallback, ExportableState):
     """The sum of the training loss over all steps, kept in checkpoints: the Trainer's own mean is that of one piece.
 
     Args:
-        checkpoint: the one that training goes on from.
+        checkpoint: checkpoint from which training goes on; None at the beginning.
     """
 
     def __init__(self, checkpoint: Checkpoint | None) -> None:
@@ -123,23 +123,23 @@ class LossSum(TrainerCallback, ExportableState):
         self._new = loss.detach().double() if self._new is None else self._new + loss.detach()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One more optimizer step.
+        """Count one more optimizer step.
 
         Args:
-            args: as in the Trainer.
-            state: likewise.
-            control: likewise.
-            kwargs: likewise.
+            args: arguments of the Trainer.
+            state: the Trainer's state.
+            control: the Trainer's control.
+            kwargs: what else the Trainer passes to callbacks.
         """
         self._steps += 1
 
     @property
     def total(self) -> float:
-        """Σ loss in nats per token."""
+        """Sum of the loss over the steps, in nats per token."""
         return self._before + (self._new.item() if self._new is not None else 0.0)
 
     def mean(self) -> float | None:
-        """Mean over the steps that are known; None before the first."""
+        """Mean loss over the steps that are known, in nats per token; None before the first."""
         return self.total / self._steps if self._steps else None
 
     def state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is trained on: tokens of records, those that the loss is taken of, and what cutting leaves of them.
+"""Tokens of the training records: which of them have a label, that is, enter the loss, and what cutting leaves.
 
 The tokens are made as TRL makes them, without a model, so that it can be said before one is loaded that a record has no
 label left, or a token that the model does not know.
@@ -18,15 +18,20 @@ from htsr.errors import SourceError, UsageError, reason_of
 
 @dataclass(frozen=True)
 class Labels:
-    """Tokens of a set of records that the loss is taken of.
+    """How many labels, tokens that enter the loss, a set of records has.
 
     Attributes:
-        records: how many.
-        cut: records longer than the limit.
-        empty: records of which no label is left.
-        labels: tokens that the loss would be taken of without the limit.
-        lost: those beyond it.
+        records: number of records.
+        cut: number of records longer than the limit.
+        empty: number of records that keep no label.
+        labels: number of labels that there would be without the limit.
+        lost: number of labels beyond the limit.
         highest: highest token id.
+
+    Examples:
+        >>> from htsr.finetuning.labels import Labels
+        >>> print(Labels(records=10, cut=3, empty=2, labels=1000, lost=150, highest=99))
+        3 of 10 records are cut, 15% of the labels are lost; 2 keep none and are not trained on
     """
 
     records: int
@@ -46,9 +51,9 @@ def count_labels(records: Sequence[Record], tokenizer: Any, arguments: Any) -> L
     """Tokenize `records` and count.
 
     Args:
-        records: checked ones.
-        tokenizer: of the model.
-        arguments: TRL's; max_length, truncation_mode, packing and what the loss is taken of are read.
+        records: records that were checked (`htsr.calibration.record_forms.checked`).
+        tokenizer: tokenizer of the model.
+        arguments: arguments of TRL; max_length, truncation_mode, packing and completion_only_loss are read.
 
     Raises:
         SourceError: the chat template cannot write a record.
@@ -105,12 +110,12 @@ def take_own(name: str, tokenizer: Any, arguments: Any) -> None:
     """Give a tokenizer the chat template and the end of text that TRL's arguments name, as TRL will.
 
     Args:
-        name: of the model, for the message.
-        tokenizer: of it.
-        arguments: TRL's; chat_template_path and eos_token are read.
+        name: name of the model, for the message.
+        tokenizer: tokenizer of the model, changed.
+        arguments: arguments of TRL; chat_template_path and eos_token are read.
 
     Raises:
-        UsageError: no such template, or no such token.
+        UsageError: there is no such template, or no such token.
     """
     end, path = arguments.eos_token, arguments.chat_template_path
     if end is not None:
@@ -132,13 +137,13 @@ def check_tokenizer(name: str, tokenizer: Any, records: Sequence[Record], argume
     """Insist on a chat template where there are chats, marks of answers if wanted, and on a token that ends a text.
 
     Args:
-        name: of the model, for the message.
-        tokenizer: of it.
-        records: checked ones.
-        arguments: TRL's.
+        name: name of the model, for the message.
+        tokenizer: tokenizer of the model.
+        records: records that were checked (`htsr.calibration.record_forms.checked`).
+        arguments: arguments of TRL.
 
     Raises:
-        SourceError: the tokenizer has none.
+        SourceError: the tokenizer has no chat template for chats, or no token that ends a text.
         UsageError: the loss of answers alone is wanted, and they cannot be told.
     """
     if any(is_chat(record) for record in records) and not getattr(tokenizer, "chat_template", None):
@@ -175,9 +180,9 @@ def check_labels(found: Labels, arguments: Any, what: str) -> None:
     """Insist on something to learn from.
 
     Args:
-        found: of `count_labels`.
-        arguments: TRL's.
-        what: the records are, for the message.
+        found: what `count_labels` returned.
+        arguments: arguments of TRL.
+        what: what the records are, for the message.
 
     Raises:
         UsageError: cutting leaves no label.
@@ -190,7 +195,7 @@ def check_labels(found: Labels, arguments: Any, what: str) -> None:
 
 
 def insist_on_labels(dataset: Any) -> None:
-    """The same of the `dataset` that TRL has made, whatever it took for a label.
+    """Insist on a label in the `dataset` that TRL has made, whatever it took for one.
 
     Raises:
         UsageError: there is no label.
@@ -203,9 +208,9 @@ def check_vocabulary(name: str, highest: int, size: int) -> None:
     """Insist on a row of the embedding for every token.
 
     Args:
-        name: of the model, for the message.
+        name: name of the model, for the message.
         highest: highest token id of the data.
-        size: rows of the embedding.
+        size: number of rows of the embedding.
 
     Raises:
         SourceError: the tokenizer makes tokens that the model does not know.

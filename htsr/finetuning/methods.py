@@ -1,4 +1,4 @@
-"""A recipe's method made of its parts: adapters, outliers, the sampler of blocks."""
+"""What a recipe's method adds to the model before training: adapters, and the sampler of blocks with its scores."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def prepare(
     """The model with its adapters, and the sampler of blocks or None, as the recipe's method has them.
 
     Args:
-        recipe: method, lora, sampling, seed, max_length are read.
-        model: not yet wrapped.
-        tokenizer: of it.
-        train: records, through which outliers are measured where the method asks for them.
-        before: analysis of the model, for what goes by spectra.
+        recipe: recipe, of which method, lora, sampling, seed and max_length are read.
+        model: model, not yet wrapped.
+        tokenizer: tokenizer of the model.
+        train: training records, on which outliers are measured where the method asks for them.
+        before: analysis of the model, for what depends on spectra.
         output: folder in which ``outliers.json`` is kept.
-        say: told in a sentence what takes a while.
+        say: function that is told, in one sentence, what takes a while.
 
     Raises:
-        UsageError: the recipe goes by spectra and has none.
+        UsageError: the recipe needs spectra and has none.
     """
     given = recipe.sampling
     default: Strategy = "owlore" if recipe.method == "owlore" else "uniform"
@@ -81,7 +81,7 @@ def _outliers(
     path: Path,
     say: Callable[[str], None],
 ) -> Outliers:
-    """From the recipe's file, from the run's own when resuming, or measured by the first process for all."""
+    """Outliers from the recipe's file, from the run's own when resuming, or measured by the first process for all."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 

@@ -30,11 +30,11 @@ class Prepared:
     """What a run begins with.
 
     Attributes:
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         train: records to train on.
         held_out: records for the evaluation loss.
-        questions: for the accuracy.
-        checkpoint: to go on from.
+        questions: multiple-choice records for the accuracy.
+        checkpoint: checkpoint from which the run goes on; None at the beginning.
     """
 
     tokenizer: Any
@@ -70,14 +70,14 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
     """Read data and tokenizer, and see that they go together with the model's configuration.
 
     Args:
-        recipe: of the run.
-        arguments: TRL's.
+        recipe: recipe of the run.
+        arguments: arguments of TRL.
         resume: whether checkpoints are looked for.
-        say: told how many records there are, and what cutting takes of them.
+        say: function that is told how many records there are, and what cutting takes of them.
 
     Raises:
-        UsageError: nothing to learn from, or nothing to evaluate on where that is asked for.
-        SourceError: model, data or outliers that cannot be had or do not go together.
+        UsageError: there is nothing to learn from, or nothing to evaluate on where that is asked for.
+        SourceError: model, data or outliers cannot be had, or do not go together.
     """
     output = Path(recipe.output)
     checkpoint = last_checkpoint(output) if resume else None
@@ -125,7 +125,7 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
 
 
 def check_sizes(recipe: Recipe, config: Any) -> None:
-    """Insist that the model of transformers' `config` is large enough for the rank and the blocks of a `recipe`.
+    """Insist that the model of transformers' `config` is large enough for the ranks and the blocks of a `recipe`.
 
     Raises:
         UsageError: it is not.
@@ -154,7 +154,7 @@ def check_sizes(recipe: Recipe, config: Any) -> None:
 
 
 class _Whole:
-    """Questions are asked whole."""
+    """Arguments of TRL under which nothing is cut, since questions are asked whole."""
 
     max_length, packing, packing_strategy, truncation_mode, completion_only_loss = None, False, "", "keep_start", None
 

@@ -18,12 +18,12 @@ def read_recipe(path: str, changes: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe in a YAML file, or one that htsr carries, by its name (``one_cpu``, ``one_gpu_24gb`` …).
 
     Args:
-        path: of the file, or a name.
-        changes: top-level keys that go before the file's.
+        path: path of the file, or a name.
+        changes: top-level keys that replace the file's.
 
     Raises:
-        SourceError: no such file, or no YAML.
-        UsageError: an unknown key, or a value of the wrong kind or out of its range, with its place.
+        SourceError: there is no such file, or it is no YAML.
+        UsageError: a key is unknown, or a value is of the wrong kind or out of its range; its place is named.
         MissingDependencyError: TRL is not installed.
     """
     recipe = read_keys(path, changes)
@@ -35,7 +35,7 @@ def check_options(recipe: Recipe) -> None:
     """Insist that TRL and PEFT, which this imports, take what is theirs in a `recipe`.
 
     Raises:
-        UsageError: an unknown key, or a value of the wrong kind or out of its range, with its place.
+        UsageError: a key is unknown, or a value is of the wrong kind or out of its range; its place is named.
         MissingDependencyError: TRL is not installed.
     """
     check_training(recipe.training)
@@ -44,15 +44,21 @@ def check_options(recipe: Recipe) -> None:
 
 
 def read_keys(path: str, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """As `read_recipe`, with options of TRL and PEFT unread: neither is imported.
+    """Read a recipe without checking the options of TRL and PEFT: neither is imported.
 
     Args:
-        path: as there.
-        changes: as there.
+        path: path of the file, or a name.
+        changes: top-level keys that replace the file's.
 
     Raises:
-        SourceError: no such file, or no YAML.
-        UsageError: an unknown key, or a value of the wrong kind or out of its range, with its place.
+        SourceError: there is no such file, or it is no YAML.
+        UsageError: a key is unknown, or a value is of the wrong kind or out of its range; its place is named.
+
+    Examples:
+        >>> from htsr.finetuning.reading import read_keys
+        >>> recipe = read_keys("one_cpu", {"method": "lisa", "seed": 3})
+        >>> recipe.method, recipe.seed, recipe.sampling.active
+        ('lisa', 3, 4)
     """
     file = Path(path)
     try:

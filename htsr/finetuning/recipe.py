@@ -1,4 +1,4 @@
-"""Recipes of `htsr finetune`: what they may say, read from YAML and checked before anything is loaded."""
+"""The keys of a recipe of `htsr finetune`: what each means, its default, and what it may be."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def _between(section: str, low: float, high: float, *, closed: bool = False, **v
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is trained and tested on; sources as of `htsr.calibration.records.read_records`.
+    """What the model is trained and tested on; each source is one of `htsr.calibration.records.read_records`.
 
     Attributes:
-        train: records with ``text``, ``prompt`` and ``completion``, chat ``messages``, or ``question``, ``choices`` and
-            ``answer``.
-        evaluation: the same, for the evaluation loss.
-        evaluation_share: without `evaluation`, this share of the training records is held out for it; 0 for none.
-        multiple_choice: questions whose accuracy is measured before and after.
-        limit: training records at most, drawn by the seed.
+        train: source of the training records, with ``text``, ``prompt`` and ``completion``, chat ``messages``, or
+            ``question``, ``choices`` and ``answer``.
+        evaluation: source of records for the evaluation loss.
+        evaluation_share: share of the training records that is held out where there is no `evaluation`; 0 for none.
+        multiple_choice: source of questions whose accuracy is measured before and after.
+        limit: largest number of training records, drawn by the seed.
     """
 
     train: str
@@ -71,15 +71,15 @@ class Sampling:
     """Which blocks train, see `LayerSampler`.
 
     Attributes:
-        strategy: None is the method's own: ``owlore`` for owlore, ``uniform`` for the others.
-        active: γ.
-        interval: K.
-        top: see `LayerSampler`.
-        embedding: see `LayerSampler`.
-        frozen_state: see `LayerSampler`.
+        strategy: strategy of the draws; None is the method's own: ``owlore`` for owlore, ``uniform`` for the others.
+        active: number γ of blocks that train at a time.
+        interval: number K of optimizer steps between draws.
+        top: whether the γ most probable blocks train for good.
+        embedding: what becomes of embedding and head, see `LayerSampler`.
+        frozen_state: what becomes of the optimizer state of a frozen block, see `LayerSampler`.
         threshold: τ of the outlier distribution.
-        outliers: a file from `htsr outliers`; without it outliers are measured on the training data.
-        calibration_samples: training records for that.
+        outliers: file from `htsr outliers`; without it outliers are measured on the training data.
+        calibration_samples: number of training records on which they are measured.
     """
 
     strategy: Strategy | None = None
@@ -104,14 +104,15 @@ class LowRank:
     """Low-rank optimizer state, see `LowRankAdamW`.
 
     Attributes:
-        rank: r of every low-rank matrix.
+        rank: dimension r of the subspace of every low-rank matrix.
         scale: factor of the low-rank updates.
-        refresh_every: T, optimizer steps between projectors.
-        method: of the projector.
-        moments: what becomes of them at a refresh.
-        state_dtype: of the moments.
-        gradients: ``project`` and ``update`` keep no full gradient of a low-rank matrix, in one process; ``update``
-            has one backward a step and no clipping. The gradient norm that ``project`` clips is that in the subspaces.
+        refresh_every: optimizer steps from one projector to the next, T in the paper.
+        method: method of the projector.
+        moments: what becomes of the moments at a refresh.
+        state_dtype: dtype of the moments.
+        gradients: what becomes of gradients. ``project`` and ``update`` keep no full gradient of a low-rank matrix, in
+            one process; ``update`` has one backward a step and no clipping. The gradient norm that ``project`` clips is
+            that in the subspaces.
     """
 
     rank: int = 128
@@ -132,14 +133,15 @@ class Lora:
     """LoRA on all linear layers of the blocks; with qlora over weights in 4 bits.
 
     Attributes:
-        rank: of each adapter, or the average by parameters with `score`.
+        rank: rank of each adapter; with `score` their average by parameters.
         scaling: lora_alpha/r.
-        dropout: of the adapters' input.
-        score: ranks follow ``hill`` or a metric of the model's analysis, see `htsr.lora_config`; None for equal ranks.
+        dropout: dropout probability of the adapters' input.
+        score: score that the ranks follow, ``hill`` or a metric of the model's analysis, see `htsr.lora_config`; None
+            for equal ranks.
         options: any other argument of PEFT's ``LoraConfig``: use_rslora, use_dora, bias …
 
     Raises:
-        UsageError: a number out of its range, or no such metric.
+        UsageError: a number is out of its range, or there is no such metric.
     """
 
     rank: int = 8
@@ -168,17 +170,25 @@ class Recipe:
         data: see `Data`.
         method: ``full``, ``lora``, ``qlora`` (LoRA over weights in 4 bits), ``lisa``, ``owlore`` or ``galore``.
         layerwise: policy of `htsr.layerwise`, or ``none``.
-        revision: of a hub id.
-        dtype: of the weights.
-        seed: of everything random.
-        spectra: analyze the model before and after.
-        sampling: for lisa, owlore, and for adapters sampled by block with lora and qlora.
-        low_rank: for owlore and galore.
-        lora: for lora and qlora.
+        revision: branch, tag or commit of a hub id.
+        dtype: dtype of the weights.
+        seed: seed of everything random.
+        spectra: whether the model is analyzed before and after.
+        sampling: section of lisa and owlore, and of lora and qlora where adapters are sampled by block.
+        low_rank: section of owlore and galore.
+        lora: section of lora and qlora.
         training: any argument of TRL's ``SFTConfig``: learning_rate, max_steps, max_length, packing, report_to …
 
     Raises:
-        UsageError: a section or a layerwise policy that has no meaning for the method, or a number out of its range.
+        UsageError: a section or a layerwise policy has no meaning for the method, or a number is out of its range.
+
+    Examples:
+        The method brings its sections along, with their defaults:
+
+        >>> from htsr.finetuning.recipe import Data, Recipe
+        >>> recipe = Recipe(model="org/name", output="out", data=Data(train="train.jsonl"), method="galore")
+        >>> recipe.low_rank.rank, recipe.sampling
+        (128, None)
     """
 
     model: str

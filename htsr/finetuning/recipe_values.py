@@ -15,10 +15,15 @@ MOST_CHARACTERS, MOST_VALUES, MOST_ENTRIES = 30_000, 10_000, 2_000
 
 
 def load_yaml(text: str) -> Any:
-    """What a YAML text says, with numbers as in 1e-4 for numbers.
+    """What a YAML text says, where 1e-4 is a number.
 
     Raises:
-        ValueError: no YAML, or one of a size that no recipe has, its anchors written out.
+        ValueError: it is no YAML, or has a size that no recipe has, its anchors written out.
+
+    Examples:
+        >>> from htsr.finetuning.recipe_values import load_yaml
+        >>> load_yaml("training: {learning_rate: 1e-4, max_steps: 10}")
+        {'training': {'learning_rate': 0.0001, 'max_steps': 10}}
     """
     import yaml
 
@@ -45,10 +50,10 @@ def load_yaml(text: str) -> Any:
 
 
 def _written_out(node: Any, known: dict[int, int]) -> int:
-    """Values under a node with its anchors written out.
+    """Number of values under a node with its anchors written out.
 
     Raises:
-        ValueError: too many, or a node that holds itself.
+        ValueError: there are too many, or a node holds itself.
     """
     if id(node) in known:
         if known[id(node)] == 0:
@@ -65,10 +70,10 @@ def _written_out(node: Any, known: dict[int, int]) -> int:
 
 
 def made(kind: Any, content: Mapping[str, Any], where: str) -> Any:
-    """The dataclass `kind` of keys and values.
+    """The dataclass `kind` made of keys and values.
 
     Raises:
-        UsageError: an unknown or missing key, or a value of another kind, with its place.
+        UsageError: a key is unknown or missing, or a value is of another kind; its place is named.
     """
     hints = get_type_hints(kind)
     for key in content:
@@ -110,7 +115,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def kind_of(value: Any) -> str:
-    """A value for a message: whole where it is short."""
+    """What a message calls a value: the value itself where it is short, else its kind or its beginning."""
     if isinstance(value, (dict, list)):
         return "a section of keys" if isinstance(value, dict) else "a list"
     text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a number beyond reason"
@@ -118,7 +123,7 @@ def kind_of(value: Any) -> str:
 
 
 def nearest(key: Any, known: Any) -> str:
-    """What may have been meant by `key`."""
+    """What an unknown `key` may have meant, as the end of a message."""
     import difflib
 
     near = difflib.get_close_matches(str(key)[:80], list(known), n=1)

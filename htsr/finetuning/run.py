@@ -47,18 +47,18 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
     """Run a recipe on every process of the launcher (or this one alone).
 
     Args:
-        recipe: from `htsr.finetuning.reading.read_recipe`.
-        resume: go on from the last checkpoint in the output folder; from the beginning where there is none.
-        say: told in a sentence what happens.
+        recipe: recipe, as `htsr.finetuning.reading.read_recipe` returns it.
+        resume: whether the run goes on from the last checkpoint in the output folder; where there is none it begins.
+        say: function that is told, in one sentence, what happens.
 
     Returns:
-        The `Result`; its times, memory and mean training loss are those of this process. Of a finished run, with
-        `resume`, what it came to: nothing is trained.
+        The `Result`; its times, memory and mean training loss are those of this process. With `resume` and a finished
+        run, the result of that run: nothing is trained.
 
     Raises:
-        UsageError: arguments without meaning, nothing to learn from, an output folder that is not empty, without
-            `resume`, or one with a run of another recipe, with it.
-        SourceError: model, data or checkpoint that cannot be had, or that do not go together.
+        UsageError: arguments have no meaning, there is nothing to learn from, or the output folder is not empty
+            (without `resume`) or holds a run of another recipe (with it).
+        SourceError: model, data or checkpoint cannot be had, or do not go together.
         MissingDependencyError: TRL, datasets or another optional package is not installed.
     """
     from accelerate import PartialState

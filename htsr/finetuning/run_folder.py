@@ -27,7 +27,7 @@ _MAY_CHANGE = frozenset(  # neither of these changes a weight; the folder may ha
 
 
 def check_output(output: Path, resume: bool) -> None:
-    """Insist on a folder `output` that no run has trained in, or on one to go on with where `resume` is said.
+    """Insist on a folder `output` in which no run has trained, unless `resume` says to go on with that run.
 
     What a run left that ended before its training (`PREPARED`) does not count: the next one makes it anew.
 
@@ -49,17 +49,17 @@ def check_output(output: Path, resume: bool) -> None:
 
 
 def check_same_run(recipe: Recipe, output: Path, say: Callable[[str], None]) -> None:
-    """Insist that the run in the folder `output` is one of this `recipe`, before it is gone on with.
+    """Insist that the run in the folder `output` is one of this `recipe`, before it goes on.
 
     What is saved, logged and tracked may change.
 
     Args:
-        recipe: of the run that goes on.
-        output: its folder.
-        say: told where the folder does not say what its recipe was.
+        recipe: recipe of the run that goes on.
+        output: folder of the run.
+        say: function that is told where the folder does not say what its recipe was.
 
     Raises:
-        UsageError: another recipe; all keys that differ are named.
+        UsageError: the recipe is another; all keys that differ are named.
         SourceError: the recipe in the folder cannot be read.
     """
     kept = _kept_recipe(output)

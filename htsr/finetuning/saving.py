@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def save_model(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks: Any) -> None:
-    """The model as plain transformers loads it, in safetensors; adapters merged, and by themselves under ``adapter``.
+    """Save the model as plain transformers loads it, in safetensors; adapters merged, and alone under ``adapter``.
 
     Args:
-        recipe: model, revision, dtype and lora are read.
-        trainer: that has trained it.
-        tokenizer: of the model.
-        output: folder.
+        recipe: recipe, of which model, revision, dtype and lora are read.
+        trainer: trainer that has trained the model.
+        tokenizer: tokenizer of the model.
+        output: folder of the result.
         ranks: accelerate's state of the processes.
     """
     import torch
@@ -53,14 +53,14 @@ def save_model(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks
 def write_reports(
     recipe: Recipe, result: Result, output: Path, before: Analysis | None, after: Analysis | None
 ) -> None:
-    """The comparison of the spectra, the model card, and last ``results.json``, by which a finished run is known.
+    """Write the comparison of the spectra, the model card, and last ``results.json``, the mark of a finished run.
 
     Args:
-        recipe: of the run.
-        result: of it.
-        output: folder.
-        before: analysis of the model that was trained, None where none is wanted.
-        after: of the trained model.
+        recipe: recipe of the run.
+        result: result of the run.
+        output: folder of the result.
+        before: analysis of the model before training, None where none is wanted.
+        after: analysis of the trained model, None where none is wanted.
     """
     from htsr.analysis.comparison import compare_analyses
     from htsr.finetuning.model_card import model_card

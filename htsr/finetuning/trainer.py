@@ -25,14 +25,14 @@ class FinetuneTrainer(SFTTrainer):
     """SFTTrainer that makes the optimizer of a recipe: low-rank for owlore and galore, with layerwise rates if wanted.
 
     Args:
-        recipe: method, low_rank, layerwise and seed are read.
-        sampler: of the model's blocks, where they are sampled.
-        checkpoint: that training will go on from.
-        arguments: of SFTTrainer.
+        recipe: recipe, of which method, low_rank, layerwise and seed are read.
+        sampler: sampler of the model's blocks, where they are sampled.
+        checkpoint: checkpoint from which training will go on.
+        arguments: arguments of SFTTrainer.
 
     Attributes:
         losses: sum of the training loss, over the pieces of an interrupted run.
-        epoch_steps: optimizer steps of one epoch, known when training begins.
+        epoch_steps: number of optimizer steps of one epoch, known when training begins.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class FinetuneTrainer(SFTTrainer):
             self.add_callback(LayerwiseCallback(self))
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward and backward of one batch.
+        """Run forward and backward of one batch.
 
         Args:
-            args: as in the Trainer.
-            kwargs: likewise.
+            args: positional arguments of the Trainer's method.
+            kwargs: keyword arguments of the Trainer's method.
 
         Returns:
             The loss, a scalar on the device.
@@ -74,11 +74,11 @@ class FinetuneTrainer(SFTTrainer):
         """The Trainer's plan; no epoch of it where the checkpoint is as far, or one more step would be trained.
 
         Args:
-            args: as in the Trainer.
-            kwargs: likewise.
+            args: positional arguments of the Trainer's method.
+            kwargs: keyword arguments of the Trainer's method.
 
         Returns:
-            Epochs first and steps last.
+            What the Trainer's method returns: the number of epochs first, the number of steps last.
         """
         _, self.epoch_steps, *others = plan = super().set_initial_training_values(*args, **kwargs)
         done = self.checkpoint is not None and self.checkpoint.step >= plan[-1]
@@ -88,7 +88,7 @@ class FinetuneTrainer(SFTTrainer):
         """The optimizer over all trainable parameters; made before blocks are frozen.
 
         Args:
-            model: as in the Trainer: wrapped, or None for the Trainer's own.
+            model: model as the Trainer passes it: wrapped, or None for the Trainer's own.
         """
         if self.optimizer is not None:
             return self.optimizer
@@ -120,7 +120,7 @@ class FinetuneTrainer(SFTTrainer):
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The state of blocks that were frozen is in no checkpoint, and FSDP2 has to be told."""
+        """Load the state; that of blocks that were frozen is in no checkpoint, and FSDP2 has to be told."""
         if checkpoint is None or self.sampler is None or not self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[no-untyped-call]
             return
@@ -131,7 +131,7 @@ class FinetuneTrainer(SFTTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[no-untyped-call]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing yet: htsr writes its own card at the end."""
+        """Write nothing yet: htsr writes its own card at the end."""
 
 
 def _check_gradients(gradients: str, args: Any) -> None:
