@@ -1,7 +1,7 @@
 """Norms of the input features of every linear layer, over texts that run through a model.
 
-Stacked experts are parameters of three dimensions, which no module of their own applies: their products are watched for
-instead, while transformers runs them one by one.
+Stacked experts are parameters of three dimensions that no module of their own applies. So the products with them are
+caught instead, while transformers runs the experts one by one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class InputNorms:
         self._mask: torch.Tensor | None = None  # None where the batch has no padding
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:
-        """Run one batch, (batch, tokens) each; returns its number of real tokens."""
+        """Run one batch, `input_ids` and `attention_mask` of (batch, tokens); returns its number of real tokens."""
         import torch
 
         device = next(self._model.parameters()).device
@@ -47,13 +47,14 @@ class InputNorms:
         return int(mask.sum())
 
     def add(self, name: str, X: torch.Tensor) -> None:
-        """Add the tokens of one input, (…, features)."""
+        """Add the tokens of one input `X`, (…, features), of the module `name`."""
         import torch
 
         if self._mask is not None:
             X = self._real_tokens(name, X)
         if X.numel() == 0:
             return
+        # float64, since squares of millions of tokens are added up
         wide = torch.float32 if X.device.type == "mps" else torch.float64
         squares = torch.linalg.vector_norm(X.reshape(-1, X.shape[-1]), dim=0, dtype=wide).square_()
         if name in self._squares:
@@ -89,7 +90,17 @@ class InputNorms:
 
 @contextmanager
 def input_norms(model: torch.nn.Module) -> Iterator[InputNorms]:
-    """Hooks on every Linear (and GPT-2 Conv1D) of `model`, removed again at the end of the block."""
+    """Norms of the inputs of every Linear (and GPT-2 Conv1D) of `model` that runs within the context.
+
+    Examples:
+        >>> import torch
+        >>> from htsr.calibration.activations import input_norms
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh())
+        >>> with input_norms(model) as norms:
+        ...     _ = model(torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
+        >>> norms.result()["0"]  # one norm for each input feature, over all tokens
+        array([5., 1.])
+    """
     norms = InputNorms(model)
     handles = []
     for name, module in linear_modules(model):
@@ -108,7 +119,7 @@ def input_norms(model: torch.nn.Module) -> Iterator[InputNorms]:
 
 @contextmanager
 def _expert_inputs(model: torch.nn.Module, norms: InputNorms) -> Iterator[None]:
-    """Every product with a stacked expert is noted, and transformers runs the experts one by one."""
+    """Note every product with a stacked expert, and have transformers run the experts one by one."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -171,7 +182,7 @@ def linear_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards, whatever happened, in the mode that it was in."""
+    """Put `model` into evaluation mode, and afterwards, whatever happened, back into the mode that it was in."""
     training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Models and tokenizers from paths, hub ids and installed packages, for what runs a model."""
+"""Models, their configurations and tokenizers from paths, hub ids and installed packages, to be run or trained."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def load_config(name: str, *, revision: str | None = None, causal: bool = False)
     """A model's configuration as transformers reads it.
 
     Args:
-        name: as for `load_model`.
-        revision: likewise.
-        causal: insist on one of a causal language model.
+        name: folder, hub id or .gguf file, each also as ``package:MODULE/PATH``.
+        revision: branch, tag or commit of a hub id.
+        causal: whether the configuration must be that of a causal language model.
 
     Raises:
         SourceError: it cannot be read, has no meaning, or is that of another kind of model.
@@ -63,12 +63,12 @@ def check_config(name: str, config: Any, causal: bool = False) -> None:
     """Insist on sizes that a model may have, and on a causal language model if wanted.
 
     Args:
-        name: of the model, for the message.
-        config: of transformers.
+        name: name of the model, for the message.
+        config: configuration, as transformers has it.
         causal: whether the model has to predict the next token from those before.
 
     Raises:
-        SourceError: it is not.
+        SourceError: a size has no meaning, or the model is of another kind.
     """
     from transformers.models.auto import modeling_auto as known
 
@@ -100,15 +100,15 @@ def load_model(
     """A transformers model with the weights and the class that its configuration names.
 
     Args:
-        name: folder, hub id, .gguf file (de-quantised), each also as ``package:MODULE/PATH``.
+        name: folder, hub id or .gguf file (de-quantised), each also as ``package:MODULE/PATH``.
         revision: branch, tag or commit of a hub id.
-        dtype: of the weights; as stored when None.
-        causal: insist on a causal language model.
-        four_bit: linear layers but the head in NF4 with double quantisation, computed in `dtype` (QLoRA).
+        dtype: dtype of the weights; None for the stored one.
+        causal: whether it must be a causal language model.
+        four_bit: whether linear layers but the head are in NF4 with double quantisation, computed in `dtype` (QLoRA).
 
     Raises:
         SourceError: it cannot be loaded, or lacks weights, which transformers would draw at random.
-        MissingDependencyError: four bits want bitsandbytes.
+        MissingDependencyError: bitsandbytes, which four bits need, is not installed.
     """
     import transformers
 
@@ -156,8 +156,8 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     """The tokenizer of a model; a missing padding token is made the end-of-text token, padding is on the right.
 
     Args:
-        name: as for `load_model`.
-        revision: likewise.
+        name: folder, hub id or .gguf file, each also as ``package:MODULE/PATH``.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
         SourceError: it cannot be loaded.
@@ -174,11 +174,11 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
 
 @contextmanager
 def _located(name: str, revision: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What transformers is to be told of where a model is; a hub that does not answer is not asked again and again.
+    """Where a model is, as transformers' arguments; a hub that does not answer is not asked again and again.
 
     Raises:
-        SourceError: neither a path nor a model of the hub.
-        UsageError: a revision of a path.
+        SourceError: it is neither a path nor a model of the hub.
+        UsageError: a path is given with a revision.
     """
     path = resolve(name)
     with _refused(f"{name} cannot be read"):
@@ -208,7 +208,7 @@ def _located(name: str, revision: str | None) -> Iterator[tuple[str, dict[str, A
 
 @contextmanager
 def _refused(what: str) -> Iterator[None]:
-    """Whatever a library raises on what others wrote, as one sentence."""
+    """Turn whatever a library raises on what others wrote into one sentence."""
     try:
         yield
     except HtsrError:

@@ -21,10 +21,10 @@ class Accuracy:
     """Share of questions answered rightly.
 
     Attributes:
-        accuracy: taking the choice with the largest log-likelihood Σ log p; in [0, 1].
-        per_character: taking the one with the largest log-likelihood divided by its characters.
-        questions: how many.
-        standard_error: √(p(1-p)/n) of `accuracy`.
+        accuracy: share, in [0, 1], where the choice with the largest log-likelihood Σ log p is the answer.
+        per_character: share where the one with the largest log-likelihood per character is the answer.
+        questions: number of questions.
+        standard_error: standard error √(p(1-p)/n) of `accuracy`.
     """
 
     accuracy: float
@@ -38,17 +38,36 @@ def multiple_choice_accuracy(
 ) -> Accuracy:
     """Ask a causal language model questions, prompt ``Question: …\\nAnswer:``, continuations `` <choice>``.
 
-    Under `accelerate launch` the ranks share the questions and each gets the whole result.
+    Under `accelerate launch` each process asks a part of the questions, and all get the whole result.
 
     Args:
-        model: a causal language model on its device, not sharded.
-        tokenizer: of it.
-        records: with ``question``, ``choices`` and ``answer``, the index of the right choice.
-        batch_size: prompts with a continuation at a time.
+        model: causal language model on its device, not sharded.
+        tokenizer: tokenizer of the model.
+        records: records with ``question``, ``choices`` and ``answer``, the index of the right choice.
+        batch_size: number of prompts with a continuation that run at a time.
+
+    Returns:
+        The `Accuracy` over all records.
 
     Raises:
-        SourceError: a record without these fields.
-        UsageError: no records.
+        SourceError: a record lacks one of these fields.
+        UsageError: there are no records.
+
+    Examples:
+        A model that finds every next token equally likely always takes the shorter choice, and per character the
+        longer one:
+
+        >>> from types import SimpleNamespace
+        >>> import torch
+        >>> from htsr.calibration.multiple_choice import multiple_choice_accuracy
+        >>> class Uniform(torch.nn.Linear):
+        ...     def forward(self, input_ids, **_):
+        ...         return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 256))
+        >>> def tokenizer(text):
+        ...     return {"input_ids": list(text.encode())}
+        >>> question = {"question": "Which one?", "choices": ["a", "bb"]}
+        >>> multiple_choice_accuracy(Uniform(1, 1), tokenizer, [{**question, "answer": i} for i in (0, 1)])
+        Accuracy(accuracy=0.5, per_character=0.5, questions=2, standard_error=0.353...)
     """
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -80,13 +99,13 @@ def log_likelihoods(
     continuation.
 
     Args:
-        model: a causal language model on its device; in evaluation mode meanwhile.
-        tokenizer: of it.
-        pairs: prompt and continuation.
-        batch_size: pairs at a time, longest first.
+        model: causal language model on its device; in evaluation mode meanwhile.
+        tokenizer: tokenizer of the model.
+        pairs: pairs of prompt and continuation.
+        batch_size: number of pairs that run at a time, longest first.
 
     Returns:
-        (pairs,) float64.
+        (pairs,) float64 log-likelihoods.
     """
     import torch
 

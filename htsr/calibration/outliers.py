@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 OWLORE_THRESHOLD = 13.0
 THRESHOLDS = (3.0, 5.0, 7.0, 10.0, OWLORE_THRESHOLD)
-_CHUNK = 1 << 22  # entries scored at a time
+_CHUNK = 1 << 22  # entries scored at a time, so that no second matrix of the weight's size is held
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,14 @@ class OutlierRow:
     """The outliers of one weight matrix.
 
     Attributes:
-        name: the module, as in ``model.layers.0.self_attn.q_proj``.
-        role: what it does (`htsr.matrices.roles`).
+        name: name of the module, such as ``model.layers.0.self_attn.q_proj``.
+        role: role of the matrix (`htsr.matrices.roles`).
         block: index of its block; None outside of the blocks.
-        parameters: entries of the matrix, #A.
+        parameters: number of entries of the matrix, #A.
         mean_score: mean of A over the matrix.
-        counts: entries with A > τ·mean(A), the mean over this matrix, one number per threshold.
-        block_counts: the same against the mean over the whole block; empty outside of the blocks.
+        counts: number of entries with A > τ·mean(A), the mean over this matrix, for each threshold.
+        block_counts: number of entries above τ times the mean over the whole block, for each threshold; empty outside
+            of the blocks.
     """
 
     name: str
@@ -72,13 +73,25 @@ class Outliers(Tabular):
     """Outliers of a model, matrix by matrix and block by block, for several thresholds.
 
     Attributes:
-        label: the model.
-        thresholds: τ, ascending.
+        label: name of the model.
+        thresholds: thresholds τ, ascending.
         rows: one `OutlierRow` per Linear (or GPT-2 Conv1D), in the model's order.
         blocks: module names of the blocks.
-        samples: calibration samples.
-        tokens: calibration tokens, padding not counted.
+        samples: number of calibration samples.
+        tokens: number of calibration tokens, padding not counted.
         meta: version, and what the caller adds.
+
+    Examples:
+        Two blocks of one matrix each, in which 3 and 1 of 1,000 entries are outliers at τ = 13:
+
+        >>> import htsr
+        >>> rows = tuple(
+        ...     htsr.OutlierRow(f"blocks.{i}.mlp", "mlp", i, 1000, mean_score=1.0, counts=(n,), block_counts=(n,))
+        ...     for i, n in enumerate((3, 1))
+        ... )
+        >>> outliers = htsr.Outliers("model", (13.0,), rows, ("blocks.0", "blocks.1"), samples=8, tokens=512)
+        >>> outliers.distribution(13.0)
+        array([0.003, 0.001])
     """
 
     label: str
@@ -97,10 +110,10 @@ class Outliers(Tabular):
         """Layer outlier distribution D_l of every block.
 
         Args:
-            threshold: τ, one of `thresholds`.
+            threshold: threshold τ, one of `thresholds`.
 
         Returns:
-            (blocks,) float64 in [0, 1].
+            (blocks,) float64 shares in [0, 1].
 
         Raises:
             UsageError: it was not measured at this threshold.
@@ -114,10 +127,10 @@ class Outliers(Tabular):
         return counts / np.maximum(sizes, 1)
 
     def of_matrices(self, threshold: float = OWLORE_THRESHOLD) -> dict[str, float]:
-        """The same share for each matrix alone, against its own mean, by name.
+        """Share of outliers in each matrix alone, against its own mean, by name.
 
         Args:
-            threshold: τ, one of `thresholds`.
+            threshold: threshold τ, one of `thresholds`.
 
         Raises:
             UsageError: it was not measured at this threshold.
@@ -170,7 +183,7 @@ class Outliers(Tabular):
         """Write everything as JSON, by way of a temporary file.
 
         Args:
-            path: of the file.
+            path: path of the file.
 
         Raises:
             HtsrError: it cannot be written.
@@ -184,10 +197,10 @@ class Outliers(Tabular):
         """Read what `save` wrote, or ``htsr outliers --output FILE.json``.
 
         Args:
-            path: of the file.
+            path: path of the file.
 
         Raises:
-            SourceError: not such a file.
+            SourceError: it is not such a file.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -250,22 +263,40 @@ def measure_outliers(
 
     Args:
         model: a transformers encoder or decoder on any device. It is put into evaluation mode meanwhile.
-        tokenizer: its tokenizer.
-        texts: the calibration set. Texts are cut after `length` tokens.
-        thresholds: τ, any number of them at no cost.
-        batch_size: texts at a time; it changes nothing but rounding errors. Models with stacked experts take one.
+        tokenizer: tokenizer of the model.
+        texts: texts of the calibration set. They are cut after `length` tokens.
+        thresholds: thresholds τ, any number of them at no cost.
+        batch_size: number of texts that run at a time; it changes nothing but rounding errors. Models with stacked
+            experts take one.
         length: longest sample in tokens.
-        progress: called with samples done and their number.
+        progress: function that is called with the number of samples done and the number of all.
 
     Returns:
         The `Outliers`. A matrix that saw no token is left out, with a warning in the log.
 
     Raises:
-        UsageError: no texts, or no thresholds above 0.
-        SourceError: a model without blocks, or tokens that it does not know.
-        HtsrError: a model that does not run on these texts, activations or weights that are not finite, padding that
-            cannot be told from tokens, or no matrix
-            inside the blocks that saw a token.
+        UsageError: there are no texts, or no thresholds above 0.
+        SourceError: the model has no blocks, or does not know a token.
+        HtsrError: the model does not run on these texts, activations or weights are not finite, padding cannot be told
+            from tokens, or no matrix inside the blocks saw a token.
+
+    Examples:
+        A tokenizer of one token per byte, and a model with one entry far above all others in its second block:
+
+        >>> import htsr, torch
+        >>> from transformers import BatchEncoding, LlamaConfig, LlamaModel
+        >>> def tokenizer(texts, **_):
+        ...     ids = torch.tensor([list(text.encode()) for text in texts])
+        ...     return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        >>> _ = torch.manual_seed(0)
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        >>> model = LlamaModel(LlamaConfig(**sizes, vocab_size=128))
+        >>> with torch.no_grad():
+        ...     model.layers[1].mlp.up_proj.weight[0, 0] = 1.0
+        >>> outliers = htsr.measure_outliers(model, tokenizer, ["spectra", "weights"], thresholds=[20.0])
+        >>> entries = [sum(row.parameters for row in outliers.rows if row.block == block) for block in (0, 1)]
+        >>> (outliers.distribution(20.0) * entries).round()  # number of outliers in each block
+        array([0., 1.])
 
     Sources: OWL (Yin et al., ICML 2024); OwLore (arXiv 2405.18380).
     """
@@ -296,7 +327,7 @@ def checked_thresholds(thresholds: Sequence[float]) -> tuple[float, ...]:
     """`thresholds` in ascending order, each once.
 
     Raises:
-        UsageError: none, or one that is no positive number.
+        UsageError: there are none, or one is no positive number.
     """
     found = tuple(sorted({float(threshold) for threshold in thresholds}))
     if not found or not all(0 < threshold < np.inf for threshold in found):
@@ -320,7 +351,7 @@ def _run(norms: InputNorms, batch: Any, start: int) -> int:
 
 
 def _insist_on_rows(model: torch.nn.Module, highest: int) -> None:
-    """A token beyond the embedding is an index out of range somewhere inside, or on an accelerator a lost device."""
+    """Refuse tokens beyond the embedding, which would be an index out of range, on an accelerator a lost device."""
     try:
         rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -343,18 +374,18 @@ def score_weights(
     Scores are formed in float32 in chunks of rows, their sums in float64.
 
     Args:
-        model: whose Linear (and Conv1D) modules and stacked experts are scored.
-        norms: ‖X_j‖₂, (in_features,) float64, by module name.
-        thresholds: τ, ascending.
+        model: model whose Linear (and Conv1D) modules and stacked experts are scored.
+        norms: norms ‖X_j‖₂, (in_features,) float64, by module name.
+        thresholds: thresholds τ, ascending.
         transposed: names of experts that are stored (in_features, out_features).
-        label: of the model; its class by default.
+        label: name of the model; its class by default.
 
     Returns:
         `Outliers` with 0 samples and tokens.
 
     Raises:
-        SourceError: a model without blocks.
-        HtsrError: weights that are not finite, or no norms of a matrix inside the blocks.
+        SourceError: the model has no blocks.
+        HtsrError: weights are not finite, or there are no norms for a matrix inside the blocks.
     """
     blocks = find_blocks(model)
     weights = _weights(model, transposed)

@@ -36,11 +36,16 @@ def checked(record: Any, place: str = "") -> Record:
     The parts of a turn's content are joined, where all are text; a turn that only calls tools has the content ``""``.
 
     Args:
-        record: as it was read; fields that are None count as absent.
+        record: record as it was read; fields that are None count as absent.
         place: file and line, for the message.
 
     Raises:
-        SourceError: no form, two forms at once, or a value that has no meaning in its form.
+        SourceError: the record has no form or two at once, or a value has no meaning in its form.
+
+    Examples:
+        >>> from htsr.calibration.record_forms import checked
+        >>> checked({"prompt": "1 + 1 =", "completion": " 2", "source": "arithmetic"})
+        {'prompt': '1 + 1 =', 'completion': ' 2'}
     """
     where = f"{place}: " if place else ""
     try:
@@ -56,10 +61,15 @@ def checked(record: Any, place: str = "") -> Record:
 
 
 def form_of(record: Record) -> str:
-    """``text``, ``chat``, ``completion`` or ``question``.
+    """The form of a record: ``text``, ``chat``, ``completion`` or ``question``.
 
     Raises:
-        SourceError: none of them, or several.
+        SourceError: it has none of them, or several.
+
+    Examples:
+        >>> from htsr.calibration.record_forms import form_of
+        >>> form_of({"question": "1 + 1?", "choices": ["1", "2"], "answer": 1})
+        'question'
     """
     found = [form for form, keys in _FORMS.items() if all(record.get(key) is not None for key in keys)]
     if not found:
@@ -77,7 +87,7 @@ def form_of(record: Record) -> str:
 
 
 def columns_of(record: Record) -> str:
-    """What a data set of TRL has of a record, in words; records with others cannot be in it."""
+    """The columns that a record has in a data set of TRL, in words; all records of a data set have the same."""
     row = _columns(record)
     return " and ".join(key for key in row if key not in _FOR_TEMPLATE) + " of turns" * (
         "prompt" in row and is_chat(row)
@@ -85,7 +95,7 @@ def columns_of(record: Record) -> str:
 
 
 def is_chat(record: Record) -> bool:
-    """Whether a chat template is needed to write it."""
+    """Whether a chat template is needed to write the record."""
     return "messages" in record or isinstance(record.get("prompt"), list)
 
 
@@ -154,6 +164,11 @@ def question_of(record: Record) -> tuple[str, list[str]]:
 
     Raises:
         SourceError: a field is missing or has no meaning.
+
+    Examples:
+        >>> from htsr.calibration.record_forms import question_of
+        >>> question_of({"question": "1 + 1?", "choices": [1, 2], "answer": 1})
+        ('Question: 1 + 1?\\nAnswer:', [' 1', ' 2'])
     """
     try:
         question, choices, answer = record["question"], record["choices"], record["answer"]
@@ -174,7 +189,12 @@ def text_of(record: Record, tokenizer: Any = None) -> str:
     A chat is written by the tokenizer's template; without one its contents stand below each other.
 
     Raises:
-        SourceError: no record of a known form, or the template cannot write it.
+        SourceError: the record has no known form, or the template cannot write it.
+
+    Examples:
+        >>> from htsr.calibration.record_forms import text_of
+        >>> text_of({"prompt": "1 + 1 =", "completion": " 2"})
+        '1 + 1 = 2'
     """
     record = checked(record)
     if "text" in record:
@@ -215,8 +235,8 @@ def as_dataset(records: Sequence[Record]) -> Dataset:
     would write them.
 
     Raises:
-        SourceError: a record of no known form.
-        UsageError: records of several forms, or turns that the installed version of datasets would change.
+        SourceError: a record has no known form.
+        UsageError: the records have several forms, or the installed version of datasets would change their turns.
     """
     import datasets
 

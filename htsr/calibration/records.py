@@ -22,16 +22,23 @@ def read_records(source: str, limit: int | None = None, *, alike: bool = False) 
     """The records of a data file or data set, in its order, each of a form that `htsr.calibration.record_forms` knows.
 
     Args:
-        source: a .jsonl file (one object a line), a .json file (an array of objects, or as .jsonl), a .txt file (one
-            record ``{"text": …}`` a paragraph), each also as ``package:MODULE/PATH``, or an id of the `datasets` hub
-            with an optional split, as in ``org/name:train`` (the split ``train`` by default).
-        limit: the first so many only.
-        alike: insist on records that go into one data set of TRL (`as_dataset`).
+        source: a .jsonl file (one object a line), a .json file (an array of objects, or one object a line), a .txt file
+            (one record ``{"text": …}`` a paragraph), each also as ``package:MODULE/PATH``, or an id of the `datasets`
+            hub with an optional split, as in ``org/name:train`` (the split ``train`` by default).
+        limit: number of records after which reading ends; None for all.
+        alike: whether all records must go into one data set of TRL (`as_dataset`).
 
     Raises:
         SourceError: it cannot be read, holds no records, one that has no form, or one unlike the first where they are
-            to be `alike`; with file and line.
-        MissingDependencyError: a data set of the hub wants datasets.
+            to be `alike`; file and line are named.
+        MissingDependencyError: datasets, which a data set of the hub needs, is not installed.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from htsr.calibration.records import read_records
+        >>> _ = Path("poems.txt").write_text("A first paragraph.\\n\\nA second one.")
+        >>> read_records("poems.txt")
+        [{'text': 'A first paragraph.'}, {'text': 'A second one.'}]
     """
     records = []
     for place, record in islice(_read(source, streaming=limit is not None), limit):
@@ -101,10 +108,16 @@ def _read_dataset(source: str, streaming: bool) -> Iterator[tuple[str, Any]]:
 
 
 def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """`records` in an order drawn by the seed: those to train on, and the `share` that is held out.
+    """`records` in an order drawn by the `seed`: those to train on, and the `share` that is held out.
 
     Raises:
         UsageError: nothing would be left to train on.
+
+    Examples:
+        >>> from htsr.calibration.records import split
+        >>> train, held_out = split([{"text": str(i)} for i in range(10)], share=0.2, seed=0)
+        >>> len(train), len(held_out)
+        (8, 2)
     """
     if not 0 <= share < 1:
         raise UsageError(f"the share that is held out is in [0, 1), not {share}")
