@@ -1,4 +1,4 @@
-"""What htsr raises when it cannot go on; every message says what is wrong, where, and what to do."""
+"""The errors that htsr raises when it cannot go on; every message says what is wrong, where, and what to do."""
 
 
 class HtsrError(Exception):
@@ -14,14 +14,14 @@ class UsageError(HtsrError, ValueError):
 
 
 class MatrixError(HtsrError):
-    """One matrix that has no spectrum to speak of; the others are analyzed all the same.
+    """A matrix that has no spectrum to speak of; the other matrices of the model are analyzed all the same.
 
     Args:
-        status: a word for the row's `status` column, e.g. ``"nan"``.
-        message: a sentence that says why.
+        status: word for the row's `status` column, such as ``"nan"``.
+        message: sentence that says why.
 
     Attributes:
-        status: as given.
+        status: that word.
     """
 
     def __init__(self, status: str, message: str) -> None:
@@ -34,7 +34,13 @@ class MissingDependencyError(HtsrError, ImportError):
 
 
 def reason_of(error: BaseException) -> str:
-    """What an `error` of another library says, in one line of a length that is read; its kind where it says nothing."""
+    """The first line of an `error` of another library, cut where it is too long to read; its class if it has no text.
+
+    Examples:
+        >>> from htsr.errors import reason_of
+        >>> reason_of(ValueError("bad header\\n  at byte 8")), reason_of(MemoryError())
+        ('bad header', 'MemoryError')
+    """
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 400 else f"{text[:397]}…"

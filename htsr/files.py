@@ -18,7 +18,7 @@ _OF_A_MODEL = re.compile(r"^((adapter_|generation_|tokenizer_)?config|params|tok
 
 
 def check_writable(path: Path) -> None:
-    """Know before hours of work that their result will not fail to be written for its name, nor replace a model.
+    """Refuse a path that a result cannot be written to, or where it would replace a model, before hours of work.
 
     Raises:
         UsageError: `path` is a file of a model: weights, their index, or a configuration.
@@ -54,11 +54,22 @@ def check_writable(path: Path) -> None:
 def written(path: Path) -> Iterator[Path]:
     """A temporary file that becomes `path` when the block ends well, and vanishes when it does not.
 
-    It lies beside `path`, or beside the file that a link leads to. A pipe or terminal is sent what it holds.
+    It lies beside `path`, or beside the file that a link leads to: only within one file system is moving a file one
+    step. A pipe or terminal is sent what it holds.
 
     Raises:
         UsageError: `path` is a file of a model.
         HtsrError: the folder does not exist or cannot be written to, or the disk is full.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from htsr.files import written
+        >>> with written(Path("result.txt")) as temporary:
+        ...     _ = temporary.write_text("42")
+        ...     print(Path("result.txt").exists())
+        False
+        >>> Path("result.txt").read_text()
+        '42'
     """
     check_writable(path)
     stream = _is_stream(path)
