@@ -331,6 +331,7 @@ def outliers(
 
 @app.command()
 def finetune(
+    context: typer.Context,
     config: Annotated[str, typer.Option(help="The recipe: a YAML file, or one of one_cpu, one_gpu_24gb …")],
     method: Annotated[
         str | None, typer.Option(help="Instead of the recipe's: full, lora, qlora, lisa, owlore, galore.")
@@ -340,6 +341,8 @@ def finetune(
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder instead of the recipe's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+    format: Format = None,
+    table: Table = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -348,10 +351,10 @@ def finetune(
     For example:  [bold]htsr finetune --config recipe.yaml --method lora --output runs/lora[/bold]
     """
     from htsr_cli.finetune import finetune as start
-    from htsr_cli.output import Words
+    from htsr_cli.output import Target, Words
 
     changes = {"method": method, "layerwise": layerwise, "output": output}
-    start(config, changes, Words(quiet, verbose), resume=resume)
+    start(config, changes, Words(quiet, verbose), Target.of(context, "table"), resume=resume)
 
 
 @app.command()

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from htsr._version import __version__
 from htsr.analysis.schema import from_json
+from htsr.errors import UsageError
 from htsr.matrices.models import Model
 from htsr.ranks import checksum, device_type
 from htsr.spectra.measure import Measured
@@ -49,6 +50,9 @@ class Journal:
         options: options of the analysis.
         path: file of the journal; one in `cache_folder` by default.
         fresh: whether to forget what an earlier run has left.
+
+    Raises:
+        UsageError: `path` is a file, and no journal: it would be overwritten, and removed at the end.
     """
 
     def __init__(self, model: Model, options: Options, path: Path | None = None, *, fresh: bool = False) -> None:
@@ -65,6 +69,8 @@ class Journal:
         self._fresh = fresh
         self._file: IO[str] | None = None
         self.path = path
+        if path is not None and not _may_be_journal(path):
+            raise UsageError(f"{path} is a file, and no journal of an analysis; take another name")
         if path is None:
             key = hashlib.sha256(self._header.encode()).hexdigest()[:24]
             try:
@@ -166,6 +172,24 @@ class Journal:
     def _give_up(self, error: Exception) -> None:
         logger.warning("the journal cannot be written, so that --resume will find no rows: %s", error)
         self.path, self._file = None, None
+
+
+_LONGEST_HEADER = 1 << 20
+
+
+def _may_be_journal(path: Path) -> bool:
+    """Whether `path` is a journal, an empty file or none; what cannot be read is found out when it is written to."""
+    try:
+        if not path.is_file():
+            return True
+        with path.open("rb") as file:
+            first = file.readline(_LONGEST_HEADER)
+    except (OSError, ValueError):
+        return True
+    try:
+        return not first or {"htsr", "names", "options"} <= json.loads(first).keys()
+    except (ValueError, AttributeError):
+        return False
 
 
 def _encode(values: npt.NDArray[np.float64] | None) -> str | None:

@@ -64,12 +64,14 @@ def write_reports(
     """
     from htsr.analysis.comparison import compare_analyses
     from htsr.finetuning.model_card import model_card
+    from htsr.reporting.formats import as_csv
+    from htsr.reporting.text import encodable
 
     comparison = None
     if before is not None and after is not None:
         comparison = compare_analyses(before, after)
         with written(output / "spectra.csv") as temporary:
-            comparison.to_pandas().to_csv(temporary, index=False)
+            temporary.write_text(encodable(as_csv(comparison.records())), encoding="utf-8")
     with written(output / "README.md") as temporary:
         temporary.write_text(model_card(recipe, result, comparison), encoding="utf-8")
     write_json(output / RESULTS, {"recipe": dataclasses.asdict(recipe), **dataclasses.asdict(result)})

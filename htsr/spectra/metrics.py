@@ -74,7 +74,7 @@ class Options:
                 raise UsageError(f"{name} is an eigenvalue, a positive number, not {value}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LayerMetrics:
     """The numbers of one weight matrix. None where a number was not asked for or has no meaning.
 
@@ -254,6 +254,10 @@ class LayerMetrics:
     route: str | None = None
     esd_error: float | None = None
     seconds: float | None = None
+
+    def __repr__(self) -> str:
+        found = self.status if self.alpha is None else f"alpha {self.alpha:.3f}"
+        return f"<LayerMetrics of {self.name!r}: {found}{f', {self.warning}' if self.warning else ''}>"
 
 
 NUMERIC = tuple(

@@ -215,6 +215,23 @@ def test_a_journal_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, ca
     assert "the journal cannot be written" in caplog.text
 
 
+@pytest.mark.parametrize("content", ['{"model_type": "llama"}', '{\n "htsr": 1\n}', "[]", "some text", "\x00\n"])
+def test_a_file_that_is_no_journal_is_refused_and_stays(tmp_path, content):
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    with pytest.raises(htsr.UsageError, match=r"config\.json is a file, and no journal"):
+        htsr.analyze(state_dict(blocks=1), device="cpu", journal=file)
+    assert file.read_text() == content
+    file.write_text("")
+    assert len(htsr.analyze(state_dict(blocks=1), device="cpu", journal=file)) == 5
+
+
+def test_a_row_is_shown_on_one_line():
+    analysis = htsr.analyze(state_dict(blocks=1), device="cpu")
+    assert f"alpha {analysis[0].alpha:.3f}" in repr(analysis[0])
+    assert len(repr(analysis[0])) < 200
+
+
 def test_a_journal_is_the_same_for_every_device_of_a_kind(tmp_path):
     """0.1.0's key held the rank's own device, and every second analysis on two GPUs ended in KeyError."""
     model = htsr.describe(save_folder(tmp_path / "model", state_dict(blocks=1)))
@@ -326,7 +343,7 @@ def test_two_processes_give_the_rows_of_one(tmp_path, launcher):
         "-m",
         *LAUNCHERS[launcher].split(),
         "-m",
-        "htsr.analysis.analyze",
+        "htsr.analysis",
         folder,
         "--permuted",
         "-o",
