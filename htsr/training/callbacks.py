@@ -49,7 +49,7 @@ class LayerwiseCallback(TrainerCallback):
         setattr(trainer, "create_optimizer", self._create_layerwise)  # noqa: B010 - on this trainer, whatever its class
 
     def _create_layerwise(self, model: Any = None) -> Any:
-        """In place of the Trainer's own method, which is called with a model where that is wrapped."""
+        """Make the optimizer in place of the Trainer's own method, which gets a model where that is wrapped."""
         optimizer = self._create() if model is None else self._create(model)
         if engine_of(optimizer) is None:
             inner: Any = self.trainer.model if model is None else model

@@ -79,13 +79,13 @@ def live_scores(
     time, one for each rank, so that memory is one whole tensor per rank.
 
     Args:
-        module: wrapped or not.
-        policy: says which score.
-        wanted: names of matrices.
-        view: see `view_of`.
+        module: model, wrapped or not.
+        policy: policy that says which score.
+        wanted: names of the matrices to score.
+        view: what is decomposed for each parameter, see `view_of`.
 
     Returns:
-        By matrix, as `scores`; failures are passing ones.
+        Scores by matrix, in the form of `scores`; failures are passing ones.
 
     Raises:
         HtsrError: the ranks do not hold the same matrices, or a score that is a function fails. All ranks raise alike.
@@ -114,11 +114,11 @@ def refuse_faults(found: Mapping[str, float | Failure], policy: Policy) -> None:
     """Refuse scores that are at fault themselves.
 
     Args:
-        found: by matrix.
-        policy: whose score it is.
+        found: scores by matrix.
+        policy: policy that says which score.
 
     Raises:
-        HtsrError: a failure that will not pass.
+        HtsrError: a failure will not pass.
     """
     for name, failure in found.items():
         if isinstance(failure, Failure) and not failure.passing:
@@ -129,11 +129,12 @@ def scores(matrices: Sequence[WeightMatrix], policy: Policy) -> dict[str, float 
     """Scores by name, computed in this process.
 
     Args:
-        matrices: to read and decompose.
-        policy: says which score.
+        matrices: matrices to read and decompose.
+        policy: policy that says which score.
 
     Returns:
-        By matrix; NaN for those whose weights give none, which are logged, and a `Failure` where something else failed.
+        Scores by matrix; NaN for those whose weights give none, which are logged, and a `Failure` where something else
+        failed.
     """
     if policy.score == "alpha_null":
         return {m.name: null_of_shape(m.shape, m.pieces, policy.fit, policy.windows) for m in matrices}

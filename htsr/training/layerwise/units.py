@@ -225,7 +225,7 @@ def fixed(policy: Policy, units: Sequence[ParameterUnit], *, tied: bool = False)
         tied: whether the embedding is the head, too.
 
     Returns:
-        For each unit a multiplier; None where the unit is to be measured; NaN where it is the embeddings' ``max``,
+        A multiplier for each unit; None where the unit is to be measured; NaN where it is the embeddings' ``max``,
         which the others decide.
 
     Examples:

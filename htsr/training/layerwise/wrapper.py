@@ -175,6 +175,14 @@ def log_values(optimizer: Any) -> dict[str, float]:
         Values by name: ``layerwise/multiplier_min``, ``_median``, ``_max``; ``layerwise/multiplier/ROLE`` and
         ``layerwise/score/ROLE``, means over the role's matrices (the score of LLR is α). Empty where the optimizer is
         not layerwise.
+
+    Examples:
+        >>> import htsr, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+        >>> optimizer = htsr.layerwise(torch.optim.SGD(model.parameters(), lr=0.1), model, {"0": 2.0, "1": 4.0})
+        >>> optimizer.step()
+        >>> htsr.log_values(optimizer)["layerwise/multiplier_median"]
+        3.0
     """
     groups = [group for group in optimizer.param_groups if "htsr_step" in group and group["role"] != "rest"]
     if not groups:

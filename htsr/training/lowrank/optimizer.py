@@ -247,7 +247,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but tensors keep the dtype that they were saved in; torch casts them to the parameter's.
+        """Load a state as torch does, but keep tensors in their saved dtype; torch casts them to the parameter's.
 
         Args:
             state_dict: state dict of an optimizer with the same groups.

@@ -69,8 +69,8 @@ def axis_keys(tensor: Tensor, seed: int) -> list[Tensor]:
         seed: seed of the numbers, the same on all processes.
 
     Returns:
-        For each axis int32 numbers of its length, uniform over all of int32, on the tensor's device; for a scalar one
-        number.
+        One int32 vector for each axis, of its length, uniform over all of int32, on the tensor's device; for a scalar
+        one number.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = tuple(tensor.shape) or (1,)

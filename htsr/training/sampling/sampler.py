@@ -339,7 +339,7 @@ class LayerSampler:
             self._apply()
 
     def coverage(self) -> tuple[Coverage, ...]:
-        """In how many intervals each member was updated so far, and in how many to expect; in the order of `names`.
+        """Number of intervals in which each member was updated so far, and to expect; in the order of `names`.
 
         Counted is what had a gradient when an optimizer made a step, drawn or not.
         """
