@@ -1,6 +1,9 @@
 """Slow, obvious twins of the statistics: the definitions, line by line, in float64."""
 
+import functools
 import math
+
+import mpmath
 
 
 def tail_exponent(tail):
@@ -66,3 +69,33 @@ def mp_density(x, Q):
     """Marchenko-Pastur density of λ/(N σ²), ratio 1/Q."""
     low, high = (1 - Q**-0.5) ** 2, (1 + Q**-0.5) ** 2
     return Q * math.sqrt(max((high - x) * (x - low), 0.0)) / (2 * math.pi * x)
+
+
+def log_exponential(x, Lambda):
+    """ln of Λ exp(-Λ(x-1)), x ≥ 1."""
+    return math.log(Lambda) - Lambda * (x - 1)
+
+
+def log_stretched_exponential(x, Lambda, beta):
+    """ln of βΛ (Λx)^(β-1) exp(Λ^β - (Λx)^β), x ≥ 1."""
+    return math.log(beta * Lambda) + (beta - 1) * math.log(Lambda * x) + Lambda**beta - (Lambda * x) ** beta
+
+
+def log_lognormal(x, mu, sigma):
+    """ln of √(2/π)/(σ erfc(-μ/√2σ)) exp(-(ln x - μ)²/2σ²)/x, x ≥ 1."""
+    return -math.log(x) - ((math.log(x) - mu) / sigma) ** 2 / 2 - _log_half_normal(mu, sigma)
+
+
+def log_truncated_power_law(x, alpha, Lambda):
+    """ln of Λ^(1-α)/Γ(1-α, Λ) x^(-α) exp(-Λx), x ≥ 1; Λ > 0."""
+    return -alpha * math.log(x) - Lambda * x - _log_gamma(alpha, Lambda)
+
+
+@functools.lru_cache(maxsize=64)
+def _log_half_normal(mu, sigma):
+    return float(mpmath.log(mpmath.sqrt(mpmath.pi / 2) * sigma * mpmath.erfc(-mu / (mpmath.sqrt(2) * sigma))))
+
+
+@functools.lru_cache(maxsize=64)
+def _log_gamma(alpha, Lambda):
+    return float(mpmath.log(mpmath.gammainc(1 - alpha, Lambda)) + (alpha - 1) * mpmath.log(Lambda))
