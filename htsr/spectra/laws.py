@@ -257,12 +257,12 @@ def _moments(
     highest = float(exponent(np.array([top]))[0])
 
     def reach(direction: float) -> float:
-        """How far from the top the density is to be seen."""
-        steps = unit * 2.0 ** np.arange(-24, 40)
+        """How far from the top the density is to be seen, within a fifteenth."""
+        steps: Vector = unit * 2.0 ** np.arange(-24, 40)
         with np.errstate(over="ignore", invalid="ignore"):
-            steps = steps[max(int((exponent(top + direction * steps) > highest - _DEPTH).sum()) - 1, 0) :][:2]
-            fine: Vector = np.linspace(steps[0], steps[-1], 17, dtype=np.float64)
-            return float(fine[min(int((exponent(top + direction * fine) > highest - _DEPTH).sum()), 16)])
+            last = max(np.count_nonzero(exponent(top + direction * steps) > highest - _DEPTH) - 1, 0)
+            steps = steps[last] * np.linspace(1.0, 2.0, 17)
+            return float(steps[min(np.count_nonzero(exponent(top + direction * steps) > highest - _DEPTH), 16)])
 
     low = max(top - reach(-1.0), 0.0) if top > 0 else 0.0
     width = top + reach(1.0) - low
