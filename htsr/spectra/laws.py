@@ -31,6 +31,8 @@ from htsr.arrays import Vector
 _ROUNDS, _HALVINGS = 100, 20
 _DEPTH = 40.0  # e^-40 of the density's height is beyond double precision
 _PANELS, _ORDER = 16, 20
+_OCTAVES: Vector = np.exp2(np.arange(-24.0, 40.0))
+_IN_OCTAVE: Vector = 1 + np.arange(17.0) / 16
 _MOST = 0.9  # share of b that one step takes away
 _FLAT = 1e-8  # below it β⟨t⟩ is rounding, and the law the power law
 
@@ -258,11 +260,13 @@ def _moments(
 
     def reach(direction: float) -> float:
         """How far from the top the density is to be seen, within a fifteenth."""
-        steps: Vector = unit * 2.0 ** np.arange(-24, 40)
+
+        def seen(steps: Vector) -> int:
+            return int(np.count_nonzero(exponent(top + direction * steps) > highest - _DEPTH))
+
         with np.errstate(over="ignore", invalid="ignore"):
-            last = max(np.count_nonzero(exponent(top + direction * steps) > highest - _DEPTH) - 1, 0)
-            steps = steps[last] * np.linspace(1.0, 2.0, 17)
-            return float(steps[min(np.count_nonzero(exponent(top + direction * steps) > highest - _DEPTH), 16)])
+            octave = unit * float(_OCTAVES[max(seen(unit * _OCTAVES) - 1, 0)])
+            return octave * float(_IN_OCTAVE[min(seen(octave * _IN_OCTAVE), 16)])
 
     low = max(top - reach(-1.0), 0.0) if top > 0 else 0.0
     width = top + reach(1.0) - low
