@@ -4,7 +4,7 @@
     analysis.summary()["alpha"]
     analysis.to_pandas()
 
-Run as a module, also under `accelerate launch`, it is the `htsr analyze` command.
+`python -m htsr.analysis`, also under `accelerate launch`, is the `htsr analyze` command.
 """
 
 from __future__ import annotations

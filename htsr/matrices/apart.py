@@ -40,21 +40,21 @@ def matrices_of(tensors: list[StoredTensor], config: dict[str, Any]) -> Iterator
     """
     weights = [tensor for tensor in tensors if _is_weight(tensor)]
     found = roles.roles_of((tensor.name, tensor.kind) for tensor in weights)
-    stacks = roles.stack_prefixes(tensor.name for tensor in weights)
+    towers = roles.tower_prefixes(tensor.name for tensor in weights)
     blocks = [roles.block_of(tensor.name) for tensor in weights]
     if not any(block is not None for block in blocks):
         blocks = [roles.number_of(tensor.name) for tensor in weights]
     stems = Counter(roles.stem(tensor.name) for tensor in weights)
     inner = roles.inner_widths([(tensor.name, role, tensor.shape) for tensor, role in zip(weights, found, strict=True)])
     for tensor, role, block in zip(weights, found, blocks, strict=True):
-        stack = roles.stack_of(tensor.name, stacks)
+        tower = roles.tower_of(tensor.name, towers)
         name, width = roles.stem(tensor.name), inner.get(tensor.name, 0)
-        weight = _StoredWeight(tensor, role, stack, block, config, width)
+        weight = _StoredWeight(tensor, role, tower, block, config, width)
         if 0 in tensor.shape and (tensor.problem is not None or len(tensor.shape) > 2):  # of a stack no empty elements
             yield weight.unread(f"{tensor.name} has no entries", "empty")
             continue
         try:
-            matrices = list(replace(weight, config=_part_config(config, stack)).matrices())
+            matrices = list(replace(weight, config=_part_config(config, tower)).matrices())
         except Exception as error:  # a configuration that does not fit: this tensor's row says so
             matrices = [weight.unread(f"{tensor.name} could not be taken apart by the model's configuration: {error}")]
         if stems[name] > 1 and tensor.name != f"{name}.weight":  # lin_weight beside lin.weight
@@ -66,9 +66,9 @@ def _text(config: dict[str, Any]) -> dict[str, Any]:
     return next((config[key] for key in _TEXT_CONFIGS if isinstance(config.get(key), dict)), config)
 
 
-def _part_config(config: dict[str, Any], stack: str) -> dict[str, Any]:
-    """The configuration of the stack that a role's prefix names."""
-    name = stack.rstrip(".")
+def _part_config(config: dict[str, Any], tower: str) -> dict[str, Any]:
+    """The configuration of the tower that a role's prefix names."""
+    name = tower.rstrip(".")
     for key in (f"{name}_config", name):
         if isinstance(config.get(key), dict):
             return config[key]  # type: ignore[no-any-return]
@@ -96,7 +96,7 @@ class _StoredWeight:
 
     tensor: StoredTensor
     role: str
-    stack: str
+    tower: str
     block: int | None
     config: dict[str, Any]
     inner: int = 0
@@ -174,7 +174,7 @@ class _StoredWeight:
             name=name,
             shape=(shape[0], shape[1]),
             pieces=pieces,
-            role=self.stack + role,
+            role=self.tower + role,
             block=self.block,
             kind=kind or tensor.kind or ("embedding" if role.startswith("embed") else "linear"),
             dtype=tensor.dtype,

@@ -211,7 +211,14 @@ def _heads(leaf: str, block: int, architecture: str, metadata: Metadata) -> int:
 
 
 def unpermuted(W: Array, heads: int) -> Array:
-    """W, (rows, …), with the rows of each of its `heads` from (i, half) back to (half, i)."""
+    """W, (rows, …), with the rows of each of its `heads` from (i, half) back to (half, i).
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.matrices.layouts import unpermuted
+        >>> unpermuted(np.array([[0], [2], [1], [3]]), heads=1).ravel().tolist()  # stored 0, 2, 1, 3
+        [0, 1, 2, 3]
+    """
     return W.reshape(heads, W.shape[0] // heads // 2, 2, *W.shape[1:]).swapaxes(1, 2).reshape(tuple(W.shape))
 
 

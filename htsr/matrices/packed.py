@@ -31,7 +31,7 @@ from htsr.matrices.stored_tensors import StoredTensor
 
 Numbers = npt.NDArray[Any]
 
-_AWQ = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
+_AWQ = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])  # the inverse of the order that AWQ packs in
 _BITS = (2, 4, 8)
 
 
@@ -113,7 +113,7 @@ def gptq_or_awq(words: StoredTensor, parts: Mapping[str, StoredTensor], config: 
         if is_awq:
             z, q = (x.reshape(len(x), -1, 8)[:, :, _AWQ].reshape(x.shape) for x in (z, q))
         if stored_less_one:
-            z = (z + 1) & np.uint8(2**bits - 1)
+            z = (z + 1) & np.uint8(2**bits - 1)  # in the width of the stored numbers: the largest is 0 less 1
         group = _groups(inputs, size, order)
         return np.ascontiguousarray((s[group] * (q.astype(np.float32) - z[group])).T)
 

@@ -19,8 +19,8 @@ role                           what
 ``pooler`` ``head`` ``other``  the rest
 ============================== =======================================================================================
 
-In a model with several stacks (encoder-decoder, vision-language) the roles of the named ones carry its name, as in
-``decoder.attn.q`` or ``vision.mlp.up``; a language model beside a vision tower goes without.
+In a model with several towers (encoder and decoder, vision and language) a role begins with the name of its tower, as
+in ``decoder.attn.q`` or ``vision.mlp.up``; a language model beside a vision tower goes without.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ _FAMILIES = [
 
 _NO_BLOCK = re.compile(rf"embed|experts?$|(^|\.)stem|{_PROJECTOR}|{_HEAD}")
 _NUMBERED = re.compile(r"(?:layers?|stage|blocks?|level|cell|inception|mixed|transition|^s)_?(\d+)[a-e]?$")
-_STACKS = {
+_TOWERS = {
     "vision": re.compile(r"vision|visual|image|^vit$|^v$"),
     "audio": re.compile(r"audio|speech|^a$"),
     "decoder": re.compile(r"decoder|^dec$"),
@@ -296,34 +296,34 @@ def number_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def stack_prefixes(names: Iterable[str]) -> dict[str, str]:
-    """Where the stacks of a model are and what their roles begin with, as {"model.vision_tower.": "vision."}.
+def tower_prefixes(names: Iterable[str]) -> dict[str, str]:
+    """Where the towers of a model are, and what their roles begin with, as {"model.vision_tower.": "vision."}.
 
-    Empty where there is one stack only. An encoder without a decoder beside it (and the reverse) goes without a name.
+    Empty where there is one tower only. An encoder without a decoder beside it (and the reverse) goes without a name.
 
     Args:
         names: names of all weights of a model.
     """
     containers = {found[1] for name in names if (found := re.match(r"(.*?)\.\d+\.", name))}
-    stacks = {container: _stack(container) for container in containers}
-    if not {"encoder", "decoder"} <= {stack for _, stack in stacks.values()}:
-        stacks = {c: (root, "" if stack in ("encoder", "decoder") else stack) for c, (root, stack) in stacks.items()}
-    if len({stack for _, stack in stacks.values()}) < 2:
+    towers = {container: _tower(container) for container in containers}
+    if not {"encoder", "decoder"} <= {tower for _, tower in towers.values()}:
+        towers = {c: (root, "" if tower in ("encoder", "decoder") else tower) for c, (root, tower) in towers.items()}
+    if len({tower for _, tower in towers.values()}) < 2:
         return {}
-    inner_first = sorted(stacks.values(), key=lambda found: (-len(found[0]), found))
-    return {f"{root}.": f"{stack}." for root, stack in inner_first if stack}
+    inner_first = sorted(towers.values(), key=lambda found: (-len(found[0]), found))
+    return {f"{root}.": f"{tower}." for root, tower in inner_first if tower}
 
 
-def stack_of(name: str, prefixes: dict[str, str]) -> str:
-    """The prefix of the role of the matrix `name`, or nothing; `prefixes` are from `stack_prefixes`."""
+def tower_of(name: str, prefixes: dict[str, str]) -> str:
+    """The prefix of the role of the matrix `name`, empty for none; `prefixes` are from `tower_prefixes`."""
     return next((prefix for root, prefix in prefixes.items() if name.startswith(root)), "")
 
 
-def _stack(container: str) -> tuple[str, str]:
-    """The path to the component that names the stack, and the name."""
+def _tower(container: str) -> tuple[str, str]:
+    """The path to the component that names the tower, and the name."""
     parts = container.split(".")
-    for stack, pattern in _STACKS.items():
+    for tower, pattern in _TOWERS.items():
         for i, part in enumerate(parts):
             if pattern.search(part.lower()):
-                return ".".join(parts[: i + 1]), stack
+                return ".".join(parts[: i + 1]), tower
     return container, ""

@@ -1,1 +1,16 @@
-"""One matrix in, numbers out: spectra, fits and statistics of single weight matrices."""
+"""One matrix in, numbers out: spectra, fits and statistics of single weight matrices.
+
+`measure.measure` makes a row (`metrics.LayerMetrics`) of a matrix, as `metrics.Options` ask for. Each statistic is a
+pure function, in a module of its own that begins with its definition and source:
+
+============ ==========================================================================================================
+spectra      `esd` by `eigenvalues`, `lanczos` or, for a product of factors, `product`; `windows`; the result is in
+             `density` (`ESD`)
+precision    `resolution`: which eigenvalues are only rounding
+the tail     `tail` (power-law fits), `scan`, `alternatives` (other laws), `null` (α of noise of the same shape)
+the rest     `bulk` (Marchenko-Pastur, spikes, traps), `erg` (trace-log condition), `quality`
+one number   `scores`, for training
+changes      `directions` (projection on a tail, removal of traps), `nudge` (towards α = 2)
+a row        `measure`, `metrics`, `notes` (words of caution), `attempts` (what fails becomes a row)
+============ ==========================================================================================================
+"""

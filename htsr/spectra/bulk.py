@@ -188,7 +188,7 @@ def fit_bulk(eigenvalues: Vector, M: int, N: int, pieces: int = 1) -> Bulk:
     """
     Q = N / M
     x = eigenvalues / N
-    variance = float(np.median(x) / mp_quantile(0.5, Q))
+    variance = float(np.median(x) / mp_quantile(0.5, Q))  # a median is moved little by the few spikes above it
     if variance == 0.0:  # more than half of the spectrum is zero
         variance = float(x.mean())
     expected = mp_quantile(_QUANTILES, Q)
@@ -199,6 +199,7 @@ def fit_bulk(eigenvalues: Vector, M: int, N: int, pieces: int = 1) -> Bulk:
         if below in seen or below < 2:
             break
         seen.add(below)
+        # least squares of observed against expected quantiles; the outer 5 % at each edge scatter most
         observed = np.interp(_QUANTILES * (below - 1), np.arange(below), x[:below])
         variance = float(observed @ expected / (expected @ expected))
     edge = variance * N

@@ -194,12 +194,13 @@ def decompose(matrix: Array) -> Eigendecomposition:
         raise MatrixError("empty", f"the matrix has no entries (shape {tuple(matrix.shape)})")
     kind = torch.float64 if W.device.type == "cpu" else torch.float32
     tall = W if W.shape[1] >= W.shape[2] else W.mT
+    # summed over blocks of rows, so that no up-cast copy of the whole matrix is made
     gram = torch.zeros((len(W), tall.shape[2], tall.shape[2]), dtype=kind, device=W.device)
     for block in _blocks(tall):
         gram += block.to(kind).mT @ block.to(kind)
     if not bool(torch.isfinite(gram.sum())):
         raise MatrixError("nan", "the matrix has NaN, infinite or overflowing entries")
-    found, vectors = torch.linalg.eigh(gram)
+    found, vectors = torch.linalg.eigh(gram)  # the smaller side: M³ instead of M²N, and vectors of one side only
     values = found.double().cpu().numpy()
     resolution = _SAFETY * torch.finfo(kind).eps * values.max(axis=1, keepdims=True)
     values = np.where(values > resolution, values, 0.0)

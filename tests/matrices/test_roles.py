@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import htsr
-from htsr.matrices.roles import block_of, number_of, role_of, stack_prefixes
+from htsr.matrices.roles import block_of, number_of, role_of, tower_prefixes
 
 _ATTENTION = {"attn.q", "attn.k", "attn.v", "attn.o"}
 _CROSS = {"cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o"}
@@ -216,9 +216,9 @@ def test_numbered_layers_of_models_without_blocks():
 
 def test_stacks():
     alone = ["encoder.layer.0.attention.q.weight", "encoder.layer.1.attention.q.weight"]
-    assert stack_prefixes(alone) == {}
+    assert tower_prefixes(alone) == {}
     both = ["model.encoder.layers.0.fc1.weight", "model.decoder.layers.0.fc1.weight"]
-    assert stack_prefixes(both) == {"model.encoder.": "encoder.", "model.decoder.": "decoder."}
+    assert tower_prefixes(both) == {"model.encoder.": "encoder.", "model.decoder.": "decoder."}
     beside = ["vision_tower.encoder.layers.0.fc1.weight", "language_model.layers.0.mlp.up_proj.weight"]
-    assert stack_prefixes(beside) == {"vision_tower.": "vision."}
-    assert stack_prefixes([]) == {}
+    assert tower_prefixes(beside) == {"vision_tower.": "vision."}
+    assert tower_prefixes([]) == {}
