@@ -1,4 +1,8 @@
-"""The processes that share an analysis, and whether they look at one model."""
+"""The processes that do one piece of work together: how they meet, compare what they hold, and share what they find.
+
+All but this process's own place goes through torch's default process group. Each method is a collective: every rank
+calls it, in the same order. It knows no model and no result; what is compared are lines of text.
+"""
 
 from __future__ import annotations
 
@@ -8,156 +12,252 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
+from htsr.errors import HtsrError, MissingDependencyError, SourceError, UsageError, reason_of
 
-from htsr.arrays import Array, Product, as_numpy
-from htsr.errors import MatrixError, UsageError
-from htsr.matrices.models import Model, WeightMatrix
-from htsr.matrices.roles import whole_name
-from htsr.spectra.metrics import Options
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 300.0  # seconds until processes that do not come are given up
 _WORRY = 20.0  # seconds until they are asked for
-_SAMPLED = 4096  # entries of a matrix that ranks compare
-_CHUNK = 1 << 22  # entries at a time
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
+@dataclass(frozen=True)
 class Ranks:
-    """The processes that share this analysis: those of `accelerate launch` or `torchrun`, or this one alone.
+    """The processes that share some work; by default this one alone.
 
-    Args:
-        distributed: whether to share it where there are several.
+    Attributes:
+        rank: index of this process among them.
+        size: number of processes.
+
+    Examples:
+        >>> from htsr.ranks import Ranks
+        >>> alone = Ranks()
+        >>> alone.gather(["mine"])
+        ['mine']
+        >>> alone.of_first(lambda: "made once, by the first")
+        'made once, by the first'
     """
 
-    def __init__(self, distributed: bool = True) -> None:
-        self.rank, self.size = 0, 1
-        if not distributed:
-            return
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def running(cls) -> Ranks:
+        """Those of torch's default process group; this process alone where there is none."""
+        if not _is_initialized():
+            return cls()
+        from torch import distributed
+
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    @classmethod
+    def launched(cls, call: str, advice: str = "") -> Ranks:
+        """Those that `accelerate launch` or `torchrun` has started; the process group is begun where there is none.
+
+        Args:
+            call: what every rank has to call, for the sentence.
+            advice: what else can be done, for the same.
+
+        Raises:
+            UsageError: there are others, and they do not come.
+        """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _is_initialized():
             import torch
             from accelerate import PartialState
 
+            store = _store_of_launcher(call, advice)  # kept until the group has its own
             atexit.register(_leave)
             PartialState(cpu=not torch.cuda.is_available())
-        if _is_initialized():
-            from torch import distributed as group
+            del store
+        return cls.running()
 
-            self.rank, self.size = group.get_rank(), group.get_world_size()
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that speaks and writes for all."""
+        return self.rank == 0
 
-    def gather(self, mine: list[Any]) -> list[Any]:
-        """The items of all ranks, on every rank."""
-        if self.size == 1:
-            return mine
-        from torch import distributed as group
+    def wait(self) -> None:
+        """Go on when all ranks have come here."""
+        self.gather([])
 
-        found: list[list[Any]] = [[] for _ in range(self.size)]
-        group.all_gather_object(found, mine)
-        return [item for items in found for item in items]
-
-    def agree(self, model: Model, options: Options, shards: Collection[str] = ()) -> None:
-        """Make sure that all ranks are about to share one piece of work.
-
-        Names, shapes and options are compared, then the files by path, size and date; where those differ or the model
-        is in memory, entries of every matrix.
+    def gather(self, mine: Sequence[Item]) -> list[Item]:
+        """The items of all ranks, rank by rank, on every rank.
 
         Args:
-            model: what this rank is about to analyze.
-            options: and how.
-            shards: tensors of which each rank holds a part.
+            mine: those of this rank; they are pickled.
+        """
+        return self.gather_from(lambda: mine)
+
+    def gather_from(self, work: Callable[[], Iterable[Item]]) -> list[Item]:
+        """What `work` gives on all ranks, rank by rank, on every rank; what it raises on one is raised on all.
+
+        Args:
+            work: done on each rank; no collective may be left out where it raises.
 
         Raises:
-            UsageError: on every rank, they differ; or on those that came, others have not come.
+            HtsrError: it has failed on another rank, and of what kind it was there.
         """
         if self.size == 1:
-            return
-        self._meet()
-        self._same("options", [str(vars(options) | {"device": device_type(options)})])
-        self._same("matrices", [f"{m.name} {m.pieces}×{m.shape[0]}×{m.shape[1]} {m.dtype}" for m in model])
-        prints = self.gather([model.fingerprint])
-        if None in prints or len(set(prints)) > 1:
-            whole = [matrix for matrix in model if whole_name(matrix.name) not in shards]
-            self._same("weights", [f"{m.name} {checksum(m, _SAMPLED)}" for m in whole])
+            return list(work())
+        from torch import distributed
 
-    def _same(self, what: str, mine: Sequence[str]) -> None:
+        mine: list[Item] = []
+        failure: Exception | None = None
+        try:
+            mine = list(work())
+        except Exception as error:
+            failure = error
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, (mine, _said(failure, self.rank)))
+        if failure is not None:
+            raise failure
+        for kind, sentence in filter(None, (said for _, said in found)):
+            raise kind(sentence)
+        return [item for items, _ in found for item in items]
+
+    def of_first(self, make: Callable[[], Made]) -> Made:
+        """What `make` makes on the first rank, on every rank; what it raises there is raised on all.
+
+        Args:
+            make: called on the first rank only; what it returns is pickled.
+
+        Raises:
+            HtsrError: as `gather_from`.
+        """
+        return self.gather_from(lambda: [make()] if self.is_first else [])[0]
+
+    def difference(self, mine: Sequence[str]) -> str | None:
+        """Where the ranks differ, in words that are the same on every rank; None where they are alike.
+
+        Args:
+            mine: lines that say what this rank holds. They travel only where their digests differ.
+        """
         digest = hashlib.sha256("\n".join(mine).encode("utf-8", "surrogateescape")).hexdigest()
         if len(set(self.gather([digest]))) == 1:
-            return
-        first, *others = self.gather([mine])
+            return None
+        first, *others = self.gather([list(mine)])
         for rank, other in enumerate(others, 1):
             for a, b in zip_longest(first, other, fillvalue="nothing"):
                 if a != b:
-                    raise UsageError(
-                        f"the processes do not analyze one model: the {what} differ, {a} on rank 0 and {b} on rank "
-                        f"{rank}; with distributed=False each process analyzes its own"
-                    )
+                    return f"{a} on rank 0 and {b} on rank {rank}"
+        return None
 
-    def _meet(self) -> None:
-        """Wait for the other ranks, and say so, where a collective would hang without a word."""
-        import torch
+    def meet(self, call: str, advice: str = "") -> None:
+        """Wait for the other ranks, and say so, where a collective would hang without a word.
+
+        Args:
+            call: what every rank has to call, for the sentence.
+            advice: what else can be done, for the same.
+
+        Raises:
+            UsageError: on the ranks that came, others have not come.
+        """
+        if self.size == 1:
+            return
+        from torch import distributed
 
         try:
-            store = torch.distributed.distributed_c10d._get_default_store()
-            store.add(f"htsr/{self.rank}", 1)
+            store = distributed.distributed_c10d._get_default_store()
+            store.add(_place(self.rank), 0)
         except (AttributeError, RuntimeError, ValueError):  # a backend without a store
             return
-        started, worried = time.monotonic(), False
-        mine = store.add(f"htsr/{self.rank}", 0)
-        while late := [rank for rank in range(self.size) if store.add(f"htsr/{rank}", 0) < mine]:
-            waited = time.monotonic() - started
-            sentence = (
-                f"rank {self.rank} is in htsr.analyze and waits for rank {', '.join(map(str, late))}: every process "
-                "has to call it, or one alone with distributed=False"
-            )
-            if waited > PATIENCE:
-                store.add(f"htsr/{self.rank}", -1)
-                raise UsageError(sentence)
-            if waited > _WORRY and not worried:
-                logger.warning("%s", sentence)
-                worried = True
-            time.sleep(0.01 if waited < 1 else 0.25)
+        _meet(store, self.rank, self.size, call, advice)
 
 
-def device_type(options: Options) -> str:
-    """The kind of device that options name: which one of its kind changes no number."""
-    return options.device.partition(":")[0]
+def is_first() -> bool:
+    """Whether this process speaks for all: of a process group, or of those that a launcher has started.
 
-
-def checksum(matrix: WeightMatrix, entries: int | None = None) -> str | None:
-    """A digest of what a matrix holds.
-
-    Args:
-        matrix: is read.
-        entries: how many of them, evenly spread, tell; all by default.
-
-    Returns:
-        None where it cannot be read.
+    Examples:
+        >>> from htsr.ranks import is_first
+        >>> is_first()
+        True
     """
-    digest = hashlib.blake2b(digest_size=12)
-    try:
-        values = matrix.read()
-        for part in (values.left, values.right) if isinstance(values, Product) else (values,):
-            _update(digest, part, entries)
-    except MatrixError:
+    return Ranks.running().is_first if _is_initialized() else os.environ.get("RANK", "0") == "0"
+
+
+def _said(failure: Exception | None, rank: int) -> tuple[type[HtsrError], str] | None:
+    """The kind and sentence with which the other ranks raise what one of them has met."""
+    if failure is None:
         return None
-    return digest.hexdigest()
+    if not isinstance(failure, HtsrError):
+        return HtsrError, f"rank {rank} failed, {type(failure).__name__}: {reason_of(failure)}"
+    kinds = (UsageError, SourceError, MissingDependencyError)
+    return next((kind for kind in kinds if isinstance(failure, kind)), HtsrError), str(failure)
 
 
-def _update(digest: Any, values: Array, entries: int | None) -> None:
-    rows = values.reshape(-1, values.shape[-1])
-    if entries is None:
-        step = max(1, _CHUNK // rows.shape[1])
-        parts = [rows[i : i + step] for i in range(0, rows.shape[0], step)]
-    else:
-        flat = rows.reshape(-1)
-        parts = [flat[:: max(1, flat.shape[0] // entries)]]
-    for part in parts:
-        digest.update(np.ascontiguousarray(as_numpy(part)).tobytes())
+def _meet(store: Store, rank: int, size: int, call: str, advice: str) -> None:
+    """Wait until all ranks have come here as often as this one; every rank counts in the `store` how often it came."""
+    meeting = store.add(_place(rank), 1)
+    gate = f"htsr/meeting/{meeting}"
+    come = store.add(gate, 1)
+    started, worried = time.monotonic(), False
+    while come < size:
+        waited = time.monotonic() - started
+        if waited > PATIENCE and store.add(gate, -1) < size - 1:
+            store.add(_place(rank), -1)
+            raise UsageError(_late(store, rank, size, meeting, call, advice))
+        if waited > PATIENCE:  # the last one came this moment
+            store.add(gate, 1)
+        if waited > _WORRY and not worried:
+            logger.warning("%s", _late(store, rank, size, meeting, call, advice))
+            worried = True
+        time.sleep(0.01 if waited < 1 else 0.25)
+        come = store.add(gate, 0)
+
+
+def _late(store: Store, rank: int, size: int, meeting: int, call: str, advice: str) -> str:
+    late = [str(other) for other in range(size) if other != rank and store.add(_place(other), 0) < meeting]
+    return _absent(rank, late, call, advice)
+
+
+def _absent(rank: int, late: Sequence[str], call: str, advice: str) -> str:
+    some = ", ".join(late[:8]) + ", …" * (len(late) > 8)
+    return f"rank {rank} is in {call} and waits for rank {some}: every process has to call it{advice}"
+
+
+def _place(rank: int) -> str:
+    return f"htsr/{rank}"
+
+
+def _store_of_launcher(call: str, advice: str) -> Store | None:
+    """The store in which launched processes meet, all of them come; torch alone waits for half an hour, silently."""
+    try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError):  # accelerate finds them elsewhere, or says what is missing
+        return None
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is there
+
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = TCPStore(
+            address,
+            port,
+            size,
+            is_master=hosts,
+            timeout=timedelta(seconds=PATIENCE),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except RuntimeError as error:
+        if hosts:
+            raise UsageError(
+                f"rank 0 cannot open {address}:{port} for the other processes: {reason_of(error)}"
+            ) from error
+        raise UsageError(_absent(rank, ["0"], call, advice)) from error
+    _meet(store, rank, size, call, advice)
+    return store
 
 
 def _is_initialized() -> bool:
@@ -168,7 +268,7 @@ def _is_initialized() -> bool:
 
 def _leave() -> None:
     """End the process group that was begun here; a process that exits within it may abort."""
-    from torch import distributed as group
+    from torch import distributed
 
-    if group.is_initialized():
-        group.destroy_process_group()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

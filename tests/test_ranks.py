@@ -9,7 +9,8 @@ from torch import distributed
 
 import htsr
 from htsr import ranks
-from htsr.ranks import checksum
+from htsr.matrices.checksums import checksum
+from htsr.ranks import Ranks
 from tests.models import save_folder, state_dict
 from tests.processes import in_two_processes, leave_with
 
@@ -53,6 +54,31 @@ def _one_comes(rank, _folder):
     return {"alone": alone, "together": _norms(htsr.analyze(state_dict(), device="cpu"))}
 
 
+def _failing(rank, _folder):
+    """One rank fails in its own part, another is to make something for all."""
+
+    def fail(_progress):
+        if rank == 1:
+            raise ZeroDivisionError("division by zero\nand more")
+
+    def refuse():
+        raise htsr.UsageError("rank 0 will not")
+
+    both, said = Ranks.running(), {}
+    for kind, act in {
+        "progress": lambda: htsr.analyze(state_dict(), device="cpu", progress=fail),
+        "first": lambda: both.of_first(refuse),
+        "second": lambda: both.gather_from(lambda: [1 // (1 - rank)]),
+    }.items():
+        try:
+            act()
+        except Exception as error:
+            said[kind] = f"{type(error).__name__}: {error}"
+    made = []
+    said["made"] = both.of_first(lambda: made.append(rank) or {"by": rank})
+    return said | {"here": made, "gathered": both.gather([rank] * (rank + 1)), "first?": ranks.is_first()}
+
+
 def _interrupted(_rank, folder):
     """Both ranks are interrupted after their first matrix; then the analysis is run again."""
     journal, source = folder / "journal.jsonl", str(folder / "model0")
@@ -74,7 +100,7 @@ def _interrupted(_rank, folder):
 def _worker(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    found = {kind.__name__: kind(rank, folder) for kind in (_different, _one_comes, _interrupted)}
+    found = {kind.__name__: kind(rank, folder) for kind in (_different, _one_comes, _failing, _interrupted)}
     leave_with(found, rank, folder)
 
 
@@ -100,6 +126,7 @@ def test_ranks_with_different_models_are_refused_on_each(found, folder):
         assert "the processes do not analyze one model" in refused[0][kind], kind
         assert "distributed=False" in refused[0][kind]
     assert "model.embed_tokens" in refused[0]["one weight"]
+    assert "the options differ, fit ks on rank 0 and fit hill on rank 1;" in refused[0]["options"]
     for rank, one in enumerate(refused):
         assert one["alone"] == _norms(htsr.analyze(state_dict(seed=rank), device="cpu"))
         assert one["copies"] == _norms(htsr.analyze(str(folder / "copy0"), device="cpu"))
@@ -111,6 +138,43 @@ def test_a_rank_that_is_alone_is_told(found):
     first, second = (one["_one_comes"] for one in found)
     assert first["alone"].startswith("rank 0 is in htsr.analyze and waits for rank 1")
     assert first["together"] == second["together"] == _norms(htsr.analyze(state_dict(), device="cpu"))
+
+
+def test_what_fails_on_one_rank_is_raised_on_all(found):
+    """The others waited for it until the process group gave up."""
+    first, second = (one["_failing"] for one in found)
+    assert first["progress"] == first["second"].replace("integer division or modulo", "division")
+    assert first["progress"] == "HtsrError: rank 1 failed, ZeroDivisionError: division by zero"
+    assert second["progress"].startswith("ZeroDivisionError")
+    assert first["first"] == second["first"] == "UsageError: rank 0 will not"
+
+
+def test_what_the_first_makes_and_what_all_have(found):
+    first, second = (one["_failing"] for one in found)
+    assert first["made"] == second["made"] == {"by": 0}
+    assert (first["here"], second["here"]) == ([0], [])
+    assert first["gathered"] == second["gathered"] == [0, 1, 1]
+    assert (first["first?"], second["first?"]) == (True, False)
+
+
+@pytest.mark.parametrize("kind", ["first", "second", "first, torchrun's store"])
+def test_launched_processes_that_do_not_come_are_told_before_there_is_a_group(monkeypatch, kind):
+    """torch waits half an hour for them, without a word."""
+    rank = int(kind == "second")
+    free = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = free.port
+    if "store" not in kind:
+        del free
+    started = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in started.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str("store" in kind))
+    monkeypatch.setattr(ranks, "PATIENCE", 0.2)
+    assert ranks.is_first() == (rank == 0)
+    with pytest.raises(htsr.UsageError, match=rf"^rank {rank} is in htsr.analyze and waits for rank {1 - rank}: "):
+        htsr.analyze(state_dict(), device="cpu")
+    assert not distributed.is_initialized()
+    assert htsr.analyze(state_dict(), device="cpu", distributed=False)
 
 
 def test_ranks_take_up_what_all_of_them_have_left_and_leave_nothing(found, folder):

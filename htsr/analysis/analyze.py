@@ -22,14 +22,15 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from htsr._version import __version__
-from htsr.analysis.execution import measure_all, pick_device, shared_out
+from htsr.analysis.execution import measure_all, pick_device
 from htsr.analysis.journal import Journal
 from htsr.analysis.saving import read_parts, write_parts
+from htsr.analysis.sharing import agree, launched_ranks, results_of_all, shared_out
 from htsr.analysis.tables import means_table, metrics_table
 from htsr.arrays import Vector
 from htsr.errors import UsageError
 from htsr.matrices.models import Filter, Model, as_filter
-from htsr.matrices.sharded import Shard, in_rounds, open_live
+from htsr.matrices.sharded import Shard, open_live
 from htsr.matrices.sources import Source, open_model
 from htsr.ranks import Ranks
 from htsr.results import Record, Table, Tabular
@@ -316,7 +317,7 @@ def analyze(
         live = open_live(source)  # type: ignore[arg-type]  # only a module has such
         model, shards = replace(model, matrices=live.matrices).filtered(as_filter(where)), live.shards
     kept = Journal(model, settings, Path(journal)) if journal else None
-    return analyze_model(model, settings, kept, progress, shards, Ranks(distributed))
+    return analyze_model(model, settings, kept, progress, shards, launched_ranks(distributed))
 
 
 def make_options(*, full: bool = False, **options: Any) -> Options:
@@ -359,13 +360,13 @@ def analyze_model(
         UsageError: other ranks do not call this, or call it with another model.
     """
     started = time.perf_counter()
-    ranks = ranks or Ranks()
-    ranks.agree(model, options, shards)
-    kept = journal.load().values() if journal and ranks.rank == 0 else ()
-    done = {result.row.name: result for result in ranks.gather(list(kept))}  # before any rank writes
+    ranks = ranks or launched_ranks()
+    agree(ranks, model, options, shards)
+    kept = ranks.of_first(lambda: list(journal.load().values()) if journal else [])  # before any rank writes
+    done = {result.row.name: result for result in kept}
     todo = [matrix for matrix in model if matrix.name not in done]
-    whole, tensors = shared_out(todo, shards, ranks.rank, ranks.size)
-    own = [*whole, *chain.from_iterable(tensors[ranks.rank :: ranks.size])]
+    whole, spread = shared_out(todo, shards, ranks)
+    own = [*whole, *chain.from_iterable(spread[ranks.rank :: ranks.size])]
     total, spent = sum(matrix.cost for matrix in own) or 1.0, 0.0
     costs, finished = {matrix.name: matrix.cost for matrix in own}, len(done)
     if journal:
@@ -381,13 +382,11 @@ def analyze_model(
             progress(Progress(finished, len(done) + len(own), spent / total, result.row))
 
     try:
-        mine = measure_all(whole, options, measured)
-        for parts in in_rounds(tensors, shards, ranks.rank, ranks.size):
-            mine += measure_all(parts, options, measured)
+        found = results_of_all(whole, spread, shards, ranks, lambda part: measure_all(part, options, measured))
     finally:
         if journal:
             journal.close()
-    by_name = done | {result.row.name: result for result in ranks.gather(mine)}
+    by_name = done | {result.row.name: result for result in found}
     if journal:
         journal.discard()
     results = [by_name[matrix.name] for matrix in model]

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from htsr.analysis.analyze import FULL, Analysis, analyze_model, make_options
+from htsr.analysis.sharing import launched_ranks
 from htsr.analysis.tables import changes_table, pairs_table
 from htsr.arrays import Array, Vector, as_numpy
 from htsr.errors import MatrixError, SourceError, UsageError
 from htsr.matrices.models import Filter, Model, WeightMatrix, as_filter
 from htsr.matrices.positions import Position
 from htsr.matrices.sources import Source, open_model
-from htsr.ranks import Ranks
 from htsr.results import Record, Table, Tabular
 from htsr.spectra.bulk import jensen_shannon_distance
 from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
@@ -209,7 +209,7 @@ def compare(
     settings = options_beside([x for x in (a, b) if isinstance(x, Analysis)], full=full, **options)
     sides = filtered_together([x if isinstance(x, Analysis) else open_model(x) for x in (a, b)], as_filter(where))
     analyses = [
-        side if isinstance(side, Analysis) else analyze_model(side, settings, ranks=Ranks(distributed))
+        side if isinstance(side, Analysis) else analyze_model(side, settings, ranks=launched_ranks(distributed))
         for side in sides
     ]
     models = [side if isinstance(side, Model) else None for side in sides]

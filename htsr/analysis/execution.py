@@ -1,19 +1,17 @@
-"""Running the measurements: threads on one machine, ranks on several."""
+"""Running the measurements in the threads of one process."""
 
 from __future__ import annotations
 
-import heapq
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
 from htsr.errors import UsageError
-from htsr.matrices.models import WeightMatrix, by_tensor
-from htsr.matrices.roles import whole_name
+from htsr.matrices.models import WeightMatrix
 from htsr.spectra.esd import BATCH_UP_TO
 from htsr.spectra.measure import Measured, measure_batch
 from htsr.spectra.metrics import LayerMetrics, Options
@@ -142,44 +140,6 @@ def _one_blas_thread() -> Iterator[None]:
 
     with threadpool_limits(limits=1):
         yield
-
-
-def share(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Indices for each of `ranks` workers, their sums of `costs` nearly equal (longest first to the least loaded).
-
-    Examples:
-        >>> from htsr.analysis.execution import share
-        >>> share([5.0, 4.0, 3.0, 3.0], ranks=2)
-        [[0, 3], [1, 2]]
-    """
-    loads = [(0.0, rank) for rank in range(ranks)]
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        load, rank = heapq.heappop(loads)
-        shares[rank].append(index)
-        heapq.heappush(loads, (load + costs[index], rank))
-    return [sorted(indices) for indices in shares]
-
-
-def shared_out(
-    matrices: Sequence[WeightMatrix], shards: Collection[str], rank: int, size: int
-) -> tuple[list[WeightMatrix], list[list[WeightMatrix]]]:
-    """How `size` processes share the work, some of it on tensors that are spread over them.
-
-    Args:
-        matrices: all matrices, the same on every rank.
-        shards: names of the tensors that are spread over the processes.
-        rank: rank of this process.
-        size: number of processes.
-
-    Returns:
-        The whole matrices that this rank reads, and the matrices of each spread tensor, the costliest tensor first,
-        for `htsr.matrices.sharded.in_rounds`.
-    """
-    whole = [matrix for matrix in matrices if whole_name(matrix.name) not in shards]
-    spread = by_tensor(matrix for matrix in matrices if whole_name(matrix.name) in shards)
-    mine = [whole[i] for i in share([matrix.cost for matrix in whole], size)[rank]]
-    return mine, sorted(spread, key=lambda parts: -sum(matrix.cost for matrix in parts))
 
 
 def pick_device(device: str) -> str:

@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from htsr._version import __version__
 from htsr.analysis.schema import from_json
+from htsr.analysis.sharing import device_type
 from htsr.errors import UsageError
+from htsr.matrices.checksums import checksum
 from htsr.matrices.models import Model
-from htsr.ranks import checksum, device_type
 from htsr.spectra.measure import Measured
 from htsr.spectra.metrics import LayerMetrics, Options
 

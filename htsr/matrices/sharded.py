@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from htsr.errors import UsageError
+from htsr.errors import UsageError, reason_of
 from htsr.matrices.apart import matrices_of
 from htsr.matrices.models import WeightMatrix
-from htsr.matrices.modules import is_sharded, module_config, module_tensors
+from htsr.matrices.modules import is_sharded, module_config, module_tensors, whole_shape
 from htsr.matrices.parametrized import computed
 from htsr.matrices.quantized import dequantized
 from htsr.matrices.roles import stem, whole_name
 from htsr.matrices.stored_tensors import StoredTensor, base_names, unshared
 from htsr.matrices.tuners import without_peft
+from htsr.ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +38,23 @@ class Shard:
     def __init__(self, tensor: Any) -> None:
         self.tensor = tensor
         self._whole: torch.Tensor | None = None
+        self._problem = "a sharded tensor is read between gather and release"
 
-    def gather(self, *, keep: bool) -> None:
-        """Put the tensor together. A collective: every rank calls it, those with `keep` can read it afterwards."""
+    def gather(self, ranks: Ranks, *, keep: bool) -> None:
+        """Put the tensor together. A collective, after which `read` gives the whole, or says why it cannot.
+
+        A rank that fails within torch's own collective leaves the others waiting in it. What fails there is memory, so
+        each rank sees first whether it has enough, and none begins where one of them has not.
+
+        Args:
+            ranks: all of them call this.
+            keep: whether this rank is to read it.
+        """
+        lacking = ranks.gather([self._lacks_memory()])
+        if any(lacking):
+            why = next(filter(None, lacking))
+            self._problem = f"rank {lacking.index(why)} has no memory to put it together: {why}"
+            return
         if hasattr(self.tensor, "ds_id"):
             import deepspeed  # its `zero` is an attribute, no module
 
@@ -49,6 +64,17 @@ class Shard:
         whole = self.tensor.detach().full_tensor()
         self._whole = whole if keep else None
 
+    def _lacks_memory(self) -> str | None:
+        """What an allocation says that is as large as what a gather takes: what arrives, and the whole in its order."""
+        import torch
+
+        part = self.tensor.to_local() if hasattr(self.tensor, "to_local") else self.tensor
+        try:
+            torch.empty((2, *whole_shape(self.tensor)), dtype=part.dtype, device=part.device)
+        except (RuntimeError, MemoryError) as error:
+            return reason_of(error)
+        return None
+
     def release(self) -> None:
         """Forget the whole."""
         self._whole = None
@@ -56,7 +82,7 @@ class Shard:
     def read(self, index: int | None = None) -> torch.Tensor:
         """The whole tensor, in its full shape, or its slice [`index`] of the first axis."""
         if self._whole is None:
-            raise RuntimeError("a sharded tensor is read between gather and release")
+            raise RuntimeError(self._problem)
         return self._whole if index is None else self._whole[index]
 
 
@@ -118,22 +144,23 @@ def refuse_flat(module: torch.nn.Module) -> None:
 
 
 def in_rounds(
-    tensors: Sequence[list[WeightMatrix]], shards: Mapping[str, Shard], rank: int, size: int
+    tensors: Sequence[list[WeightMatrix]], shards: Mapping[str, Shard], ranks: Ranks
 ) -> Iterator[list[WeightMatrix]]:
     """What this rank can read, one tensor at a time; a round gathers one for each rank, so all ranks go on together.
 
+    All ranks go through to the end, or those that do wait for those that do not.
+
     Args:
-        tensors: the matrices of each tensor, the same list on all ranks; this rank reads every `size`-th tensor, from
-            number `rank` on.
+        tensors: the matrices of each tensor, the same list on all ranks; this rank reads every `ranks.size`-th tensor,
+            from number `ranks.rank` on.
         shards: the sharded tensors by name.
-        rank: rank of this process among those that share the work.
-        size: number of processes that share the work.
+        ranks: processes that share the work.
     """
-    for first in range(0, len(tensors), size):
+    for first in range(0, len(tensors), ranks.size):
         mine: list[WeightMatrix] = []
-        for owner, parts in enumerate(tensors[first : first + size]):
-            shards[whole_name(parts[0].name)].gather(keep=owner == rank)
-            if owner == rank:
+        for owner, parts in enumerate(tensors[first : first + ranks.size]):
+            shards[whole_name(parts[0].name)].gather(ranks, keep=owner == ranks.rank)
+            if owner == ranks.rank:
                 mine = parts
         if mine:
             yield mine

@@ -43,11 +43,11 @@ EVENT = (
     COMMON
     + """
 import htsr
-from htsr.analysis.execution import share
+from htsr.analysis.sharing import share
 from htsr.matrices.sharded import open_live
 from htsr.spectra.esd import esd
 from htsr.spectra.scores import score
-from htsr.training.layerwise.wrapper import live_scores as scoring
+from htsr.training.layerwise import live_scores as scoring
 from htsr.training.layerwise.hooks import engine_of
 times = 1 if quick else 3
 matrices = open_live(model).matrices

@@ -14,8 +14,9 @@ import torch
 import htsr
 from htsr.analysis import execution
 from htsr.analysis.analyze import analyze_model
-from htsr.analysis.execution import _batches, measure_all, pick_device, share
+from htsr.analysis.execution import _batches, measure_all, pick_device
 from htsr.analysis.journal import Journal
+from htsr.analysis.sharing import share
 from tests.models import save_folder, state_dict
 
 

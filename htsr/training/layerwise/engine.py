@@ -23,6 +23,7 @@ import torch
 from htsr.matrices.modules import whole_shape
 from htsr.matrices.roles import stem
 from htsr.matrices.sharded import open_live, refuse_flat
+from htsr.ranks import Ranks
 from htsr.training.layerwise.groups import adapt_state_dict, parameter_names, require_fresh, split_groups
 from htsr.training.layerwise.live_scores import live_scores, view_of
 from htsr.training.layerwise.policy import Policy, require_count
@@ -123,6 +124,7 @@ class Layerwise:
         self.handles: list[RemovableHandle] = []
         self.seconds = 0.0
         self._event: Event | None = None
+        self._has_met = False
         self._saved: list[tuple[dict[str, Any], str, Any]] = []
         self._outermost: FrameType | None = None
         self._states_before = len(optimizer.state)
@@ -154,7 +156,7 @@ class Layerwise:
         """Measure and decide at this `step` of `optimizer`.
 
         Raises:
-            HtsrError: the processes do not hold the same matrices.
+            HtsrError: the processes do not hold the same matrices, or some do not come.
         """
         began = time.perf_counter()
         names = parameter_names(self.model)
@@ -163,6 +165,9 @@ class Layerwise:
         kept = {i: "frozen" for i, value in enumerate(self.settled) if value is None and i not in trained}
         settled = [1.0 if i in kept else value for i, value in enumerate(self.settled)]
         wanted = {part for unit, value in zip(self.units, settled, strict=True) if value is None for part in unit.parts}
+        if wanted and not self._has_met:  # the first event shows whether all ranks are layerwise
+            Ranks.running().meet("htsr.layerwise")
+            self._has_met = True
         found = live_scores(self.model, self.policy, wanted, view_of(self.policy.spectrum, optimizer)) if wanted else {}
         known = {name: value for name, value in found.items() if isinstance(value, float)}
         measured = [i for i, value in enumerate(settled) if value is None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from htsr.analysis.execution import for_each, shared_out
+from htsr.analysis.execution import for_each
+from htsr.analysis.sharing import described, results_of_all, shared_out
 from htsr.arrays import Array
 from htsr.errors import HtsrError, MatrixError
 from htsr.matrices.models import WeightMatrix
-from htsr.matrices.sharded import in_rounds, open_live
+from htsr.matrices.sharded import open_live
+from htsr.ranks import Ranks
 from htsr.spectra.esd import esd_batch
 from htsr.spectra.scores import null_of_shape, score
 from htsr.training.layerwise.policy import Policy, Spectrum, name_of
@@ -88,26 +91,31 @@ def live_scores(
         Scores by matrix, in the form of `scores`; failures are passing ones.
 
     Raises:
-        HtsrError: the ranks do not hold the same matrices, or a score that is a function fails. All ranks raise alike.
+        HtsrError: the ranks are not about to score the same matrices in the same way, or a score that is a function
+            fails. All ranks raise alike.
     """
     model = open_live(module, view)
     todo = [matrix for matrix in model.matrices if matrix.name in wanted]
     if policy.score == "alpha_null":
         return scores(todo, policy)
-    rank, size = _ranks()
-    whole, tensors = shared_out(todo, model.shards, rank, size)
-    found = scores(whole, policy)
-    for parts in in_rounds(tensors, model.shards, rank, size):
-        found |= scores(parts, policy)
-    if size > 1:
-        found = _gather(found, size)
-    if missing := sorted(matrix.name for matrix in todo if matrix.name not in found):
-        raise HtsrError(
-            f"no rank has scored {missing[0]}: all ranks must hold the same parameters (no pipeline stages)"
-        )
+    ranks = Ranks.running()
+    _agree(ranks, todo, policy)
+    whole, spread = shared_out(todo, model.shards, ranks)
+    found = dict(results_of_all(whole, spread, model.shards, ranks, lambda part: scores(part, policy).items()))
     found = {matrix.name: found[matrix.name] for matrix in todo}
     refuse_faults(found, policy)
     return found
+
+
+def _agree(ranks: Ranks, matrices: Sequence[WeightMatrix], policy: Policy) -> None:
+    if ranks.size == 1:
+        return
+    rules = [f"with {field} {value}" for field, value in json.loads(policy.describe()).items()]
+    if differ := ranks.difference([*rules, *described(matrices)]):
+        raise HtsrError(
+            f"the processes do not train one model: they measure {differ}; all ranks must hold the same parameters (no "
+            "pipeline stages), freeze the same ones, and have the same policy"
+        )
 
 
 def refuse_faults(found: Mapping[str, float | Failure], policy: Policy) -> None:
@@ -164,7 +172,10 @@ def _together(policy: Policy, matrices: Sequence[WeightMatrix]) -> list[float | 
         try:
             loaded[i] = matrix.read()
         except MatrixError as problem:
-            logger.warning("%s keeps a multiplier of 1: %s", matrix.name, problem)
+            if isinstance(problem.__cause__, _PASSING):
+                results[i] = _failure(problem.__cause__, passing=True)
+            else:
+                logger.warning("%s keeps a multiplier of 1: %s", matrix.name, problem)
     if loaded:
         how: dict[str, Any] = {"route": "gram", "dtype": policy.dtype, "windows": policy.windows}
         for i, spectrum in zip(loaded, esd_batch(list(loaded.values()), device=_device(loaded), **how), strict=True):
@@ -184,19 +195,3 @@ def _together(policy: Policy, matrices: Sequence[WeightMatrix]) -> list[float | 
 def _device(loaded: Mapping[int, Array]) -> str:
     first = next(iter(loaded.values()))
     return "cpu" if isinstance(first, np.ndarray) else str(first.device)
-
-
-def _ranks() -> tuple[int, int]:
-    from torch import distributed
-
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
-
-
-def _gather(found: dict[str, float | Failure], size: int) -> dict[str, float | Failure]:
-    from torch import distributed
-
-    shares: list[Any] = [None] * size
-    distributed.all_gather_object(shares, found)
-    return {name: value for part in shares for name, value in part.items()}

@@ -68,7 +68,8 @@ def layerwise(
         UsageError: the optimizer has a scheduler, cannot have a learning rate for each matrix, steps through another
             optimizer or trains another model, or the policy has no meaning; the optimizer is left as it was. Later,
             from its `load_state_dict`: the checkpoint has other groups.
-        HtsrError: later, from its `step`: the processes do not hold the same matrices, or a score of your own fails.
+        HtsrError: later, from its `step`: processes do not come, hold other matrices or have another policy, or a score
+            of your own fails.
 
     Examples:
         Two matrices, one with a heavy tail (a low α, well trained), one of noise. At the first step the noise gets

@@ -8,9 +8,10 @@ import torch
 from torch import distributed
 
 import htsr
+from htsr import ranks
 from htsr.training.layerwise import live_scores
 from tests.processes import in_two_processes, leave_with, one_thread
-from tests.training.models import MATRICES, SpyingAdamW, TinyLM, train
+from tests.training.models import INNER, MATRICES, WIDTH, SpyingAdamW, TinyLM, train
 
 STEPS = 7
 
@@ -57,6 +58,11 @@ def _worker(rank, folder):
         decomposed.clear()
         results[kind] = {"rates": run(wrap), "decomposed": list(decomposed)}
     results["failing"] = _run_that_fails_on_one_rank(rank)
+    live_scores.scores = inner
+    results["no_room"] = _run_without_room_on_one_rank(rank)
+    results["alone"] = _layerwise_on_one_rank(rank)
+    results["refused"] = _trained_unlike(rank)
+    results["refused"] = _trained_unlike(rank)  # and the ranks still meet
     leave_with(results, rank, folder)
 
 
@@ -75,13 +81,61 @@ def _run_that_fails_on_one_rank(rank):
     optimizer = SpyingAdamW(_data_parallel(model).parameters(), lr=3e-3)
     htsr.layerwise(optimizer, model, interval=3, ramp=0)
     status = []
-    train(
-        model,
-        optimizer,
-        range(STEPS),
-        after=lambda _: status.append({g["name"]: g["status"] for g in optimizer.param_groups}),
-    )
+    train(model, optimizer, range(STEPS), after=lambda _: status.append(_status(optimizer)))
     return {"rates": [{n: lr for n, (lr, _) in seen.items()} for seen in optimizer.seen], "status": status}
+
+
+def _run_without_room_on_one_rank(rank):
+    """The second rank has no memory to put the first up_proj together at the second event."""
+    status, failed, empty = [], [], torch.empty
+
+    def out_of_memory(shape, **kwargs):
+        if rank == 1 and len(status) == 2 and not failed and shape == (2, INNER, WIDTH):
+            failed.append(shape)
+            raise torch.OutOfMemoryError("no memory")
+        return empty(shape, **kwargs)
+
+    torch.empty = out_of_memory
+    model = _sharded(TinyLM())
+    optimizer = SpyingAdamW(model.parameters(), lr=3e-3)
+    htsr.layerwise(optimizer, model, interval=3, ramp=0)
+    try:
+        train(model, optimizer, range(STEPS), after=lambda _: status.append(_status(optimizer)))
+    finally:
+        torch.empty = empty
+    return {"rates": [{n: lr for n, (lr, _) in seen.items()} for seen in optimizer.seen], "status": status}
+
+
+def _layerwise_on_one_rank(rank):
+    ranks.PATIENCE, patience = 0.3, ranks.PATIENCE
+    said = _refusal(torch.nn.Linear(64, 60)) if rank == 0 else ""
+    distributed.barrier()
+    ranks.PATIENCE = patience
+    return said
+
+
+def _trained_unlike(rank):
+    frozen = TinyLM()
+    if rank:
+        frozen.layers[0].requires_grad_(False)
+    return {
+        "matrices": _refusal(torch.nn.ModuleDict({("up_proj", "down_proj")[rank]: torch.nn.Linear(64, 60)})),
+        "policy": _refusal(torch.nn.Linear(64, 60), reverse=rank == 1),
+        "frozen": _refusal(frozen),
+    }
+
+
+def _refusal(model, **changes):
+    optimizer = htsr.layerwise(torch.optim.SGD(model.parameters(), lr=0.1), model, **changes)
+    try:
+        optimizer.step()
+    except htsr.HtsrError as error:
+        return str(error)
+    return "not refused"
+
+
+def _status(optimizer):
+    return {group["name"]: group["status"] for group in optimizer.param_groups}
 
 
 @pytest.fixture(scope="module")
@@ -127,4 +181,31 @@ def test_an_event_that_fails_on_one_rank_ends_no_training(two_processes):
     assert all(rates[2][name] == rates[1][name] for name in kept)
     assert any(rates[2][name] != rates[1][name] for name in moved)
     assert any(rates[5][name] != rates[4][name] for name in kept)
+    assert set(first["status"][5].values()) == {"ok"}
+
+
+def test_ranks_that_do_not_train_alike_are_refused_on_each(two_processes):
+    first, second = (result["refused"] for result in two_processes)
+    assert first == second
+    assert all(sentence.startswith("the processes do not train one model") for sentence in first.values())
+    assert "up_proj 1×60×64 float32 on rank 0 and down_proj 1×60×64 float32 on rank 1" in first["matrices"]
+    assert "with reverse False on rank 0 and with reverse True on rank 1" in first["policy"]
+    assert "layers.0" in first["frozen"]
+
+
+def test_layerwise_on_one_rank_only_is_told(two_processes):
+    first, second = (result["alone"] for result in two_processes)
+    assert first.startswith("rank 0 is in htsr.layerwise and waits for rank 1")
+    assert second == ""
+
+
+def test_a_sharded_tensor_that_one_rank_cannot_hold_keeps_its_multiplier(two_processes):
+    """A rank that fails inside of torch's collective would leave the others in it."""
+    first, second = (result["no_room"] for result in two_processes)
+    assert first == second
+    kept = {name for name, status in first["status"][2].items() if "rank 1 has no memory" in status}
+    assert len(kept) == 1
+    assert kept < {"layers.0.mlp.up_proj", "layers.1.mlp.up_proj"}
+    rates = first["rates"]
+    assert all(rates[2][name] == rates[1][name] for name in kept)
     assert set(first["status"][5].values()) == {"ok"}

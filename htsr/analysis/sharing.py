@@ -1,0 +1,159 @@
+"""How the ranks share the matrices of a model: that all hold the same ones, which rank has which, and the results."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import TypeVar
+
+from htsr.errors import UsageError
+from htsr.matrices.checksums import checksum
+from htsr.matrices.models import Model, WeightMatrix, by_tensor
+from htsr.matrices.roles import whole_name
+from htsr.matrices.sharded import Shard, in_rounds
+from htsr.ranks import Ranks
+from htsr.spectra.metrics import Options
+
+CALL, ADVICE = "htsr.analyze", ", or one alone with distributed=False"
+
+_SAMPLED = 4096  # entries of a matrix that ranks compare
+
+Result = TypeVar("Result")
+
+
+def launched_ranks(distributed: bool = True) -> Ranks:
+    """The processes that share an analysis: those of the launcher, or this one alone unless `distributed`.
+
+    Raises:
+        UsageError: others were launched, and do not come.
+    """
+    return Ranks.launched(CALL, ADVICE) if distributed else Ranks()
+
+
+def agree(ranks: Ranks, model: Model, options: Options, shards: Collection[str] = ()) -> None:
+    """Make sure that all ranks are about to share one piece of work.
+
+    Args:
+        ranks: who shares it.
+        model: what this rank is about to analyze.
+        options: how it does.
+        shards: tensors of which each rank holds a part.
+
+    Raises:
+        UsageError: on every rank, they differ; or on those that came, others have not come.
+    """
+    if ranks.size == 1:
+        return
+    ranks.meet(CALL, ADVICE)
+    settings = vars(options) | {"device": device_type(options)}
+    differ = ranks.difference([f"{name} {value}" for name, value in settings.items()])
+    what = f"the options differ, {differ}" if differ else model_difference(ranks, model, shards)
+    if what:
+        raise UsageError(
+            f"the processes do not analyze one model: {what}; with distributed=False each process analyzes its own"
+        )
+
+
+def model_difference(ranks: Ranks, model: Model, shards: Collection[str] = ()) -> str | None:
+    """In what the models of the ranks differ, in words; None where they are one.
+
+    Names and shapes are compared, then the files by path, size and date; where those differ or the model is in memory,
+    entries of every matrix.
+
+    Args:
+        ranks: all call this.
+        model: that of this rank.
+        shards: tensors of which each rank holds a part, and whose entries are not compared.
+    """
+    if differ := ranks.difference(described(model)):
+        return f"the matrices differ, {differ}"
+    prints = ranks.gather([model.fingerprint])
+    if None not in prints and len(set(prints)) == 1:
+        return None
+    whole = [matrix for matrix in model if whole_name(matrix.name) not in shards]
+    differ = ranks.difference([f"{matrix.name} {checksum(matrix, _SAMPLED)}" for matrix in whole])
+    return f"the weights differ, {differ}" if differ else None
+
+
+def described(matrices: Iterable[WeightMatrix]) -> list[str]:
+    """Names, shapes and dtypes of `matrices`, one line for each."""
+    return [f"{m.name} {m.pieces}×{m.shape[0]}×{m.shape[1]} {m.dtype}" for m in matrices]
+
+
+def device_type(options: Options) -> str:
+    """The kind of device that `options` name: which one of its kind changes no number."""
+    return options.device.partition(":")[0]
+
+
+def share(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Indices for each of `ranks` workers, their sums of `costs` nearly equal (longest first to the least loaded).
+
+    Examples:
+        >>> from htsr.analysis.sharing import share
+        >>> share([5.0, 4.0, 3.0, 3.0], ranks=2)
+        [[0, 3], [1, 2]]
+    """
+    loads = [(0.0, rank) for rank in range(ranks)]
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(index)
+        heapq.heappush(loads, (load + costs[index], rank))
+    return [sorted(indices) for indices in shares]
+
+
+def shared_out(
+    matrices: Sequence[WeightMatrix], shards: Collection[str], ranks: Ranks
+) -> tuple[list[WeightMatrix], list[list[WeightMatrix]]]:
+    """How the ranks share the work, some of it on tensors that are spread over them.
+
+    Args:
+        matrices: all of them, the same on every rank.
+        shards: names of the tensors that are spread.
+        ranks: who shares it.
+
+    Returns:
+        What this rank reads where it is, and the matrices of each spread tensor, the costliest first.
+    """
+    whole = [matrix for matrix in matrices if whole_name(matrix.name) not in shards]
+    spread = by_tensor(matrix for matrix in matrices if whole_name(matrix.name) in shards)
+    mine = [whole[i] for i in share([matrix.cost for matrix in whole], ranks.size)[ranks.rank]]
+    return mine, sorted(spread, key=lambda parts: -sum(matrix.cost for matrix in parts))
+
+
+def results_of_all(
+    whole: Sequence[WeightMatrix],
+    spread: Sequence[list[WeightMatrix]],
+    shards: Mapping[str, Shard],
+    ranks: Ranks,
+    work: Callable[[Sequence[WeightMatrix]], Iterable[Result]],
+) -> list[Result]:
+    """What `work` gives for the matrices of all ranks, on every rank. Where it raises on one, all raise alike.
+
+    Args:
+        whole: what this rank reads where it is, of `shared_out`.
+        spread: tensors that are put together one round after the other, of the same.
+        shards: their parts, by name.
+        ranks: who shares the work.
+        work: done on `whole`, and on the matrices of each of this rank's tensors.
+
+    Raises:
+        HtsrError: see `Ranks.gather_from`.
+    """
+
+    def mine() -> list[Result]:
+        results: list[Result] = []
+        failure: Exception | None = None
+        for matrices in chain([whole], in_rounds(spread, shards, ranks)):
+            if failure is not None:
+                continue  # the other ranks count on this one in the rounds to come
+            try:
+                results.extend(work(matrices))
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        return results
+
+    return ranks.gather_from(mine)

@@ -1,0 +1,46 @@
+"""A digest of what a matrix holds: whether two processes, or two runs, have the same one."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from htsr.arrays import Array, Product, as_numpy
+from htsr.errors import MatrixError
+from htsr.matrices.models import WeightMatrix
+
+_CHUNK = 1 << 22  # entries at a time
+
+
+def checksum(matrix: WeightMatrix, entries: int | None = None) -> str | None:
+    """A digest of the entries of a matrix.
+
+    Args:
+        matrix: matrix that is read.
+        entries: how many of its entries, evenly spread, tell; all by default.
+
+    Returns:
+        24 hexadecimal digits; None where the matrix cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=12)
+    try:
+        values = matrix.read()
+        for part in (values.left, values.right) if isinstance(values, Product) else (values,):
+            _update(digest, part, entries)
+    except MatrixError:
+        return None
+    return digest.hexdigest()
+
+
+def _update(digest: Any, values: Array, entries: int | None) -> None:
+    rows = values.reshape(-1, values.shape[-1])
+    if entries is None:
+        step = max(1, _CHUNK // rows.shape[1])
+        parts = [rows[i : i + step] for i in range(0, rows.shape[0], step)]
+    else:
+        flat = rows.reshape(-1)
+        parts = [flat[:: max(1, flat.shape[0] // entries)]]
+    for part in parts:
+        digest.update(np.ascontiguousarray(as_numpy(part)).tobytes())
