@@ -1,5 +1,6 @@
 """Fixtures: the real models that packages carry, and small ones made here."""
 
+import gc
 import importlib.util
 import logging
 import os
@@ -17,6 +18,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # no test depends on how busy the machine is
 hypothesis.settings.register_profile("htsr", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("htsr")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imports_are_no_garbage():
+    """Collections pass by all that is there before a file's tests: for accelerate, which collects garbage three times a
+    training, going through the objects of torch took longer than the training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

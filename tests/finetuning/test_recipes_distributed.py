@@ -3,6 +3,7 @@
 accelerate shards on accelerators only, so the workers call their CPUs one.
 """
 
+import gc
 import json
 import os
 
@@ -102,6 +103,7 @@ def _worker(rank, folder):
         return outcome
 
     FinetuneTrainer._inner_training_loop = noted
+    gc.freeze()  # as in conftest.py
     for method in RECIPES:
         finetune(read_recipe(f"{folder}/{method}-ddp.yaml"))
     call_cpus_accelerators()

@@ -19,7 +19,7 @@ from htsr.finetuning.reading import FOLDER, read_recipe
 from tests.training.runs import killed_after
 from tests.transformer import llama, word_tokenizer
 
-pytest.importorskip("trl")
+pytest.importorskip("trl.trainer.sft_trainer")
 
 
 @pytest.fixture(scope="module")
