@@ -41,7 +41,7 @@ def folder_tensors(folder: Path) -> list[StoredTensor]:
     """The tensors of the model in `folder`; see `htsr.matrices.folders`.
 
     A tensor that lies in several shards is that of the shard its index names. One that the index names and no shard
-    holds is given all the same, with a problem.
+    holds is listed with a problem, so that its row says that it is missing.
 
     Raises:
         SourceError: the folder holds no weights or several models, or shards are missing or cannot be read.
@@ -61,7 +61,7 @@ def state_dict_tensors(state: Mapping[str, Any]) -> list[StoredTensor]:
 
 
 def _together(model: ModelFiles) -> list[StoredTensor]:
-    """The tensors of all files under their clean names; of a name in several files the index's, else the first."""
+    """The tensors of all files under clean names; of a name in several files the one of the index, else the first."""
     stored: dict[str, StoredTensor] = {}
     for file in model.files:
         for tensor in _read_file(file):

@@ -66,7 +66,7 @@ Opened: TypeAlias = tuple[str, list[StoredTensor], dict[str, Any], str | None]
 
 
 def _open(source: Source, revision: str | None) -> Opened:
-    """Label, de-quantised tensors, configuration and fingerprint."""
+    """Label, stored tensors as floats, configuration and fingerprint of a model."""
     label, tensors, config, fingerprint = _stored(source, revision)
     return label, dequantized(computed(tensors), config), config, fingerprint
 
@@ -128,7 +128,7 @@ def _open_path(name: str, revision: str | None) -> Opened:
 def _converted(
     path: Path, tensors: list[StoredTensor], config: dict[str, Any]
 ) -> tuple[list[StoredTensor], dict[str, Any]]:
-    """The tensors, and the configuration, of the model at `path`; those of other formats as transformers'."""
+    """The tensors and the configuration of the model at `path`, in transformers' layout and words."""
     file = (named_files(path) if path.is_file() else model_files(path)).files[0]
     if file.suffix == ".gguf":
         metadata = gguf_metadata(file)
@@ -147,9 +147,9 @@ def _files_of(file: Path) -> list[Path]:
 
 
 def _adapter(folder: Path) -> tuple[list[StoredTensor], str | None]:
-    """The changes of an adapter; one that depends on its base is taken on the one it names, where that lies here.
+    """The changes that an adapter makes, and the fingerprint of its base where that was read.
 
-    With them goes the fingerprint of that base.
+    A change that depends on the base is computed on the base that the adapter names, if that is a folder here.
     """
     settings = read_adapter_config(folder)
     on_base = settings.changes_weights and (settings.dora or settings.needs_base)
@@ -237,8 +237,10 @@ def _computed_in(tensor: StoredTensor) -> str:
 
 @dataclass(frozen=True)
 class _Minus:
-    """Reads a - b. Where `exact`, both are computed from the same stored numbers, whose rounding is in both and leaves
-    the difference; so it is where `b` is what `a` has an adapter added to.
+    """Reads a - b, as a `Difference` that knows its rounding errors.
+
+    `exact` says that both were computed from the same stored numbers: their rounding cancels in the difference, and
+    only that of the computation is left. So it is where `a` is `b` with an adapter added.
     """
 
     a: StoredTensor

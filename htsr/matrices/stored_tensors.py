@@ -135,7 +135,7 @@ def _storage(tensor: Any) -> Hashable:
 
 
 def _sparse(name: str, tensor: Any) -> dict[str, Any]:
-    """A problem where a few entries stand for more zeros than memory need hold."""
+    """A problem for a tensor so sparse that it would be made dense for next to nothing but zeros."""
     stored = tensor._nnz() if "sparse" in str(tensor.layout) else tensor.numel()
     if tensor.numel() * tensor.element_size() <= _SPARSE_LIMIT or stored * 1000 >= tensor.numel():
         return {}
@@ -148,7 +148,7 @@ def _dense(tensor: Any, index: int | slice | None = None) -> Array:
 
 
 def _checked(tensor: Any) -> Any:
-    """The same sparse tensor, once its indices are known to lie inside: torch trusts those of a file, and may crash."""
+    """The sparse tensor, checked: torch trusts indices from a file, and one that lies outside may end the process."""
     import torch
 
     if tensor.layout == torch.sparse_coo:

@@ -35,8 +35,9 @@ def model_in_peft(module: Any) -> Any:
 
 
 def wrapped_by_peft(module: Any) -> Any:
-    """What stands for `module` where PEFT has wrapped it whole, `modules_to_save` or `trainable_token_indices`;
-    else None.
+    """The module that computes in place of `module`, where PEFT has wrapped it whole; else None.
+
+    So it does with `modules_to_save`, `trainable_token_indices` and prompts beside an attention.
     """
     if hasattr(module, "token_adapter"):
         return module.token_adapter

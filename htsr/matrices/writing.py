@@ -78,7 +78,7 @@ def _target_name(file: Path, count: int) -> str:
 
 
 def _renamed(name: str) -> str:
-    """`name` as it begins where the weights are safetensors."""
+    """The `name` of a PyTorch file as that of a safetensors file begins."""
     return f"model{name.removeprefix('pytorch_model')}" if name.startswith("pytorch_model") else name
 
 
