@@ -63,9 +63,12 @@ def compare_laws(tail: npt.ArrayLike) -> dict[str, LikelihoodRatio]:
     Raises:
         MatrixError: fewer than 2 distinct positive eigenvalues, or one that is not (status ``degenerate``).
 
-    >>> ratios = compare_laws(5 + np.random.default_rng(0).exponential(2.0, 500))
-    >>> ratios["exponential"].R < 0, ratios["exponential"].p < 0.001
-    (True, True)
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.alternatives import compare_laws
+        >>> ratios = compare_laws(5 + np.random.default_rng(0).exponential(2.0, 500))
+        >>> ratios["exponential"].R < 0, ratios["exponential"].p < 0.001
+        (True, True)
     """
     values = np.sort(np.asarray(tail, dtype=np.float64).ravel())
     if values.size < 2 or not 0 < values[0] < values[-1]:
@@ -88,9 +91,13 @@ def likelihood_ratio(power: FittedLaw, other: FittedLaw, *, nested: bool = False
         other: the other law, fitted to the same n eigenvalues.
         nested: the other law contains the power law; p is then that of a χ² law of one degree of freedom.
 
-    >>> x = np.exp(np.random.default_rng(0).exponential(1.0, 500))
-    >>> likelihood_ratio(laws.power_law(x), laws.exponential(x)).R > 0
-    True
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra import laws
+        >>> from htsr.spectra.alternatives import likelihood_ratio
+        >>> x = np.exp(np.random.default_rng(0).exponential(1.0, 500))
+        >>> likelihood_ratio(laws.power_law(x), laws.exponential(x)).R > 0
+        True
     """
     difference = power.log_density - other.log_density
     total = float(difference.sum())
@@ -109,8 +116,11 @@ def best_law(ratios: dict[str, LikelihoodRatio]) -> str:
     Args:
         ratios: what `compare_laws` returned.
 
-    >>> best_law(compare_laws(np.exp(np.random.default_rng(0).exponential(1.0, 500))))
-    'power_law'
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.alternatives import best_law, compare_laws
+        >>> best_law(compare_laws(np.exp(np.random.default_rng(0).exponential(1.0, 500))))
+        'power_law'
     """
     better = {law: ratio.delta_aic for law, ratio in ratios.items() if ratio.R < 0 and ratio.p < SIGNIFICANT}
     return min(better, key=better.__getitem__) if better else "power_law"
@@ -125,9 +135,12 @@ def fit_truncated(tail: npt.ArrayLike) -> tuple[float, float]:
     Returns:
         α (any real number, the cut-off makes the law proper) and Λ ≥ 0; Λ = 0 where the power law itself is best.
 
-    >>> alpha, Lambda = fit_truncated(3.0 * np.exp(np.random.default_rng(0).exponential(0.5, 1000)))
-    >>> print(f"{alpha:.1f} {Lambda:.3f}")
-    3.0 0.000
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.alternatives import fit_truncated
+        >>> alpha, Lambda = fit_truncated(3.0 * np.exp(np.random.default_rng(0).exponential(0.5, 1000)))
+        >>> print(f"{alpha:.1f} {Lambda:.3f}")
+        3.0 0.000
     """
     values: Vector = np.asarray(tail, dtype=np.float64)
     unit = float(values.min())

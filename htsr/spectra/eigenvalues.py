@@ -53,9 +53,12 @@ def pooled_eigenvalues(
         MatrixError: NaN, infinite or overflowing entries (status ``nan``), or so small ones that their squares vanish
             (``underflow``).
 
-    >>> parts = [np.diag([2.0, 3.0]), np.diag([1.0, 4.0])]
-    >>> pooled_eigenvalues(parts, "gram", "float64", "cpu", "float64", None)
-    array([ 1.,  4.,  9., 16.])
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.eigenvalues import pooled_eigenvalues
+        >>> parts = [np.diag([2.0, 3.0]), np.diag([1.0, 4.0])]
+        >>> pooled_eigenvalues(parts, "gram", "float64", "cpu", "float64", None)
+        array([ 1.,  4.,  9., 16.])
     """
     if device.startswith("mps") and dtype == "float64":  # which is not known there
         device = "cpu"
@@ -88,8 +91,11 @@ def resolved(
     Raises:
         MatrixError: `values` are not all finite (status ``nan``).
 
-    >>> resolved(np.array([1e-9, 1.0]), "gram", "float32", np.diag([3e-5, 1.0]), "float64", None)
-    array([0., 1.])
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.eigenvalues import resolved
+        >>> resolved(np.array([1e-9, 1.0]), "gram", "float32", np.diag([3e-5, 1.0]), "float64", None)
+        array([0., 1.])
     """
     shape = matrix.shape
     if not np.isfinite(values).all():
@@ -119,9 +125,12 @@ def batch_eigenvalues(matrices: Sequence[Array], dtype: WorkingPrecision) -> Vec
     Raises:
         MatrixError: as `pooled_eigenvalues`; one bad matrix spoils the batch.
 
-    >>> batch_eigenvalues([np.eye(2), np.diag([2.0, 3.0])], "float64")
-    array([[1., 1.],
-           [4., 9.]])
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.eigenvalues import batch_eigenvalues
+        >>> batch_eigenvalues([np.eye(2), np.diag([2.0, 3.0])], "float64")
+        array([[1., 1.],
+               [4., 9.]])
     """
     grams = np.stack([gram(as_numpy(matrix), dtype) for matrix in matrices])
     for own, matrix in zip(grams, matrices, strict=True):
@@ -136,9 +145,12 @@ def gram(matrix: npt.NDArray[Any], dtype: WorkingPrecision = "float64") -> Float
         matrix: (m, n), any float dtype.
         dtype: ``float32`` or ``float64``.
 
-    >>> gram(np.array([[3.0, 0.0], [0.0, 1.0], [4.0, 0.0]]))
-    array([[25.,  0.],
-           [ 0.,  1.]])
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.eigenvalues import gram
+        >>> gram(np.array([[3.0, 0.0], [0.0, 1.0], [4.0, 0.0]]))
+        array([[25.,  0.],
+               [ 0.,  1.]])
     """
     m, n = matrix.shape
     tall = matrix if m >= n else matrix.T
@@ -209,7 +221,9 @@ def require_finite(total: float) -> None:
     Raises:
         MatrixError: it is not finite (status ``nan``).
 
-    >>> require_finite(1.0)
+    Examples:
+        >>> from htsr.spectra.eigenvalues import require_finite
+        >>> require_finite(1.0)
     """
     if not np.isfinite(total):
         raise MatrixError("nan", "the matrix has NaN, infinite or overflowing entries")

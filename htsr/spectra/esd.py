@@ -81,10 +81,12 @@ def esd(
             the computation fails, as for lack of memory (``failed``).
         UsageError: unknown route, or a matrix that is neither 2-D nor 3-D.
 
-    >>> import numpy as np
-    >>> spectrum = esd(np.diag([3.0, 1.0, 2.0]))
-    >>> spectrum.eigenvalues, spectrum.route
-    (array([1., 4., 9.]), 'gram/float64')
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.esd import esd
+        >>> spectrum = esd(np.diag([3.0, 1.0, 2.0]))
+        >>> spectrum.eigenvalues, spectrum.route
+        (array([1., 4., 9.]), 'gram/float64')
     """
     if matrix.ndim not in (2, 3):
         raise UsageError(f"a weight matrix has 2 dimensions (3 for a stack of pieces), not {matrix.ndim}")
@@ -173,9 +175,11 @@ def esd_batch(
     Raises:
         UsageError: as `esd`.
 
-    >>> import numpy as np
-    >>> [spectrum.eigenvalues.tolist() for spectrum in esd_batch([np.eye(2), np.diag([2.0, 3.0])])]
-    [[1.0, 1.0], [4.0, 9.0]]
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.esd import esd_batch
+        >>> [spectrum.eigenvalues.tolist() for spectrum in esd_batch([np.eye(2), np.diag([2.0, 3.0])])]
+        [[1.0, 1.0], [4.0, 9.0]]
     """
     kinds = [kind or _dtype(matrix) for kind, matrix in zip(stored or [None] * len(matrices), matrices, strict=True)]
     plain = [matrix for matrix in matrices if matrix.ndim == 2 and not isinstance(matrix, Product)]

@@ -56,8 +56,11 @@ def power_law(x: Vector) -> FittedLaw:
     Args:
         x: (n,) λ/λ_min, all ≥ 1, not all 1.
 
-    >>> power_law(np.exp([0.0, 1.0, 2.0])).parameters
-    {'alpha': 2.0}
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.laws import power_law
+        >>> power_law(np.exp([0.0, 1.0, 2.0])).parameters
+        {'alpha': 2.0}
     """
     t = np.log(x)
     mean = float(t.mean())
@@ -70,8 +73,11 @@ def exponential(x: Vector) -> FittedLaw:
     Args:
         x: (n,) λ/λ_min, all ≥ 1, not all 1.
 
-    >>> exponential(np.array([1.0, 3.0, 5.0])).parameters
-    {'Lambda': 0.5}
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.laws import exponential
+        >>> exponential(np.array([1.0, 3.0, 5.0])).parameters
+        {'Lambda': 0.5}
     """
     above = x - 1
     mean = float(above.mean())
@@ -91,9 +97,12 @@ def stretched_exponential(x: Vector) -> FittedLaw:
         The law. Where the power law itself is best, β is 0 and Λ infinite; Λ^β, which is what counts, may be finite
         where Λ is too large for a float.
 
-    >>> t = np.random.default_rng(0).exponential(2.0, 10_000)
-    >>> print(f"{stretched_exponential((1 + t) ** 2).parameters['beta']:.1f}")
-    0.5
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.laws import stretched_exponential
+        >>> t = np.random.default_rng(0).exponential(2.0, 10_000)
+        >>> print(f"{stretched_exponential((1 + t) ** 2).parameters['beta']:.1f}")
+        0.5
     """
     t = np.log(x)
     unit = float(t.mean())
@@ -156,10 +165,13 @@ def lognormal(x: Vector) -> FittedLaw:
     Returns:
         The law. Where the power law itself is best, μ is -∞ and σ is ∞.
 
-    >>> t = np.random.default_rng(0).normal(3.0, 2.0, 20_000)
-    >>> law = lognormal(np.exp(t[t > 0]))
-    >>> print(f"{law.parameters['mu']:.1f} {law.parameters['sigma']:.1f}")
-    3.0 2.0
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.laws import lognormal
+        >>> t = np.random.default_rng(0).normal(3.0, 2.0, 20_000)
+        >>> law = lognormal(np.exp(t[t > 0]))
+        >>> print(f"{law.parameters['mu']:.1f} {law.parameters['sigma']:.1f}")
+        3.0 2.0
     """
     t = np.log(x)
     a, b, log_normaliser = _fit_family(t, np.square, lambda a: 2 / a**2, lambda a, b: max(-a / (2 * b), 0.0))
@@ -176,9 +188,12 @@ def truncated_power_law(x: Vector) -> FittedLaw:
     Returns:
         The law; α is any real number, the cut-off makes the law proper. Where the power law itself is best, Λ is 0.
 
-    >>> x = 1 + np.random.default_rng(0).gamma(1.0, 4.0, 20_000)  # the exponential law, which has α = 0
-    >>> print(f"{truncated_power_law(x).parameters['Lambda']:.2f}")
-    0.25
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.laws import exponential, truncated_power_law
+        >>> x = 1 + np.random.default_rng(0).gamma(1.0, 4.0, 20_000)  # the exponential law, which has α = 0
+        >>> print(f"{truncated_power_law(x).parameters['Lambda']:.2f}")
+        0.25
     """
     t = np.log(x)
 
