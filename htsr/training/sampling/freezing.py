@@ -132,19 +132,19 @@ def stop_input_gradients(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def set_up_anew(model: torch.nn.Module, thawed: set[str]) -> None:
-    """Have FSDP2 settle its units' dtypes again, which it does once, by the parameters that require gradients then.
+    """Have FSDP2 settle the dtypes of its modules again; it does so once, by the parameters that train then.
 
     Args:
-        model: model, some modules of which may be FSDP2's units.
+        model: model, some modules of which may be sharded by FSDP2.
         thawed: names of parameters that train from now on, and did not before.
     """
-    units = {clean_name(f"{name}.") if name else "": m for name, m in model.named_modules() if hasattr(m, "unshard")}
-    if not units:
+    sharded = {clean_name(f"{name}.") if name else "": m for name, m in model.named_modules() if hasattr(m, "unshard")}
+    if not sharded:
         return
-    for prefix in {max((prefix for prefix in units if name.startswith(prefix)), key=len) for name in thawed}:
-        unit: Any = units[prefix]
-        unit.unshard()
-        unit.reshard()
+    for prefix in {max((prefix for prefix in sharded if name.startswith(prefix)), key=len) for name in thawed}:
+        module: Any = sharded[prefix]
+        module.unshard()
+        module.reshard()
 
 
 def move_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, device: Any) -> None:

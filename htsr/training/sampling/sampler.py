@@ -73,7 +73,7 @@ class LayerSampler:
     - ``sampled``: they are one more member of the draw, with the mean probability of the blocks.
 
     With DDP give the wrapper ``find_unused_parameters=True``: it waits for the gradients of all parameters otherwise.
-    FSDP2 follows the switching of ``requires_grad`` by itself if each block is a unit of its own.
+    FSDP2 follows the switching of ``requires_grad`` by itself if `fully_shard` is called on each block.
 
     Args:
         model: any transformers encoder or decoder, wrapped or not; of a vision-language model the language model's
