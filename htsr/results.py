@@ -49,7 +49,12 @@ class Column:
         return f"{self.title} {self.unit}".rstrip()
 
     def cell(self, value: Value) -> str:
-        """`value` as it stands in the table; nothing for None."""
+        """`value` as it stands in the table; nothing for None.
+
+        >>> from htsr.results import Column
+        >>> Column("α", ".2f").cell(2.0)
+        '2.00'
+        """
         return "" if value is None else value if isinstance(value, str) else format(value, self.format)
 
 
@@ -91,6 +96,11 @@ def tabulate(things: Iterable[Row], columns: Sequence[tuple[Column, Callable[[Ro
         things: one for each row.
         columns: each with what it shows of a thing.
         **looks: further fields of `Table`.
+
+    >>> from htsr.results import Column, tabulate
+    >>> columns = [(Column("name", text=True), lambda n: f"layer {n}"), (Column("log", optional=True), lambda n: None)]
+    >>> tabulate(range(2), columns).cells()
+    [['layer 0'], ['layer 1']]
     """
     rows = [[read(thing) for _, read in columns] for thing in things]
     kept = [i for i, (c, _) in enumerate(columns) if not c.optional or any(row[i] not in (None, "") for row in rows)]
@@ -136,6 +146,12 @@ def envelope(result: Tabular, command: str | None = None, options: dict[str, Any
         result: what was found.
         command: the command that found it.
         options: what the command was given; those that the result knows itself are taken from there.
+
+    >>> import torch, htsr
+    >>> from htsr.results import envelope
+    >>> model = htsr.describe({"up.weight": torch.zeros(4, 8)})
+    >>> sorted(envelope(model, "describe", {"block": None}))
+    ['command', 'htsr', 'label', 'model', 'options', 'rows']
     """
     facts = result.facts()
     asked = (options or {}) | facts.pop("options", {})
