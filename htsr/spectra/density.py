@@ -1,4 +1,4 @@
-"""What is known of the spectrum of one matrix: its empirical spectral density (ESD)."""
+"""What is known of the spectrum of one matrix: its empirical spectral density (ESD), whatever computed it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,24 @@ class ESD:
     """Eigenvalues of one matrix, or of equal-shape pieces pooled (slices of a kernel, windows).
 
     Attributes:
-        eigenvalues: (K,) float64, ascending, K = M · pieces; exactly 0 where below the resolution of the stored
-            numbers or of the route.
+        eigenvalues: (K,) float64, ascending, K = M · pieces; exactly 0 where they lie below the resolution of the
+            stored numbers or of the route.
         M: smaller side of a piece.
         N: larger side of a piece.
-        pieces: matrices pooled in `eigenvalues`.
-        route: what computed them, e.g. ``"gram/float64"``.
+        pieces: number of matrices that are pooled in `eigenvalues`.
+        route: name of the route that computed them, and of its precision, such as ``"gram/float64"``.
         error: standard error of the distribution function, largest over λ; None where the route is exact.
         replicates: (probes, K) leave-one-probe-out eigenvalues of the ``lanczos`` route, for jackknife errors.
         equal_within: relative difference of eigenvalues that are equal but for rounding.
+
+    Examples:
+        >>> import htsr, numpy as np
+        >>> spectrum = htsr.esd(np.diag([0.0, 1.0, 2.0]))
+        >>> spectrum.eigenvalues, spectrum.positive, spectrum.Q
+        (array([0., 1., 4.]), array([1., 4.]), 1.0)
+        >>> spectrum.require_tail()
+        Traceback (most recent call last):
+        htsr.errors.MatrixError: 2 eigenvalues above the resolution, too few for a fit
     """
 
     eigenvalues: npt.NDArray[np.float64] = field(repr=False)
@@ -44,8 +53,8 @@ class ESD:
         """Refuse a spectrum that has no tail to speak of, so that no exponent of it would mean anything.
 
         Raises:
-            MatrixError: fewer than 8 eigenvalues above the resolution (status ``tiny``), or of those fewer that differ
-                by more than rounding (``degenerate``), as of an orthogonal matrix.
+            MatrixError: fewer than 8 eigenvalues are above the resolution (status ``tiny``), or fewer than 8 differ by
+                more than rounding (``degenerate``), as for an orthogonal matrix.
         """
         require_tail(self.eigenvalues, self.equal_within)
 

@@ -39,10 +39,10 @@ def pooled_eigenvalues(
     """Eigenvalues of several matrices of one shape together, those below the resolution of their own matrix set to 0.
 
     Args:
-        parts: matrices (m, n), or stacks (pieces, m, n) of them.
+        parts: matrices (m, n), or stacks (pieces, m, n) of them, all of one shape.
         route: ``gram`` or ``svd``.
         dtype: precision of the computation.
-        device: where it runs: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        device: device that it runs on: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         stored: dtype that the entries were stored in, as torch names it.
         rounding: mean square of the entries' rounding errors, where that is known otherwise (`Difference`).
 
@@ -50,7 +50,7 @@ def pooled_eigenvalues(
         (K,) ascending, in units of squared entries.
 
     Raises:
-        MatrixError: NaN, infinite or overflowing entries (status ``nan``), or so small ones that their squares vanish
+        MatrixError: entries are NaN, infinite or overflow (status ``nan``), or are so small that their squares vanish
             (``underflow``).
 
     Examples:
@@ -75,13 +75,13 @@ def resolved(
     stored: str,
     rounding: float | None,
 ) -> Vector:
-    """The eigenvalues, those that computation or stored numbers (`htsr.spectra.resolution`) do not resolve set to 0.
+    """The eigenvalues, with 0 for those that computation or stored numbers (`htsr.spectra.resolution`) do not resolve.
 
     Args:
         values: (M,) or (pieces, M), ascending along the last axis.
         route: ``gram`` or ``svd``.
         dtype: precision of the computation.
-        matrix: what they are the eigenvalues of, (m, n) or (pieces, m, n).
+        matrix: matrix that they belong to, (m, n) or (pieces, m, n).
         stored: dtype that its entries were stored in, as torch names it.
         rounding: mean square of the entries' rounding errors, where that is known otherwise (`Difference`).
 
@@ -116,14 +116,14 @@ def batch_eigenvalues(matrices: Sequence[Array], dtype: WorkingPrecision) -> Vec
     """Eigenvalues of several matrices of one shape by the route ``gram`` on a CPU, in one call of LAPACK.
 
     Args:
-        matrices: each (m, n), any float dtype.
+        matrices: matrices of one shape, each (m, n), any float dtype.
         dtype: precision of the computation.
 
     Returns:
         (len(matrices), M) ascending along the last axis, nothing set to 0 yet.
 
     Raises:
-        MatrixError: as `pooled_eigenvalues`; one bad matrix spoils the batch.
+        MatrixError: `pooled_eigenvalues` would refuse one of them; one bad matrix spoils the batch.
 
     Examples:
         >>> import numpy as np
@@ -216,10 +216,10 @@ def require_finite(total: float) -> None:
     """Refuse a matrix whose sum, or that of its squares, is no finite number.
 
     Args:
-        total: the sum.
+        total: sum of the entries or of their squares.
 
     Raises:
-        MatrixError: it is not finite (status ``nan``).
+        MatrixError: the sum is not finite (status ``nan``).
 
     Examples:
         >>> from htsr.spectra.eigenvalues import require_finite

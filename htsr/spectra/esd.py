@@ -65,10 +65,10 @@ def esd(
     Args:
         matrix: (m, n) real, or (pieces, m, n) whose ESDs are pooled. Any float dtype; up-cast as `dtype` says. Of a
             `Product` the route ``auto`` takes the factors; the others, and windows, multiply it out.
-        route: see the module's text.
+        route: name of the way to compute them: ``auto``, ``gram``, ``svd`` or ``lanczos``, as in the table above.
         dtype: precision of the computation; ``auto`` is float64 on a CPU and float32 on an accelerator.
-        device: where it runs: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
-        windows: pool the ESDs of these windows (of each piece) instead.
+        device: device that it runs on: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        windows: FARMS windows, whose ESDs (in each piece) are pooled; None for the whole matrix.
         seed: seed of the random probes of the ``lanczos`` route.
         stored: dtype that the numbers were stored in, as torch names it; that of `matrix` by default.
 
@@ -76,15 +76,14 @@ def esd(
         The `ESD`, in units of squared entries (singular values squared).
 
     Raises:
-        MatrixError: the matrix is empty (status ``empty``), has NaN, infinite or overflowing entries (``nan``), or so
-            small ones that their squares vanish (``underflow``), the route does not apply to it (``unsupported``), or
-            the computation fails, as for lack of memory (``failed``).
-        UsageError: unknown route, or a matrix that is neither 2-D nor 3-D.
+        MatrixError: the matrix is empty (status ``empty``), has NaN, infinite or overflowing entries (``nan``), or
+            entries so small that their squares vanish (``underflow``); the route does not apply to it
+            (``unsupported``); or the computation fails, as for lack of memory (``failed``).
+        UsageError: there is no such route, or the matrix is neither 2-D nor 3-D.
 
     Examples:
-        >>> import numpy as np
-        >>> from htsr.spectra.esd import esd
-        >>> spectrum = esd(np.diag([3.0, 1.0, 2.0]))
+        >>> import htsr, numpy as np
+        >>> spectrum = htsr.esd(np.diag([3.0, 1.0, 2.0]))
         >>> spectrum.eigenvalues, spectrum.route
         (array([1., 4., 9.]), 'gram/float64')
     """
@@ -161,19 +160,19 @@ def esd_batch(
     size LAPACK, called for a single matrix, keeps the interpreter's lock, and threads would wait for each other.
 
     Args:
-        matrices: each (m, n), or each (pieces, m, n).
-        route: as in `esd`.
-        dtype: as in `esd`.
-        device: as in `esd`.
-        windows: as in `esd`.
-        seed: as in `esd`, the same for each.
-        stored: as in `esd`, one for each matrix.
+        matrices: matrices of one shape, each (m, n), or each (pieces, m, n).
+        route: name of the way to compute the eigenvalues, as in `esd`.
+        dtype: precision of the computation, as in `esd`.
+        device: device that it runs on, as in `esd`.
+        windows: FARMS windows, as in `esd`; None for whole matrices.
+        seed: seed of the random probes, the same for each matrix.
+        stored: dtype that the numbers of each matrix were stored in, as torch names it; None for its own.
 
     Returns:
-        In the order of `matrices`, an `ESD` or the `MatrixError` that `esd` would raise.
+        An `ESD`, or the `MatrixError` that `esd` would raise, for each matrix in their order.
 
     Raises:
-        UsageError: as `esd`.
+        UsageError: there is no such route, or the matrices are neither 2-D nor 3-D.
 
     Examples:
         >>> import numpy as np

@@ -32,17 +32,28 @@ def lanczos_esd(matrix: Array, *, steps: int = STEPS, probes: int = PROBES, devi
 
     Args:
         matrix: (m, n); products are taken in float32 (float64 where W is and on a CPU), the recursion in float64.
-        steps: Lanczos steps per probe; more resolve more of the tail as single eigenvalues.
-        probes: random vectors (at least 2); the error falls with their square root.
-        device: where the products with W run.
-        seed: of the probes.
+        steps: number of Lanczos steps per probe; more steps resolve more of the tail as single eigenvalues.
+        probes: number of random vectors (at least 2); the error falls with its square root.
+        device: device that the products with W run on.
+        seed: seed of the probes.
 
     Returns:
         An `ESD` with `error`, the standard error of its distribution function (largest over λ), and `replicates`,
         the leave-one-probe-out ESDs from which the error of anything computed from it follows.
 
     Raises:
-        MatrixError: NaN, infinite or overflowing entries (status ``nan``).
+        MatrixError: entries are NaN, infinite or overflow (status ``nan``).
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.lanczos import lanczos_esd
+        >>> W = np.diag(np.linspace(1.0, 10.0, 300))
+        >>> spectrum = lanczos_esd(W, steps=60, probes=4)
+        >>> exact = np.diagonal(W) ** 2
+        >>> bool(np.isclose(spectrum.eigenvalues.sum(), exact.sum()))  # the trace is known exactly
+        True
+        >>> bool(np.abs(spectrum.eigenvalues - exact).max() < 0.05 * exact.max()), spectrum.error < 0.05
+        (True, True)
     """
     m, n = matrix.shape
     M, N = min(m, n), max(m, n)

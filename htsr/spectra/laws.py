@@ -190,7 +190,7 @@ def truncated_power_law(x: Vector) -> FittedLaw:
 
     Examples:
         >>> import numpy as np
-        >>> from htsr.spectra.laws import exponential, truncated_power_law
+        >>> from htsr.spectra.laws import truncated_power_law
         >>> x = 1 + np.random.default_rng(0).gamma(1.0, 4.0, 20_000)  # the exponential law, which has α = 0
         >>> print(f"{truncated_power_law(x).parameters['Lambda']:.2f}")
         0.25
