@@ -1,1 +1,1 @@
-"""What a model says of texts: its activations, its outliers, its answers; and the texts themselves."""
+"""Models run on texts: norms of activations, outliers, multiple-choice answers; and how models and texts are read."""

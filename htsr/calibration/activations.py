@@ -76,7 +76,7 @@ class InputNorms:
         )
 
     def result(self) -> dict[str, Vector]:
-        """‖X_j‖₂ by module name, (in_features,) float64.
+        """Norms ‖X_j‖₂ of the input features by module name, (in_features,) float64.
 
         Raises:
             HtsrError: an input was not finite.
@@ -161,7 +161,7 @@ def _expert_inputs(model: torch.nn.Module, norms: InputNorms) -> Iterator[None]:
 
 
 def stacked_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters (experts, …, …) of `model` by name, wrappers' prefixes removed."""
+    """Stacked experts of `model`, parameters (experts, …, …), by name, wrappers' prefixes removed."""
     parameters = dict(model.named_parameters())
     names = base_names(parameters)
     return {names[name]: p for name, p in parameters.items() if is_stack_of_experts(names[name], p.shape)}

@@ -75,7 +75,7 @@ def check_training(training: Mapping[str, Any]) -> None:
 
 
 def check_lora(lora: Lora) -> None:
-    """Insist that LoraConfig takes the options of `lora`, that no key is set elsewhere, and that W stays at the start.
+    """Insist that LoraConfig takes the options of `lora`, and that new adapters leave the weights as they are.
 
     Raises:
         UsageError: it does not, or the adapters' start would change the weights that they are merged into at the end.
@@ -92,7 +92,7 @@ def check_lora(lora: Lora) -> None:
 
 
 def training_arguments(recipe: Recipe) -> Any:
-    """TRL's configuration: that of the `recipe`, on defaults that a CPU can follow.
+    """TRL's configuration for the `recipe`, with defaults that suit a CPU where there is no accelerator.
 
     Optimizer, schedule and trackers are tried.
 
@@ -122,7 +122,7 @@ def training_arguments(recipe: Recipe) -> Any:
 
 
 def _tried(section: str, given: Mapping[str, Any], keys: Any, make: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """What `make` makes of what is given; an error is blamed on the first of `keys` that alone brings it about."""
+    """What `make` returns for `given`; an error is blamed on the first of `keys` that brings it about alone."""
     try:
         return _quietly(make, given)
     except HtsrError:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that the Trainer wrote whole.
+    """A checkpoint that the Trainer has written completely.
 
     Attributes:
         path: path of its folder.
@@ -71,7 +71,7 @@ def _read(folder: Path) -> Checkpoint | None:
 
 
 def _lacking(folder: Path) -> str | None:
-    """What the Trainer would silently do without, or None."""
+    """What a checkpoint lacks and the Trainer would silently do without; None where it is complete."""
     sharded = any(folder.glob("global_step*"))  # DeepSpeed's, of weights, optimizer and schedule
     for pattern, what in (
         ("optimizer*", "state of the optimizer (save_only_model?)"),
@@ -84,7 +84,7 @@ def _lacking(folder: Path) -> str | None:
 
 
 def _check_files(folder: Path) -> None:
-    """Insist that the files of a checkpoint are as long as they say, and shards all there."""
+    """Insist that no file of a checkpoint is cut short, and that all shards are there."""
     from safetensors import SafetensorError, safe_open
 
     for path in sorted(folder.iterdir()):

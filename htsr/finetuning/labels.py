@@ -107,7 +107,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def take_own(name: str, tokenizer: Any, arguments: Any) -> None:
-    """Give a tokenizer the chat template and the end of text that TRL's arguments name, as TRL will.
+    """Give a tokenizer the chat template and the end-of-text token that TRL's arguments name, as TRL will.
 
     Args:
         name: name of the model, for the message.
@@ -177,7 +177,7 @@ def _marks_answers(tokenizer: Any) -> bool:
 
 
 def check_labels(found: Labels, arguments: Any, what: str) -> None:
-    """Insist on something to learn from.
+    """Insist that at least one record keeps a label.
 
     Args:
         found: what `count_labels` returned.
@@ -205,7 +205,7 @@ def insist_on_labels(dataset: Any) -> None:
 
 
 def check_vocabulary(name: str, highest: int, size: int) -> None:
-    """Insist on a row of the embedding for every token.
+    """Insist that the embedding has a row for every token.
 
     Args:
         name: name of the model, for the message.

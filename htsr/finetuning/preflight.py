@@ -1,4 +1,4 @@
-"""What can be known before a model is loaded: the data, the tokenizer, the checkpoint to go on from."""
+"""What is read and checked before a model is loaded: data, tokenizer, and the checkpoint from which to go on."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Prepared:
 
 
 def check_sharding(recipe: Recipe, arguments: Any) -> None:
-    """Refuse what the `recipe` cannot do sharded as TRL's `arguments` say, and have ZeRO-3 save whole weights.
+    """Refuse a `recipe` that cannot run sharded as TRL's `arguments` say, and have ZeRO-3 save whole weights.
 
     Raises:
         UsageError: it cannot.

@@ -71,7 +71,7 @@ class FinetuneTrainer(SFTTrainer):
         return loss
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's plan; no epoch of it where the checkpoint is as far, or one more step would be trained.
+        """The Trainer's plan, with no epoch where the checkpoint is at its end: else one more step would be trained.
 
         Args:
             args: positional arguments of the Trainer's method.
@@ -135,7 +135,7 @@ class FinetuneTrainer(SFTTrainer):
 
 
 def _check_gradients(gradients: str, args: Any) -> None:
-    """Refuse a way to release gradients that these training arguments do not go with."""
+    """Refuse a way to release gradients that does not go with these training arguments."""
     if gradients == "keep":
         return
     if args.world_size > 1 or args.fp16:

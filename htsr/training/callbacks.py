@@ -59,7 +59,7 @@ class LayerwiseCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Events end at the policy's share of the steps that the Trainer will do, now that it knows them."""
+        """Tell the engine how many steps the Trainer will do, of which its events take the policy's share."""
         engine = engine_of(kwargs.get("optimizer") or self.trainer.optimizer)
         if engine is not None and engine.total_steps is None and state.max_steps > 0:
             engine.total_steps = state.max_steps
@@ -72,7 +72,7 @@ class LayerwiseCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """After each log of the training loss, one of our own."""
+        """Log the layerwise values after each log of the training loss."""
         if logs is None or "loss" not in logs:
             return
         if values := log_values(kwargs.get("optimizer") or self.trainer.optimizer):

@@ -230,7 +230,7 @@ def _relative_hill(analysis: Analysis, rows: Sequence[LayerMetrics]) -> list[flo
 
 
 def _excluded(model: torch.nn.Module, wanted: Collection[str], given: str | Sequence[str] | None) -> Any:
-    """What PEFT is not to adapt though its name ends as a wanted one's: ``teacher.layers.0.…`` beside ``layers.0.…``.
+    """Modules whose names only end like those of wanted ones, as a pattern: ``teacher.layers.0.…`` for ``layers.0.…``.
 
     PEFT matches the ends of names, but a pattern by the whole. `given` is the caller's own ``exclude_modules``.
     """

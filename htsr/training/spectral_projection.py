@@ -1,4 +1,4 @@
-"""A periodic gentle projection of each matrix's spectrum towards α = 2, for any torch optimizer.
+"""A gentle nudge of each matrix's spectrum towards α = 2 every few steps, for any torch optimizer.
 
     optimizer = htsr.spectral_projection(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
 

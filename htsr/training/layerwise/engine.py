@@ -130,7 +130,7 @@ class Layerwise:
         self._states_before = len(optimizer.state)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has: hooks and running steps are of the one optimizer."""
+        """State of a copy, without hooks and running steps, which belong to the one optimizer."""
         return {**self.__dict__, "handles": [], "_saved": [], "_outermost": None}
 
     def multiplier(self, group: dict[str, Any], step: int) -> float:
@@ -206,7 +206,7 @@ class Layerwise:
             group["multiplier"] = self.multiplier(group, step)
 
     def before_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        """Multiply, in the groups of `optimizer`. The step pre-hook."""
+        """Set the multiplied values in the groups of `optimizer`. The step pre-hook."""
         running = running_steps()
         if self._outermost in running[1:]:
             return  # the step of a subclass has called its parent's, and torch runs the hooks for both
@@ -236,7 +236,7 @@ class Layerwise:
                 group["htsr_step"] += 1
 
     def restore(self) -> None:
-        """The user's own values, exactly; tensors stay the objects that they were."""
+        """Put the user's own values back, exactly; tensors stay the objects that they were."""
         while self._saved:
             group, key, value = self._saved.pop()
             if isinstance(group[key], torch.Tensor):
@@ -268,7 +268,7 @@ class Layerwise:
         return [(unit, group) for unit, group in self.groups(optimizer) if group["params"]]
 
     def before_state_dict(self, optimizer: torch.optim.Optimizer) -> None:
-        """The user's own values are saved; and by now an `optimizer` that has trained has called its hooks."""
+        """Have the user's own values saved; and warn of an `optimizer` that has trained without calling its hooks."""
         self.restore()
         counted = any(group["htsr_step"] for _, group in self.groups(optimizer))
         if not counted and len(optimizer.state) > self._states_before:
@@ -276,13 +276,13 @@ class Layerwise:
             self._tell("unused", f"this {kind} has trained without the hooks of its step: no multiplier was ever set")
 
     def _tell(self, key: str, sentence: str) -> None:
-        """Warn once."""
+        """Warn once of each `key`."""
         if key not in self._told:
             self._told.add(key)
             logger.warning(sentence)
 
     def before_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """What `optimizer` is to load in place of `state_dict`, if anything; what was decided before does not hold."""
+        """The state that `optimizer` is to load in place of `state_dict`, if any; forgets the last event."""
         self.restore()
         self._event = None
         self._states_before = len(state_dict["state"])

@@ -210,7 +210,7 @@ class _Sorter:
         self.others: dict[tuple[str, float | None], int] = {}
 
     def subgroups(self, parameters: Sequence[Any]) -> list[Subgroup]:
-        """The parameters of one group by unit, in their order; an empty group stays one."""
+        """Parameters of one group sorted by unit, in their order; an empty group stays one subgroup."""
         names = [self.names.get(id(parameter), "") for parameter in parameters]
         places: dict[int, list[int]] = {}
         for place, name in enumerate(names):
@@ -220,7 +220,7 @@ class _Sorter:
         return [Subgroup(unit, tuple(own), self._label(unit, [names[i] for i in own])) for unit, own in places.items()]
 
     def _unit(self, name: str) -> int:
-        """Index of the unit of a parameter, made where it belongs to no matrix."""
+        """Index of the unit of a parameter; one is made where the parameter belongs to no matrix."""
         found = unit_of(name, self.matrices)
         if found is not None:
             return found
@@ -321,7 +321,7 @@ def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def adapt_state_dict(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the layerwise `optimizer` is to load: a checkpoint made without htsr is split like the optimizer itself.
+    """The state that a layerwise `optimizer` is to load: one saved without htsr is split like the optimizer itself.
 
     Args:
         optimizer: optimizer whose groups are split.

@@ -52,7 +52,7 @@ def engine_of(optimizer: Any) -> Layerwise | None:
 
 
 def _restore_when_step_raises(engine: Layerwise, optimizer: torch.optim.Optimizer) -> None:
-    """No hook of torch runs after a step that raises, and a scheduler would go on from the multiplied rates."""
+    """Restore the rates when a step raises: torch runs no hook then, and a scheduler would go on from wrong ones."""
     step: Any = optimizer.step
     inner: Callable[..., Any] | None = getattr(step, "__func__", None)
     if inner is None:  # something else steps in its place

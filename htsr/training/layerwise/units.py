@@ -119,7 +119,7 @@ def unit_of(parameter: str, names: Mapping[str, int]) -> int | None:
 
 
 def vector_role(parameter: str) -> str:
-    """``norm`` or ``vector``: the role of a `parameter`, by its name, that belongs to no matrix."""
+    """Role of a `parameter`, by its name, that belongs to no matrix: ``norm`` or ``vector``."""
     return "norm" if _NORM.search(parameter) else "vector"
 
 
@@ -184,7 +184,7 @@ def _first(pin: Mapping[str, float], *subjects: str) -> float | None:
 
 
 def _matches(subject: str, pattern: str) -> bool:
-    """Match as elsewhere, where brackets are part of a name, or with brackets as a set of letters: ``attn.[qk]``."""
+    """Whether a pattern matches, with brackets as part of a name or as a set of letters: ``attn.[qk]``."""
     return matches(subject, (pattern,)) or fnmatchcase(subject, pattern)
 
 

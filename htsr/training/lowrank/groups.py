@@ -1,4 +1,4 @@
-"""Which parameters of a model are trained at low rank, and what their groups may say."""
+"""Which parameters of a model are trained at low rank, and which options their groups may have."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _IN_BLOCKS = {"attn", "cross_attn", "mlp", "expert", "shared_expert"}
 
 
 def is_low_rank(name: str, shape: Sequence[int], rank: int, embeddings: bool = False) -> bool:
-    """Whether `low_rank_groups` gives a parameter a rank: a matrix, or stack of experts, of a block that is larger.
+    """Whether `low_rank_groups` gives a parameter a rank: a large matrix, or stack of experts, inside a block.
 
     Args:
         name: name of the parameter, with wrappers' prefixes or without.

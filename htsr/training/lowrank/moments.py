@@ -19,7 +19,9 @@ _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
 def create(state: dict[str, Any], like: Tensor, dtype: StateDtype) -> None:
-    """Zero moments for a gradient; sharded as it is. float64 gradients keep float64 where float32 is asked.
+    """Put zero moments for a gradient into its state; they are sharded like it.
+
+    Where float32 is asked, the moments of a float64 gradient are float64.
 
     Args:
         state: state of one parameter; ``exp_avg``, ``exp_avg_sq`` and, in 8 bits, their ``_scale`` are put into it.
@@ -79,7 +81,7 @@ def read(state: dict[str, Any], name: str, rows: Any = ...) -> Tensor:
 
 
 def write(state: dict[str, Any], name: str, value: Tensor, rows: Any = ...) -> None:
-    """Store a moment, or rows of it, as its state is stored.
+    """Store a moment, or rows of it, in the dtype that its state has.
 
     Args:
         state: state of one parameter, from `create`.

@@ -236,7 +236,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         return total
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, the projected ones too.
+        """Drop all gradients, those in subspaces too.
 
         Args:
             set_to_none: whether gradients become None, as in torch; those in a subspace are dropped in either case.
@@ -340,7 +340,7 @@ class LowRankAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _release(self, parameter: Tensor) -> None:
-        """Runs as soon as backward has the parameter's whole gradient."""
+        """Release a gradient; runs as soon as backward has the whole of it."""
         G = parameter.grad
         if isinstance(G, ReleasedGradient) and G.is_of(self):
             return  # it has taken up this gradient

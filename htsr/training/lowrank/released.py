@@ -88,14 +88,14 @@ class ReleasedGradient(Tensor):
         owner.take_up(parameter, self, G)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
-        """Without entries."""
+        """The shapes, since there are no entries to show."""
         return f"ReleasedGradient({tuple(self.shape)}, R={None if self.R is None else tuple(self.R.shape)})"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Norm, scaling, accumulation; all else is refused."""
+        """Answer norm, scaling and accumulation, and refuse all else."""
         me = args[0]
         if func is _aten.detach.default:
             return me

@@ -125,7 +125,7 @@ def _update_rounded(
 
 
 def _direction(state: dict[str, Any], group: Group, G: Tensor, step: int, rows: Any = ...) -> Tensor:
-    """Adam's direction for these rows; their moments are updated."""
+    """Adam's direction for these rows, whose moments are updated."""
     exp_avg, exp_avg_sq = moments.read(state, "exp_avg", rows), moments.read(state, "exp_avg_sq", rows)
     direction = adam_update(G[rows].to(exp_avg.dtype), exp_avg, exp_avg_sq, step, group["betas"], group["eps"])
     moments.write(state, "exp_avg", exp_avg, rows)
@@ -134,7 +134,7 @@ def _direction(state: dict[str, Any], group: Group, G: Tensor, step: int, rows: 
 
 
 def _pieces(W: Tensor, multiple: int) -> list[Any]:
-    """Slices of the first axis, a multiple of rows each."""
+    """Slices of the first axis of about `PIECE` entries, the number of rows in each a multiple of `multiple`."""
     if W.numel() <= PIECE:
         return [...]
     rows = max(PIECE // W[0].numel() // multiple, 1) * multiple

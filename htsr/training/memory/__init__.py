@@ -1,1 +1,1 @@
-"""What a training run will need, predicted."""
+"""The memory that a training run will need, predicted from the configuration of its model."""

@@ -144,7 +144,7 @@ def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
 
 
 class _Arrived:
-    """A parameter's gradient is complete: it waits for the optimizer, or is used up at once."""
+    """Hook for a parameter's complete gradient: it waits for the optimizer, or is used up at once."""
 
     def __init__(self, ledger: Ledger, low_rank: bool, released: bool, setting: Setting) -> None:
         self.ledger, self.low_rank, self.released, self.setting = ledger, low_rank, released, setting
@@ -191,7 +191,7 @@ def _model(label: str, config: Any, setting: Setting) -> Any:
 
 
 def _active(model: Any, setting: Setting) -> set[str]:
-    """What `LayerSampler` lets train while it has drawn the first blocks."""
+    """Names of the parameters that `LayerSampler` lets train while it has drawn the first blocks."""
     found = trainable(model, find_blocks(model))
     blocks = found.blocks[: setting.active_blocks]
     return {name for names in blocks for name in names}.union(
@@ -200,7 +200,7 @@ def _active(model: Any, setting: Setting) -> set[str]:
 
 
 def _materialise(model: torch.nn.Module) -> None:
-    """Put valueless tensors of the CPU in place of those on the meta device, which choose other kernels."""
+    """Put valueless tensors of the CPU in place of those on the meta device, for which torch takes other kernels."""
     made: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -1,1 +1,1 @@
-"""Which blocks of a transformer train now."""
+"""Layer sampling: which blocks of a transformer train now (LISA, OwLore and their relatives)."""

@@ -1,4 +1,4 @@
-"""Which parameters train, held against whoever else sets ``requires_grad``.
+"""Which parameters train, kept so whoever else sets ``requires_grad``.
 
 PEFT's `disable_adapter`, which TRL's trainers call at every step, makes all adapters trainable when it ends; between a
 forward pass and its recomputation under checkpointing, too. So the flags are set again where they act: before the
@@ -75,7 +75,7 @@ class HeldFlags:
 
 
 class _Hold:
-    """A forward pre-hook. Compiled code has its flags fixed; in a copy of the model it does nothing."""
+    """Forward pre-hook that sets flags; idle in compiled code, where flags are fixed, and in a copy of the model."""
 
     def __init__(self, flags: HeldFlags | None, parameters: tuple[torch.nn.Parameter, ...]) -> None:
         self._flags = None if flags is None else weakref.ref(flags)

@@ -30,7 +30,7 @@ class Trainable:
 
 
 def trainable(model: torch.nn.Module, blocks: Blocks) -> Trainable:
-    """Tell a model's trainable parameters apart.
+    """Sort a model's trainable parameters into blocks, embedding and rest.
 
     Args:
         model: model, wrapped or not.

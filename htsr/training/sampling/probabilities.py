@@ -1,4 +1,4 @@
-"""One number per block of a transformer: how likely it is to be drawn, and what that comes to."""
+"""Probability of each block of a transformer to be drawn first, and to be among those drawn."""
 
 from __future__ import annotations
 
