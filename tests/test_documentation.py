@@ -8,7 +8,8 @@ in a comment above it:
     <!-- not run: it installs packages, which CI does itself -->
     <!-- run with --config small.yaml: the recipe takes minutes -->
 
-The second appends what it says to the last command of the block. Blocks of text are not code.
+The second appends what it says to the last command of the block. Blocks of text are not code. Bash blocks that hold
+nothing but commands of htsr run in this process, which has torch imported already.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from htsr_cli.main import main
 from markdown_it import MarkdownIt
 
 import htsr
@@ -37,6 +40,9 @@ SITE = ROOT / "reports" / "documentation"
 PAGES = SITE / "pages"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(PAGES.rglob("*.md"))]
 MARK = re.compile(r"<!-- (not run|run with (?P<more>[^:]+)): (?P<why>\w.*) -->")
+PLAIN = re.compile(
+    r"""htsr(?:[^'"#|&;<>$`*?(){}\[\]\\!~]|'[^']*'|"[^"$`\\]*")*(?:\s#.*)?"""
+)  # nothing that bash would expand
 PRELUDE = r"""
 set -euo pipefail
 python() { "$PYTHON" "$@"; }
@@ -142,6 +148,14 @@ def shell(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", PRELUDE + code], cwd=folder, env=environment, capture_output=True, text=True)
 
 
+def plain_commands(block: Block) -> list[list[str]]:
+    """The arguments of `htsr`, line by line, where a block of bash holds nothing else; or no lines."""
+    lines = block.code.strip().splitlines()
+    if block.more or not all(PLAIN.fullmatch(line) for line in lines):
+        return []
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
 def name_of(document: Path) -> str:
     return str(document.relative_to(PAGES if PAGES in document.parents else ROOT).with_suffix(""))
 
@@ -159,6 +173,10 @@ def test_code_blocks_run(document, prepared, tmp_path, monkeypatch):
             continue
         if block.language == "python":
             exec(compile("\n" * (block.line - 1) + block.code, str(document), "exec"), namespace)
+        elif block.language == "bash" and (commands := plain_commands(block)):
+            for arguments in commands:
+                code = main(arguments)
+                assert code == 0 or (code == 3 and "--fail-on" in arguments), f"{where}: {arguments} ended with {code}"
         elif block.language == "bash":
             done = shell(block, folder)
             assert done.returncode == 0, f"{where}:\n{block.code}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
@@ -177,6 +195,23 @@ def test_marks():
     for wrong in (page.format(""), "<!-- not run -->\n```bash\nls\n```\n", "<!-- not run: why -->\n\ntext\n"):
         with pytest.raises(AssertionError, match="mark"):
             blocks(wrong)
+
+
+def test_what_needs_bash_is_run_by_it():
+    lines = "htsr analyze A --role 'attn.*' --include \"*.o\"  # all\nhtsr --version\n"
+    expected = [["analyze", "A", "--role", "attn.*", "--include", "*.o"], ["--version"]]
+    assert plain_commands(Block("bash", lines, 1)) == expected
+    for line in (
+        "htsr analyze A > b",
+        "htsr analyze *.npz",
+        "htsr analyze $A",
+        "ls",
+        "htsr a; ls",
+        "htsr a && b",
+        "htsr ~",
+    ):
+        assert not plain_commands(Block("bash", f"htsr analyze A\n{line}\n", 1)), line
+    assert not plain_commands(Block("bash", "htsr finetune\n", 1, more="--config a"))
 
 
 def test_a_block_that_fails_is_found(prepared, tmp_path):
