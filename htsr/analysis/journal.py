@@ -7,7 +7,6 @@ import glob
 import hashlib
 import json
 import logging
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from htsr._version import __version__
 from htsr.analysis.schema import from_json
 from htsr.analysis.sharing import device_type
+from htsr.cache import cache_folder
 from htsr.errors import UsageError
 from htsr.matrices.checksums import checksum
 from htsr.matrices.models import Model
@@ -25,17 +25,6 @@ from htsr.spectra.measure import Measured
 from htsr.spectra.metrics import LayerMetrics, Options
 
 logger = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Where journals lie unless told otherwise: $HTSR_CACHE, else htsr in the user's cache folder.
-
-    Raises:
-        RuntimeError: the user has no home folder.
-    """
-    if folder := os.environ.get("HTSR_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "htsr"
 
 
 class Journal:
@@ -49,7 +38,7 @@ class Journal:
     Args:
         model: model that is analyzed.
         options: options of the analysis.
-        path: file of the journal; one in `cache_folder` by default.
+        path: file of the journal; one in `htsr.cache.cache_folder` by default.
         fresh: whether to forget what an earlier run has left.
 
     Raises:

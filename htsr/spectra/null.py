@@ -14,6 +14,8 @@ A matrix of rank r < M is held against noise of its rank: the change of a model,
 or one stored model less another, against the product of two Gaussian factors (M × r and r × N, drawn as the triangles
 of their QR decompositions: Bartlett, Proc. R. Soc. Edinb. 53, 1933), else against a Gaussian matrix on r directions,
 r × N.
+
+A null is drawn once: `htsr.spectra.known_nulls` has those of common shapes, and keeps the others.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from htsr.spectra.known_nulls import keep_null, known_null
 from htsr.spectra.tail import FitMethod, fit_power_law
 
 DRAWS = 16
 _TOGETHER = 1024  # eigenvalues that are drawn at a time: LAPACK then works without the interpreter's lock
 _BANK = 4  # draws of pooled matrices that are wholly independent
 _DENSE = 128  # up to here the dense solver is as fast as the tridiagonal one
+_KEPT_FROM = 128  # eigenvalues of an ESD; the null of fewer is drawn in a few milliseconds
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,17 @@ def gaussian_eigenvalues(M: int, N: int, random: np.random.Generator, draws: int
         M: smaller side.
         N: larger side.
         random: generator of the χ-variables.
-        draws: matrices.
+        draws: number of matrices.
 
     Returns:
         (draws, M) float64, each row ascending.
 
     Source: Dumitriu & Edelman (J. Math. Phys. 43, 2002).
+
+    >>> import numpy as np
+    >>> from htsr.spectra.null import gaussian_eigenvalues
+    >>> gaussian_eigenvalues(3, 5, np.random.default_rng(0)).round(2)
+    array([[0.94, 3.93, 9.13]])
     """
     diagonal = np.sqrt(random.chisquare(N - np.arange(M), (draws, M)))
     lower = np.sqrt(random.chisquare(M - 1 - np.arange(M - 1), (draws, M - 1)))
@@ -86,15 +95,20 @@ def product_eigenvalues(
 
     Args:
         M: one side.
-        N: the other.
+        N: the other side.
         rank: the side that both factors share, at most M and N.
         random: generator of their entries.
-        draws: products.
+        draws: number of products.
 
     Returns:
         (draws, rank) float64, each row ascending.
 
     Source: Bartlett (Proc. R. Soc. Edinb. 53, 1933) for the triangles.
+
+    >>> import numpy as np
+    >>> from htsr.spectra.null import product_eigenvalues
+    >>> product_eigenvalues(6, 8, 2, np.random.default_rng(0)).round(2)
+    array([[ 3.47, 45.2 ]])
     """
 
     def triangles(side: int) -> npt.NDArray[np.float64]:
@@ -110,18 +124,54 @@ def product_eigenvalues(
 def alpha_null(
     M: int, N: int, pieces: int, fit: FitMethod, rank: int | None = None, product: bool = False
 ) -> ShapeNull:
-    """The null of a fit's α, the same for the same arguments.
+    """The null of a fit's α, the same for the same arguments: as `draw_alpha_null` has it, drawn at most once.
 
     Args:
         M: smaller side of a matrix.
         N: larger side.
-        pieces: matrices pooled in one ESD.
+        pieces: number of matrices pooled in one ESD.
         fit: how the tail is chosen (`htsr.spectra.tail`).
-        rank: of the matrix, where it is below M.
-        product: it is the product of two factors of that rank.
+        rank: rank of the matrix, where it is below M.
+        product: whether it is the product of two factors of that rank.
+
+    >>> from htsr.spectra.null import alpha_null
+    >>> round(alpha_null(768, 768, 1, "hill").alpha, 3), round(alpha_null(768, 3072, 1, "hill").alpha, 3)
+    (2.123, 3.463)
+    """
+    key = null_key(M, N, pieces, fit, rank, product)
+    if (known := known_null(key)) is not None:
+        return ShapeNull(*known)
+    null = draw_alpha_null(M, N, pieces, fit, rank, product)
+    if (M if rank is None else rank) * pieces >= _KEPT_FROM:
+        keep_null(key, null.alpha, null.sd)
+    return null
+
+
+def null_key(M: int, N: int, pieces: int, fit: FitMethod, rank: int | None = None, product: bool = False) -> str:
+    """What a null depends on, as a name. Arguments are those of `alpha_null`: `M`, `N`, `pieces`, `fit`, `rank`,
+    `product`.
+
+    >>> from htsr.spectra.null import null_key
+    >>> null_key(384, 1536, 1, "ks"), null_key(384, 1536, 9, "hill", 16, True)
+    ('ks-384x1536', 'hill-384x1536x9-product16')
+    """
+    shape = f"{M}x{N}" if pieces == 1 else f"{M}x{N}x{pieces}"
+    kind = "" if rank is None else f"-product{rank}" if product else f"-rank{rank}"
+    return f"{fit}-{shape}{kind}"
+
+
+def draw_alpha_null(
+    M: int, N: int, pieces: int, fit: FitMethod, rank: int | None = None, product: bool = False
+) -> ShapeNull:
+    """`alpha_null`, drawn. Arguments are the same: `M`, `N`, `pieces`, `fit`, `rank`, `product`.
 
     Returns:
         From 4 draws for ``hill``, which is sharp at full rank, and for large matrices; up to 16 for the others.
+
+    >>> from htsr.spectra.null import draw_alpha_null
+    >>> null = draw_alpha_null(24, 48, 1, "hill")
+    >>> round(null.alpha, 3), round(null.sd, 3)
+    (2.769, 0.106)
     """
 
     def alpha_of(values: npt.NDArray[np.float64]) -> float:
@@ -148,11 +198,17 @@ def shape_null(
     Args:
         M: smaller side of a matrix.
         N: larger side.
-        pieces: matrices pooled in one ESD.
-        alpha_of: α of (pieces·M,) ascending eigenvalues.
-        draws: ESDs to fit.
-        seed: of the draws, which depend on it and the shape alone.
+        pieces: number of matrices pooled in one ESD.
+        alpha_of: function that gives the α of (pieces·M,) ascending eigenvalues.
+        draws: number of ESDs to fit.
+        seed: seed of the draws, which depend on it and the shape alone.
         other: the matrices are products of `other` × M and M × N factors, not M × N themselves.
+
+    >>> from htsr.spectra.null import shape_null
+    >>> from htsr.spectra.tail import fit_power_law
+    >>> null = shape_null(24, 48, 1, lambda values: fit_power_law(values, "hill").alpha, draws=4)
+    >>> round(null.alpha, 3), round(null.sd, 3)
+    (2.769, 0.106)
     """
     random = np.random.default_rng((seed, M, N, pieces) if other is None else (seed, M, N, pieces, other))
 

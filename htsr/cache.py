@@ -1,0 +1,21 @@
+"""Where htsr keeps what a later run may take up."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """$HTSR_CACHE, else htsr in the user's cache folder; it need not exist.
+
+    Raises:
+        RuntimeError: the user has no home.
+
+    >>> from htsr.cache import cache_folder
+    >>> print(cache_folder())  # doctest: +SKIP
+    /home/me/.cache/htsr
+    """
+    if folder := os.environ.get("HTSR_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "htsr"
