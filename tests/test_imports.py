@@ -22,7 +22,7 @@ ARROWS = {
     "training": {"allocate", "analysis", "calibration", "matrices", "ranks", "reporting", "spectra"},
     "finetuning": {"analysis", "calibration", "files", "matrices", "reporting", "spectra", "training"},
 }
-BELOW = {"errors", "arrays", "results", "_version"}
+BELOW = {"errors", "arrays", "results", "cache", "_version"}
 ENTRIES = {"htsr", "htsr.finetune", "htsr.analysis.__main__"}  # the public face, and what launchers start
 
 

@@ -7,7 +7,8 @@ pure function, in a module of its own that begins with its definition and source
 spectra      `esd` by `eigenvalues`, `lanczos` or, for a product of factors, `product`; `windows`; the result is in
              `density` (`ESD`)
 precision    `resolution`: which eigenvalues are only rounding
-the tail     `tail` (power-law fits), `scan`, `alternatives` (other laws), `null` (α of noise of the same shape)
+the tail     `tail` (power-law fits), `scan`, `alternatives` (other laws), `null` (α of noise of the same shape;
+             `known_nulls` are not drawn again)
 the rest     `bulk` (Marchenko-Pastur, spikes, traps), `erg` (trace-log condition), `quality`
 one number   `scores`, for training
 changes      `directions` (projection on a tail, removal of traps), `nudge` (towards α = 2)
