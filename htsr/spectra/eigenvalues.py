@@ -183,7 +183,7 @@ def _solve_cpu(matrix: Array, route: str, dtype: WorkingPrecision, _device: str)
 
 
 def symmetric_eigenvalues(grams: Floats) -> Vector:
-    """Eigenvalues (…, M), ascending, of symmetric matrices (…, M, M), computed in their dtype."""
+    """Eigenvalues (…, M), ascending, of symmetric matrices `grams` (…, M, M), computed in their dtype."""
     if grams.shape[-1] >= _TORCH_FROM:
         import torch
 

@@ -1,1 +1,12 @@
-"""AdamW whose states, and if wanted gradients, live in low-rank subspaces of the gradients."""
+"""AdamW whose states, and if wanted gradients, live in low-rank subspaces of the gradients.
+
+=========== ============================================================================================================
+`groups`    which parameters of a model are trained at low rank
+`subspace`  the subspace of a gradient: its basis, the way in, the way back
+`moments`   Adam's moments as they are stored: float32, bfloat16 or 8 bits
+`rounding`  stochastic rounding of narrow weights
+`update`    Adam's update of one parameter, of all these
+`released`  what stands in ``parameter.grad`` once a gradient was taken up during backward
+`optimizer` `htsr.LowRankAdamW`
+=========== ============================================================================================================
+"""

@@ -1,1 +1,10 @@
-"""Layer sampling: which blocks of a transformer train now (LISA, OwLore and their relatives)."""
+"""Layer sampling: which blocks of a transformer train now (LISA, OwLore and their relatives).
+
+=============== ========================================================================================================
+`members`       which parameters belong to which block, to the embedding, or to neither
+`probabilities` how likely each block is to be drawn
+`freezing`      which parameters train, kept so whoever else sets ``requires_grad``
+`coverage`      how often each block was trained
+`sampler`       `htsr.LayerSampler`
+=============== ========================================================================================================
+"""
