@@ -5,11 +5,11 @@ normalised log-likelihood ratio R = Σ d_i / (√n·sd(d)), d_i the difference o
 the power law, R < 0 the other one; p is the probability of so large a ratio if both were equally good: erfc(|R|/√2)
 (Vuong's test), and for the truncated law, which contains the power law, that of the χ² law of 2Σd_i.
 
-The test is that of the `powerlaw` package, and so are its numbers where that package's optimiser has found the maximum.
-It often stops short of it, and then takes the other law for worse than it is; it bounds α of the truncated law by 0 and
-3; and it counts a density below 1e-307 as 1e-307. Here every fit is the maximum. A power law is a limit of the
-stretched exponential and of the lognormal law too, so that R of these is never positive: it is 0, with p = 1, where
-the tail is no lighter than a power law.
+The test is that of the `powerlaw` package, and so are its numbers where that package has found the maximum. Version 2.0
+bounds α of the power law and of the truncated law by 3, and compares a steeper tail with the wrong power law; its
+optimiser often stops short, and then the other law looks worse than it is; and densities that underflow spoil its sums.
+Here every fit is the maximum. A power law is a limit of the stretched exponential and of the lognormal law too, so that
+R of these is never positive: it is 0, with p = 1, where the tail is no lighter than a power law.
 
 The extended truncated power law (E-TPL) of WeightWatcher is the truncated law on the tail that ``fix_fingers`` chooses.
 

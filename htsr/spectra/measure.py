@@ -23,7 +23,8 @@ from htsr.spectra.metrics import LayerMetrics, Options
 from htsr.spectra.notes import notes
 from htsr.spectra.null import alpha_null
 from htsr.spectra.quality import quality
-from htsr.spectra.tail import PowerLawFit, bootstrap_alpha, fit_power_law
+from htsr.spectra.resampling import bootstrap_alpha
+from htsr.spectra.tail import PowerLawFit, fit_power_law
 
 
 @dataclass(frozen=True)

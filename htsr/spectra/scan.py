@@ -1,7 +1,10 @@
-"""The exponent and distance of every tail of a spectrum, and the tail of least distance.
+"""The exponent and distance of every tail of a spectrum, and the tail of least distance; for many spectra at a time.
 
 A tail begins at one of the d distinct eigenvalues but the largest, and holds all that equal it: with ties a tail that
 began among equals would not be λ ≥ λ_min. The empirical distribution function is P(X < λ) at the distinct values.
+
+Spectra lie one behind the other in flat arrays, whatever their numbers of distinct values: the resamples of a bootstrap
+cost one call of each array operation, not one each.
 """
 
 from __future__ import annotations
@@ -16,96 +19,146 @@ from htsr.arrays import Vector
 Indices = npt.NDArray[np.intp]
 
 _TIE = 1e-9  # relative; closer values are equal but for the rounding of what computed them
-_CELLS = 1 << 18  # of the table of gaps that is worked on at a time
-_SEARCH_FROM = 256  # with fewer distinct values the whole table is as fast
-_LEVELS = (16, 128)  # values of a tail at which a lower bound of its D is taken
+_CELLS = 1 << 15  # of the table of gaps that is worked on at a time: what the processor's cache holds
+_LEVELS = (8, 32)  # values of a tail at which a lower bound of its D is taken
+_TRIED = 4  # tails of each spectrum that are measured whole at first
 
 
 @dataclass(frozen=True)
 class Tails:
-    """The tails of a spectrum of K positive eigenvalues, d of them distinct: one for each distinct value but the last.
+    """The tails of one spectrum or several: one for each distinct eigenvalue, but that the largest begins none.
 
     Attributes:
-        starts: (d,) where each distinct value begins in the ascending spectrum.
-        log: (d,) ln of the distinct values over the largest, ascending.
-        size: (d-1,) eigenvalues in each tail.
-        alpha: (d-1,) exponent of each tail; infinite where rounding leaves none.
+        spectrum: (d,) which spectrum each distinct value belongs to, ascending.
+        starts: (d,) where each distinct value begins in its ascending spectrum.
+        log: (d,) ln of the distinct values over the largest of their spectrum, ascending in each.
+        last: (d,) index, in these arrays, of the largest value of the same spectrum.
+        size: (d,) eigenvalues in each tail.
+        alpha: (d,) exponent of each tail; infinite where rounding leaves none, and for the largest value.
     """
 
+    spectrum: Indices
     starts: Indices
     log: Vector
+    last: Indices
     size: Vector
     alpha: Vector
 
     @classmethod
     def of(cls, eigenvalues: Vector) -> Tails:
-        """The tails of (K,) positive ascending `eigenvalues`, of which two at least are distinct."""
-        every = np.log(eigenvalues)
-        every -= every[-1]  # α depends on ratios only; small numbers keep the sums exact
-        starts = np.flatnonzero(np.concatenate([[True], np.diff(every) > _TIE]))
-        log, size = every[starts], (every.size - starts[:-1]).astype(np.float64)
-        above = np.cumsum(every[::-1])[::-1][starts[:-1]]
-        spread = above - size * log[:-1]
+        """The tails of positive ascending eigenvalues.
+
+        Args:
+            eigenvalues: (K,) one spectrum, or (B, K) several, a row each; infinite at the end of a row that has fewer.
+
+        >>> Tails.of(np.exp([0.0, 1.0, 2.0])).alpha
+        array([ 2.,  3., inf])
+        """
+        rows = np.atleast_2d(eigenvalues)
+        present = np.isfinite(rows)
+        count = present.sum(axis=1)
+        every = np.log(rows)
+        every -= np.take_along_axis(every, count[:, None] - 1, axis=1)  # α depends on ratios only; small numbers keep
+        every[~present] = 0.0  # the sums exact
+        new = np.diff(every, axis=1, prepend=-np.inf) > _TIE
+        new &= present
+        spectrum, starts = np.nonzero(new)
+        log, size = every[new], (count[spectrum] - starts).astype(np.float64)
+        above = np.cumsum(every[:, ::-1], axis=1)[:, ::-1][new]
+        spread = above - size * log
         exponents = np.full(size.size, np.inf)
         np.divide(size, spread, out=exponents, where=spread > 1e-12 * size)
-        return cls(starts, log, size, 1.0 + exponents)
+        last = np.cumsum(np.bincount(spectrum, minlength=len(rows)))[spectrum] - 1
+        return cls(spectrum, starts, log, last, size, 1.0 + exponents)
 
-    def distances(self, rows: Indices, points: int | None = None) -> Vector:
+    def distances(self, tails: Indices, points: int | None = None) -> Vector:
         """D of each tail: its largest gap between the fitted and the empirical distribution function.
 
         Args:
-            rows: indices of the tails.
+            tails: (n,) indices of the tails.
             points: distinct values of each tail, evenly spread over it, at which gaps are taken; all by default, fewer
                 give a lower bound.
 
         Returns:
-            D, in the shape of `rows`.
+            (n,) D.
+
+        >>> print(Tails.of(np.exp([0.0, 1.0, 2.0])).distances(np.array([0])).round(3))  # 1 - 1/e - 1/3
+        [0.299]
         """
-        result = np.empty(rows.size)
-        last = self.log.size - 1
-        step = max(1, _CELLS // (points or self.log.size))
-        for first in range(0, rows.size, step):
-            row = rows[first : first + step, None]
+        result = np.empty(tails.size)
+        lengths = self.last[tails] - tails + 1
+        order = np.argsort(-lengths, kind="stable") if points is None else np.arange(tails.size)
+        first = 0
+        while first < tails.size:  # tails of about the same length at a time, so that little is computed twice
+            width = points or int(lengths[order[first]])
+            chosen = order[first : first + max(1, _CELLS // width)]
+            row = tails[chosen, None]
             if points is None:
-                column = np.arange(row.min(), last + 1)
+                column = np.minimum(row + np.arange(width), self.last[row])
             else:
-                column = row + ((last - row) * np.linspace(0.0, 1.0, points)).astype(np.intp)
+                column = row + ((lengths[chosen, None] - 1) * np.linspace(0.0, 1.0, points)).astype(np.intp)
             gap = self.log[column] - self.log[row]
             gap *= np.where(np.isfinite(self.alpha[row]), 1.0 - self.alpha[row], 0.0)
-            np.exp(np.minimum(gap, 0.0, out=gap), out=gap)  # above 0 only left of the tail
+            np.exp(gap, out=gap)
             gap += (self.starts[column] - self.starts[row]) / self.size[row] - 1.0
-            np.abs(gap, out=gap)
-            gap[column < row] = 0.0
-            result[first : first + step] = gap.max(axis=1)
-        return np.where(np.isfinite(self.alpha[rows]), result, 1.0)
+            result[chosen] = np.abs(gap, out=gap).max(axis=1)
+            first += chosen.size
+        return np.where(np.isfinite(self.alpha[tails]), result, 1.0)
 
-    def best(self) -> tuple[int, float]:
-        """Index and D of the tail of least D, the first of equals.
+    def best(self) -> tuple[Indices, Vector]:
+        """Index and D of the tail of least D of each spectrum, the first of equals.
 
         Most tails are ruled out by a lower bound: D at a few of their values.
+
+        Returns:
+            (B,) and (B,).
+
+        >>> index, D = Tails.of(np.exp([[0.0, 1.0, 2.0], [0.0, 3.0, 3.5]])).best()
+        >>> index, D.round(3)
+        (array([0, 4]), array([0.299, 0.365]))
         """
-        rows = np.arange(self.alpha.size)
-        if rows.size < _SEARCH_FROM:
-            D = self.distances(rows)
-            return int(np.argmin(D)), float(D.min())
-        found, least = -1, np.inf
+        tails = np.arange(self.alpha.size)
+        found = np.flatnonzero(np.diff(self.spectrum, prepend=-1))
+        least = np.full(found.size, np.inf)
 
-        def tried(chosen: Indices) -> None:
-            nonlocal found, least
+        def measure(chosen: Indices) -> None:
             D = self.distances(chosen)
-            k = int(np.argmin(D))
-            if D[k] < least or (D[k] == least and chosen[k] < found):
-                found, least = int(chosen[k]), float(D[k])
+            index = least_of_each(self.spectrum[chosen], D, chosen)
+            spectrum, tail, D = self.spectrum[chosen[index]], chosen[index], D[index]
+            better = (D < least[spectrum]) | ((D == least[spectrum]) & (tail < found[spectrum]))  # noqa: SIM300
+            found[spectrum[better]], least[spectrum[better]] = tail[better], D[better]
 
+        bound = np.empty(0)
         for points in _LEVELS:
-            bound = self.distances(rows, points)
-            tried(rows[[int(np.argmin(bound))]])
-            kept = bound <= least
-            rows, bound = rows[kept], bound[kept]
-        rows = rows[np.argsort(bound, kind="stable")]
-        bound = np.sort(bound, kind="stable")
-        for first in range(0, rows.size, 64):
-            if bound[first] > least:
-                break
-            tried(rows[first : first + 64])
+            bound = self.distances(tails, points)
+            measure(tails[least_of_each(self.spectrum[tails], bound, tails)])
+            kept = bound <= least[self.spectrum[tails]]
+            tails, bound = tails[kept], bound[kept]
+        together = _TRIED
+        while tails.size:
+            order = np.lexsort((bound, self.spectrum[tails]))
+            tails, bound = tails[order], bound[order]
+            begins = np.searchsorted(self.spectrum[tails], self.spectrum[tails])
+            now = np.arange(tails.size) - begins < together  # the most promising of each spectrum
+            measure(tails[now])
+            kept = ~now & (bound <= least[self.spectrum[tails]])
+            tails, bound, together = tails[kept], bound[kept], 2 * together
         return found, least
+
+
+def least_of_each(group: Indices, values: Vector, index: Indices) -> Indices:
+    """Position of the least value of each group, that of the least `index` among equals.
+
+    Args:
+        group: (n,) group of each value.
+        values: (n,) numbers.
+        index: (n,) what equal values are told apart by.
+
+    Returns:
+        A position for each group that occurs, in ascending order of the groups.
+
+    >>> least_of_each(np.array([0, 0, 1, 1]), np.array([3.0, 2.0, 5.0, 5.0]), np.array([0, 1, 3, 2]))
+    array([1, 3])
+    """
+    order = np.lexsort((index, values, group))
+    return order[np.diff(group[order], prepend=-1) > 0]

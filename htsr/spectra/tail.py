@@ -24,15 +24,15 @@ Sources: SETOL (arXiv 2507.17912); HT-SR (Martin & Mahoney, JMLR 2021); LLR (arX
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, get_args
+from dataclasses import dataclass, fields
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from htsr.arrays import Vector
 from htsr.errors import MatrixError, UsageError
-from htsr.spectra.scan import Tails
+from htsr.spectra.scan import Indices, Tails, least_of_each
 
 FitMethod: TypeAlias = Literal["ks", "hill", "hill_paper", "fix_fingers", "clip_xmax"]
 MAX_FINGERS = 10
@@ -93,6 +93,9 @@ def fit_power_law(
 
     Source: Clauset, Shalizi & Newman (SIAM Rev. 51, 2009), §3; LLR (arXiv 2605.22297) for ``hill``; WeightWatcher for
     ``fix_fingers`` and ``clip_xmax``.
+
+    >>> print(f"{fit_power_law(np.exp(np.random.default_rng(0).exponential(0.5, 1000))).alpha:.1f}")
+    3.0
     """
     if method not in get_args(FitMethod):
         raise UsageError(f"unknown fit {method!r}: {', '.join(get_args(FitMethod))}")
@@ -107,130 +110,149 @@ def fit_power_law(
     if values.size < 2 or values[-1] <= values[0] * (1 + _DISTINCT):
         raise MatrixError("degenerate", "fewer than 2 distinct positive eigenvalues, nothing to fit")
 
-    if xmin is not None:
-        tail = values[values >= xmin]
-        if tail.size < 2 or not tail[0] < tail[-1]:
-            raise UsageError(f"fewer than 2 distinct eigenvalues lie above xmin = {xmin:g}")
-        return _fit_tail(tail, xmin, "fixed")
-    if method == "hill":
-        start = _nearest_distinct(values, values.size // 2)
-        return _fit_tail(values[start:], values[start], method)
-    if method == "hill_paper":
-        return _hill_paper(values)
-    if method == "clip_xmax":
-        return _clip_xmax(values)
-    tails = Tails.of(values)
-    if method == "fix_fingers":
-        peak, begins = histogram_peak(values), values[tails.starts[:-1]]
+    if xmin is not None and np.unique(values[values >= xmin]).size < 2:
+        raise UsageError(f"fewer than 2 distinct eigenvalues lie above xmin = {xmin:g}")
+    found = fit_rows(values[None], method, xmin=xmin)
+    alpha, n, fingers = float(found.alpha[0]), int(found.num_tail[0]), int(found.num_fingers[0])
+    return PowerLawFit(
+        alpha=alpha,
+        sigma=(alpha - 1) / n**0.5,
+        D=float(found.D[0]),
+        lambda_min=float(found.lambda_min[0]),
+        lambda_max=float(values[-1 - fingers]),
+        num_tail=n,
+        method=method if xmin is None else "fixed",
+        num_fingers=fingers,
+    )
+
+
+@dataclass(frozen=True)
+class Fits:
+    """Power laws fitted to several spectra.
+
+    Attributes:
+        alpha: (B,) exponents; NaN, like D and lambda_min, where fewer than 2 distinct eigenvalues are there to fit.
+        D: (B,) Kolmogorov-Smirnov distances.
+        lambda_min: (B,) where the tails begin.
+        num_tail: (B,) eigenvalues in each tail; 0 where there is no fit.
+        num_fingers: (B,) top eigenvalues that ``clip_xmax`` dropped.
+    """
+
+    alpha: Vector
+    D: Vector
+    lambda_min: Vector
+    num_tail: Indices
+    num_fingers: Indices
+
+
+def fit_rows(rows: Vector, method: FitMethod = "ks", *, xmin: float | None = None) -> Fits:
+    """Fit a power law to the tail of each of several spectra at once.
+
+    Args:
+        rows: (B, K) a spectrum in each row, positive, ascending; infinite at the end of a row that has fewer than K.
+        method: how λ_min is chosen, see the module's text.
+        xmin: λ_min by hand, in units of the eigenvalues.
+
+    Returns:
+        The `Fits`, one of each row.
+
+    >>> rows = np.sort(np.exp(np.random.default_rng(0).exponential(1.0, (2, 1000))))
+    >>> fit_rows(rows, xmin=1.0).alpha.round(2)
+    array([1.98, 2.  ])
+    """
+    count = np.isfinite(rows).sum(axis=1)
+    every = np.arange(len(rows))
+    largest = rows[every, np.maximum(count - 1, 0)]
+    if xmin is None:
+        good = (count >= 2) & (largest > rows[:, 0] * (1 + _DISTINCT))
+    else:
+        begins = np.minimum((rows < xmin).sum(axis=1), rows.shape[1] - 1)
+        good = (count - begins >= 2) & (largest > rows[every, begins])
+    result = Fits(*np.full((3, len(rows)), np.nan), *np.zeros((2, len(rows)), dtype=np.intp))
+    if good.any():
+        rows, count, largest = rows[good], count[good], largest[good]
+        if xmin is not None:
+            fits = _given_tails(rows, count, begins[good], np.full(len(rows), xmin))
+        elif method == "clip_xmax":
+            fits = _clip_xmax(rows, count)
+        elif method in ("ks", "fix_fingers"):
+            fits = _least_distance(rows, at_peak=method == "fix_fingers")
+        else:
+            median = count // 2 if method == "hill" else count - count // 2 - 1
+            start = np.minimum(median, (rows < largest[:, None]).sum(axis=1) - 1)  # not all of a tail are equal
+            # the paper's sum has no term for λ_min itself, nor counts it
+            first = start if method == "hill" else start + 1
+            fits = _given_tails(rows, count, first, rows[np.arange(len(rows)), start])
+        for field in fields(Fits):
+            getattr(result, field.name)[good] = getattr(fits, field.name)
+    return result
+
+
+def _given_tails(rows: Vector, count: Indices, start: Indices, lambda_min: Vector) -> Fits:
+    """Exponent and distance of one tail of each row: from `start` on, whose λ_min is given."""
+    index = np.arange(rows.shape[1])
+    inside = (index >= start[:, None]) & (index < count[:, None])
+    ratio = np.zeros(rows.shape)
+    np.log(rows / lambda_min[:, None], out=ratio, where=inside)
+    n = count - start
+    alpha = 1.0 + n / ratio.sum(axis=1)
+    new = inside & (np.diff(ratio, axis=1, prepend=-np.inf) > 0)
+    new[np.arange(len(rows)), start] = True
+    first = np.maximum.accumulate(np.where(new, index, 0), axis=1)  # of equal eigenvalues the first stands for all
+    gap = np.abs(1.0 - np.exp((1.0 - alpha[:, None]) * ratio) - (first - start[:, None]) / n[:, None])
+    return Fits(alpha, np.where(inside, gap, 0.0).max(axis=1), lambda_min, n, np.zeros_like(n))
+
+
+def _least_distance(rows: Vector, *, at_peak: bool = False) -> Fits:
+    """The tail of least D of each row; `at_peak` only tails that begin near the peak of its histogram, if there are."""
+    tails = Tails.of(rows)
+    begins = rows[tails.spectrum, tails.starts]
+    if not at_peak:
+        chosen, D = tails.best()
+    else:
+        peak = np.array([histogram_peak(row[np.isfinite(row)]) for row in rows])[tails.spectrum]
         inside = np.flatnonzero((begins >= PEAK_WINDOW[0] * peak) & (begins <= PEAK_WINDOW[1] * peak))
-        D = tails.distances(inside)
-        if (D < 1).any():
-            return _found(values, tails, int(inside[np.argmin(D)]), float(D.min()), method)
-    return _found(values, tails, *tails.best(), method)
+        near = tails.distances(inside)
+        best = least_of_each(tails.spectrum[inside], near, inside)
+        best = best[near[best] < 1]
+        spectrum = tails.spectrum[inside[best]]
+        chosen, D = tails.best() if best.size < len(rows) else (np.empty(len(rows), dtype=np.intp), np.empty(len(rows)))
+        chosen[spectrum], D[spectrum] = inside[best], near[best]
+    n = tails.size[chosen].astype(np.intp)
+    return Fits(tails.alpha[chosen], D, begins[chosen], n, np.zeros_like(n))
 
 
-def _found(values: Vector, tails: Tails, index: int, D: float, method: str) -> PowerLawFit:
-    """The fit of one tail of `values`."""
-    start, n, alpha = int(tails.starts[index]), int(tails.size[index]), float(tails.alpha[index])
-    return PowerLawFit(alpha, (alpha - 1) / n**0.5, D, float(values[start]), float(values[-1]), n, method)
-
-
-def _fit_tail(tail: Vector, lambda_min: float, method: str) -> PowerLawFit:
-    """Exponent and distance of one given tail, without the scan."""
-    ratio = np.log(tail / lambda_min)
-    n = tail.size
-    alpha = float(1.0 + n / ratio.sum())
-    D = _distance(ratio, alpha)
-    return PowerLawFit(alpha, (alpha - 1) / n**0.5, D, float(lambda_min), float(tail[-1]), n, method)
-
-
-def _distance(ratio: Vector, alpha: float) -> float:
-    """D from (n,) ln(λ/λ_min), ascending."""
-    first = np.flatnonzero(np.diff(ratio, prepend=-np.inf) > 0)
-    return float(np.abs(1.0 - np.exp((1.0 - alpha) * ratio[first]) - first / ratio.size).max())
-
-
-def _hill_paper(values: Vector) -> PowerLawFit:
-    k = values.size // 2
-    start = _nearest_distinct(values, values.size - k - 1)
-    k = values.size - start - 1
-    fit = _fit_tail(values[start:], values[start], "hill_paper")
-    alpha = 1.0 + (fit.alpha - 1.0) * k / (k + 1)
-    ratio = np.log(values[start + 1 :] / values[start])
-    D = _distance(ratio, alpha)
-    return replace(fit, alpha=alpha, sigma=(alpha - 1) / k**0.5, D=D, num_tail=k)
-
-
-def _nearest_distinct(values: Vector, start: int) -> int:
-    """`start`, or the last index below it whose tail is not all equal."""
-    return min(start, int(np.searchsorted(values, values[-1])) - 1)
-
-
-def _clip_xmax(values: Vector) -> PowerLawFit:
-    def best(dropped: int) -> PowerLawFit | None:
-        kept = values[: values.size - dropped]
-        if kept.size < 2 or kept[-1] <= kept[0] * (1 + _DISTINCT):
-            return None
-        tails = Tails.of(kept)
-        return replace(_found(kept, tails, *tails.best(), "clip_xmax"), num_fingers=dropped)
-
-    whole = best(0)
-    assert whole is not None  # the caller has seen two distinct values
+def _clip_xmax(rows: Vector, count: Indices) -> Fits:
+    """The tails of least D, after dropping the fewest top eigenvalues that make α fall by more than 1."""
+    result = _least_distance(rows)
+    whole = result.alpha.copy()
+    open_ = np.arange(len(rows))
     for dropped in range(1, MAX_FINGERS + 1):
-        clipped = best(dropped)
-        if clipped is None:
+        kept = count[open_] - dropped
+        left = np.where(np.arange(rows.shape[1]) < kept[:, None], rows[open_], np.inf)
+        top = left[np.arange(open_.size), np.maximum(kept - 1, 0)]
+        good = (kept >= 2) & (top > left[:, 0] * (1 + _DISTINCT))
+        open_, left = open_[good], left[good]
+        if not open_.size:
             break
-        if clipped.alpha < whole.alpha - FINGER_DROP:
-            return clipped
-    return whole
+        clipped = _least_distance(left)
+        fallen = clipped.alpha < whole[open_] - FINGER_DROP
+        for field in fields(Fits):
+            getattr(result, field.name)[open_[fallen]] = getattr(clipped, field.name)[fallen]
+        result.num_fingers[open_[fallen]] = dropped
+        open_ = open_[~fallen]
+    return result
 
 
 def histogram_peak(eigenvalues: Vector, bins: int = PEAK_BINS) -> float:
-    """Lower edge of the fullest of `bins` equal bins of log10 λ, as an eigenvalue; `eigenvalues` are (K,), positive."""
-    counts, edges = np.histogram(np.log10(eigenvalues), bins=bins)
-    return float(10 ** edges[np.argmax(counts)])
-
-
-def bootstrap_alpha(
-    eigenvalues: npt.ArrayLike,
-    method: FitMethod = "ks",
-    *,
-    resamples: int = 200,
-    level: float = 0.95,
-    seed: int = 0,
-    **fit: Any,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of α: eigenvalues are resampled, λ_min is chosen anew each time.
-
-    Eigenvalues of one matrix repel each other and so are less variable than an independent sample: the interval
-    errs on the wide side, and shows how far α depends on the choice of λ_min.
+    """Lower edge of the fullest of equal bins of log10 λ, as an eigenvalue.
 
     Args:
-        eigenvalues: (K,) in any order; those that are not positive are left out.
-        method: see `fit_power_law`.
-        resamples: bootstrap samples; those of fewer than 2 distinct eigenvalues are left out.
-        level: probability inside the interval.
-        seed: of the resampling.
-        **fit: `xmin` and `xmax` of `fit_power_law`.
+        eigenvalues: (K,), positive.
+        bins: number of bins between the smallest and the largest.
 
-    Returns:
-        Lower and upper bound of α.
-
-    Raises:
-        MatrixError: no sample has 2 distinct eigenvalues (status ``degenerate``).
-
-    Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), §13.3.
+    >>> print(f"{histogram_peak(np.array([1.0, 9.0, 9.5, 10.0, 100.0]), bins=4):.2f}")
+    3.16
     """
-    values = np.asarray(eigenvalues, dtype=np.float64).ravel()
-    values = values[values > 0]
-    random = np.random.default_rng(seed)
-    alphas = []
-    for _ in range(resamples):
-        try:
-            alphas.append(fit_power_law(random.choice(values, values.size), method, **fit).alpha)
-        except (MatrixError, UsageError):  # a resample of equal values
-            continue
-    if not alphas:
-        raise MatrixError("degenerate", "no bootstrap sample has 2 distinct eigenvalues")
-    low, high = np.quantile(alphas, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    counts, edges = np.histogram(np.log10(eigenvalues), bins=bins)
+    return float(10 ** edges[np.argmax(counts)])

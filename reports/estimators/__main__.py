@@ -15,7 +15,8 @@ from typing import Any, get_args
 import numpy as np
 
 from htsr.spectra.esd import Windows, esd
-from htsr.spectra.tail import FitMethod, bootstrap_alpha, fit_power_law
+from htsr.spectra.resampling import bootstrap_alpha
+from htsr.spectra.tail import FitMethod, fit_power_law
 from reports import common
 from reports.estimators import samples
 

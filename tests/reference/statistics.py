@@ -1,5 +1,6 @@
 """Slow, obvious twins of the statistics: the definitions, line by line, in float64."""
 
+import bisect
 import functools
 import math
 
@@ -12,9 +13,9 @@ def tail_exponent(tail):
 
 
 def one_sided_distance(tail, alpha):
-    """max | fitted CDF - (j-i)/n |."""
+    """max | fitted CDF - (j-i)/n |, j the first of equals; of an ascending tail."""
     n = len(tail)
-    return max(abs(1 - (x / tail[0]) ** (1 - alpha) - j / n) for j, x in enumerate(tail))
+    return max(abs(1 - (x / tail[0]) ** (1 - alpha) - bisect.bisect_left(tail, x) / n) for x in tail)
 
 
 def ks_fit(eigenvalues):
@@ -23,13 +24,33 @@ def ks_fit(eigenvalues):
     best = None
     for i in range(len(values) - 1):
         tail = values[i:]
-        if tail[0] == tail[-1]:
+        if tail[0] == tail[-1] or (i and tail[0] == values[i - 1]):
             continue
         alpha = tail_exponent(tail)
         D = one_sided_distance(tail, alpha)
         if best is None or best[1] > D:
             best = (alpha, D, tail[0], len(tail))
     return best
+
+
+def goodness_of_fit(eigenvalues, shares):
+    """Clauset et al. 2009, §4.1: the share of semi-parametric samples that fit no better; each from uniform numbers.
+
+    A number u below n/K is an eigenvalue of the fitted tail, above which u·K/n of the tail lies; another is the body's.
+    """
+    values = sorted(eigenvalues)
+    alpha, D, lambda_min, n = ks_fit(values)
+    K = len(values)
+    worse = 0
+    for row in shares:
+        sample = []
+        for u in row:
+            if u < n / K:
+                sample.append(lambda_min * (u * K / n) ** (-1 / (alpha - 1)))
+            else:
+                sample.append(values[int((1 - u) * K)])
+        worse += ks_fit(sample)[1] >= D
+    return worse / len(shares)
 
 
 def hill(eigenvalues):

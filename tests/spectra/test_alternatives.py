@@ -60,6 +60,13 @@ def test_the_true_law_is_not_rejected(random, law, sample):
         assert laws[law].delta_aic <= min(c.delta_aic for c in laws.values()) + 8
 
 
+@pytest.mark.parametrize("alpha", [3.5, 5.0, 8.0])
+def test_a_steep_power_law_is_one(random, alpha):
+    """`powerlaw` 2.0 bounds α by 3, and whatever was compared with a steeper power law won."""
+    found = [best_law(compare_laws((1 - random.random(300)) ** (-1 / (alpha - 1)))) for _ in range(20)]
+    assert found.count("power_law") >= 17
+
+
 def test_nothing_to_compare_is_said():
     with pytest.raises(MatrixError, match="2 or more distinct"):
         compare_laws([3.0, 3.0])

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.esd import esd
+from htsr.spectra.resampling import bootstrap_alpha
 from htsr.spectra.scan import Tails
-from htsr.spectra.tail import bootstrap_alpha, fit_power_law, histogram_peak
+from htsr.spectra.tail import fit_power_law, histogram_peak
 from tests.reference import statistics as plain
 
 seeds = st.integers(0, 2**32 - 1)

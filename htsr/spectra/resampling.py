@@ -1,0 +1,186 @@
+"""What is learned about a fit from resampled spectra: how sure α is, and whether the tail is a power law at all.
+
+All resamples are fitted together (`htsr.spectra.tail.fit_rows`).
+
+Sources: Efron & Tibshirani, An Introduction to the Bootstrap (1993); Clauset, Shalizi & Newman (SIAM Rev. 51, 2009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from htsr.arrays import Vector
+from htsr.errors import MatrixError, UsageError
+from htsr.spectra.tail import FitMethod, PowerLawFit, fit_power_law, fit_rows
+
+_TOGETHER = 1 << 18  # eigenvalues of resamples that are fitted at a time
+_SMALLEST_SHARE = 2.0**-54  # uniform numbers are multiples of 2^-53, 0 among them
+_GOF = 1  # keeps the draws of the goodness of fit apart from others of the same seed
+
+
+def bootstrap_alpha(
+    eigenvalues: npt.ArrayLike,
+    method: FitMethod = "ks",
+    *,
+    resamples: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
+    xmin: float | None = None,
+    xmax: float | None = None,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of α: eigenvalues are resampled, λ_min is chosen anew each time.
+
+    Eigenvalues of one matrix repel each other and so are less variable than an independent sample: the interval
+    errs on the wide side, and shows how far α depends on the choice of λ_min.
+
+    Args:
+        eigenvalues: (K,) in any order; those that are not positive are left out.
+        method: see `fit_power_law`.
+        resamples: bootstrap samples; those of fewer than 2 distinct eigenvalues are left out.
+        level: probability inside the interval.
+        seed: seed of the resampling.
+        xmin: λ_min by hand, as in `fit_power_law`.
+        xmax: eigenvalues above it are left out of each fit.
+
+    Returns:
+        Lower and upper bound of α.
+
+    Raises:
+        MatrixError: no sample has 2 distinct eigenvalues (status ``degenerate``).
+
+    Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), §13.3.
+
+    >>> values = np.exp(np.random.default_rng(0).exponential(0.5, 500))
+    >>> low, high = bootstrap_alpha(values, resamples=50)
+    >>> low < 3 < high
+    True
+    """
+    values = np.asarray(eigenvalues, dtype=np.float64).ravel()
+    values = values[values > 0]
+    random = np.random.default_rng(seed)
+    alphas = [np.empty(0)]
+    for count in _portions(resamples if values.size else 0, values.size):
+        rows = values[random.integers(0, values.size, (count, values.size))]
+        if xmax is not None:
+            rows[rows > xmax] = np.inf
+        alphas.append(fit_rows(np.sort(rows, axis=1), method, xmin=xmin).alpha)
+    found = np.concatenate(alphas)
+    found = found[~np.isnan(found)]
+    if not found.size:
+        raise MatrixError("degenerate", "no bootstrap sample has 2 distinct eigenvalues")
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def goodness_of_fit(
+    eigenvalues: npt.ArrayLike,
+    method: FitMethod = "ks",
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    xmin: float | None = None,
+    xmax: float | None = None,
+) -> float:
+    """p-value of the goodness of a power-law fit, by the semi-parametric bootstrap.
+
+    The fit is repeated on samples that do follow it: as many eigenvalues, each with probability n/K from the fitted
+    power law above λ_min and otherwise one of those below λ_min; λ_min is chosen anew. p is the share of samples
+    whose distance D is at least that of the spectrum. p ≤ 0.1 rules the power law out; a larger p does not show
+    that it is true, the less so the shorter the tail.
+
+    Where the method does not search for λ_min (``hill``, ``hill_paper``, or `xmin`), only the tail is sampled, as many
+    values as it has, and p tests that given tail: half of all eigenvalues are seldom a power law. Then p is exact,
+    since the law of D depends on n alone. Eigenvalues that the fit leaves out, above `xmax` or dropped by
+    ``clip_xmax``, are left out here.
+
+    Args:
+        eigenvalues: (K,) in any order; those that are not positive are left out.
+        method: see `fit_power_law`.
+        resamples: samples; the standard error of p is √(p(1-p)/resamples), at most 0.05 with 100, 0.01 with 2,500.
+        seed: seed of the samples.
+        xmin: λ_min by hand, as in `fit_power_law`.
+        xmax: eigenvalues above it are left out.
+
+    Returns:
+        p, from 0 to 1.
+
+    Raises:
+        MatrixError: as `fit_power_law`, like the next.
+        UsageError: no resamples; or as `fit_power_law`.
+
+    Source: Clauset, Shalizi & Newman (SIAM Rev. 51, 2009), §4.1.
+
+    >>> random = np.random.default_rng(0)
+    >>> goodness_of_fit(np.exp(random.exponential(0.5, 500)), resamples=200) > 0.1
+    True
+    >>> goodness_of_fit(1 + random.exponential(0.5, 500), "hill", resamples=200) > 0.1
+    False
+    """
+    if resamples < 1:
+        raise UsageError(f"the goodness of fit takes a number of resamples above 0, not {resamples}")
+    fit = fit_power_law(eigenvalues, method, xmin=xmin, xmax=xmax)
+    values = np.sort(np.asarray(eigenvalues, dtype=np.float64).ravel())
+    values = values[(values > 0) & (values <= fit.lambda_max)]
+    random = np.random.default_rng((seed, _GOF))
+    searched = xmin is None and method in ("ks", "fix_fingers", "clip_xmax")
+    draws = values.size if searched else fit.num_tail
+    reached = 0
+    for count in _portions(resamples, draws):
+        share = np.sort(random.random((count, draws)), axis=1)
+        if searched:
+            D = fit_rows(semiparametric_sample(values, fit, share), method).D
+        else:
+            D = _distances_of_given_tail(fit, share)
+        reached += int(np.count_nonzero(D >= fit.D))
+    return reached / resamples
+
+
+def semiparametric_sample(values: Vector, fit: PowerLawFit, share: Vector) -> Vector:
+    """Spectra whose tail is the fitted power law, and whose eigenvalues below λ_min are those of `values`.
+
+    Args:
+        values: (K,) eigenvalues that were fitted, ascending.
+        fit: fitted power law.
+        share: (B, n) numbers from 0 to 1, ascending in each row: the share of the law that lies above each eigenvalue.
+
+    Returns:
+        (B, n) eigenvalues, ascending in each row.
+
+    >>> fit = fit_power_law([1.0, 2.0, 4.0, 8.0], xmin=4.0)
+    >>> semiparametric_sample(np.array([1.0, 2.0, 4.0, 8.0]), fit, np.array([[0.5, 0.6, 0.9]]))
+    array([[1., 2., 4.]])
+    """
+    body = values[values < fit.lambda_min]
+    above = 1 - body.size / values.size
+    # one uniform number does for both choices: below n/K it is that much of the tail's own share
+    rows = _tail_of(fit, share / above)
+    if body.size:
+        index = ((1 - share) * values.size).astype(np.intp)
+        rows = np.where(share <= above, rows, body[np.minimum(index, body.size - 1)])
+    return rows[:, ::-1]
+
+
+def _tail_of(fit: PowerLawFit, share: Vector) -> Vector:
+    """Eigenvalues above which `share` of a fitted power law lies, λ_min where that is all or more; (B, n)."""
+    with np.errstate(over="ignore"):
+        values = fit.lambda_min * np.clip(share, _SMALLEST_SHARE, 1.0) ** (1 / (1 - fit.alpha))
+    return np.minimum(values, np.finfo(np.float64).max)  # infinite ones would be none
+
+
+def _distances_of_given_tail(fit: PowerLawFit, share: Vector) -> Vector:
+    """(B,) D of samples of a tail whose λ_min is not searched for, from (B, n) ascending uniform numbers."""
+    rows = _tail_of(fit, share[:, ::-1])
+    if fit.method == "hill":  # whose tail begins with λ_min itself; over the smallest the others are a sample again
+        rows *= fit.lambda_min / rows[:, :1]
+    return fit_rows(rows, xmin=fit.lambda_min).D
+
+
+def _portions(resamples: int, size: int) -> Iterator[int]:
+    """How many resamples of `size` eigenvalues to fit at a time."""
+    most = max(1, _TOGETHER // max(size, 1))
+    while resamples > 0:
+        yield min(most, resamples)
+        resamples -= most
