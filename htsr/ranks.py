@@ -1,7 +1,7 @@
 """The processes that do one piece of work together: how they meet, compare what they hold, and share what they find.
 
-All but this process's own place goes through torch's default process group. Each method is a collective: every rank
-calls it, in the same order. It knows no model and no result; what is compared are lines of text.
+Everything goes through torch's default process group. Each method is a collective: every rank calls it, in the same
+order. Nothing here knows of models or results; what is compared are lines of text.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Ranks:
 
     @classmethod
     def running(cls) -> Ranks:
-        """Those of torch's default process group; this process alone where there is none."""
+        """The ranks of torch's default process group; this process alone where there is none."""
         if not _is_initialized():
             return cls()
         from torch import distributed
@@ -63,14 +63,14 @@ class Ranks:
 
     @classmethod
     def launched(cls, call: str, advice: str = "") -> Ranks:
-        """Those that `accelerate launch` or `torchrun` has started; the process group is begun where there is none.
+        """The ranks that `accelerate launch` or `torchrun` has started; a process group is begun where there is none.
 
         Args:
-            call: what every rank has to call, for the sentence.
-            advice: what else can be done, for the same.
+            call: name of what every rank has to call, for the sentence.
+            advice: end of that sentence: what else can be done.
 
         Raises:
-            UsageError: there are others, and they do not come.
+            UsageError: other processes were started, and do not come.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _is_initialized():
             import torch
@@ -95,7 +95,7 @@ class Ranks:
         """The items of all ranks, rank by rank, on every rank.
 
         Args:
-            mine: those of this rank; they are pickled.
+            mine: items of this rank; they are pickled.
         """
         return self.gather_from(lambda: mine)
 
@@ -103,10 +103,10 @@ class Ranks:
         """What `work` gives on all ranks, rank by rank, on every rank; what it raises on one is raised on all.
 
         Args:
-            work: done on each rank; no collective may be left out where it raises.
+            work: function that each rank calls. If it calls collectives, it must call all of them even where it raises.
 
         Raises:
-            HtsrError: it has failed on another rank, and of what kind it was there.
+            HtsrError: `work` has failed on another rank; the class and the message are those of that rank.
         """
         if self.size == 1:
             return list(work())
@@ -130,15 +130,15 @@ class Ranks:
         """What `make` makes on the first rank, on every rank; what it raises there is raised on all.
 
         Args:
-            make: called on the first rank only; what it returns is pickled.
+            make: function that only the first rank calls; what it returns is pickled.
 
         Raises:
-            HtsrError: as `gather_from`.
+            HtsrError: `make` has failed on the first rank.
         """
         return self.gather_from(lambda: [make()] if self.is_first else [])[0]
 
     def difference(self, mine: Sequence[str]) -> str | None:
-        """Where the ranks differ, in words that are the same on every rank; None where they are alike.
+        """The first line in which two ranks differ, in words that are the same on every rank; None where none differs.
 
         Args:
             mine: lines that say what this rank holds. They travel only where their digests differ.
@@ -157,11 +157,11 @@ class Ranks:
         """Wait for the other ranks, and say so, where a collective would hang without a word.
 
         Args:
-            call: what every rank has to call, for the sentence.
-            advice: what else can be done, for the same.
+            call: name of what every rank has to call, for the sentence.
+            advice: end of that sentence: what else can be done.
 
         Raises:
-            UsageError: on the ranks that came, others have not come.
+            UsageError: other ranks have not come; those that came raise it.
         """
         if self.size == 1:
             return
@@ -176,7 +176,7 @@ class Ranks:
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all: of a process group, or of those that a launcher has started.
+    """Whether this process speaks for all processes of its group, or for all that a launcher has started.
 
     Examples:
         >>> from htsr.ranks import is_first
@@ -187,7 +187,7 @@ def is_first() -> bool:
 
 
 def _said(failure: Exception | None, rank: int) -> tuple[type[HtsrError], str] | None:
-    """The kind and sentence with which the other ranks raise what one of them has met."""
+    """The class and sentence of the error that the other ranks raise when one has failed."""
     if failure is None:
         return None
     if not isinstance(failure, HtsrError):

@@ -28,12 +28,12 @@ class Column:
     """A column that people look at.
 
     Attributes:
-        title: what it is called, unique in its table.
+        title: title of the column, unique in its table.
         format: format of its numbers, as in ``.2f``.
-        unit: unit of its numbers; none where it is empty.
+        unit: unit of its numbers; empty for none.
         text: whether it holds words, which stand on the left.
         optional: whether it is left out where no row has anything in it.
-        bar: whether it holds shares from 0 to 1 that a terminal draws, and no other format has.
+        bar: whether it holds shares from 0 to 1 that a terminal draws as bars; no other format has the column.
     """
 
     title: str
@@ -63,12 +63,12 @@ class Table:
     """Rows as people look at them: a selection, in words and rounded numbers.
 
     Attributes:
-        columns: what is shown; the first names the row.
-        rows: one value a column.
-        spare: titles of the columns that a narrow terminal leaves out, the least telling first.
-        tones: what kind of row each is (``failed``, ``total`` …), which a terminal colours; empty for plain rows.
-        toned: titles of the columns that are coloured; all if empty.
-        elsewhere: where all columns are.
+        columns: the columns; the first one names the row.
+        rows: the rows, each with one value for each column.
+        spare: titles of the columns that a narrow terminal leaves out, the least useful first.
+        tones: kind of each row (``failed``, ``total`` …), which a terminal colours; empty for plain rows.
+        toned: titles of the columns that are coloured; empty for all.
+        elsewhere: hint where all columns are to be found.
     """
 
     columns: tuple[Column, ...]
@@ -93,8 +93,8 @@ def tabulate(things: Iterable[Row], columns: Sequence[tuple[Column, Callable[[Ro
     """The table of `things`, each value read by the function beside its column, without optional columns in vain.
 
     Args:
-        things: one for each row.
-        columns: each with what it shows of a thing.
+        things: objects that become a row each.
+        columns: columns, each with the function that reads its value from a thing.
         **looks: further fields of `Table`.
 
     >>> from htsr.results import Column, tabulate
@@ -111,7 +111,16 @@ class Tabular:
     """A result as rows.
 
     Attributes:
-        label: what it is of.
+        label: name of what the result is about, such as the model.
+
+    Examples:
+        >>> import htsr, torch
+        >>> analysis = htsr.analyze({"up_proj.weight": torch.diag(torch.arange(1.0, 31.0))}, null=False)
+        >>> analysis.records()[0]["stable_rank"] == analysis[0].stable_rank
+        True
+        >>> analysis.to_pandas()[["name", "M", "N"]]
+              name   M   N
+        0  up_proj  30  30
     """
 
     label: str
@@ -143,9 +152,9 @@ def envelope(result: Tabular, command: str | None = None, options: dict[str, Any
     """A result as one JSON object, the same for all: ``htsr``, ``command``, ``label``, ``options``, facts, ``rows``.
 
     Args:
-        result: what was found.
-        command: the command that found it.
-        options: what the command was given; those that the result knows itself are taken from there.
+        result: the result.
+        command: name of the command that found it.
+        options: options that the command was given. Those that the result itself knows take their place.
 
     >>> import torch, htsr
     >>> from htsr.results import envelope

@@ -1,4 +1,4 @@
-"""What the HTML report of an analysis shows, in plain values."""
+"""What the HTML report of an analysis shows, in plain values: `htsr.reporting` draws it and knows no analysis."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def page_of(
     eigenvalues: Mapping[str, Vector],
     permuted: Mapping[str, Vector],
 ) -> Page:
-    """The page of an analysis with these parts.
+    """The page of the HTML report of an analysis.
 
     Args:
-        label: what was analyzed.
-        rows: numbers of its matrices.
-        options: what was computed, and how.
-        meta: version and seconds.
-        tables: the short table of the rows, and their means.
-        eigenvalues: (K,) ascending, by name.
-        permuted: (K,) likewise, of the permuted matrices.
+        label: name of the model.
+        rows: rows of the analysis.
+        options: options that say what was computed, and how.
+        meta: version of htsr, and seconds that the analysis took.
+        tables: short table of the rows, and table of their means.
+        eigenvalues: spectra by matrix name, (K,) ascending.
+        permuted: spectra of the permuted matrices, likewise (K,).
     """
     return Page(
         title=label,

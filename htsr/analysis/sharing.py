@@ -1,4 +1,4 @@
-"""How the ranks share the matrices of a model: that all hold the same ones, which rank has which, and the results."""
+"""How the ranks share the matrices of a model: whether all hold the same, which rank reads which, and the results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def launched_ranks(distributed: bool = True) -> Ranks:
     """The processes that share an analysis: those of the launcher, or this one alone unless `distributed`.
 
     Raises:
-        UsageError: others were launched, and do not come.
+        UsageError: other processes were launched, and do not come.
     """
     return Ranks.launched(CALL, ADVICE) if distributed else Ranks()
 
@@ -35,13 +35,13 @@ def agree(ranks: Ranks, model: Model, options: Options, shards: Collection[str] 
     """Make sure that all ranks are about to share one piece of work.
 
     Args:
-        ranks: who shares it.
-        model: what this rank is about to analyze.
-        options: how it does.
-        shards: tensors of which each rank holds a part.
+        ranks: processes that share the work.
+        model: model that this rank is about to analyze.
+        options: options of its analysis.
+        shards: names of the tensors of which each rank holds a part.
 
     Raises:
-        UsageError: on every rank, they differ; or on those that came, others have not come.
+        UsageError: the ranks differ, and every one raises it; or some have not come, and those that came raise it.
     """
     if ranks.size == 1:
         return
@@ -56,15 +56,15 @@ def agree(ranks: Ranks, model: Model, options: Options, shards: Collection[str] 
 
 
 def model_difference(ranks: Ranks, model: Model, shards: Collection[str] = ()) -> str | None:
-    """In what the models of the ranks differ, in words; None where they are one.
+    """How the models of the ranks differ, in words; None where all hold one model.
 
     Names and shapes are compared, then the files by path, size and date; where those differ or the model is in memory,
     entries of every matrix.
 
     Args:
-        ranks: all call this.
-        model: that of this rank.
-        shards: tensors of which each rank holds a part, and whose entries are not compared.
+        ranks: processes to compare; each of them calls this.
+        model: model of this rank.
+        shards: names of the tensors of which each rank holds a part; their entries are not compared.
     """
     if differ := ranks.difference(described(model)):
         return f"the matrices differ, {differ}"
@@ -109,12 +109,12 @@ def shared_out(
     """How the ranks share the work, some of it on tensors that are spread over them.
 
     Args:
-        matrices: all of them, the same on every rank.
-        shards: names of the tensors that are spread.
-        ranks: who shares it.
+        matrices: all matrices, the same on every rank.
+        shards: names of the tensors that are spread over the ranks.
+        ranks: processes that share the work.
 
     Returns:
-        What this rank reads where it is, and the matrices of each spread tensor, the costliest first.
+        The whole matrices that this rank reads, and the matrices of each spread tensor, the costliest tensor first.
     """
     whole = [matrix for matrix in matrices if whole_name(matrix.name) not in shards]
     spread = by_tensor(matrix for matrix in matrices if whole_name(matrix.name) in shards)
@@ -132,14 +132,14 @@ def results_of_all(
     """What `work` gives for the matrices of all ranks, on every rank. Where it raises on one, all raise alike.
 
     Args:
-        whole: what this rank reads where it is, of `shared_out`.
-        spread: tensors that are put together one round after the other, of the same.
-        shards: their parts, by name.
-        ranks: who shares the work.
-        work: done on `whole`, and on the matrices of each of this rank's tensors.
+        whole: matrices that this rank reads, from `shared_out`.
+        spread: matrices of each spread tensor, from `shared_out`; the tensors are gathered one round after the other.
+        shards: the spread tensors by name.
+        ranks: processes that share the work.
+        work: function that gives the results of `whole`, and of the matrices of each of this rank's tensors.
 
     Raises:
-        HtsrError: see `Ranks.gather_from`.
+        HtsrError: `work` has failed on another rank.
     """
 
     def mine() -> list[Result]:

@@ -1,4 +1,4 @@
-"""Rows of analyses and comparisons as people look at them."""
+"""The tables of analyses and comparisons that people look at: which columns, in which format."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ METRICS: tuple[Shown, ...] = (
     (Column("law", text=True, optional=True), lambda row: row.best_law),
     (Column("note", text=True), _note),
 )
-"""What the short table of an analysis shows; `definitions` of the documentation has all."""
+"""What the short table of an analysis shows; the page of definitions in the documentation has all columns."""
 
 
 _SPARE = (
@@ -61,7 +61,7 @@ def metrics_table(rows: Sequence[LayerMetrics]) -> Table:
 
 
 def tone_of(row: LayerMetrics) -> str:
-    """What kind of row `row` is: by status, then by α."""
+    """The kind of a `row`, which a terminal colours: by status, then by α."""
     if row.status != "ok":
         return "failed"
     if "random-like" in row.warning:
@@ -98,8 +98,8 @@ def means_table(groups: Mapping[str, Mapping[str, float]], whole: Mapping[str, f
     """Means by role, and of the whole model in the last line.
 
     Args:
-        groups: means by metric of each role, with the number of ``matrices``.
-        whole: the same of all.
+        groups: means of each role by metric, with the number of ``matrices``.
+        whole: means of all matrices, likewise.
     """
     spare = ("log ‖W‖²", "log λ_max", "entropy", "α̂", "stable rank", "matrices", "α null", "traps", "spikes")
     tones = (*[""] * len(groups), "total")
@@ -127,7 +127,7 @@ _PAIRS: tuple[tuple[Column, Callable[[Record], Value]], ...] = (
 
 
 def pairs_table(records: Sequence[Record]) -> Table:
-    """Pairs of matrices of a comparison, of which these are the `records`."""
+    """The short table of a comparison, one line for each pair of its `records`."""
     spare = ("CKA", "role", "⟨ln λ̃⟩ a", "⟨ln λ̃⟩ b", "cosine", "ESD dist.", "α a")
     return tabulate(records, _PAIRS, spare=spare)
 
@@ -136,8 +136,8 @@ def changes_table(summary: Mapping[str, tuple[float, float, float]], labels: Map
     """Means of both models of a comparison, and of the differences.
 
     Args:
-        summary: the three means by metric.
-        labels: what to call the metrics that are shown.
+        summary: means of the first model, of the second, and of the difference, by metric.
+        labels: titles of the metrics that are shown, by metric.
     """
     columns = (Column("mean", text=True), Column("a", ".4g"), Column("b", ".4g"), Column("b − a", ".4g"))
     return Table(columns, tuple((label, *summary[name]) for name, label in labels.items() if name in summary))

@@ -12,6 +12,7 @@ of adapters    `adapters` (ΔW from its factors), `adapter_config`, `peft_folder
 made plain     `quantized` with `packed` and `scaled`, `parametrized`, `layouts` (what converters change), `tying`
 matrices       `apart`, by `naming`, `roles` and `fused`; the result is in `models` (`WeightMatrix`, `Model`, `Filter`)
 chosen         `patterns` (names as users write them), `blocks` (the blocks of a live model)
+compared       `checksums` (whether two processes or runs hold the same)
 and back       `positions` (where a matrix stands in its tensor), `writing` (a changed copy of a checkpoint)
 ============== ========================================================================================================
 """

@@ -19,10 +19,17 @@ def checksum(matrix: WeightMatrix, entries: int | None = None) -> str | None:
 
     Args:
         matrix: matrix that is read.
-        entries: how many of its entries, evenly spread, tell; all by default.
+        entries: number of entries, evenly spread, that the digest is made of; all by default.
 
     Returns:
         24 hexadecimal digits; None where the matrix cannot be read.
+
+    Examples:
+        >>> import htsr, torch
+        >>> from htsr.matrices.checksums import checksum
+        >>> first, second = (htsr.describe({"up_proj.weight": torch.full((4, 4), x)}).matrices[0] for x in (1.0, 2.0))
+        >>> checksum(first) == checksum(first), checksum(first) == checksum(second)
+        (True, False)
     """
     digest = hashlib.blake2b(digest_size=12)
     try:
