@@ -15,7 +15,7 @@ from htsr.errors import UsageError
 from htsr.files import check_writable, written
 from htsr.reporting.formats import as_csv, as_json, as_markdown, require_pyarrow, write_parquet
 from htsr.reporting.latex import as_latex
-from htsr.reporting.terminal import as_text, terminal_table
+from htsr.reporting.terminal import PLAIN_WIDTH, as_text, terminal_table
 from htsr.reporting.text import encodable, plain_console, visible
 from htsr.results import Tabular, envelope
 
@@ -34,8 +34,8 @@ SUFFIXES = {
     ".tex": "latex",
 }
 FORMATS = tuple(SUFFIXES.values())
-_PLAIN_WIDTH = 200
-_NO_OPTIONS = ("format", "output", "table", "quiet", "verbose")  # they change nothing that is found
+# they change nothing that is found
+_NO_OPTIONS = ("format", "output", "table", "html", "save", "picture", "resume", "quiet", "verbose")
 
 
 def is_first() -> bool:
@@ -112,7 +112,7 @@ class Target:
 
     def _text(self, result: Tabular) -> str:
         render: dict[str, Callable[[], str]] = {
-            "table": lambda: as_text(result.tables(), _PLAIN_WIDTH),
+            "table": lambda: as_text(result.tables()),
             "json": lambda: as_json(envelope(result, self.command, self.options)),
             "csv": lambda: as_csv(result.records()),
             "markdown": lambda: as_markdown(result.tables()[0]),
@@ -195,4 +195,4 @@ class Words:
 
 def console() -> Console:
     """Standard output; wide where it is no terminal, so that nothing is cut."""
-    return plain_console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    return plain_console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)

@@ -150,7 +150,7 @@ class Comparison(Tabular):
         return {
             "a": self.a.label,
             "b": self.b.label,
-            "options": {"a": asdict(self.a.options), "b": asdict(self.b.options)},
+            "options": _of_both(asdict(self.a.options), asdict(self.b.options)),
             "summary": {k: dict(zip(("a", "b", "delta"), v, strict=True)) for k, v in self.summary().items()},
             "only_a": self.only_a,
             "only_b": self.only_b,
@@ -475,6 +475,11 @@ def cka(A: Any, B: Any) -> float:
         own_b += float(np.square(y.T @ y, dtype=np.float64).sum())
     scale = (own_a * own_b) ** 0.5
     return min(cross / scale, 1.0) if scale > 0 else float("nan")
+
+
+def _of_both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """Options of two analyses, by side where they differ."""
+    return {name: a[name] if a[name] == b[name] else {"a": a[name], "b": b[name]} for name in a}
 
 
 def _record(pair: Pair, distances: Sequence[str], metrics: Sequence[str]) -> Record:

@@ -6,6 +6,9 @@ import importlib.metadata
 import json
 from typing import TYPE_CHECKING, Any
 
+from htsr.reporting.formats import as_markdown
+from htsr.results import Column, Table
+
 if TYPE_CHECKING:
     from htsr.analysis.comparison import Comparison
     from htsr.finetuning.recipe import Recipe
@@ -68,5 +71,4 @@ def _number(value: Any) -> str:
 
 
 def _table(head: list[str], rows: list[Any]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return as_markdown(Table(tuple(Column(title, text=True) for title in head), tuple(map(tuple, rows)))).rstrip("\n")

@@ -24,7 +24,9 @@ STYLES = {
 }
 """Colours by tone."""
 
-_PLAIN_WIDTH = 200
+PLAIN_WIDTH = 200
+"""Characters in a line where there is no terminal."""
+
 _GAP = 3  # between columns
 _LEAST_NAME = 24
 _LEAST_NOTE = 12  # of "random-like…"
@@ -58,7 +60,7 @@ def terminal_table(table: Table, width: int) -> RichTable:
     return drawn
 
 
-def as_text(tables: Iterable[Table], width: int = _PLAIN_WIDTH) -> str:
+def as_text(tables: Iterable[Table], width: int = PLAIN_WIDTH) -> str:
     """The tables as a terminal of this width shows them, without colours."""
     out = io.StringIO()
     console = plain_console(file=out, width=width)

@@ -138,6 +138,16 @@ def test_nothing_is_lost_of_what_json_held_before(results):
     assert content["run"]["coverage"][0]["intervals"] == 1
 
 
+def test_options_of_a_comparison_are_those_of_its_analyses(capsys, tmp_path):
+    """The fit of a saved analysis, not the command's default; by side where the two differ."""
+    folder, saved, out = save_folder(tmp_path / "model", state_dict(1)), tmp_path / "a.npz", tmp_path / "c.json"
+    assert main(["analyze", folder, "--fit", "hill", "--save", str(saved), "-q"]) == 0
+    assert main(["compare", str(saved), folder, "--seed", "7", "-q", "-o", str(out)]) == 0
+    options = json.loads(out.read_text())["options"]
+    assert options["fit"] == "hill"
+    assert options["seed"] == {"a": 0, "b": 7}
+
+
 def test_rows_of_outliers_are_their_distribution(results):
     found = results["outliers"]
     frame = found.to_pandas()
