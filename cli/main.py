@@ -164,8 +164,10 @@ def analyze(
 @app.command()
 def compare(
     context: typer.Context,
-    a: Annotated[str, typer.Argument(metavar="A", help="A model as in `analyze`, or a saved analysis (.npz).")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Likewise.")],
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="The first model, as in `analyze`, or a saved analysis (.npz).")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="The second model, or a saved analysis.")],
     include: Include = None,
     exclude: Exclude = None,
     role: Role = None,
@@ -246,23 +248,24 @@ def memory(
     seq: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Sequences per backward pass.")] = 1,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Of adapters or projections; by default 8 and 128.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Rank of the adapters (8), or of the gradients' subspaces (128).", show_default=False),
     ] = None,
     active_blocks: Annotated[int, typer.Option(min=1, help="Blocks that lisa and owlore train at a time.")] = 2,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the weights: float32, bfloat16, float16; by default the model's.")
+        str | None, typer.Option(help="Dtype of the weights: float32, bfloat16, float16; by default the model's.")
     ] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Activation checkpointing.")] = False,
     state_dtype: Annotated[
         str | None,
-        typer.Option(help="Of Adam's moments: float32, bfloat16, 8bit; by default as the optimizer makes them."),
+        typer.Option(help="Dtype of Adam's moments: float32, bfloat16, 8bit; by default as the optimizer makes them."),
     ] = None,
     embeddings: Annotated[
         str | None,
         typer.Option(help="Embedding and head: freeze (default of lisa and owlore), train, lowrank (galore, owlore)."),
     ] = None,
     gradients: Annotated[
-        str, typer.Option(help="Of galore and owlore, as in a recipe: keep, project or update.")
+        str, typer.Option(help="Gradients of galore and owlore, as in a recipe: keep, project, update.")
     ] = "keep",
     revision: Revision = None,
     format: Format = None,
@@ -334,12 +337,12 @@ def finetune(
     context: typer.Context,
     config: Annotated[str, typer.Option(help="The recipe: a YAML file, or one of one_cpu, one_gpu_24gb …")],
     method: Annotated[
-        str | None, typer.Option(help="Instead of the recipe's: full, lora, qlora, lisa, owlore, galore.")
+        str | None, typer.Option(help="Method in place of the recipe's: full, lora, qlora, lisa, owlore, galore.")
     ] = None,
     layerwise: Annotated[
-        str | None, typer.Option(help="Instead of the recipe's: none, llr, tempbalance, alphadecay.")
+        str | None, typer.Option(help="Policy in place of the recipe's: none, llr, tempbalance, alphadecay.")
     ] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder instead of the recipe's.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder in place of the recipe's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
     format: Format = None,
     table: Table = None,

@@ -37,7 +37,7 @@ Alternatives = Annotated[bool, typer.Option("--alternatives", help="Other laws f
 Quality = Annotated[bool, typer.Option("--quality", help="SETOL's quality estimates (experimental).")]
 Bootstrap = Annotated[int, typer.Option(min=0, metavar="N", help="Bootstrap interval of α from N resamples.")]
 Null = Annotated[bool, typer.Option("--null/--no-null", help="α of pure noise of the same shape.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Format = Annotated[str | None, typer.Option("--format", help="table, json, csv, parquet, markdown or latex.")]
 Output = Annotated[
     Path | None,
