@@ -20,7 +20,7 @@ analysis = htsr.analyze(sys.argv[1], device="cpu", **options)
 done = time.perf_counter()
 print(json.dumps({
     "import": imported - start, "load": 0.0, "analysis": done - imported, "rows": len(analysis),
-    "processor": time.process_time(), "alpha": [row.alpha for row in analysis],
+    "processor": time.process_time(), "torch": "torch" in sys.modules, "alpha": [row.alpha for row in analysis],
 }))
 """
 THEIRS = """
