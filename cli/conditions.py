@@ -136,6 +136,8 @@ def with_needed(options: dict[str, Any], conditions: Sequence[Condition]) -> dic
         raise UsageError("--fail-on: with --xmin or --xmax no α of pure noise is computed")
     if not options.get("bootstrap") and (bounds := {"alpha_low", "alpha_high"}.intersection(fields)):
         raise UsageError(f"--fail-on: {min(bounds)} wants a number of resamples, such as --bootstrap 200")
+    if "gof_p" in fields and not options.get("gof"):
+        raise UsageError("--fail-on: gof_p wants a number of samples, such as --gof 200")
     return options | dict.fromkeys(needed, True)
 
 

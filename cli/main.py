@@ -26,6 +26,7 @@ from htsr_cli.options import (
     Fit,
     Format,
     Full,
+    Gof,
     Html,
     Include,
     MaxSize,
@@ -111,6 +112,7 @@ def analyze(
     alternatives: Alternatives = False,
     quality: Quality = False,
     bootstrap: Bootstrap = 0,
+    gof: Gof = 0,
     null: Null = True,
     windows: WindowsOption = None,
     route: Route = "auto",
@@ -149,6 +151,7 @@ def analyze(
         "alternatives": alternatives or full,
         "quality": quality,
         "bootstrap": bootstrap,
+        "gof": gof,
         "seed": seed,
     }
     words = Words(quiet, verbose)

@@ -208,6 +208,7 @@ def test_rows_that_a_condition_was_not_asked_of_are_named(capsys, tmp_path):
         (["analyze", "{folder}", "--windows", "10x999999999"], 2, "at most 200 × 200 windows of a matrix are pooled"),
         (["analyze", "{folder}", "--fail-on", "alpha~5"], 2, "alpha is a number"),
         (["analyze", "{folder}", "--fail-on", "alpha_low<2"], 2, "--bootstrap 200"),
+        (["analyze", "{folder}", "--fail-on", "gof_p<=0.1"], 2, "--gof 200"),
         (["analyze", "{folder}", "--fail-on", "alpha_null>9", "--xmin", "1"], 2, "no α of pure noise"),
         (["analyze", "{folder}", "--windows", "big"], 2, "ROWSxCOUNT such as 2000x10"),
         (["analyze", "{folder}", "--block", "a"], 2, "numbers and ranges such as 0-3,7"),

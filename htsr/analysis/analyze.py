@@ -289,7 +289,7 @@ def analyze(
             call this with the same model, and returns all rows. False where one rank analyzes alone, or each of them
             its own model; a tensor that is sharded over the ranks then has a row that says so.
         **options: fields of `htsr.Options`: fit, route, dtype, device (``auto`` is an accelerator where there is one),
-            windows, bulk, permuted, alternatives, quality, bootstrap, seed …
+            windows, bulk, permuted, alternatives, quality, bootstrap, gof, seed …
 
     Returns:
         An `Analysis`. Matrices that cannot be analyzed have a row that says why.

@@ -33,7 +33,10 @@ Spectra = Mapping[str, Vector]
 _KINDS = ("eigenvalues", "permuted")
 _FITS = (*get_args(FitMethod), "fixed")
 _NEAR = 1e-3  # relative: other versions add up in another order
-_SHARES = ("D", "entropy", "mp_distance", "tpl_p", "exponential_p", "stretched_exponential_p", "lognormal_p")
+_SHARES = (
+    *("D", "gof_p", "entropy", "mp_distance"),
+    *("tpl_p", "exponential_p", "stretched_exponential_p", "lognormal_p"),
+)
 _COUNTS = (
     *(
         "block",

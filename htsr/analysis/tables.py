@@ -37,6 +37,7 @@ METRICS: tuple[Shown, ...] = (
     _of("⟨ln λ̃⟩", "trace_log", ".2f"),
     _of("stable rank", "stable_rank", ".1f"),
     _of("log ‖W‖²", "log_norm", ".2f"),
+    _of("fit p", "gof_p", ".2f", optional=True),
     _of("α low", "alpha_low", ".2f", optional=True),
     _of("α high", "alpha_high", ".2f", optional=True),
     _of("α error", "alpha_error", ".2f", optional=True),

@@ -28,6 +28,7 @@ LABELS = {
     "alpha_null": "α null",
     "alpha_minus_null": "α − null",
     "D": "KS distance D",
+    "gof_p": "p of the fit",
     "num_pl_tail": "tail",
     "lambda_min": "λ_min",
     "trace_log": "⟨ln λ̃⟩",

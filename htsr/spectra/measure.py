@@ -23,7 +23,7 @@ from htsr.spectra.metrics import LayerMetrics, Options
 from htsr.spectra.notes import notes
 from htsr.spectra.null import alpha_null
 from htsr.spectra.quality import quality
-from htsr.spectra.resampling import bootstrap_alpha
+from htsr.spectra.resampling import bootstrap_alpha, goodness_of_fit
 from htsr.spectra.tail import PowerLawFit, fit_power_law
 
 
@@ -204,6 +204,15 @@ def _numbers(spectrum: ESD, options: Options, change: bool) -> tuple[dict[str, A
             positive,
             options.fit,
             resamples=options.bootstrap,
+            seed=options.seed,
+            xmin=options.xmin,
+            xmax=options.xmax,
+        )
+    if options.gof and spectrum.error is None:
+        numbers["gof_p"] = goodness_of_fit(
+            positive,
+            options.fit,
+            resamples=options.gof,
             seed=options.seed,
             xmin=options.xmin,
             xmax=options.xmax,

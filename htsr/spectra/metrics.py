@@ -12,6 +12,12 @@ from htsr.spectra.esd import Precision, Route
 from htsr.spectra.tail import FitMethod
 from htsr.spectra.windows import Windows
 
+_WHOLE = (
+    ("bootstrap", "a number of resamples"),
+    ("gof", "a number of samples"),
+    ("seed", "a whole number from 0"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -31,7 +37,8 @@ class Options:
         alternatives: whether to compare the power law with other laws.
         quality: whether to compute SETOL's (experimental) quality estimates.
         bootstrap: number of resamples of the bootstrap interval of α; 0 for no interval.
-        seed: seed of all that is random but the null: permutation, bootstrap, Lanczos probes.
+        gof: number of samples for the p-value of the goodness of fit; 0 for none.
+        seed: seed of all that is random but the null: permutation, bootstrap, goodness of fit, Lanczos probes.
 
     Raises:
         UsageError: there is no such `fit`, `route` or `dtype`, or a number has no meaning.
@@ -58,13 +65,14 @@ class Options:
     alternatives: bool = False
     quality: bool = False
     bootstrap: int = 0
+    gof: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, kind in (("fit", FitMethod), ("route", Route), ("dtype", Precision)):
             if getattr(self, name) not in get_args(kind):
                 raise UsageError(f"unknown {name} {getattr(self, name)!r}: {', '.join(get_args(kind))}")
-        for name, what in (("bootstrap", "a number of resamples"), ("seed", "a whole number from 0")):
+        for name, what in _WHOLE:
             value = getattr(self, name)
             if not isinstance(value, int) or not 0 <= value < 2**63:
                 raise UsageError(f"{name} is {what}, not {value}")
@@ -103,6 +111,8 @@ class LayerMetrics:
         num_pl_tail: number of eigenvalues in the tail, n.
         fit: method that chose λ_min.
         num_fingers: number of largest eigenvalues that ``clip_xmax`` dropped.
+        gof_p: p-value of the goodness of fit: share of samples of the fitted law that fit no better; 0.1 or less rules
+            the power law out (`htsr.spectra.resampling`). Not on the Lanczos route, whose eigenvalues are no sample.
         alpha_low: lower bound of the 95 % bootstrap interval of α.
         alpha_high: upper bound of that interval.
         alpha_error: standard error of α from the probes of the Lanczos route.
@@ -194,6 +204,7 @@ class LayerMetrics:
     num_pl_tail: int | None = None
     fit: str | None = None
     num_fingers: int | None = None
+    gof_p: float | None = None
     alpha_low: float | None = None
     alpha_high: float | None = None
     alpha_error: float | None = None

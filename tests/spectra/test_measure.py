@@ -130,10 +130,11 @@ def test_alpha_is_shown_beside_its_null():
     ],
 )
 def test_matrices_without_a_fit_get_a_status(matrix, status, warning):
-    row = row_of(matrix, bulk=True, permuted=True, alternatives=True, quality=True, bootstrap=5)
+    row = row_of(matrix, bulk=True, permuted=True, alternatives=True, quality=True, bootstrap=5, gof=5)
     assert row.status == status
     assert warning in row.warning
     assert row.alpha is None
+    assert row.gof_p is None
 
 
 def test_reading_errors_and_lack_of_memory_become_rows():
@@ -152,12 +153,13 @@ def test_everything_at_once():
     found = measure(
         lambda: heavy(5, (120, 90)),
         LayerMetrics(name="w"),
-        Options(bulk=True, permuted=True, alternatives=True, quality=True, bootstrap=20),
+        Options(bulk=True, permuted=True, alternatives=True, quality=True, bootstrap=20, gof=20),
     )
     row = found.row
     empty = {name for name in LayerMetrics.__dataclass_fields__ if getattr(row, name) is None}
     assert empty == {"block", "stored", "rows", "columns", "num_fingers", "alpha_error", "esd_error"}
     assert row.alpha_low <= row.alpha_high
+    assert 0 <= row.gof_p <= 1
     assert found.permuted.sum() == pytest.approx(found.eigenvalues.sum(), rel=1e-5)
     assert row.mean_shift_threshold == pytest.approx((120 * 90) ** -0.25)
 
@@ -180,10 +182,19 @@ def test_the_permutation_depends_on_the_name_and_the_seed():
 
 
 def test_lanczos_rows_state_their_error():
-    row = row_of(heavy(11, (200, 220)), route="lanczos", permuted=True)
+    row = row_of(heavy(11, (200, 220)), route="lanczos", permuted=True, gof=5)
     assert row.alpha_error > 0
     assert row.esd_error is not None
+    assert row.gof_p is None
     assert "approximate" in row.warning
+
+
+def test_gof_follows_the_fit_and_the_seed():
+    def p_of(**options):
+        return row_of(heavy(3, (60, 80)), gof=50, **options).gof_p
+
+    assert p_of() == p_of()
+    assert len({p_of(), p_of(seed=1), p_of(fit="hill"), p_of(fit="fix_fingers"), p_of(xmin=1.0)}) > 2
 
 
 def test_options_without_meaning_are_refused():
@@ -191,6 +202,8 @@ def test_options_without_meaning_are_refused():
         Options(xmin=-1.0)
     with pytest.raises(UsageError, match="number of resamples"):
         Options(bootstrap=-1)
+    with pytest.raises(UsageError, match="number of samples"):
+        Options(gof=-1)
 
 
 def test_notes_name_the_spectrum_and_judge_nothing():
