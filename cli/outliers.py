@@ -12,7 +12,7 @@ from htsr_cli.output import Target, Words
 
 from htsr.analysis.execution import pick_device
 from htsr.calibration.loading import load_model, load_tokenizer
-from htsr.calibration.outliers import checked_thresholds, measure_outliers
+from htsr.calibration.outlier_scores import checked_thresholds, measure_outliers
 from htsr.calibration.records import read_records, text_of
 from htsr.files import check_writable
 from htsr.reporting.plots import check_picture, write_picture

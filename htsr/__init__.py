@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from htsr.analysis.analyze import Analysis, Progress, analyze, describe
     from htsr.analysis.comparison import Comparison, compare
     from htsr.analysis.surgery import project
-    from htsr.calibration.outliers import OutlierRow, Outliers, measure_outliers
+    from htsr.calibration.outlier_scores import measure_outliers
+    from htsr.calibration.outliers import OutlierRow, Outliers
     from htsr.errors import HtsrError, MatrixError, MissingDependencyError, SourceError, UsageError
     from htsr.matrices.models import Filter, Model, WeightMatrix
     from htsr.spectra.bulk import signal_to_noise
@@ -44,7 +45,8 @@ _HOMES = {
     "htsr.analysis.comparison": ("Comparison", "compare"),
     "htsr.errors": ("HtsrError", "MatrixError", "MissingDependencyError", "SourceError", "UsageError"),
     "htsr.matrices.models": ("Filter", "Model", "WeightMatrix"),
-    "htsr.calibration.outliers": ("OutlierRow", "Outliers", "measure_outliers"),
+    "htsr.calibration.outlier_scores": ("measure_outliers",),
+    "htsr.calibration.outliers": ("OutlierRow", "Outliers"),
     "htsr.spectra.density": ("ESD",),
     "htsr.spectra.esd": ("esd",),
     "htsr.spectra.metrics": ("LayerMetrics", "Options"),

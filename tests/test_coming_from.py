@@ -190,7 +190,8 @@ def options() -> dict[str, set[str]]:
 @cache
 def names() -> dict[str, set[str]]:
     """What may follow the dot of a name in the column of htsr."""
-    from htsr.analysis.comparison import Distance, Pair
+    from htsr.analysis.comparison import Pair
+    from htsr.analysis.distance import Distance
     from htsr.finetuning.recipe import Data, Lora, LowRank, Recipe, Sampling
 
     found = {"htsr": set(htsr.__all__)}

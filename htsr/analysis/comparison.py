@@ -7,18 +7,18 @@ comparison.to_pandas()
 from __future__ import annotations
 
 import logging
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from htsr.analysis.analyze import FULL, Analysis, analyze_model, make_options
+from htsr.analysis.distance import Distance, distance
+from htsr.analysis.matching import match, of_one_shape
 from htsr.analysis.sharing import launched_ranks
 from htsr.analysis.tables import changes_table, pairs_table
-from htsr.arrays import Array, Vector, as_numpy
+from htsr.arrays import Array, Vector
 from htsr.errors import MatrixError, SourceError, UsageError
 from htsr.matrices.models import Filter, Model, WeightMatrix, as_filter
 from htsr.matrices.positions import Position
@@ -30,24 +30,6 @@ from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
 logger = logging.getLogger(__name__)
 
 _DECISIVE = ("fit", "xmin", "xmax", "windows")  # options under which α is another number
-
-
-@dataclass(frozen=True)
-class Distance:
-    """How far two matrices A and B of the same shape are apart.
-
-    Attributes:
-        frobenius: distance ‖A - B‖_F, in the unit of the weights.
-        relative: relative distance ‖A - B‖_F / ‖A‖_F.
-        cosine: cosine similarity ⟨A, B⟩ / (‖A‖_F ‖B‖_F), in [-1, 1].
-        cka: linear centred kernel alignment of the Gram matrices of the smaller side (Kornblith et al. 2019); 1 where B
-            is A times a rotation.
-    """
-
-    frobenius: float
-    relative: float
-    cosine: float
-    cka: float
 
 
 @dataclass(frozen=True, repr=False)
@@ -311,7 +293,7 @@ def compare_analyses(
     matches = match(a.rows, b.rows)
     if not matches:
         raise SourceError(f"{a.label} and {b.label} have no matrix in common")
-    alike = [pair for pair in matches if _of_one_shape(*pair)]
+    alike = [pair for pair in matches if of_one_shape(*pair)]
     if not alike:
         x, y = matches[0]
         raise SourceError(
@@ -335,54 +317,6 @@ def compare_analyses(
     )
 
 
-def _of_one_shape(a: LayerMetrics, b: LayerMetrics) -> bool:
-    """Whether the matrices of two rows have one shape, or one the other's transposed."""
-
-    def shape(row: LayerMetrics) -> Any:
-        return sorted((row.rows or 0, row.columns or 0))
-
-    return shape(a) == shape(b) and (a.pieces == b.pieces or None in (a.pieces, b.pieces))
-
-
-def match(a: Sequence[LayerMetrics], b: Sequence[LayerMetrics]) -> list[tuple[LayerMetrics, LayerMetrics]]:
-    """Pairs of rows of `a` and `b` that are of one matrix: by name, then by its end, then by role, block and part."""
-    pairs: list[tuple[LayerMetrics, LayerMetrics]] = []
-    left_a, left_b = list(a), list(b)
-    for key in (_by_name, _by_end, _by_place):
-        there = _unique(left_b, key)
-        found = [(row, there[k]) for k, row in _unique(left_a, key).items() if k in there]
-        pairs += found
-        taken_a, taken_b = ({id(pair[i]) for pair in found} for i in (0, 1))
-        left_a = [row for row in left_a if id(row) not in taken_a]
-        left_b = [row for row in left_b if id(row) not in taken_b]
-    order = {row.name: i for i, row in enumerate(a)}
-    return sorted(pairs, key=lambda pair: order[pair[0].name])
-
-
-def _by_name(row: LayerMetrics) -> Any:
-    return row.name
-
-
-def _by_end(row: LayerMetrics) -> Any:
-    """The name from the first numbered component on, or its last component."""
-    found = re.search(r"\w+\.\d+\..*|[^.]+$", row.name)
-    return found[0] if found else row.name
-
-
-def _by_place(row: LayerMetrics) -> Any:
-    """Role, block and number of the expert, in a stack or by name; None of a matrix without a role."""
-    if row.role.endswith("other"):
-        return None
-    numbers = re.findall(r"\[(\d+)\]|experts?[._](\d+)", row.name)
-    return row.role, row.block, tuple("".join(number) for number in numbers)
-
-
-def _unique(rows: Sequence[LayerMetrics], key: Callable[[LayerMetrics], Any]) -> dict[Any, LayerMetrics]:
-    """Rows by key, without those that have none or whose key is not theirs alone."""
-    counts = Counter(key(row) for row in rows)
-    return {key(row): row for row in rows if counts[key(row)] == 1 and key(row) is not None}
-
-
 def _esd_distance(a: Vector | None, b: Vector | None) -> float | None:
     if a is None or b is None or a.size != b.size or min(a[-1], b[-1]) <= 0:
         return None
@@ -397,84 +331,6 @@ def _distance_of(a: WeightMatrix | None, b: WeightMatrix | None) -> Distance | N
     except (MatrixError, MemoryError) as problem:
         logger.warning("%s has no distance: %s", a.name, problem or "not enough memory")
         return None
-
-
-def distance(a: Array, b: Array) -> Distance | None:
-    """Distances between two matrices, computed in float32, or float64 where one is stored so, with sums in float64.
-
-    Args:
-        a: first matrix, (m, n) or (pieces, m, n), any float dtype.
-        b: second matrix, in the shape of `a`.
-
-    Returns:
-        The distances; None where a matrix is zero or not finite.
-
-    Examples:
-        >>> import numpy as np
-        >>> from htsr.analysis.comparison import distance
-        >>> found = distance(np.eye(3), -np.eye(3))
-        >>> round(found.relative, 6), round(found.cosine, 6)
-        (2.0, -1.0)
-    """
-    A, B = as_numpy(a), as_numpy(b)
-    wide = np.float64 if np.float64 in (A.dtype, B.dtype) else np.float32
-    A, B = (x.astype(wide, copy=False).reshape(-1, *x.shape[-2:]) for x in (A, B))
-    largest = [float(np.abs(x).max(initial=0.0)) for x in (A, B)]
-    if 0 in largest or not np.isfinite(largest).all():
-        return None
-    exponent = _exponent(*largest)
-    frobenius = float(np.ldexp(_norm(np.ldexp(A, -exponent) - np.ldexp(B, -exponent)), exponent))
-    A, B = (np.ldexp(x, -_exponent(size)) for x, size in zip((A, B), largest, strict=True))
-    inner, norm_a, norm_b = float(np.einsum("pij,pij->", A, B, dtype=np.float64)), _norm(A), _norm(B)
-    relative = frobenius / float(np.ldexp(norm_a, _exponent(largest[0])))
-    cosine = min(max(inner / (norm_a * norm_b), -1.0), 1.0)
-    return Distance(frobenius, relative, cosine, cka(A, B))
-
-
-def _exponent(*numbers: float) -> int:
-    """Exponent of the power of two above all `numbers`: scaling by it rounds nothing, and no square overflows."""
-    return int(np.frexp(max(numbers))[1])
-
-
-def _norm(x: Any) -> float:
-    """‖x‖_F of entries of any size."""
-    largest = float(np.abs(x).max())
-    exponent = _exponent(largest)
-    return float(np.ldexp(np.sqrt(np.square(np.ldexp(x, -exponent), dtype=np.float64).sum()), exponent))
-
-
-def cka(A: Any, B: Any) -> float:
-    """Linear CKA, ‖AᵀB‖_F² / (‖AᵀA‖_F ‖BᵀB‖_F) for centred columns, summed over pieces; the long side is contracted.
-
-    Args:
-        A: first matrix, (pieces, m, n), NumPy, of any scale.
-        B: second matrix, in the shape of `A`.
-
-    Returns:
-        A number in [0, 1]; NaN where a matrix is constant along its long side.
-
-    Source: Kornblith, Norouzi, Lee & Hinton (ICML 2019), eq. 4.
-
-    Examples:
-        >>> import numpy as np
-        >>> from htsr.analysis.comparison import cka
-        >>> random = np.random.default_rng(0)
-        >>> A = random.standard_normal((1, 20, 5))
-        >>> rotation, _ = np.linalg.qr(random.standard_normal((5, 5)))
-        >>> round(cka(A, A @ rotation), 6), cka(A, random.standard_normal((1, 20, 5))) < 0.5
-        (1.0, True)
-    """
-    # an exact power of two: CKA does not feel the scale, but the fourth powers in it would overflow
-    A, B = (np.ldexp(X, -_exponent(float(np.abs(X).max()))) for X in (A, B))
-    cross = own_a = own_b = 0.0
-    for x, y in zip(A, B, strict=True):
-        x, y = (z if z.shape[0] >= z.shape[1] else z.T for z in (x, y))
-        x, y = x - x.mean(axis=0), y - y.mean(axis=0)
-        cross += float(np.square(x.T @ y, dtype=np.float64).sum())
-        own_a += float(np.square(x.T @ x, dtype=np.float64).sum())
-        own_b += float(np.square(y.T @ y, dtype=np.float64).sum())
-    scale = (own_a * own_b) ** 0.5
-    return min(cross / scale, 1.0) if scale > 0 else float("nan")
 
 
 def _of_both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from htsr.analysis.analyze import Analysis
-from htsr.calibration.outliers import Outliers, measure_outliers
+from htsr.calibration.outlier_scores import measure_outliers
+from htsr.calibration.outliers import Outliers
 from htsr.calibration.records import Record, text_of
 from htsr.errors import UsageError
 from htsr.training.lora import lora_config

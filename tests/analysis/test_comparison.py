@@ -6,7 +6,7 @@ import torch
 import transformers
 
 import htsr
-from htsr.analysis.comparison import cka, distance
+from htsr.analysis.distance import cka, distance
 from tests.models import heavy_matrix, save_folder, state_dict
 
 

@@ -1,0 +1,106 @@
+"""How far two weight matrices of one shape are apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from htsr.arrays import Array, as_numpy
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far two matrices A and B of the same shape are apart.
+
+    Attributes:
+        frobenius: distance ‖A - B‖_F, in the unit of the weights.
+        relative: relative distance ‖A - B‖_F / ‖A‖_F.
+        cosine: cosine similarity ⟨A, B⟩ / (‖A‖_F ‖B‖_F), in [-1, 1].
+        cka: linear centred kernel alignment of the Gram matrices of the smaller side (Kornblith et al. 2019); 1 where B
+            is A times a rotation.
+    """
+
+    frobenius: float
+    relative: float
+    cosine: float
+    cka: float
+
+
+def distance(a: Array, b: Array) -> Distance | None:
+    """Distances between two matrices, computed in float32, or float64 where one is stored so, with sums in float64.
+
+    Args:
+        a: first matrix, (m, n) or (pieces, m, n), any float dtype.
+        b: second matrix, in the shape of `a`.
+
+    Returns:
+        The distances; None where a matrix is zero or not finite.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.analysis.comparison import distance
+        >>> found = distance(np.eye(3), -np.eye(3))
+        >>> round(found.relative, 6), round(found.cosine, 6)
+        (2.0, -1.0)
+    """
+    A, B = as_numpy(a), as_numpy(b)
+    wide = np.float64 if np.float64 in (A.dtype, B.dtype) else np.float32
+    A, B = (x.astype(wide, copy=False).reshape(-1, *x.shape[-2:]) for x in (A, B))
+    largest = [float(np.abs(x).max(initial=0.0)) for x in (A, B)]
+    if 0 in largest or not np.isfinite(largest).all():
+        return None
+    exponent = _exponent(*largest)
+    frobenius = float(np.ldexp(_norm(np.ldexp(A, -exponent) - np.ldexp(B, -exponent)), exponent))
+    A, B = (np.ldexp(x, -_exponent(size)) for x, size in zip((A, B), largest, strict=True))
+    inner, norm_a, norm_b = float(np.einsum("pij,pij->", A, B, dtype=np.float64)), _norm(A), _norm(B)
+    relative = frobenius / float(np.ldexp(norm_a, _exponent(largest[0])))
+    cosine = min(max(inner / (norm_a * norm_b), -1.0), 1.0)
+    return Distance(frobenius, relative, cosine, cka(A, B))
+
+
+def _exponent(*numbers: float) -> int:
+    """Exponent of the power of two above all `numbers`: scaling by it rounds nothing, and no square overflows."""
+    return int(np.frexp(max(numbers))[1])
+
+
+def _norm(x: Any) -> float:
+    """‖x‖_F of entries of any size."""
+    largest = float(np.abs(x).max())
+    exponent = _exponent(largest)
+    return float(np.ldexp(np.sqrt(np.square(np.ldexp(x, -exponent), dtype=np.float64).sum()), exponent))
+
+
+def cka(A: Any, B: Any) -> float:
+    """Linear CKA, ‖AᵀB‖_F² / (‖AᵀA‖_F ‖BᵀB‖_F) for centred columns, summed over pieces; the long side is contracted.
+
+    Args:
+        A: first matrix, (pieces, m, n), NumPy, of any scale.
+        B: second matrix, in the shape of `A`.
+
+    Returns:
+        A number in [0, 1]; NaN where a matrix is constant along its long side.
+
+    Source: Kornblith, Norouzi, Lee & Hinton (ICML 2019), eq. 4.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.analysis.comparison import cka
+        >>> random = np.random.default_rng(0)
+        >>> A = random.standard_normal((1, 20, 5))
+        >>> rotation, _ = np.linalg.qr(random.standard_normal((5, 5)))
+        >>> round(cka(A, A @ rotation), 6), cka(A, random.standard_normal((1, 20, 5))) < 0.5
+        (1.0, True)
+    """
+    # an exact power of two: CKA does not feel the scale, but the fourth powers in it would overflow
+    A, B = (np.ldexp(X, -_exponent(float(np.abs(X).max()))) for X in (A, B))
+    cross = own_a = own_b = 0.0
+    for x, y in zip(A, B, strict=True):
+        x, y = (z if z.shape[0] >= z.shape[1] else z.T for z in (x, y))
+        x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+        cross += float(np.square(x.T @ y, dtype=np.float64).sum())
+        own_a += float(np.square(x.T @ x, dtype=np.float64).sum())
+        own_b += float(np.square(y.T @ y, dtype=np.float64).sum())
+    scale = (own_a * own_b) ** 0.5
+    return min(cross / scale, 1.0) if scale > 0 else float("nan")
