@@ -15,6 +15,7 @@ from htsr.matrices.models import WeightMatrix
 from htsr.spectra.esd import BATCH_UP_TO
 from htsr.spectra.measure import Measured, measure_batch
 from htsr.spectra.metrics import LayerMetrics, Options
+from htsr.spectra.tridiagonal import load_solver
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ def measure_all(
 ) -> list[Measured]:
     """Measure `matrices`; results in their order, `on_measured(index, result)` in the order of completion."""
     results: dict[int, Measured] = {}
+    if options.dtype == "float32" or options.permuted:
+        load_solver()  # before threads are limited
     for index, result in for_each(matrices, partial(_measure, options)):
         results[index] = result
         if result.row.status != "ok":

@@ -9,8 +9,9 @@ Of an m × n matrix, M = min(m, n) and N = max(m, n), by one of two routes:
          precision.
 ======== ========================================================================================================
 
-On a CPU the work is done by NumPy's LAPACK up to M = 2048 and by torch's beyond, whose reduction to tridiagonal form is
-faster there where torch has MKL; on an accelerator by torch.
+On a CPU, float64 is worked on by NumPy's LAPACK up to M = 2048 and by torch's beyond, whose reduction to tridiagonal
+form is faster there where torch has MKL; float32 by SciPy's (`htsr.spectra.tridiagonal`). On an accelerator torch does
+it all.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy.typing as npt
 from htsr.arrays import Array, Vector, as_numpy
 from htsr.errors import MatrixError
 from htsr.spectra.resolution import is_coarse, rounded_away, without_rounding
+from htsr.spectra.tridiagonal import float32_eigenvalues
 
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 WorkingPrecision: TypeAlias = Literal["float32", "float64"]
@@ -183,12 +185,28 @@ def _solve_cpu(matrix: Array, route: str, dtype: WorkingPrecision, _device: str)
 
 
 def symmetric_eigenvalues(grams: Floats) -> Vector:
-    """Eigenvalues (…, M), ascending, of symmetric matrices `grams` (…, M, M), computed in their dtype."""
+    """Eigenvalues of positive semidefinite matrices on the CPU, computed in their dtype.
+
+    Args:
+        grams: (…, M, M) float32 or float64, contiguous; overwritten.
+
+    Returns:
+        (…, M) ascending.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.eigenvalues import symmetric_eigenvalues
+        >>> symmetric_eigenvalues(np.array([[2.0, 1.0], [1.0, 2.0]]))
+        array([1., 3.])
+    """
+    if grams.dtype == np.float32:
+        flat = grams.reshape(-1, *grams.shape[-2:])
+        return np.stack([float32_eigenvalues(own) for own in flat]).reshape(grams.shape[:-1])
     if grams.shape[-1] >= _TORCH_FROM:
         import torch
 
-        return np.asarray(torch.linalg.eigvalsh(torch.from_numpy(grams)).double().numpy())
-    return np.linalg.eigvalsh(grams).astype(np.float64)
+        return np.asarray(torch.linalg.eigvalsh(torch.from_numpy(grams)).numpy())
+    return np.linalg.eigvalsh(grams).astype(np.float64, copy=False)
 
 
 def _solve_torch(matrix: Array, route: str, dtype: WorkingPrecision, device: str) -> Vector:

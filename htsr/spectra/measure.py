@@ -16,6 +16,7 @@ from htsr.errors import MatrixError, UsageError
 from htsr.spectra.alternatives import best_law, compare_laws, fit_truncated
 from htsr.spectra.attempts import attempted
 from htsr.spectra.bulk import fit_bulk, jensen_shannon_distance, permute_entries
+from htsr.spectra.certainty import fit_is_certain, is_single
 from htsr.spectra.density import ESD
 from htsr.spectra.erg import erg
 from htsr.spectra.esd import LANCZOS_FROM, Route, esd, esd_batch
@@ -114,6 +115,12 @@ def measure_batch(
     for i, spectrum in spectra.items():
         if (found := attempt(i, partial(_numbers, spectrum, options, _is_change(matrices[i])))) is None:
             continue
+        if not _is_certain(spectrum, found[0], options):
+            again = _decompose({i: matrices[i]}, stored, attempt, replace(options, dtype="float64"))
+            if (spectrum := again.get(i)) is None:  # type: ignore[assignment]
+                continue
+            if (found := attempt(i, partial(_numbers, spectrum, options, _is_change(matrices[i])))) is None:
+                continue
         numbers, warnings = found
         other = others.get(i)
         if other is not None and numbers["status"] != "zero":
@@ -159,6 +166,16 @@ def _decompose(
         batch = esd_batch(list(matrices.values()), stored=[stored[index] for index in matrices], **how)
         found = {index: attempt(index, partial(batch.__getitem__, k)) for k, index in enumerate(matrices)}
     return {index: spectrum for index, spectrum in found.items() if spectrum is not None}
+
+
+def _is_certain(spectrum: ESD, numbers: dict[str, Any], options: Options) -> bool:
+    """Whether numbers of a spectrum that was computed in float32 would be those of float64."""
+    if not is_single(spectrum):
+        return True
+    if numbers["status"] != "ok" or options.xmax is not None:
+        return False
+    alpha, D, lambda_min = (numbers[name] for name in ("alpha", "D", "lambda_min"))
+    return fit_is_certain(spectrum, numbers["fit"], alpha, D, lambda_min, options.device)
 
 
 def _numbers(spectrum: ESD, options: Options, change: bool) -> tuple[dict[str, Any], list[str]]:

@@ -28,7 +28,8 @@ class Options:
         xmin: value of λ_min, in units of the eigenvalues, where it is not to be chosen; else None.
         xmax: largest eigenvalue that takes part in the fit; None for all.
         route: how eigenvalues are computed (`htsr.spectra.esd`).
-        dtype: precision of that computation.
+        dtype: precision of that computation; ``auto`` is float64 on a CPU. A fit in float32 that float64 might not give
+            is repeated in float64 (`htsr.spectra.certainty`); ranks count what float32 resolves.
         device: device that it runs on: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         windows: FARMS windows; None decomposes whole matrices.
         null: whether to compare α with its shape null (`htsr.spectra.null`).

@@ -1,0 +1,138 @@
+"""Whether a fit to eigenvalues that were computed in float32 is the fit that float64 would give.
+
+With ε the machine epsilon of float32, the relative error of a computed eigenvalue λ_i is at most
+
+    ε_i = ε·(c + λ_max/λ_i),    c = 8 on a CPU, and at least M/4 elsewhere
+
+(measured on weights and on matrices with light, heavy and scaled entries: 6·ε at λ_max, 0.3·ε·λ_max/λ_i far below;
+solvers that iterate in float32 add M/10·ε at λ_max). For the tail that begins at λ_i this bounds, to first order,
+
+    |Δ ln(λ_j/λ_i)| ≤ 2ε_i,    |Δα| ≤ 2ε_i·(α-1)²,    |ΔD| ≤ 2ε_i·(α-1) + ties/n:
+
+the fitted distribution function is 1 - exp(-u), u = (α-1)·ln(λ_j/λ_i), and e^(-u)·(1+u) ≤ 1. Ties are neighbours that
+float64 may find equal; equal values count once (`htsr.spectra.scan`). The fit is certain where
+
+- Δα is at most α/1000, the λ_min being the same;
+- no other tail can have the smaller D, with the errors of both; and
+- no tail can that begins among the k eigenvalues below the resolution of float32, whatever they are. Such a tail holds
+  all resolved eigenvalues, and makes a power law of them that begins at the smallest. As survival functions S and Ŝ
+  that are cut at the k-th value have |S/S_k - Ŝ/Ŝ_k| ≤ 2D/Ŝ_k, its D is at least (1 - k/K)/2 times the least distance
+  that any exponent gives there.
+
+A λ_min by index (``hill``) asks that all eigenvalues are resolved, one that is given that no eigenvalue comes too near;
+the peak of a histogram and the dropping of top eigenvalues are taken for uncertain without a look.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from htsr.arrays import EPSILON, Vector
+from htsr.spectra.density import ESD
+from htsr.spectra.scan import Tails
+
+_ULPS = 8.0
+_WITHIN = 1e-3  # of α
+_COARSE = 16  # values of a tail at which a lower bound of its D is taken
+_HALVINGS = 30
+
+
+def relative_error(eigenvalues: Vector, largest: float, M: int, device: str = "cpu") -> Vector:
+    """Bound ε_i of the relative errors of eigenvalues that were computed in float32.
+
+    Args:
+        eigenvalues: (K,) positive.
+        largest: largest eigenvalue of their matrix, in the same units.
+        M: side of the Gram matrix.
+        device: where they were computed.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.certainty import relative_error
+        >>> (relative_error(np.array([1.0, 100.0]), 100.0, M=2) / 2**-23).tolist()
+        [108.0, 9.0]
+    """
+    ulps = _ULPS if device == "cpu" else max(_ULPS, M / 4)
+    return EPSILON["float32"] * (ulps + largest / eigenvalues)
+
+
+def is_single(spectrum: ESD) -> bool:
+    """Whether a spectrum was computed in float32.
+
+    Args:
+        spectrum: spectrum that names its route.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.certainty import is_single
+        >>> from htsr.spectra.esd import esd
+        >>> is_single(esd(np.eye(2), dtype="float32"))
+        True
+    """
+    return spectrum.route.endswith("/float32")
+
+
+def fit_is_certain(spectrum: ESD, method: str, alpha: float, D: float, lambda_min: float, device: str) -> bool:
+    """Whether float64 would give the same λ_min as float32 has given, and α to a thousandth.
+
+    Args:
+        spectrum: spectrum that was fitted, computed in float32.
+        method: how λ_min was chosen among all positive eigenvalues; ``fixed`` where it was given.
+        alpha: exponent of the fit.
+        D: distance of the fit.
+        lambda_min: begin of its tail.
+        device: where the spectrum was computed.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.certainty import fit_is_certain
+        >>> from htsr.spectra.esd import esd
+        >>> from htsr.spectra.tail import fit_power_law
+        >>> spectrum = esd(np.random.default_rng(0).standard_normal((60, 90)), dtype="float32")
+        >>> fit = fit_power_law(spectrum.positive)
+        >>> fit_is_certain(spectrum, "ks", fit.alpha, fit.D, fit.lambda_min, "cpu")
+        True
+    """
+    values = spectrum.positive
+    errors = relative_error(values, values[-1], spectrum.M, device)
+    own = relative_error(np.array([lambda_min]), values[-1], spectrum.M, device).item()
+    if not 2 * own * (alpha - 1) ** 2 <= _WITHIN * alpha:
+        return False
+    unresolved = spectrum.eigenvalues.size - values.size
+    if method == "fixed":
+        return bool((np.abs(values / lambda_min - 1) > errors).all())
+    if method in ("hill", "hill_paper"):
+        return unresolved == 0
+    return method == "ks" and _is_least(values, errors, D, lambda_min, unresolved)
+
+
+def _is_least(values: Vector, errors: Vector, D: float, lambda_min: float, unresolved: int) -> bool:
+    """Whether no tail but that from λ_min on can have the least D."""
+    tails = Tails.of(values)
+    first = tails.starts[:-1]  # the largest value begins no tail
+    near = np.diff(values, append=np.inf) <= 2 * errors * values
+    ties = np.cumsum(near[::-1])[::-1][first]
+    margin = 2 * errors[first] * (tails.alpha[:-1] - 1) + ties / tails.size[:-1]
+    own = int(np.searchsorted(values[first], lambda_min))
+    least = D + margin[own]
+    if unresolved and least >= (1 - unresolved / (unresolved + values.size)) / 2 * _least_distance(values):
+        return False
+    others = np.delete(np.arange(first.size), own)
+    others = others[tails.distances(others, _COARSE) - margin[others] <= least]
+    return bool((tails.distances(others) - margin[others] > least).all())
+
+
+def _least_distance(values: Vector) -> float:
+    """The least distance of any power law that begins at the first of `values` from their distribution function.
+
+    How far the law rises above the empirical function grows with the exponent, how far it stays below falls: the larger
+    of both is least where they are equal.
+    """
+    log = np.log(values / values[0])
+    empirical = np.arange(values.size) / values.size
+    low, high = 0.0, 1e3
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        gaps = 1.0 - np.exp(-middle * log) - empirical
+        low, high = (middle, high) if -gaps.min() > gaps.max() else (low, middle)
+    return float(np.abs(1.0 - np.exp(-low * log) - empirical).max())
