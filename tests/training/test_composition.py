@@ -1,5 +1,6 @@
 """Optimizers × schedulers × resume: schedules are untouched, and a resumed run is the uninterrupted one."""
 
+import copy
 import io
 import math
 
@@ -307,6 +308,25 @@ class TestScheduler:
             part.load_state_dict(state)
         train(*again[:2], range(cut, TOTAL), again[2])
         assert_same(whole, again)
+
+    @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+    def test_a_copy_goes_on_and_loads_a_checkpoint_made_without_htsr(self, copied):
+        """torch keeps no hooks in a copied optimizer, and refused the groups of the checkpoint."""
+        run = self.make()
+        train(*run[:2], range(4), run[2])
+        twin = copied(run) if copied is copy.deepcopy else (*run[:2], copied(run[2]))
+        assert len(twin[1]._optimizer_load_state_dict_pre_hooks) == 1
+        if copied is copy.deepcopy:
+            twin[1].seen = []  # which torch does not copy
+            for model, optimizer, scheduler in (run, twin):
+                train(model, optimizer, range(4, TOTAL), scheduler)
+            assert all(torch.equal(p, q) for p, q in zip(run[0].parameters(), twin[0].parameters(), strict=True))
+        plain_model = TinyLM()
+        plain = torch.optim.AdamW(decay_groups(plain_model), lr=LR)
+        train(plain_model, plain, range(2))
+        twin[1].load_state_dict(plain.state_dict())
+        assert len(twin[1].state) == len(plain.state)
+        assert {group["htsr_step"] for group in twin[1].param_groups} == {0}
 
     def test_sets_no_decay(self):
         with pytest.raises(UsageError, match="weight decay"):

@@ -64,8 +64,18 @@ class LayerwiseLR(LRScheduler):
             raise UsageError("a learning-rate scheduler sets no weight decay; use htsr.layerwise for this policy")
         self._engine = Layerwise(optimizer, model, chosen, total_steps)
         self._schedule = schedule
-        optimizer.register_load_state_dict_pre_hook(self._engine.before_load)
         super().__init__(optimizer)
+        self._hang()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy: torch keeps no hooks in the optimizer that is copied with it."""
+        self.__dict__.update(state)
+        self._hang()
+
+    def _hang(self) -> None:
+        """Have the optimizer, once, show the engine what it is to load."""
+        if self._engine.before_load not in self.optimizer._optimizer_load_state_dict_pre_hooks.values():
+            self.optimizer.register_load_state_dict_pre_hook(self._engine.before_load)
 
     def get_lr(self) -> list[Any]:
         """The rates of the step to come, one for each group."""
