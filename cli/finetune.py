@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from htsr_cli.output import Target, Words, is_first
+from htsr_cli.output import Target, Words
 
 from htsr.finetuning.reading import check_options, read_keys
 from htsr.finetuning.run_folder import check_output
+from htsr.ranks import is_first
 
 
 def finetune(config: str, changes: dict[str, Any], words: Words, target: Target, *, resume: bool) -> None:

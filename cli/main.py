@@ -80,7 +80,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    from htsr_cli.output import is_first
+    from htsr.ranks import is_first
 
     if context.invoked_subcommand not in _SHARED and not is_first():
         raise typer.Exit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from htsr.errors import UsageError
 from htsr.files import check_writable, written
+from htsr.ranks import is_first
 from htsr.reporting.formats import as_csv, as_json, as_markdown, require_pyarrow, write_parquet
 from htsr.reporting.latex import as_latex
 from htsr.reporting.terminal import PLAIN_WIDTH, as_text, terminal_table
@@ -36,11 +36,6 @@ SUFFIXES = {
 FORMATS = tuple(SUFFIXES.values())
 # they change nothing that is found
 _NO_OPTIONS = ("format", "output", "table", "html", "save", "picture", "resume", "quiet", "verbose")
-
-
-def is_first() -> bool:
-    """Whether this process is the one that speaks: the first of those that torchrun or accelerate has started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 class Target:

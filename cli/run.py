@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from htsr_cli.conditions import Condition, judge, say_error, with_needed
-from htsr_cli.output import Target, Words, is_first
+from htsr_cli.output import Target, Words
 
 from htsr.analysis.analyze import Analysis, analyze_model, make_options
 from htsr.analysis.comparison import compare_analyses, filtered_together, options_beside
@@ -16,6 +16,7 @@ from htsr.errors import UsageError
 from htsr.files import check_writable
 from htsr.matrices.models import Filter
 from htsr.matrices.sources import open_model
+from htsr.ranks import is_first
 from htsr.spectra.windows import Windows
 from htsr.training.memory.plan import LOW_RANK, METHODS, MemoryPlans, TrainingMethod
 from htsr.training.memory.prediction import embeddings_fit, predict_memory
@@ -74,9 +75,8 @@ def analyze(
 
         require_plotly()
     model = open_model(name, revision=revision, against=against, base=base).filtered(choice.filter)
-    first = is_first()
     journal = Journal(model, settings, fresh=not resume)
-    if resume and first and (kept := len(journal.load())):
+    if resume and is_first() and (kept := len(journal.load())):
         words.say(f"htsr: {kept} of {len(model.matrices)} matrices were done before and are taken up")
     try:
         with words.progress(model.label) as progress:
@@ -86,7 +86,7 @@ def analyze(
         of = f"{kept} of {len(model.matrices)} matrices are kept, --resume goes on from there"
         words.say(f"htsr: interrupted; {of}" if kept else "htsr: interrupted")
         return 130
-    if not first:
+    if not is_first():
         return 0
     if save is not None:
         analysis.save(save)

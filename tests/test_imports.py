@@ -18,9 +18,9 @@ ARROWS = {
     "files": {"matrices"},
     "reporting": {"files"},
     "analysis": {"files", "matrices", "ranks", "reporting", "spectra"},
-    "calibration": {"files", "matrices", "reporting"},
+    "calibration": {"analysis", "files", "matrices", "ranks", "reporting"},
     "training": {"allocate", "analysis", "calibration", "matrices", "ranks", "reporting", "spectra"},
-    "finetuning": {"analysis", "calibration", "files", "matrices", "reporting", "spectra", "training"},
+    "finetuning": {"analysis", "calibration", "files", "matrices", "ranks", "reporting", "spectra", "training"},
 }
 BELOW = {"errors", "arrays", "results", "cache", "_version"}
 ENTRIES = {"htsr", "htsr.finetune", "htsr.analysis.__main__"}  # the public face, and what launchers start

@@ -1,6 +1,7 @@
 """Two gloo processes share an analysis of one model, and of nothing else."""
 
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import distributed
 
 import htsr
 from htsr import ranks
+from htsr.calibration.multiple_choice import multiple_choice_accuracy
 from htsr.matrices.checksums import checksum
 from htsr.ranks import Ranks
 from tests.models import save_folder, state_dict
@@ -44,6 +46,28 @@ def _different(rank, folder):
         "copies": _norms(htsr.analyze(str(folder / f"copy{rank}"), device="cpu")),
         "compared": len(htsr.compare(own, own, device="cpu", distributed=False)),
     }
+
+
+class _Uniform(torch.nn.Linear):
+    """A language model that finds all tokens equally likely."""
+
+    def forward(self, input_ids, **_):
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 256))
+
+
+def _asked(rank, _folder):
+    """Multiple choice, by both ranks and by different ones."""
+
+    def ask(answers, seed=0):
+        torch.manual_seed(seed)
+        records = [{"question": "Which?", "choices": ["a", "bb"], "answer": answer} for answer in answers]
+        try:
+            found = multiple_choice_accuracy(_Uniform(3, 4), lambda text: {"input_ids": list(text.encode())}, records)
+        except htsr.UsageError as error:
+            return str(error)
+        return [found.accuracy, found.questions]
+
+    return {"alike": ask([0, 1, 0]), "questions": ask([0, rank]), "model": ask([0, 1, 0], seed=rank)}
 
 
 def _one_comes(rank, _folder):
@@ -100,7 +124,7 @@ def _interrupted(_rank, folder):
 def _worker(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    found = {kind.__name__: kind(rank, folder) for kind in (_different, _one_comes, _failing, _interrupted)}
+    found = {kind.__name__: kind(rank, folder) for kind in (_different, _asked, _one_comes, _failing, _interrupted)}
     leave_with(found, rank, folder)
 
 
@@ -131,6 +155,14 @@ def test_ranks_with_different_models_are_refused_on_each(found, folder):
         assert one["alone"] == _norms(htsr.analyze(state_dict(seed=rank), device="cpu"))
         assert one["copies"] == _norms(htsr.analyze(str(folder / "copy0"), device="cpu"))
         assert one["compared"] == 13
+
+
+def test_ranks_ask_one_model_the_same_questions(found):
+    first, second = (one["_asked"] for one in found)
+    assert first == second
+    assert first["alike"] == [pytest.approx(2 / 3), 3]
+    assert "the questions differ, question 1, " in first["questions"]
+    assert "the weights differ" in first["model"]
 
 
 def test_a_rank_that_is_alone_is_told(found):

@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from htsr.analysis.sharing import model_difference
 from htsr.calibration.activations import evaluating
 from htsr.calibration.records import Record, question_of
 from htsr.errors import UsageError
+from htsr.matrices.sources import open_model
+from htsr.ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
+
+_CALL = "multiple_choice_accuracy"
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def multiple_choice_accuracy(
 
     Raises:
         SourceError: a record lacks one of these fields.
-        UsageError: there are no records.
+        UsageError: there are no records, or the processes do not ask one model the same questions.
 
     Examples:
         A model that finds every next token equally likely always takes the shorter choice, and per character the
@@ -69,25 +74,42 @@ def multiple_choice_accuracy(
         >>> multiple_choice_accuracy(Uniform(1, 1), tokenizer, [{**question, "answer": i} for i in (0, 1)])
         Accuracy(accuracy=0.5, per_character=0.5, questions=2, standard_error=0.353...)
     """
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
     if not records:
         raise UsageError("there are no multiple-choice questions")
     asked = [(*question_of(record), record["answer"]) for record in records]
-    ranks = PartialState()
-    mine = asked[ranks.process_index :: ranks.num_processes]
-    pairs = [(prompt, choice) for prompt, choices, _ in mine for choice in choices]
+    ranks = Ranks.launched(_CALL)
+    _agree(ranks, model, asked)
+    mine = asked[ranks.rank :: ranks.size]
+    right = ranks.gather_from(lambda: _answered(model, tokenizer, mine, batch_size))
+    total = np.array(right, dtype=np.float64)
+    p, per_character = total.mean(axis=0)
+    return Accuracy(float(p), float(per_character), len(total), float(np.sqrt(p * (1 - p) / len(total))))
+
+
+def _agree(ranks: Ranks, model: torch.nn.Module, asked: Sequence[tuple[str, Sequence[str], int]]) -> None:
+    """Make sure that all ranks ask one model the same questions."""
+    if ranks.size == 1:
+        return
+    ranks.meet(_CALL)
+    differ = ranks.difference([f"question {i}, {question!r:.200}" for i, question in enumerate(asked)])
+    what = f"the questions differ, {differ}" if differ else model_difference(ranks, open_model(model))
+    if what:
+        raise UsageError(f"the processes do not ask one model the same questions: {what}")
+
+
+def _answered(
+    model: torch.nn.Module, tokenizer: Any, asked: Sequence[tuple[str, Sequence[str], int]], batch_size: int
+) -> list[tuple[bool, bool]]:
+    """Whether each question is answered rightly, by the likelihood of the choices and by that per character."""
+    pairs = [(prompt, choice) for prompt, choices, _ in asked for choice in choices]
     scores = log_likelihoods(model, tokenizer, pairs, batch_size=batch_size)
     right, start = [], 0
-    for _, choices, answer in mine:
+    for _, choices, answer in asked:
         found = scores[start : start + len(choices)]
         start += len(choices)
         characters = np.array([len(choice) - 1 for choice in choices])
         right.append((int(np.argmax(found)) == answer, int(np.argmax(found / np.maximum(characters, 1))) == answer))
-    total = np.array(gather_object(right), dtype=np.float64)
-    p, per_character = total.mean(axis=0)
-    return Accuracy(float(p), float(per_character), len(total), float(np.sqrt(p * (1 - p) / len(total))))
+    return right
 
 
 def log_likelihoods(

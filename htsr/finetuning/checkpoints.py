@@ -27,12 +27,19 @@ class Checkpoint:
         step: number of optimizer steps done.
         loss: sum of the training loss over `loss_steps` steps.
         loss_steps: number of steps in that sum; fewer than `step` where an older version of htsr began the run.
+        processes: number of processes that trained, see `count_processes`; None where an older version of htsr did.
     """
 
     path: Path
     step: int
     loss: float
     loss_steps: int
+    processes: int | None = None
+
+
+def count_processes(arguments: Any) -> int:
+    """The number of processes that train as TRL's `arguments` say; of one that trains on several GPUs, of those."""
+    return int(arguments.world_size) * max(1, int(arguments.n_gpu))
 
 
 def last_checkpoint(output: Path) -> Checkpoint | None:
@@ -65,7 +72,14 @@ def _read(folder: Path) -> Checkpoint | None:
         step = int(state["global_step"])
         losses = (state.get("stateful_callbacks") or {}).get(LossSum.__name__) or {}
         kept = losses.get("attributes") or {}
-        return Checkpoint(folder, step, float(kept.get("total", 0.0)), int(kept.get("steps", 0)))
+        processes = kept.get("processes")
+        return Checkpoint(
+            folder,
+            step,
+            float(kept.get("total", 0.0)),
+            int(kept.get("steps", 0)),
+            None if processes is None else int(processes),
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -111,9 +125,11 @@ class LossSum(TrainerCallback, ExportableState):
 
     Args:
         checkpoint: checkpoint from which training goes on; None at the beginning.
+        processes: number of processes that train, which the checkpoints keep, too.
     """
 
-    def __init__(self, checkpoint: Checkpoint | None) -> None:
+    def __init__(self, checkpoint: Checkpoint | None, processes: int) -> None:
+        self._processes = processes
         self._before = checkpoint.loss if checkpoint else 0.0
         self._steps = checkpoint.loss_steps if checkpoint else 0
         self._new: torch.Tensor | None = None  # on the device, so that no step waits for it
@@ -144,4 +160,4 @@ class LossSum(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"args": {}, "attributes": {"total": self.total, "steps": self._steps}}
+        return {"args": {}, "attributes": {"total": self.total, "steps": self._steps, "processes": self._processes}}

@@ -12,6 +12,7 @@ from htsr.calibration.outlier_scores import measure_outliers
 from htsr.calibration.outliers import Outliers
 from htsr.calibration.records import Record, text_of
 from htsr.errors import UsageError
+from htsr.ranks import Ranks
 from htsr.training.lora import lora_config
 from htsr.training.sampling.probabilities import Strategy
 from htsr.training.sampling.sampler import LayerSampler
@@ -83,27 +84,24 @@ def _outliers(
     say: Callable[[str], None],
 ) -> Outliers:
     """Outliers from the recipe's file, from the run's own when resuming, or measured by the first process for all."""
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
     given = recipe.sampling
     assert given is not None
     if given.outliers:
         return Outliers.load(given.outliers)
-    if path.exists():
-        return Outliers.load(path)
-    found: list[Any] = [None]
-    ranks = PartialState()
-    ranks.wait_for_everyone()
-    if ranks.is_main_process:
+
+    def measured() -> Outliers:
+        if path.exists():
+            return Outliers.load(path)
         say("measuring outliers on the training data")
         texts = [text_of(record, tokenizer) for record in train[: given.calibration_samples]]
         length = recipe.training.get("max_length") or 512
         thresholds = sorted({3.0, 5.0, 7.0, 10.0, given.threshold})
-        measured = measure_outliers(model, tokenizer, texts, thresholds=thresholds, length=length)
-        found = [replace(measured, label=recipe.model)]
-        found[0].save(path)
-    return broadcast_object_list(found)[0]  # type: ignore[no-any-return]
+        found = measure_outliers(model, tokenizer, texts, thresholds=thresholds, length=length)
+        found = replace(found, label=recipe.model)
+        found.save(path)
+        return found
+
+    return Ranks.running().of_first(measured)
 
 
 def _with_adapters(recipe: Recipe, model: torch.nn.Module, before: Analysis | None) -> Any:

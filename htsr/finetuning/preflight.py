@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +15,11 @@ from htsr.calibration.outliers import Outliers
 from htsr.calibration.record_forms import Record, form_of
 from htsr.calibration.records import read_records, split
 from htsr.errors import UsageError
-from htsr.finetuning.checkpoints import Checkpoint, last_checkpoint
+from htsr.finetuning.checkpoints import Checkpoint, count_processes, last_checkpoint
 from htsr.finetuning.labels import check_labels, check_tokenizer, check_vocabulary, count_labels, take_own
+from htsr.finetuning.run_folder import leaves, plain
 from htsr.matrices.blocks import find_blocks
+from htsr.ranks import Ranks
 from htsr.training.lowrank.groups import low_rank_groups
 
 if TYPE_CHECKING:
@@ -23,6 +27,10 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+_PATHS = frozenset(
+    ("model", "output", "data.train", "data.evaluation", "data.multiple_choice", "sampling.outliers")
+)  # each machine may have its own
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,8 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
     """
     output = Path(recipe.output)
     checkpoint = last_checkpoint(output) if resume else None
+    if checkpoint is not None:
+        _check_processes(output, checkpoint, count_processes(arguments))
     if recipe.sampling is not None and recipe.sampling.outliers:
         Outliers.load(recipe.sampling.outliers).distribution(recipe.sampling.threshold)
     data = recipe.data
@@ -122,6 +132,40 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
         highest = max(highest, count_labels(questions, tokenizer, whole).highest)
     check_vocabulary(recipe.model, highest, int(config.get_text_config().vocab_size))
     return Prepared(tokenizer, train, held_out, questions, checkpoint)
+
+
+def agree(ranks: Ranks, recipe: Recipe, prepared: Prepared) -> None:
+    """Make sure that all ranks are about to do one run. Paths may differ, what was read from them may not.
+
+    Args:
+        ranks: processes that train.
+        recipe: recipe of the run.
+        prepared: what this rank has read.
+
+    Raises:
+        UsageError: on every rank, they differ.
+    """
+    if ranks.size == 1:
+        return
+    ranks.meet("htsr finetune")
+    lines = [f"{key} {value}" for key, value in leaves(plain(recipe)) if key not in _PATHS]
+    for name in ("train", "held_out", "questions"):
+        records: list[Record] = getattr(prepared, name)
+        digest = hashlib.sha256(json.dumps(records, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
+        lines.append(f"{len(records)} records of {name} with the digest {digest.hexdigest()[:16]}")
+    lines.append(f"checkpoint of step {prepared.checkpoint.step}" if prepared.checkpoint else "no checkpoint")
+    if differ := ranks.difference(lines):
+        raise UsageError(f"the processes do not train one run: {differ}")
+
+
+def _check_processes(output: Path, checkpoint: Checkpoint, now: int) -> None:
+    """The Trainer would go on with batches of another size, and with other records in them, without a word."""
+    then = checkpoint.processes
+    if then not in (None, now):
+        raise UsageError(
+            f"{output} holds a run of {then} process{'es' * (then != 1)}, and --resume with {now} would go on with "
+            "batches of another size and order: start as many, or name another output"
+        )
 
 
 def check_sizes(recipe: Recipe, config: Any) -> None:

@@ -28,11 +28,12 @@ from typing import TYPE_CHECKING, Any
 
 from htsr.analysis.analyze import Analysis, analyze
 from htsr.calibration.loading import load_model, resolve
-from htsr.calibration.multiple_choice import Accuracy, multiple_choice_accuracy
+from htsr.calibration.multiple_choice import multiple_choice_accuracy
 from htsr.calibration.record_forms import Record, as_dataset
 from htsr.finetuning.recipe import Recipe
 from htsr.finetuning.result import Result
 from htsr.matrices.modules import whole_shape
+from htsr.ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,6 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
         SourceError: model, data or checkpoint cannot be had, or do not go together.
         MissingDependencyError: TRL, datasets or another optional package is not installed.
     """
-    from accelerate import PartialState
     from transformers import set_seed
 
     from htsr.finetuning.run_folder import begin_folder, check_output, check_same_run
@@ -72,18 +72,19 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
         check_same_run(recipe, output, say)
 
     from htsr.finetuning.arguments import training_arguments
-    from htsr.finetuning.preflight import check_sharding, prepare_data
+    from htsr.finetuning.preflight import agree, check_sharding, prepare_data
     from htsr.finetuning.saving import finished_result, write_reports
 
     arguments = training_arguments(recipe)
     check_sharding(recipe, arguments)
-    ranks = PartialState()
-    if resume and (finished := finished_result(recipe, output)) is not None:
+    ranks = Ranks.launched("htsr finetune")
+    finished = ranks.of_first(lambda: finished_result(recipe, output) if resume else None)
+    if finished is not None:
         say(f"the run in {output} is finished")
         return finished
     prepared = prepare_data(recipe, arguments, resume, say)
-    ranks.wait_for_everyone()
-    begin_folder(recipe, output, ranks, resume)
+    agree(ranks, recipe, prepared)
+    ranks.of_first(lambda: begin_folder(recipe, output, resume))
     set_seed(recipe.seed)
     before, accuracy, metrics, coverage = _train(recipe, arguments, prepared, output, ranks, say)
     gc.collect()  # model, optimizer and trainer hold each other, and the saved model is loaded next
@@ -92,16 +93,14 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
         found = multiple_choice_accuracy(trained, prepared.tokenizer, prepared.questions)
         metrics |= {f"before_{key}": value for key, value in (accuracy or {}).items()} | asdict(found)
         del trained
-    after = _spectra(recipe, str(output), output / "spectra_after.npz", say)
+    after = _spectra(recipe, str(output), output / "spectra_after.npz", ranks, say)
     result = Result(str(output), metrics, coverage)
-    if ranks.is_main_process:
-        write_reports(recipe, result, output, before, after)
-    ranks.wait_for_everyone()
+    ranks.of_first(lambda: write_reports(recipe, result, output, before, after))
     return result
 
 
 def _train(
-    recipe: Recipe, arguments: Any, prepared: Prepared, output: Path, ranks: Any, say: Callable[[str], None]
+    recipe: Recipe, arguments: Any, prepared: Prepared, output: Path, ranks: Ranks, say: Callable[[str], None]
 ) -> tuple[Analysis | None, dict[str, Any] | None, dict[str, Any], tuple[Coverage, ...]]:
     """Spectra and accuracy before, metrics, and coverage of a training whose model is saved and let go."""
     from htsr.finetuning.labels import insist_on_labels
@@ -113,8 +112,8 @@ def _train(
     model = load_model(recipe.model, revision=recipe.revision, **_how(recipe)).to(arguments.device)
     # adapters are merged into the weights as they are stored
     whole = resolve(recipe.model) if recipe.method == "qlora" else model
-    before = _spectra(recipe, whole, output / "spectra_before.npz", say)
-    accuracy = _accuracy(model, prepared.tokenizer, prepared.questions, output / "accuracy_before.json", say)
+    before = _spectra(recipe, whole, output / "spectra_before.npz", ranks, say)
+    accuracy = _accuracy(model, prepared.tokenizer, prepared.questions, output / "accuracy_before.json", ranks, say)
     model, sampler = prepare(recipe, model, prepared.tokenizer, train, before, output, say)
     trainer: Any = FinetuneTrainer(
         recipe=recipe,
@@ -154,43 +153,44 @@ def _how(recipe: Recipe) -> dict[str, Any]:
     return {"dtype": getattr(torch, recipe.dtype), "causal": True, "four_bit": recipe.method == "qlora"}
 
 
-def _spectra(recipe: Recipe, source: torch.nn.Module | str, path: Path, say: Callable[[str], None]) -> Analysis | None:
+def _spectra(
+    recipe: Recipe, source: torch.nn.Module | str, path: Path, ranks: Ranks, say: Callable[[str], None]
+) -> Analysis | None:
     """The analysis of a model, shared by all ranks; taken up from its file when resuming."""
-    from accelerate import PartialState
-
     if not recipe.spectra:
         return None
-    ranks = PartialState()
     is_before = path.name == "spectra_before.npz"
-    if is_before and path.exists():
-        return Analysis.load(path)
+    kept = ranks.of_first(lambda: Analysis.load(path) if is_before and path.exists() else None)
+    if kept is not None:
+        return kept
     say(f"analyzing the spectra {path.stem.removeprefix('spectra_')}")
     needs_bulk = recipe.sampling is not None and recipe.sampling.strategy == "snr"
     revision = recipe.revision if is_before and isinstance(source, str) else None
     found = analyze(source, revision=revision, bulk=needs_bulk)
     found = replace(found, label=recipe.model if is_before else recipe.output)
-    ranks.wait_for_everyone()
-    if ranks.is_main_process:
-        found.save(path)
+    ranks.of_first(lambda: found.save(path))
     return found
 
 
 def _accuracy(
-    model: torch.nn.Module, tokenizer: Any, questions: list[Record], path: Path, say: Callable[[str], None]
+    model: torch.nn.Module,
+    tokenizer: Any,
+    questions: list[Record],
+    path: Path,
+    ranks: Ranks,
+    say: Callable[[str], None],
 ) -> dict[str, Any] | None:
-    from accelerate import PartialState
-
     from htsr.finetuning.run_folder import write_json
 
     if not questions:
         return None
-    if path.exists():
-        return dict(json.loads(path.read_text()))
+    kept = ranks.of_first(lambda: dict(json.loads(path.read_text())) if path.exists() else None)
+    if kept is not None:
+        return kept
     say("asking the questions before training")
-    found: Accuracy = multiple_choice_accuracy(model, tokenizer, questions)
-    if PartialState().is_main_process:
-        write_json(path, asdict(found))
-    return asdict(found)
+    found = asdict(multiple_choice_accuracy(model, tokenizer, questions))
+    ranks.of_first(lambda: write_json(path, found))
+    return found
 
 
 def _reset_peak() -> None:

@@ -67,7 +67,7 @@ def check_same_run(recipe: Recipe, output: Path, say: Callable[[str], None]) -> 
         if any(output.glob("checkpoint-*")):
             say(f"{output} holds no {RECIPE}; whether its run is one of this recipe is not known")
         return
-    then, now = dict(_leaves(kept)), dict(_leaves(_plain(recipe)))
+    then, now = dict(leaves(kept)), dict(leaves(plain(recipe)))
     changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
     changed = [key for key in changed if key not in _MAY_CHANGE]
     if changed:
@@ -78,23 +78,21 @@ def check_same_run(recipe: Recipe, output: Path, say: Callable[[str], None]) -> 
         )
 
 
-def begin_folder(recipe: Recipe, output: Path, ranks: Any, resume: bool) -> None:
-    """Make the folder `output`, with its `recipe` in it, on the first process of `ranks` (accelerate's state).
+def begin_folder(recipe: Recipe, output: Path, resume: bool) -> None:
+    """Make the folder `output`, with its `recipe` in it.
 
     Without `resume` what an earlier start left in it goes.
 
     Raises:
         HtsrError: it cannot be made.
     """
-    if ranks.is_main_process:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            for name in (RESULTS,) if resume else PREPARED:
-                (output / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise HtsrError(f"output: {output} cannot be made: {error.strerror}") from error
-        write_json(output / RECIPE, _plain(recipe))
-    ranks.wait_for_everyone()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name in (RESULTS,) if resume else PREPARED:
+            (output / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise HtsrError(f"output: {output} cannot be made: {error.strerror}") from error
+    write_json(output / RECIPE, plain(recipe))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -118,14 +116,22 @@ def _kept_recipe(output: Path) -> Any:
     return None
 
 
-def _plain(recipe: Recipe) -> Any:
-    return json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """The `recipe` as JSON has it."""
+    return dict(json.loads(json.dumps(dataclasses.asdict(recipe), default=str)))
 
 
-def _leaves(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in `content`, whose keys begin with `above`.
+
+    Examples:
+        >>> from htsr.finetuning.run_folder import leaves
+        >>> dict(leaves({"seed": 0, "lora": {"rank": 4}}))
+        {'seed': 0, 'lora.rank': 4}
+    """
     for key, value in content.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{above}{key}.")
+            yield from leaves(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from htsr.calibration.loading import load_model
 from htsr.files import written
-from htsr.finetuning.run_folder import RESULTS, write_json
+from htsr.finetuning.run_folder import RESULTS, plain, write_json
+from htsr.ranks import Ranks
 
 if TYPE_CHECKING:
     from htsr.analysis.analyze import Analysis
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from htsr.finetuning.result import Result
 
 
-def save_model(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks: Any) -> None:
+def save_model(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks: Ranks) -> None:
     """Save the model as plain transformers loads it, in safetensors; adapters merged, and alone under ``adapter``.
 
     Args:
@@ -25,9 +26,8 @@ def save_model(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks
         trainer: trainer that has trained the model.
         tokenizer: tokenizer of the model.
         output: folder of the result.
-        ranks: accelerate's state of the processes.
+        ranks: processes that train; the first writes.
     """
-    import torch
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     if trainer.is_fsdp_enabled:  # whatever its checkpoints are
@@ -37,17 +37,23 @@ def save_model(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks
     else:
         trainer.save_model(str(output / "adapter"))
         unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]  # under ZeRO-3 all ranks would have to load
-        ranks.wait_for_everyone()
-        if ranks.is_main_process:  # merged into a fresh copy, whatever wraps the trained one
-            from peft import PeftModel
+        ranks.wait()
+        ranks.of_first(lambda: _save_merged(recipe, output))
 
-            dtype = getattr(torch, recipe.dtype)
-            base: Any = load_model(recipe.model, revision=recipe.revision, dtype=dtype, causal=True)
-            merged = PeftModel.from_pretrained(base, str(output / "adapter")).merge_and_unload()
-            merged.save_pretrained(output)
-    if ranks.is_main_process:
+    def save_tokenizer() -> None:
         tokenizer.save_pretrained(output)
-    ranks.wait_for_everyone()
+
+    ranks.of_first(save_tokenizer)
+
+
+def _save_merged(recipe: Recipe, output: Path) -> None:
+    """Merge the adapter into a fresh copy of the model, whatever wraps the trained one."""
+    import torch
+    from peft import PeftModel
+
+    dtype = getattr(torch, recipe.dtype)
+    base: Any = load_model(recipe.model, revision=recipe.revision, dtype=dtype, causal=True)
+    PeftModel.from_pretrained(base, str(output / "adapter")).merge_and_unload().save_pretrained(output)
 
 
 def write_reports(
@@ -84,7 +90,7 @@ def finished_result(recipe: Recipe, output: Path) -> Result | None:
 
     try:
         content = json.loads((output / RESULTS).read_text(encoding="utf-8"))
-        if content["recipe"] != json.loads(json.dumps(dataclasses.asdict(recipe), default=str)):
+        if content["recipe"] != plain(recipe):
             return None
         return Result(content["output"], content["metrics"], tuple(Coverage(**row) for row in content["coverage"]))
     except (OSError, ValueError, KeyError, TypeError):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from trl.trainer.sft_trainer import SFTTrainer
 
 from htsr.errors import UsageError
-from htsr.finetuning.checkpoints import Checkpoint, LossSum
+from htsr.finetuning.checkpoints import Checkpoint, LossSum, count_processes
 from htsr.training.callbacks import LayerSamplerCallback, LayerwiseCallback
 from htsr.training.layerwise.wrapper import layerwise
 from htsr.training.lowrank.groups import low_rank_groups
@@ -44,7 +44,7 @@ class FinetuneTrainer(SFTTrainer):
         **arguments: Any,
     ) -> None:
         self.recipe, self.sampler, self.checkpoint = recipe, sampler, checkpoint
-        self.losses = LossSum(checkpoint)
+        self.losses = LossSum(checkpoint, count_processes(arguments["args"]))
         self.epoch_steps: int | None = None
         callbacks = [self.losses, *([LayerSamplerCallback(sampler)] if sampler else [])]
         super().__init__(callbacks=callbacks, **arguments)

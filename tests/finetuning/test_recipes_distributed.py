@@ -6,12 +6,15 @@ accelerate shards on accelerators only, so the workers call their CPUs one.
 import gc
 import json
 import os
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+import htsr
 from htsr.finetuning.reading import FOLDER, read_recipe
 from tests.processes import in_two_processes, leave_with
 from tests.training.runs import killed_after
@@ -86,6 +89,20 @@ def killed_and_resumed(recipe):
     finetune(recipe, resume=True)
 
 
+def _refused_data(rank, folder):
+    """What the ranks are told that have read other records."""
+    from htsr.finetuning.preflight import Prepared, agree
+    from htsr.ranks import Ranks
+
+    recipe, record = read_recipe(f"{folder}/full-ddp.yaml"), {"text": "one"}
+    agree(Ranks.running(), replace(recipe, output=f"{recipe.output}{rank}"), Prepared(None, [record], [], [], None))
+    try:
+        agree(Ranks.running(), recipe, Prepared(None, [record, {"text": f"{rank}"}], [], [], None))
+    except htsr.UsageError as error:
+        return str(error)
+    return ""
+
+
 def _worker(rank, folder):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
@@ -94,7 +111,7 @@ def _worker(rank, folder):
     from htsr.finetuning.run import finetune
     from htsr.finetuning.trainer import FinetuneTrainer
 
-    kinds = {}
+    kinds = {"refused": _refused_data(rank, folder)}
     original = FinetuneTrainer._inner_training_loop
 
     def noted(self, *args, **kwargs):
@@ -148,6 +165,22 @@ def test_a_killed_sharded_run_goes_on_with_the_same_weights(work, method, kind):
     whole, resumed = (load_file(work / f"{method}-{name}" / "model.safetensors") for name in ("fsdp2", kind))
     for key, value in whole.items():
         torch.testing.assert_close(resumed[key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_ranks_that_have_read_other_records_are_refused(work):
+    said = {json.loads((work / f"{rank}.json").read_text())["refused"] for rank in range(2)}
+    assert len(said) == 1
+    assert said.pop().startswith("the processes do not train one run: 2 records of train with the digest")
+
+
+def test_a_run_is_not_resumed_by_another_number_of_processes(work, tmp_path):
+    """The Trainer goes on with half the batch, in another order, and says nothing."""
+    from htsr.finetuning.run import finetune
+
+    shutil.copytree(work / "full-ddp", tmp_path / "full", ignore=lambda *_: ["results.json"])
+    recipe = replace(read_recipe(f"{work}/full-ddp.yaml"), output=str(tmp_path / "full"))
+    with pytest.raises(htsr.UsageError, match="holds a run of 2 processes, and --resume with 1 would go on"):
+        finetune(recipe, resume=True)
 
 
 def test_the_shipped_recipe_trains_the_blocks_that_it_draws(work):
