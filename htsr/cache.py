@@ -12,9 +12,10 @@ def cache_folder() -> Path:
     Raises:
         RuntimeError: the user has no home.
 
-    >>> from htsr.cache import cache_folder
-    >>> print(cache_folder())  # doctest: +SKIP
-    /home/me/.cache/htsr
+    Examples:
+        >>> from htsr.cache import cache_folder
+        >>> print(cache_folder())  # doctest: +SKIP
+        /home/me/.cache/htsr
     """
     if folder := os.environ.get("HTSR_CACHE"):
         return Path(folder)

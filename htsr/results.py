@@ -51,9 +51,10 @@ class Column:
     def cell(self, value: Value) -> str:
         """`value` as it stands in the table; nothing for None.
 
-        >>> from htsr.results import Column
-        >>> Column("α", ".2f").cell(2.0)
-        '2.00'
+        Examples:
+            >>> from htsr.results import Column
+            >>> Column("α", ".2f").cell(2.0)
+            '2.00'
         """
         return "" if value is None else value if isinstance(value, str) else format(value, self.format)
 
@@ -97,10 +98,12 @@ def tabulate(things: Iterable[Row], columns: Sequence[tuple[Column, Callable[[Ro
         columns: columns, each with the function that reads its value from a thing.
         **looks: further fields of `Table`.
 
-    >>> from htsr.results import Column, tabulate
-    >>> columns = [(Column("name", text=True), lambda n: f"layer {n}"), (Column("log", optional=True), lambda n: None)]
-    >>> tabulate(range(2), columns).cells()
-    [['layer 0'], ['layer 1']]
+    Examples:
+        >>> from htsr.results import Column, tabulate
+        >>> name, note = Column("name", text=True), Column("note", optional=True)
+        >>> columns = [(name, lambda n: f"layer {n}"), (note, lambda n: None)]
+        >>> tabulate(range(2), columns).cells()
+        [['layer 0'], ['layer 1']]
     """
     rows = [[read(thing) for _, read in columns] for thing in things]
     kept = [i for i, (c, _) in enumerate(columns) if not c.optional or any(row[i] not in (None, "") for row in rows)]
@@ -156,11 +159,12 @@ def envelope(result: Tabular, command: str | None = None, options: dict[str, Any
         command: name of the command that found it.
         options: options that the command was given. Those that the result itself knows take their place.
 
-    >>> import torch, htsr
-    >>> from htsr.results import envelope
-    >>> model = htsr.describe({"up.weight": torch.zeros(4, 8)})
-    >>> sorted(envelope(model, "describe", {"block": None}))
-    ['command', 'htsr', 'label', 'model', 'options', 'rows']
+    Examples:
+        >>> import torch, htsr
+        >>> from htsr.results import envelope
+        >>> model = htsr.describe({"up.weight": torch.zeros(4, 8)})
+        >>> sorted(envelope(model, "describe", {"block": None}))
+        ['command', 'htsr', 'label', 'model', 'options', 'rows']
     """
     facts = result.facts()
     asked = (options or {}) | facts.pop("options", {})

@@ -20,11 +20,12 @@ from htsr.results import Record, Table
 def as_json(content: Mapping[str, Any]) -> str:
     """Strict JSON: NaN and infinities are null.
 
-    >>> from htsr.reporting.formats import as_json
-    >>> print(as_json({"alpha": float("nan")}), end="")
-    {
-     "alpha": null
-    }
+    Examples:
+        >>> from htsr.reporting.formats import as_json
+        >>> print(as_json({"alpha": float("nan")}), end="")
+        {
+         "alpha": null
+        }
     """
     return json.dumps(_strict(content), indent=1, allow_nan=False) + "\n"
 
@@ -32,10 +33,11 @@ def as_json(content: Mapping[str, Any]) -> str:
 def as_csv(records: Sequence[Record]) -> str:
     """Comma-separated, all columns; None is empty.
 
-    >>> from htsr.reporting.formats import as_csv
-    >>> print(as_csv([{"name": "up", "alpha": 2.5, "block": None}]), end="")
-    name,alpha,block
-    up,2.5,
+    Examples:
+        >>> from htsr.reporting.formats import as_csv
+        >>> print(as_csv([{"name": "up", "alpha": 2.5, "block": None}]), end="")
+        name,alpha,block
+        up,2.5,
     """
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(records[0]) if records else [], lineterminator="\n")
@@ -47,12 +49,13 @@ def as_csv(records: Sequence[Record]) -> str:
 def as_markdown(table: Table) -> str:
     """The table in Markdown, numbers on the right.
 
-    >>> from htsr.reporting.formats import as_markdown
-    >>> from htsr.results import Column, Table
-    >>> print(as_markdown(Table((Column("matrix", text=True), Column("α", ".2f")), (("mlp.up", 2.5),))), end="")
-    | matrix | α |
-    | --- | --: |
-    | mlp.up | 2.50 |
+    Examples:
+        >>> from htsr.reporting.formats import as_markdown
+        >>> from htsr.results import Column, Table
+        >>> print(as_markdown(Table((Column("matrix", text=True), Column("α", ".2f")), (("mlp.up", 2.5),))), end="")
+        | matrix | α |
+        | --- | --: |
+        | mlp.up | 2.50 |
     """
     table = table.in_print()
     rules = ["---" if column.text else "--:" for column in table.columns]

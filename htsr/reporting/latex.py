@@ -77,9 +77,10 @@ def as_latex(table: Table, *comments: str) -> str:
 def in_latex(text: str) -> str:
     """`text` where it means itself, in ASCII.
 
-    >>> from htsr.reporting.latex import in_latex
-    >>> print(in_latex("mlp.up_proj α<2"))
-    mlp.up\\_proj $\\alpha$$<$2
+    Examples:
+        >>> from htsr.reporting.latex import in_latex
+        >>> print(in_latex("mlp.up_proj α<2"))
+        mlp.up\\_proj $\\alpha$$<$2
     """
     for whole, command in _WHOLE.items():
         if whole in text:

@@ -30,9 +30,10 @@ logger = logging.getLogger(__name__)
 def table() -> dict[str, list[float]]:
     """Median and standard deviation by key (`htsr.spectra.null.null_key`), as the package carries them.
 
-    >>> from htsr.spectra.known_nulls import table
-    >>> [round(value, 4) for value in table()["hill-768x768"]]
-    [2.1229, 0.0015]
+    Examples:
+        >>> from htsr.spectra.known_nulls import table
+        >>> [round(value, 4) for value in table()["hill-768x768"]]
+        [2.1229, 0.0015]
     """
     return dict(json.loads(_content()))
 
@@ -46,9 +47,10 @@ def known_null(key: str) -> tuple[float, float] | None:
     Returns:
         None where it must be drawn: nobody has, or the file cannot be read.
 
-    >>> from htsr.spectra.known_nulls import known_null
-    >>> known_null("ks-no shape") is None
-    True
+    Examples:
+        >>> from htsr.spectra.known_nulls import known_null
+        >>> known_null("ks-no shape") is None
+        True
     """
     if key in table():
         alpha, sd = table()[key]
@@ -75,10 +77,11 @@ def keep_null(key: str, alpha: float, sd: float) -> None:
         alpha: median over the draws.
         sd: standard deviation over them.
 
-    >>> from htsr.spectra.known_nulls import keep_null, known_null
-    >>> keep_null("ks-1x1", 3.0, 0.5)
-    >>> known_null("ks-1x1")
-    (3.0, 0.5)
+    Examples:
+        >>> from htsr.spectra.known_nulls import keep_null, known_null
+        >>> keep_null("ks-1x1", 3.0, 0.5)
+        >>> known_null("ks-1x1")
+        (3.0, 0.5)
     """
     try:
         file = _file(key)

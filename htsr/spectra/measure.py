@@ -54,13 +54,14 @@ def measure(load: Callable[[], Array | Product], unmeasured: LayerMetrics, optio
     Returns:
         The row with numbers; a matrix without a spectrum gets a status and a warning instead of an exception.
 
-    >>> import numpy as np
-    >>> from htsr.spectra.measure import measure
-    >>> from htsr.spectra.metrics import LayerMetrics, Options
-    >>> W = np.random.default_rng(0).standard_normal((300, 100))
-    >>> row = measure(lambda: W, LayerMetrics(name="noise"), Options(fit="hill", bulk=True)).row
-    >>> row.M, row.N, round(row.alpha, 2), round(row.alpha_null, 2), row.num_spikes
-    (100, 300, 3.12, 3.13, 0)
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.measure import measure
+        >>> from htsr.spectra.metrics import LayerMetrics, Options
+        >>> W = np.random.default_rng(0).standard_normal((300, 100))
+        >>> row = measure(lambda: W, LayerMetrics(name="noise"), Options(fit="hill", bulk=True)).row
+        >>> row.M, row.N, round(row.alpha, 2), round(row.alpha_null, 2), row.num_spikes
+        (100, 300, 3.12, 3.13, 0)
     """
     return measure_batch([(load, unmeasured)], options)[0]
 
@@ -77,14 +78,15 @@ def measure_batch(
     Returns:
         One result for each of `jobs`, in their order; the time of all is shared evenly among their rows.
 
-    >>> import numpy as np
-    >>> from htsr.spectra.measure import measure_batch
-    >>> from htsr.spectra.metrics import LayerMetrics, Options
-    >>> random = np.random.default_rng(0)
-    >>> matrices = [random.standard_normal((40, 60)), np.zeros((40, 60))]
-    >>> jobs = [(lambda W=W: W, LayerMetrics(name=f"matrix {k}")) for k, W in enumerate(matrices)]
-    >>> [(measured.row.status, measured.row.matrix_rank) for measured in measure_batch(jobs, Options())]
-    [('ok', 40), ('zero', 0)]
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.measure import measure_batch
+        >>> from htsr.spectra.metrics import LayerMetrics, Options
+        >>> random = np.random.default_rng(0)
+        >>> matrices = [random.standard_normal((40, 60)), np.zeros((40, 60))]
+        >>> jobs = [(lambda W=W: W, LayerMetrics(name=f"matrix {k}")) for k, W in enumerate(matrices)]
+        >>> [(measured.row.status, measured.row.matrix_rank) for measured in measure_batch(jobs, Options())]
+        [('ok', 40), ('zero', 0)]
     """
     started = time.perf_counter()
     results: dict[int, Measured] = {}
@@ -264,11 +266,12 @@ def scalar_metrics(eigenvalues: Vector) -> dict[str, float | int | None]:
     Args:
         eigenvalues: (K,) float64, ascending, not all 0.
 
-    >>> import numpy as np
-    >>> from htsr.spectra.measure import scalar_metrics
-    >>> found = scalar_metrics(np.array([0.0, 1.0, 1.0, 8.0]))
-    >>> found["norm"], found["stable_rank"], found["matrix_rank"], found["rank_loss"]
-    (10.0, 1.25, 3, 1)
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.measure import scalar_metrics
+        >>> found = scalar_metrics(np.array([0.0, 1.0, 1.0, 8.0]))
+        >>> found["norm"], found["stable_rank"], found["matrix_rank"], found["rank_loss"]
+        (10.0, 1.25, 3, 1)
     """
     positive = eigenvalues[eigenvalues > 0]
     total, largest, rank = float(positive.sum()), float(positive[-1]), int(positive.size)

@@ -64,10 +64,11 @@ def gaussian_eigenvalues(M: int, N: int, random: np.random.Generator, draws: int
 
     Source: Dumitriu & Edelman (J. Math. Phys. 43, 2002).
 
-    >>> import numpy as np
-    >>> from htsr.spectra.null import gaussian_eigenvalues
-    >>> gaussian_eigenvalues(3, 5, np.random.default_rng(0)).round(2)
-    array([[0.94, 3.93, 9.13]])
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.null import gaussian_eigenvalues
+        >>> gaussian_eigenvalues(3, 5, np.random.default_rng(0)).round(2)
+        array([[0.94, 3.93, 9.13]])
     """
     diagonal = np.sqrt(random.chisquare(N - np.arange(M), (draws, M)))
     lower = np.sqrt(random.chisquare(M - 1 - np.arange(M - 1), (draws, M - 1)))
@@ -105,10 +106,11 @@ def product_eigenvalues(
 
     Source: Bartlett (Proc. R. Soc. Edinb. 53, 1933) for the triangles.
 
-    >>> import numpy as np
-    >>> from htsr.spectra.null import product_eigenvalues
-    >>> product_eigenvalues(6, 8, 2, np.random.default_rng(0)).round(2)
-    array([[ 3.47, 45.2 ]])
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.null import product_eigenvalues
+        >>> product_eigenvalues(6, 8, 2, np.random.default_rng(0)).round(2)
+        array([[ 3.47, 45.2 ]])
     """
 
     def triangles(side: int) -> npt.NDArray[np.float64]:
@@ -134,9 +136,10 @@ def alpha_null(
         rank: rank of the matrix, where it is below M.
         product: whether it is the product of two factors of that rank.
 
-    >>> from htsr.spectra.null import alpha_null
-    >>> round(alpha_null(768, 768, 1, "hill").alpha, 3), round(alpha_null(768, 3072, 1, "hill").alpha, 3)
-    (2.123, 3.463)
+    Examples:
+        >>> from htsr.spectra.null import alpha_null
+        >>> round(alpha_null(768, 768, 1, "hill").alpha, 3), round(alpha_null(768, 3072, 1, "hill").alpha, 3)
+        (2.123, 3.463)
     """
     key = null_key(M, N, pieces, fit, rank, product)
     if (known := known_null(key)) is not None:
@@ -151,9 +154,10 @@ def null_key(M: int, N: int, pieces: int, fit: FitMethod, rank: int | None = Non
     """What a null depends on, as a name. Arguments are those of `alpha_null`: `M`, `N`, `pieces`, `fit`, `rank`,
     `product`.
 
-    >>> from htsr.spectra.null import null_key
-    >>> null_key(384, 1536, 1, "ks"), null_key(384, 1536, 9, "hill", 16, True)
-    ('ks-384x1536', 'hill-384x1536x9-product16')
+    Examples:
+        >>> from htsr.spectra.null import null_key
+        >>> null_key(384, 1536, 1, "ks"), null_key(384, 1536, 9, "hill", 16, True)
+        ('ks-384x1536', 'hill-384x1536x9-product16')
     """
     shape = f"{M}x{N}" if pieces == 1 else f"{M}x{N}x{pieces}"
     kind = "" if rank is None else f"-product{rank}" if product else f"-rank{rank}"
@@ -168,10 +172,11 @@ def draw_alpha_null(
     Returns:
         From 4 draws for ``hill``, which is sharp at full rank, and for large matrices; up to 16 for the others.
 
-    >>> from htsr.spectra.null import draw_alpha_null
-    >>> null = draw_alpha_null(24, 48, 1, "hill")
-    >>> round(null.alpha, 3), round(null.sd, 3)
-    (2.769, 0.106)
+    Examples:
+        >>> from htsr.spectra.null import draw_alpha_null
+        >>> null = draw_alpha_null(24, 48, 1, "hill")
+        >>> round(null.alpha, 3), round(null.sd, 3)
+        (2.769, 0.106)
     """
 
     def alpha_of(values: npt.NDArray[np.float64]) -> float:
@@ -204,11 +209,12 @@ def shape_null(
         seed: seed of the draws, which depend on it and the shape alone.
         other: the matrices are products of `other` × M and M × N factors, not M × N themselves.
 
-    >>> from htsr.spectra.null import shape_null
-    >>> from htsr.spectra.tail import fit_power_law
-    >>> null = shape_null(24, 48, 1, lambda values: fit_power_law(values, "hill").alpha, draws=4)
-    >>> round(null.alpha, 3), round(null.sd, 3)
-    (2.769, 0.106)
+    Examples:
+        >>> from htsr.spectra.null import shape_null
+        >>> from htsr.spectra.tail import fit_power_law
+        >>> null = shape_null(24, 48, 1, lambda values: fit_power_law(values, "hill").alpha, draws=4)
+        >>> round(null.alpha, 3), round(null.sd, 3)
+        (2.769, 0.106)
     """
     random = np.random.default_rng((seed, M, N, pieces) if other is None else (seed, M, N, pieces, other))
 

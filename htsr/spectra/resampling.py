@@ -53,12 +53,13 @@ def bootstrap_alpha(
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), §13.3.
 
-    >>> import numpy as np
-    >>> from htsr.spectra.resampling import bootstrap_alpha
-    >>> values = np.exp(np.random.default_rng(0).exponential(0.5, 500))
-    >>> low, high = bootstrap_alpha(values, resamples=50)
-    >>> low < 3 < high
-    True
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.resampling import bootstrap_alpha
+        >>> values = np.exp(np.random.default_rng(0).exponential(0.5, 500))
+        >>> low, high = bootstrap_alpha(values, resamples=50)
+        >>> low < 3 < high
+        True
     """
     values = np.asarray(eigenvalues, dtype=np.float64).ravel()
     values = values[values > 0]
@@ -115,13 +116,14 @@ def goodness_of_fit(
 
     Source: Clauset, Shalizi & Newman (SIAM Rev. 51, 2009), §4.1.
 
-    >>> import numpy as np
-    >>> from htsr.spectra.resampling import goodness_of_fit
-    >>> random = np.random.default_rng(0)
-    >>> goodness_of_fit(np.exp(random.exponential(0.5, 500)), resamples=200) > 0.1
-    True
-    >>> goodness_of_fit(1 + random.exponential(0.5, 500), "hill", resamples=200) > 0.1
-    False
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.resampling import goodness_of_fit
+        >>> random = np.random.default_rng(0)
+        >>> goodness_of_fit(np.exp(random.exponential(0.5, 500)), resamples=200) > 0.1
+        True
+        >>> goodness_of_fit(1 + random.exponential(0.5, 500), "hill", resamples=200) > 0.1
+        False
     """
     if resamples < 1:
         raise UsageError(f"the goodness of fit takes a number of resamples above 0, not {resamples}")
@@ -153,12 +155,13 @@ def semiparametric_sample(values: Vector, fit: PowerLawFit, share: Vector) -> Ve
     Returns:
         (B, n) eigenvalues, ascending in each row.
 
-    >>> import numpy as np
-    >>> from htsr.spectra.resampling import semiparametric_sample
-    >>> from htsr.spectra.tail import fit_power_law
-    >>> fit = fit_power_law([1.0, 2.0, 4.0, 8.0], xmin=4.0)
-    >>> semiparametric_sample(np.array([1.0, 2.0, 4.0, 8.0]), fit, np.array([[0.5, 0.6, 0.9]]))
-    array([[1., 2., 4.]])
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.resampling import semiparametric_sample
+        >>> from htsr.spectra.tail import fit_power_law
+        >>> fit = fit_power_law([1.0, 2.0, 4.0, 8.0], xmin=4.0)
+        >>> semiparametric_sample(np.array([1.0, 2.0, 4.0, 8.0]), fit, np.array([[0.5, 0.6, 0.9]]))
+        array([[1., 2., 4.]])
     """
     body = values[values < fit.lambda_min]
     above = 1 - body.size / values.size

@@ -51,10 +51,11 @@ class Tails:
         Args:
             eigenvalues: (K,) one spectrum, or (B, K) several, a row each; infinite at the end of a row that has fewer.
 
-        >>> import numpy as np
-        >>> from htsr.spectra.scan import Tails
-        >>> Tails.of(np.exp([0.0, 1.0, 2.0])).alpha
-        array([ 2.,  3., inf])
+        Examples:
+            >>> import numpy as np
+            >>> from htsr.spectra.scan import Tails
+            >>> Tails.of(np.exp([0.0, 1.0, 2.0])).alpha
+            array([ 2.,  3., inf])
         """
         rows = np.atleast_2d(eigenvalues)
         present = np.isfinite(rows)
@@ -84,10 +85,11 @@ class Tails:
         Returns:
             (n,) D.
 
-        >>> import numpy as np
-        >>> from htsr.spectra.scan import Tails
-        >>> print(Tails.of(np.exp([0.0, 1.0, 2.0])).distances(np.array([0])).round(3))  # 1 - 1/e - 1/3
-        [0.299]
+        Examples:
+            >>> import numpy as np
+            >>> from htsr.spectra.scan import Tails
+            >>> print(Tails.of(np.exp([0.0, 1.0, 2.0])).distances(np.array([0])).round(3))  # 1 - 1/e - 1/3
+            [0.299]
         """
         result = np.empty(tails.size)
         lengths = self.last[tails] - tails + 1
@@ -117,11 +119,12 @@ class Tails:
         Returns:
             (B,) and (B,).
 
-        >>> import numpy as np
-        >>> from htsr.spectra.scan import Tails
-        >>> index, D = Tails.of(np.exp([[0.0, 1.0, 2.0], [0.0, 3.0, 3.5]])).best()
-        >>> index, D.round(3)
-        (array([0, 4]), array([0.299, 0.365]))
+        Examples:
+            >>> import numpy as np
+            >>> from htsr.spectra.scan import Tails
+            >>> index, D = Tails.of(np.exp([[0.0, 1.0, 2.0], [0.0, 3.0, 3.5]])).best()
+            >>> index, D.round(3)
+            (array([0, 4]), array([0.299, 0.365]))
         """
         tails = np.arange(self.alpha.size)
         found = np.flatnonzero(np.diff(self.spectrum, prepend=-1))
@@ -163,10 +166,11 @@ def least_of_each(group: Indices, values: Vector, index: Indices) -> Indices:
     Returns:
         A position for each group that occurs, in ascending order of the groups.
 
-    >>> import numpy as np
-    >>> from htsr.spectra.scan import least_of_each
-    >>> least_of_each(np.array([0, 0, 1, 1]), np.array([3.0, 2.0, 5.0, 5.0]), np.array([0, 1, 3, 2]))
-    array([1, 3])
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.scan import least_of_each
+        >>> least_of_each(np.array([0, 0, 1, 1]), np.array([3.0, 2.0, 5.0, 5.0]), np.array([0, 1, 3, 2]))
+        array([1, 3])
     """
     order = np.lexsort((index, values, group))
     return order[np.diff(group[order], prepend=-1) > 0]

@@ -94,10 +94,11 @@ def fit_power_law(
     Source: Clauset, Shalizi & Newman (SIAM Rev. 51, 2009), §3; LLR (arXiv 2605.22297) for ``hill``; WeightWatcher for
     ``fix_fingers`` and ``clip_xmax``.
 
-    >>> import numpy as np
-    >>> from htsr.spectra.tail import fit_power_law
-    >>> print(f"{fit_power_law(np.exp(np.random.default_rng(0).exponential(0.5, 1000))).alpha:.1f}")
-    3.0
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.tail import fit_power_law
+        >>> print(f"{fit_power_law(np.exp(np.random.default_rng(0).exponential(0.5, 1000))).alpha:.1f}")
+        3.0
     """
     if method not in get_args(FitMethod):
         raise UsageError(f"unknown fit {method!r}: {', '.join(get_args(FitMethod))}")
@@ -158,11 +159,12 @@ def fit_rows(rows: Vector, method: FitMethod = "ks", *, xmin: float | None = Non
     Returns:
         The `Fits`, one of each row.
 
-    >>> import numpy as np
-    >>> from htsr.spectra.tail import fit_rows
-    >>> rows = np.sort(np.exp(np.random.default_rng(0).exponential(1.0, (2, 1000))))
-    >>> fit_rows(rows, xmin=1.0).alpha.round(2)
-    array([1.98, 2.  ])
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.tail import fit_rows
+        >>> rows = np.sort(np.exp(np.random.default_rng(0).exponential(1.0, (2, 1000))))
+        >>> fit_rows(rows, xmin=1.0).alpha.round(2)
+        array([1.98, 2.  ])
     """
     count = np.isfinite(rows).sum(axis=1)
     every = np.arange(len(rows))
@@ -255,10 +257,11 @@ def histogram_peak(eigenvalues: Vector, bins: int = PEAK_BINS) -> float:
         eigenvalues: (K,), positive.
         bins: number of bins between the smallest and the largest.
 
-    >>> import numpy as np
-    >>> from htsr.spectra.tail import histogram_peak
-    >>> print(f"{histogram_peak(np.array([1.0, 9.0, 9.5, 10.0, 100.0]), bins=4):.2f}")
-    3.16
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.tail import histogram_peak
+        >>> print(f"{histogram_peak(np.array([1.0, 9.0, 9.5, 10.0, 100.0]), bins=4):.2f}")
+        3.16
     """
     counts, edges = np.histogram(np.log10(eigenvalues), bins=bins)
     return float(10 ** edges[np.argmax(counts)])
