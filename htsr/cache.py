@@ -1,4 +1,4 @@
-"""Where htsr keeps what a later run may take up."""
+"""Where htsr keeps what a later run may use again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def cache_folder() -> Path:
     """$HTSR_CACHE, else htsr in the user's cache folder; it need not exist.
 
     Raises:
-        RuntimeError: the user has no home.
+        RuntimeError: the user has no home folder.
 
     Examples:
         >>> from htsr.cache import cache_folder

@@ -42,10 +42,10 @@ def known_null(key: str) -> tuple[float, float] | None:
     """Median and standard deviation of α, from the table or from an earlier run's file.
 
     Args:
-        key: shape and fit (`htsr.spectra.null.null_key`).
+        key: name of shape and fit (`htsr.spectra.null.null_key`).
 
     Returns:
-        None where it must be drawn: nobody has, or the file cannot be read.
+        Both numbers; None where they must be drawn, because nobody has, or because the file cannot be read.
 
     Examples:
         >>> from htsr.spectra.known_nulls import known_null
@@ -73,9 +73,9 @@ def keep_null(key: str, alpha: float, sd: float) -> None:
     """Write what was drawn to the user's cache folder; where that cannot be done, nothing is kept.
 
     Args:
-        key: shape and fit, as in `known_null`.
-        alpha: median over the draws.
-        sd: standard deviation over them.
+        key: name of shape and fit, as in `known_null`.
+        alpha: median of α over the draws.
+        sd: standard deviation of α over the draws.
 
     Examples:
         >>> from htsr.spectra.known_nulls import keep_null, known_null

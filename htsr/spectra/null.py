@@ -42,8 +42,8 @@ class ShapeNull:
     """α of pure noise of one shape.
 
     Attributes:
-        alpha: median over the draws.
-        sd: standard deviation over them.
+        alpha: median of α over the draws.
+        sd: standard deviation of α over the draws.
     """
 
     alpha: float
@@ -54,8 +54,8 @@ def gaussian_eigenvalues(M: int, N: int, random: np.random.Generator, draws: int
     """Eigenvalues of WᵀW for N × M matrices W of standard normal entries.
 
     Args:
-        M: smaller side.
-        N: larger side.
+        M: smaller side of the matrices.
+        N: larger side of the matrices.
         random: generator of the χ-variables.
         draws: number of matrices.
 
@@ -95,9 +95,9 @@ def product_eigenvalues(
     """The eigenvalues that are not 0 of WᵀW for products W of standard normal M × rank and rank × N matrices.
 
     Args:
-        M: one side.
-        N: the other side.
-        rank: the side that both factors share, at most M and N.
+        M: one side of the products.
+        N: the other side of the products.
+        rank: side that both factors share, at most M and N.
         random: generator of their entries.
         draws: number of products.
 
@@ -130,7 +130,7 @@ def alpha_null(
 
     Args:
         M: smaller side of a matrix.
-        N: larger side.
+        N: larger side of a matrix.
         pieces: number of matrices pooled in one ESD.
         fit: how the tail is chosen (`htsr.spectra.tail`).
         rank: rank of the matrix, where it is below M.
@@ -202,12 +202,13 @@ def shape_null(
 
     Args:
         M: smaller side of a matrix.
-        N: larger side.
+        N: larger side of a matrix.
         pieces: number of matrices pooled in one ESD.
         alpha_of: function that gives the α of (pieces·M,) ascending eigenvalues.
         draws: number of ESDs to fit.
         seed: seed of the draws, which depend on it and the shape alone.
-        other: the matrices are products of `other` × M and M × N factors, not M × N themselves.
+        other: side of a further factor: the matrices are products of `other` × M and M × N matrices; None for single
+            M × N matrices.
 
     Examples:
         >>> from htsr.spectra.null import shape_null

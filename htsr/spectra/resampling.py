@@ -38,12 +38,12 @@ def bootstrap_alpha(
 
     Args:
         eigenvalues: (K,) in any order; those that are not positive are left out.
-        method: see `fit_power_law`.
-        resamples: bootstrap samples; those of fewer than 2 distinct eigenvalues are left out.
-        level: probability inside the interval.
+        method: how λ_min is chosen, as in `fit_power_law`.
+        resamples: number of bootstrap samples; those with fewer than 2 distinct eigenvalues are left out.
+        level: probability of the interval.
         seed: seed of the resampling.
-        xmin: λ_min by hand, as in `fit_power_law`.
-        xmax: eigenvalues above it are left out of each fit.
+        xmin: value of λ_min where it is not to be chosen, as in `fit_power_law`; else None.
+        xmax: largest eigenvalue that takes part in each fit; None for all.
 
     Returns:
         Lower and upper bound of α.
@@ -101,18 +101,19 @@ def goodness_of_fit(
 
     Args:
         eigenvalues: (K,) in any order; those that are not positive are left out.
-        method: see `fit_power_law`.
-        resamples: samples; the standard error of p is √(p(1-p)/resamples), at most 0.05 with 100, 0.01 with 2,500.
+        method: how λ_min is chosen, as in `fit_power_law`.
+        resamples: number of samples. The standard error of p is √(p(1-p)/resamples): at most 0.05 with 100 samples,
+            0.01 with 2,500.
         seed: seed of the samples.
-        xmin: λ_min by hand, as in `fit_power_law`.
-        xmax: eigenvalues above it are left out.
+        xmin: value of λ_min where it is not to be chosen, as in `fit_power_law`; else None.
+        xmax: largest eigenvalue that is taken into account; None for all.
 
     Returns:
-        p, from 0 to 1.
+        The p-value, from 0 to 1.
 
     Raises:
-        MatrixError: as `fit_power_law`, like the next.
-        UsageError: no resamples; or as `fit_power_law`.
+        MatrixError: `fit_power_law` finds nothing to fit.
+        UsageError: `resamples` is below 1, or `fit_power_law` refuses an argument.
 
     Source: Clauset, Shalizi & Newman (SIAM Rev. 51, 2009), §4.1.
 
@@ -148,12 +149,12 @@ def semiparametric_sample(values: Vector, fit: PowerLawFit, share: Vector) -> Ve
     """Spectra whose tail is the fitted power law, and whose eigenvalues below λ_min are those of `values`.
 
     Args:
-        values: (K,) eigenvalues that were fitted, ascending.
+        values: eigenvalues that were fitted, (K,), ascending.
         fit: fitted power law.
-        share: (B, n) numbers from 0 to 1, ascending in each row: the share of the law that lies above each eigenvalue.
+        share: share of the law that lies above each eigenvalue, (B, n) numbers from 0 to 1, ascending in each row.
 
     Returns:
-        (B, n) eigenvalues, ascending in each row.
+        Eigenvalues, (B, n), ascending in each row.
 
     Examples:
         >>> import numpy as np

@@ -29,12 +29,12 @@ class Tails:
     """The tails of one spectrum or several: one for each distinct eigenvalue, but that the largest begins none.
 
     Attributes:
-        spectrum: (d,) which spectrum each distinct value belongs to, ascending.
-        starts: (d,) where each distinct value begins in its ascending spectrum.
-        log: (d,) ln of the distinct values over the largest of their spectrum, ascending in each.
-        last: (d,) index, in these arrays, of the largest value of the same spectrum.
-        size: (d,) eigenvalues in each tail.
-        alpha: (d,) exponent of each tail; infinite where rounding leaves none, and for the largest value.
+        spectrum: number of the spectrum that each distinct value belongs to, (d,), ascending.
+        starts: index at which each distinct value begins in its ascending spectrum, (d,).
+        log: logarithm ln of each distinct value over the largest of its spectrum, (d,), ascending in each spectrum.
+        last: index, in these arrays, of the largest value of the same spectrum, (d,).
+        size: number of eigenvalues in each tail, (d,).
+        alpha: exponent of each tail, (d,); infinite where rounding leaves none, and for the largest value.
     """
 
     spectrum: Indices
@@ -49,7 +49,7 @@ class Tails:
         """The tails of positive ascending eigenvalues.
 
         Args:
-            eigenvalues: (K,) one spectrum, or (B, K) several, a row each; infinite at the end of a row that has fewer.
+            eigenvalues: one spectrum, (K,), or several, (B, K), a row each; infinite at the end of a row with fewer.
 
         Examples:
             >>> import numpy as np
@@ -78,12 +78,12 @@ class Tails:
         """D of each tail: its largest gap between the fitted and the empirical distribution function.
 
         Args:
-            tails: (n,) indices of the tails.
-            points: distinct values of each tail, evenly spread over it, at which gaps are taken; all by default, fewer
-                give a lower bound.
+            tails: indices of the tails, (n,).
+            points: number of distinct values of each tail, evenly spread over it, at which gaps are taken; all by
+                default, fewer give a lower bound.
 
         Returns:
-            (n,) D.
+            D of each tail, (n,).
 
         Examples:
             >>> import numpy as np
@@ -117,7 +117,7 @@ class Tails:
         Most tails are ruled out by a lower bound: D at a few of their values.
 
         Returns:
-            (B,) and (B,).
+            Indices of the tails and their distances, (B,) each.
 
         Examples:
             >>> import numpy as np
@@ -159,9 +159,9 @@ def least_of_each(group: Indices, values: Vector, index: Indices) -> Indices:
     """Position of the least value of each group, that of the least `index` among equals.
 
     Args:
-        group: (n,) group of each value.
-        values: (n,) numbers.
-        index: (n,) what equal values are told apart by.
+        group: group of each value, (n,).
+        values: the values, (n,).
+        index: numbers by which equal values are told apart, (n,).
 
     Returns:
         A position for each group that occurs, in ascending order of the groups.

@@ -50,11 +50,11 @@ class PowerLawFit:
         alpha: exponent α of p(λ) ∝ λ^(-α), above 1.
         sigma: standard error of α, (α-1)/√n.
         D: Kolmogorov-Smirnov distance between the tail and the fit, in [0, 1].
-        lambda_min: where the tail begins, in units of the eigenvalues.
-        lambda_max: where it ends, in the same units.
-        num_tail: eigenvalues in the tail, n.
+        lambda_min: smallest eigenvalue of the tail, in units of the eigenvalues.
+        lambda_max: largest eigenvalue of the tail, in the same units.
+        num_tail: number of eigenvalues in the tail, n.
         method: how λ_min was chosen; ``fixed`` where it was given.
-        num_fingers: top eigenvalues dropped by ``clip_xmax``.
+        num_fingers: number of largest eigenvalues that ``clip_xmax`` dropped.
     """
 
     alpha: float
@@ -78,26 +78,30 @@ def fit_power_law(
 
     Args:
         eigenvalues: (K,) in any order; those that are not positive are left out.
-        method: how λ_min is chosen, see the module's text.
-        xmin: λ_min by hand, in units of the eigenvalues, whatever the method: the tail is λ ≥ xmin, and xmin its begin
-            in the formulas.
-        xmax: eigenvalues above it are left out of the fit.
+        method: how λ_min is chosen: ``ks``, ``hill``, ``hill_paper``, ``fix_fingers`` or ``clip_xmax``, as in the table
+            above.
+        xmin: value of λ_min, in units of the eigenvalues, where it is not to be chosen: the tail is λ ≥ xmin, whatever
+            the method, and xmin stands for λ_min in the formulas.
+        xmax: largest eigenvalue that takes part in the fit; None for all.
 
     Returns:
         The `PowerLawFit`, computed in float64.
 
     Raises:
-        MatrixError: fewer than two distinct positive eigenvalues (status ``degenerate``), or some that are NaN or
+        MatrixError: fewer than two eigenvalues are positive and distinct (status ``degenerate``), or some are NaN or
             infinite (``nan``).
-        UsageError: unknown method, or an xmin that is not positive or leaves fewer than two distinct eigenvalues.
+        UsageError: there is no such method, or xmin is not positive or leaves fewer than two distinct eigenvalues.
 
     Source: Clauset, Shalizi & Newman (SIAM Rev. 51, 2009), §3; LLR (arXiv 2605.22297) for ``hill``; WeightWatcher for
     ``fix_fingers`` and ``clip_xmax``.
 
     Examples:
-        >>> import numpy as np
-        >>> from htsr.spectra.tail import fit_power_law
-        >>> print(f"{fit_power_law(np.exp(np.random.default_rng(0).exponential(0.5, 1000))).alpha:.1f}")
+        >>> import htsr, numpy as np
+        >>> eigenvalues = np.exp(np.random.default_rng(0).exponential(0.5, 1000))  # a power law with α = 1 + 1/0.5
+        >>> fit = htsr.fit_power_law(eigenvalues)
+        >>> round(fit.alpha, 1), fit.D < 0.03, fit.method
+        (3.0, True, 'ks')
+        >>> round(htsr.fit_power_law(eigenvalues, xmin=1.0).alpha, 1)
         3.0
     """
     if method not in get_args(FitMethod):
@@ -134,11 +138,11 @@ class Fits:
     """Power laws fitted to several spectra.
 
     Attributes:
-        alpha: (B,) exponents; NaN, like D and lambda_min, where fewer than 2 distinct eigenvalues are there to fit.
-        D: (B,) Kolmogorov-Smirnov distances.
-        lambda_min: (B,) where the tails begin.
-        num_tail: (B,) eigenvalues in each tail; 0 where there is no fit.
-        num_fingers: (B,) top eigenvalues that ``clip_xmax`` dropped.
+        alpha: exponents, (B,); NaN, like D and lambda_min, where fewer than 2 distinct eigenvalues are there to fit.
+        D: Kolmogorov-Smirnov distances, (B,).
+        lambda_min: smallest eigenvalue of each tail, (B,).
+        num_tail: number of eigenvalues in each tail, (B,); 0 where there is no fit.
+        num_fingers: number of largest eigenvalues that ``clip_xmax`` dropped, (B,).
     """
 
     alpha: Vector
@@ -152,12 +156,12 @@ def fit_rows(rows: Vector, method: FitMethod = "ks", *, xmin: float | None = Non
     """Fit a power law to the tail of each of several spectra at once.
 
     Args:
-        rows: (B, K) a spectrum in each row, positive, ascending; infinite at the end of a row that has fewer than K.
-        method: how λ_min is chosen, see the module's text.
-        xmin: λ_min by hand, in units of the eigenvalues.
+        rows: spectra, (B, K), positive, ascending in each row; infinite at the end of a row that has fewer than K.
+        method: how λ_min is chosen, as in `fit_power_law`.
+        xmin: value of λ_min, in units of the eigenvalues, where it is not to be chosen; else None.
 
     Returns:
-        The `Fits`, one of each row.
+        The `Fits`, one for each row.
 
     Examples:
         >>> import numpy as np
@@ -210,7 +214,7 @@ def _given_tails(rows: Vector, count: Indices, start: Indices, lambda_min: Vecto
 
 
 def _least_distance(rows: Vector, *, at_peak: bool = False) -> Fits:
-    """The tail of least D of each row; `at_peak` only tails that begin near the peak of its histogram, if there are."""
+    """The tail of least D of each row; with `at_peak` among those that begin near its histogram's peak, if any does."""
     tails = Tails.of(rows)
     begins = rows[tails.spectrum, tails.starts]
     if not at_peak:
@@ -255,7 +259,7 @@ def histogram_peak(eigenvalues: Vector, bins: int = PEAK_BINS) -> float:
 
     Args:
         eigenvalues: (K,), positive.
-        bins: number of bins between the smallest and the largest.
+        bins: number of bins between the smallest and the largest eigenvalue.
 
     Examples:
         >>> import numpy as np
