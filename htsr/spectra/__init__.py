@@ -12,6 +12,7 @@ the tail     `tail` (power-law fits), `scan`, `alternatives` (other laws), `null
 the rest     `bulk` (Marchenko-Pastur, spikes, traps), `erg` (trace-log condition), `quality`
 one number   `scores`, for training
 changes      `directions` (projection on a tail, removal of traps), `nudge` (towards α = 2)
-a row        `measure`, `metrics`, `notes` (words of caution), `attempts` (what fails becomes a row)
+a row        `measure`, `statistics` of one spectrum, `metrics`, `notes` (words of caution), `attempts` (what fails
+             becomes a row)
 ============ ==========================================================================================================
 """

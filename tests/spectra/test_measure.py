@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 from htsr.arrays import Product
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.bulk import Bulk
-from htsr.spectra.measure import measure, measure_batch, scalar_metrics
+from htsr.spectra.measure import measure, measure_batch
 from htsr.spectra.metrics import LayerMetrics, Options
 from htsr.spectra.notes import kind_of
+from htsr.spectra.statistics import scalar_metrics
 from htsr.spectra.tail import fit_power_law
 from htsr.spectra.windows import Windows
 from tests.reference import statistics as plain
@@ -273,7 +274,7 @@ class TestFailures:
         assert words in rows[-1].warning
 
     def test_of_the_numbers(self, monkeypatch):
-        monkeypatch.setattr("htsr.spectra.measure.fit_bulk", lambda *_: Bulk(1.0, np.nan, 0.0, 1.0, 0, np.inf, 0.0))
+        monkeypatch.setattr("htsr.spectra.statistics.fit_bulk", lambda *_: Bulk(1.0, np.nan, 0.0, 1.0, 0, np.inf, 0.0))
         row = row_of(heavy(0, (20, 30)), bulk=True)
         assert (row.status, row.lambda_plus, row.mp_softrank) == ("failed", None, None)
         assert "lambda_plus, mp_softrank: no finite number" in row.warning
