@@ -128,6 +128,20 @@ def log_likelihoods(
 
     Returns:
         (pairs,) float64 log-likelihoods.
+
+    Examples:
+        Three bytes at 1/256 each are 3·ln(1/256) = -16.64:
+
+        >>> from types import SimpleNamespace
+        >>> import torch
+        >>> from htsr.calibration.multiple_choice import log_likelihoods
+        >>> class Uniform(torch.nn.Linear):
+        ...     def forward(self, input_ids, **_):
+        ...         return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 256))
+        >>> def tokenizer(text):
+        ...     return {"input_ids": list(text.encode())}
+        >>> log_likelihoods(Uniform(1, 1), tokenizer, [("1 + 1 =", " 2."), ("1 + 1 =", " 2")]).round(2)
+        array([-16.64, -11.09])
     """
     import torch
 

@@ -33,6 +33,19 @@ class Tally:
     Attributes:
         counts: (members,) int64 numbers of intervals.
         moved: indices of the members that moved in the current interval.
+
+    Examples:
+        Member 0 moves twice in the first interval, which counts once, and again in the second:
+
+        >>> import numpy as np
+        >>> from htsr.training.sampling.coverage import Tally
+        >>> tally = Tally(np.zeros(3, dtype=np.int64))
+        >>> for members in ([0], [0, 2]):
+        ...     tally.add(members)
+        >>> tally.begin()
+        >>> tally.add([0])
+        >>> tally.counts
+        array([2, 0, 1])
     """
 
     counts: npt.NDArray[np.int64]

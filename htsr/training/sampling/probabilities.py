@@ -127,6 +127,21 @@ def block_means(analysis: Analysis, score: str, blocks: Blocks) -> Vector:
 
     Raises:
         UsageError: the analysis knows no block of this model, or lacks the score.
+
+    Examples:
+        The second of two blocks has a heavier tail, a lower α, than noise:
+
+        >>> import htsr, torch
+        >>> from htsr.matrices.blocks import find_blocks
+        >>> from htsr.training.sampling.probabilities import block_means
+        >>> _ = torch.manual_seed(0)
+        >>> layer = torch.nn.TransformerEncoderLayer(d_model=64, nhead=2, dim_feedforward=64)
+        >>> model = torch.nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
+        >>> with torch.no_grad():
+        ...     _ = model.layers[1].linear1.weight.mul_(torch.arange(1.0, 65.0) ** -1)
+        >>> means = block_means(htsr.analyze(model), "alpha", find_blocks(model))
+        >>> bool(means[1] < means[0])
+        True
     """
     found: list[list[float]] = [[] for _ in blocks.names]
     for row in analysis:
