@@ -21,7 +21,7 @@ class MatrixError(HtsrError):
         message: sentence that says why.
 
     Attributes:
-        status: that word.
+        status: word for the row's `status` column.
     """
 
     def __init__(self, status: str, message: str) -> None:

@@ -279,7 +279,7 @@ def analyze(
             adapter folder (its ΔW), or a hub id.
         revision: branch, tag or commit of a hub id.
         against: second model; the matrices are then the differences of the two.
-        base: for an adapter, source of its base, to analyze base + ΔW; ``auto`` for the base that the adapter names.
+        base: source of an adapter's base model, to analyze base + ΔW; ``auto`` for the base that the adapter names.
         where: filter of the matrices that are wanted; all by default.
         full: whether to add bulk, permuted weights and alternatives to the power law (several times slower).
         journal: file that keeps finished rows while this runs, and from which rows of an interrupted run are taken
@@ -414,7 +414,7 @@ def describe(
         source: model, file, folder or hub id as `analyze` takes it.
         revision: branch, tag or commit of a hub id.
         against: second model; the matrices are then the differences of the two.
-        base: for an adapter, source of its base, for the matrices of base + ΔW; ``auto`` for the base that it names.
+        base: source of an adapter's base model, for the matrices of base + ΔW; ``auto`` for the base that it names.
         where: filter of the matrices that are wanted; all by default.
 
     Raises:

@@ -86,7 +86,7 @@ def cka(A: Any, B: Any) -> float:
 
     Examples:
         >>> import numpy as np
-        >>> from htsr.analysis.comparison import cka
+        >>> from htsr.analysis.distance import cka
         >>> random = np.random.default_rng(0)
         >>> A = random.standard_normal((1, 20, 5))
         >>> rotation, _ = np.linalg.qr(random.standard_normal((5, 5)))

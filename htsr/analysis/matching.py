@@ -50,7 +50,7 @@ def _unique(rows: Sequence[LayerMetrics], key: Callable[[LayerMetrics], Any]) ->
 
 
 def of_one_shape(a: LayerMetrics, b: LayerMetrics) -> bool:
-    """Whether the matrices of two rows have one shape, or one the other's transposed."""
+    """Whether the matrices of the rows `a` and `b` have one shape, or one that of the other transposed."""
 
     def shape(row: LayerMetrics) -> Any:
         return sorted((row.rows or 0, row.columns or 0))

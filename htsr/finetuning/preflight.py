@@ -143,7 +143,7 @@ def agree(ranks: Ranks, recipe: Recipe, prepared: Prepared) -> None:
         prepared: what this rank has read.
 
     Raises:
-        UsageError: on every rank, they differ.
+        UsageError: the ranks differ; every rank raises it.
     """
     if ranks.size == 1:
         return

@@ -43,8 +43,8 @@ def open_model(
         revision: branch, tag or commit of a hub id.
         against: another such source; the matrices are then those of the differences source - against of all tensors
             with the same name and shape.
-        base: for an adapter: source of its base model, for the matrices of base + ΔW instead of ΔW. ``auto`` takes the
-            base that the adapter names.
+        base: source of an adapter's base model, for the matrices of base + ΔW instead of ΔW. ``auto`` takes the base
+            that the adapter names.
 
     Raises:
         SourceError: the source cannot be read; the message says why.

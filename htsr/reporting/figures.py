@@ -163,7 +163,7 @@ class Grid:
     """The matrices of a model by role and block.
 
     Attributes:
-        roles: in the model's order.
+        roles: roles in the model's order.
         blocks: ascending; first None, where some matrices are in no block.
         members: (roles, blocks) positions of the matrices in each cell: none, one, or several (experts, kernels).
     """

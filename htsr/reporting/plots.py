@@ -100,7 +100,7 @@ def plot_heat_map(
     Args:
         rows: one per matrix, with ``role`` and ``block``.
         metric: the field that is drawn, a number or None.
-        title: of the axes; the metric by role and block, if None.
+        title: title of the axes; the metric by role and block, if None.
         numbers: whether the cells hold their numbers, where there are few blocks.
         ax: matplotlib axes to draw on; new ones by default.
 
@@ -136,7 +136,7 @@ def plot_distributions(distributions: Mapping[str, Vector], title: str, *, ax: A
 
     Args:
         distributions: D_l (blocks,) by name.
-        title: of the axes.
+        title: title of the axes.
         ax: matplotlib axes to draw on; new ones by default.
 
     Raises:

@@ -170,7 +170,8 @@ def draw_alpha_null(
     """`alpha_null`, drawn. Arguments are the same: `M`, `N`, `pieces`, `fit`, `rank`, `product`.
 
     Returns:
-        From 4 draws for ``hill``, which is sharp at full rank, and for large matrices; up to 16 for the others.
+        The `ShapeNull` of 4 draws for ``hill``, which is sharp at full rank, and for large matrices; up to 16 for
+        the others.
 
     Examples:
         >>> from htsr.spectra.null import draw_alpha_null
