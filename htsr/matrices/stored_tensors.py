@@ -87,14 +87,14 @@ def base_names(names: Iterable[str]) -> dict[str, str]:
 
 def _outside(name: str) -> str:
     """`name` without the wrappers that underscores tell from a model's own attributes."""
-    for wrapper in WRAPPERS[1:]:
-        name = name.replace("." + wrapper, ".").removeprefix(wrapper)
-    return name
+    *modules, last = name.split(".")
+    return ".".join([*(module for module in modules if f"{module}." not in WRAPPERS[1:]), last])
 
 
 def _unique(cleaned: dict[str, str]) -> dict[str, str]:
-    count = Counter(cleaned.values())
-    return {name: short if count[short] == 1 else name for name, short in cleaned.items()}
+    while (count := Counter(cleaned.values())).total() > len(count):  # a whole name can be the short one of another
+        cleaned = {name: short if count[short] == 1 else name for name, short in cleaned.items()}
+    return cleaned
 
 
 def stored_tensor(name: str, tensor: Any, **more: Any) -> StoredTensor:

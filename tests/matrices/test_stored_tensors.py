@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
@@ -42,6 +42,8 @@ parts = st.sampled_from([*(wrapper[:-1] for wrapper in WRAPPERS), "base_model.mo
 
 
 @given(st.sets(st.lists(parts, min_size=1, max_size=5).map(".".join), max_size=8))
+@example({"_orig_mod._orig_mod._orig_mod.module", "_orig_mod.module", "module"})
+@example({"base_model.model.base_model.model.a", "base_model.model.a", "a"})
 def test_no_two_names_become_one(names):
     for clean in (clean_names, base_names):
         found = clean(names)
