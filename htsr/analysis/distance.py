@@ -40,7 +40,7 @@ def distance(a: Array, b: Array) -> Distance | None:
 
     Examples:
         >>> import numpy as np
-        >>> from htsr.analysis.comparison import distance
+        >>> from htsr.analysis.distance import distance
         >>> found = distance(np.eye(3), -np.eye(3))
         >>> round(found.relative, 6), round(found.cosine, 6)
         (2.0, -1.0)

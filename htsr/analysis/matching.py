@@ -1,4 +1,4 @@
-"""Which matrix of one model is which of another."""
+"""Which matrix of one model is which of another, whatever the two call it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from htsr.spectra.metrics import LayerMetrics
 
 
 def match(a: Sequence[LayerMetrics], b: Sequence[LayerMetrics]) -> list[tuple[LayerMetrics, LayerMetrics]]:
-    """Pairs of rows of `a` and `b` that are of one matrix: by name, then by its end, then by role, block and part."""
+    """Pairs of rows of `a` and `b` that are of one matrix: by name, then by its end, then by role, block and part.
+
+    Examples:
+        >>> from htsr.analysis.matching import match
+        >>> from htsr.spectra.metrics import LayerMetrics
+        >>> ours = LayerMetrics(name="model.layers.0.self_attn.q_proj", role="attn.q", block=0)
+        >>> theirs = LayerMetrics(name="blk.0.attn_q", role="attn.q", block=0)  # llama.cpp
+        >>> [(a.name, b.name) for a, b in match([ours], [theirs])]
+        [('model.layers.0.self_attn.q_proj', 'blk.0.attn_q')]
+    """
     pairs: list[tuple[LayerMetrics, LayerMetrics]] = []
     left_a, left_b = list(a), list(b)
     for key in (_by_name, _by_end, _by_place):
@@ -50,7 +59,7 @@ def _unique(rows: Sequence[LayerMetrics], key: Callable[[LayerMetrics], Any]) ->
 
 
 def of_one_shape(a: LayerMetrics, b: LayerMetrics) -> bool:
-    """Whether the matrices of the rows `a` and `b` have one shape, or one that of the other transposed."""
+    """Whether the matrices of the rows `a` and `b` have one shape, or one has the other's transposed."""
 
     def shape(row: LayerMetrics) -> Any:
         return sorted((row.rows or 0, row.columns or 0))

@@ -66,8 +66,8 @@ class Histogram:
     """A density per bin.
 
     Attributes:
-        edges: (bins + 1,) ascending.
-        density: (bins,); its integral is the share of eigenvalues that are not 0.
+        edges: edges of the bins, (bins + 1,), ascending.
+        density: density in each bin, (bins,); its integral is the share of eigenvalues that are not 0.
     """
 
     edges: Vector
@@ -119,10 +119,10 @@ class FittedLine:
     """The power law of a tail: straight on logarithmic axes, from `low` to `high`.
 
     Attributes:
-        alpha: exponent.
-        low: λ_min.
-        high: the largest eigenvalue of the fit.
-        share: n/K, the part of the eigenvalues that lie in the tail.
+        alpha: exponent of the power law.
+        low: smallest eigenvalue of the tail, λ_min.
+        high: largest eigenvalue of the fit.
+        share: share of the eigenvalues that lie in the tail, n/K.
     """
 
     alpha: float
@@ -163,9 +163,9 @@ class Grid:
     """The matrices of a model by role and block.
 
     Attributes:
-        roles: roles in the model's order.
-        blocks: ascending; first None, where some matrices are in no block.
-        members: (roles, blocks) positions of the matrices in each cell: none, one, or several (experts, kernels).
+        roles: roles of the matrices, in the model's order.
+        blocks: indices of the blocks, ascending; None comes first, where some matrices are in no block.
+        members: positions of the matrices in each cell, (roles, blocks): none, one, or several (experts, kernels).
     """
 
     roles: tuple[str, ...]
@@ -202,8 +202,8 @@ class Scale:
 
     Attributes:
         low: value of the first colour.
-        high: value of the last.
-        centre: the neutral value between; None for metrics that have none.
+        high: value of the last colour.
+        centre: neutral value between the two; None for metrics that have none.
     """
 
     low: float

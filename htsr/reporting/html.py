@@ -37,18 +37,18 @@ class Page:
     """What the report shows.
 
     Attributes:
-        title: what it is of.
-        facts: text by name; empty ones are not shown.
-        notes: kinds of notes, and how many rows have each.
-        caution: a sentence under them.
-        records: one per matrix, with ``name``, ``role``, ``block`` and the fields that `figures` draws.
-        about: what each field is.
-        numeric: the fields that are numbers.
-        table: the short table of the records, in their order.
-        summary: their means.
-        eigenvalues: (K,) ascending, by name.
-        permuted: (K,) likewise, of the permuted matrices.
-        xmax: eigenvalues above it are in no fit.
+        title: title of the page.
+        facts: facts by name, as text; empty ones are not shown.
+        notes: kinds of notes, each with the number of rows that have it.
+        caution: sentence below the notes.
+        records: one record for each matrix, with ``name``, ``role``, ``block`` and the fields that `figures` draws.
+        about: explanation of each field, by name.
+        numeric: names of the fields that are numbers.
+        table: short table of the records, in their order.
+        summary: table of their means.
+        eigenvalues: spectra by matrix name, (K,) ascending.
+        permuted: spectra of the permuted matrices, likewise (K,).
+        xmax: largest eigenvalue that took part in the fits; None for all.
     """
 
     title: str

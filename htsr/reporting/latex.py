@@ -52,8 +52,8 @@ def as_latex(table: Table, *comments: str) -> str:
     Names mean themselves, and every engine compiles it: what is no ASCII and has no sign here stands as its escape.
 
     Args:
-        table: what is shown.
-        *comments: lines that say where it is from.
+        table: table to write.
+        *comments: comment lines above it, which say where it is from.
     """
     table = table.in_print()
     head = " & ".join(in_latex(column.header) for column in table.columns)

@@ -36,7 +36,7 @@ def check_picture(path: Path) -> None:
     """Know before any work that a picture can be drawn at `path`.
 
     Raises:
-        UsageError: the suffix tells no format.
+        UsageError: the suffix stands for no format of pictures.
         HtsrError: the file cannot be written.
         MissingDependencyError: matplotlib is not installed.
     """
@@ -58,10 +58,10 @@ def plot_esd(
     """The ESD of one matrix on logarithmic axes, with the power law, λ_min, λ_ERG and the bulk edge where there are.
 
     Args:
-        row: its numbers.
-        eigenvalues: (K,) ascending; None where it has none.
-        permuted: (K,) likewise, of the permuted matrix.
-        xmax: eigenvalues above it are in no fit.
+        row: record of the matrix.
+        eigenvalues: its spectrum, (K,) ascending; None where it has none.
+        permuted: spectrum of the permuted matrix, likewise (K,).
+        xmax: largest eigenvalue that took part in the fit; None for all.
         ax: matplotlib axes to draw on; new ones by default.
 
     Raises:
@@ -98,8 +98,8 @@ def plot_heat_map(
     """Heat map of a metric by role and block; several matrices in one cell are averaged.
 
     Args:
-        rows: one per matrix, with ``role`` and ``block``.
-        metric: the field that is drawn, a number or None.
+        rows: records, one for each matrix, with ``role`` and ``block``.
+        metric: name of the field that is drawn; its values are numbers or None.
         title: title of the axes; the metric by role and block, if None.
         numbers: whether the cells hold their numbers, where there are few blocks.
         ax: matplotlib axes to draw on; new ones by default.
@@ -135,7 +135,7 @@ def plot_distributions(distributions: Mapping[str, Vector], title: str, *, ax: A
     """Sampling probabilities D_l/ΣD by block, one line per distribution that has any.
 
     Args:
-        distributions: D_l (blocks,) by name.
+        distributions: distributions D_l by name, (blocks,) each.
         title: title of the axes.
         ax: matplotlib axes to draw on; new ones by default.
 

@@ -61,7 +61,7 @@ def compare_laws(tail: npt.ArrayLike) -> dict[str, LikelihoodRatio]:
         A `LikelihoodRatio` for each of `LAWS`, by its name. Its parameters are those of the law of λ/λ_min.
 
     Raises:
-        MatrixError: fewer than 2 distinct positive eigenvalues, or one that is not (status ``degenerate``).
+        MatrixError: fewer than 2 eigenvalues are distinct, or one is not positive (status ``degenerate``).
 
     Examples:
         >>> import numpy as np
@@ -89,7 +89,7 @@ def likelihood_ratio(power: FittedLaw, other: FittedLaw, *, nested: bool = False
     Args:
         power: the power law, fitted.
         other: the other law, fitted to the same n eigenvalues.
-        nested: the other law contains the power law; p is then that of a χ² law of one degree of freedom.
+        nested: whether the other law contains the power law; p is then that of a χ² law of one degree of freedom.
 
     Examples:
         >>> import numpy as np
@@ -114,7 +114,7 @@ def best_law(ratios: dict[str, LikelihoodRatio]) -> str:
     """The law of lowest AIC among those significantly (p < 0.05) better than the power law; else ``power_law``.
 
     Args:
-        ratios: what `compare_laws` returned.
+        ratios: likelihood ratios from `compare_laws`.
 
     Examples:
         >>> import numpy as np

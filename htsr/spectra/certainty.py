@@ -41,10 +41,10 @@ def relative_error(eigenvalues: Vector, largest: float, M: int, device: str = "c
     """Bound ε_i of the relative errors of eigenvalues that were computed in float32.
 
     Args:
-        eigenvalues: (K,) positive.
+        eigenvalues: eigenvalues, (K,), positive.
         largest: largest eigenvalue of their matrix, in the same units.
         M: side of the Gram matrix.
-        device: where they were computed.
+        device: device that they were computed on.
 
     Examples:
         >>> import numpy as np
@@ -79,9 +79,9 @@ def fit_is_certain(spectrum: ESD, method: str, alpha: float, D: float, lambda_mi
         spectrum: spectrum that was fitted, computed in float32.
         method: how λ_min was chosen among all positive eigenvalues; ``fixed`` where it was given.
         alpha: exponent of the fit.
-        D: distance of the fit.
-        lambda_min: begin of its tail.
-        device: where the spectrum was computed.
+        D: Kolmogorov-Smirnov distance of the fit.
+        lambda_min: smallest eigenvalue of its tail.
+        device: device that the spectrum was computed on.
 
     Examples:
         >>> import numpy as np

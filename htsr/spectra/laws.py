@@ -43,7 +43,7 @@ class FittedLaw:
 
     Attributes:
         parameters: the law's parameters by name, those of x = λ/λ_min.
-        log_density: (n,) natural logarithm of the density of x at each eigenvalue of the tail.
+        log_density: natural logarithm of the density of x at each eigenvalue of the tail, (n,).
     """
 
     parameters: dict[str, float]
@@ -54,7 +54,7 @@ def power_law(x: Vector) -> FittedLaw:
     """The power law p(x) ∝ x^(-α).
 
     Args:
-        x: (n,) λ/λ_min, all ≥ 1, not all 1.
+        x: ratios λ/λ_min of the tail, (n,), all ≥ 1, not all 1.
 
     Examples:
         >>> import numpy as np
@@ -71,7 +71,7 @@ def exponential(x: Vector) -> FittedLaw:
     """The exponential law p(x) ∝ exp(-Λx).
 
     Args:
-        x: (n,) λ/λ_min, all ≥ 1, not all 1.
+        x: ratios λ/λ_min of the tail, (n,), all ≥ 1, not all 1.
 
     Examples:
         >>> import numpy as np
@@ -91,7 +91,7 @@ def stretched_exponential(x: Vector) -> FittedLaw:
     Gompertz law.
 
     Args:
-        x: (n,) λ/λ_min, all ≥ 1, not all 1.
+        x: ratios λ/λ_min of the tail, (n,), all ≥ 1, not all 1.
 
     Returns:
         The law. Where the power law itself is best, β is 0 and Λ infinite; Λ^β, which is what counts, may be finite
@@ -160,7 +160,7 @@ def lognormal(x: Vector) -> FittedLaw:
     """The lognormal law p(x) ∝ exp(-(ln x - μ)²/2σ²)/x from x = 1 on.
 
     Args:
-        x: (n,) λ/λ_min, all ≥ 1, not all 1.
+        x: ratios λ/λ_min of the tail, (n,), all ≥ 1, not all 1.
 
     Returns:
         The law. Where the power law itself is best, μ is -∞ and σ is ∞.
@@ -183,7 +183,7 @@ def truncated_power_law(x: Vector) -> FittedLaw:
     """The power law with an exponential cut-off, p(x) ∝ x^(-α) exp(-Λx), Λ ≥ 0.
 
     Args:
-        x: (n,) λ/λ_min, all ≥ 1, not all 1.
+        x: ratios λ/λ_min of the tail, (n,), all ≥ 1, not all 1.
 
     Returns:
         The law; α is any real number, the cut-off makes the law proper. Where the power law itself is best, Λ is 0.
@@ -221,11 +221,11 @@ def _fit_family(
     those of the sample. Scoring in (a, ln b), which keeps b > 0, with halved steps where the likelihood would fall.
 
     Args:
-        t: (n,) not all 0.
-        h: function of t.
+        t: ln x of the tail, (n,), not all 0.
+        h: convex function of t.
         expected: mean of h under the density of b = 0, whose mean of t is 1/a; the maximum is at b = 0 where the
             sample's is no smaller.
-        peak: where the density of (a, b) is largest.
+        peak: function that gives the t at which the density of (a, b) is largest.
 
     Returns:
         a, b and ln Z.

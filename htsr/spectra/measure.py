@@ -24,12 +24,12 @@ from htsr.spectra.statistics import permuted_statistics, statistics
 
 @dataclass(frozen=True)
 class Measured:
-    """A row and the spectra it was computed from.
+    """A row and the spectra that it was computed from.
 
     Attributes:
-        row: the numbers.
-        eigenvalues: (K,) float64, ascending; None where the matrix has no spectrum.
-        permuted: (K,) the same of the permuted matrix; None where not asked for.
+        row: row with the numbers.
+        eigenvalues: spectrum of the matrix, (K,) float64, ascending; None where it has none.
+        permuted: spectrum of the permuted matrix, likewise (K,); None where it was not asked for.
     """
 
     row: LayerMetrics
@@ -41,9 +41,9 @@ def measure(load: Callable[[], Array | Product], unmeasured: LayerMetrics, optio
     """Fill in the numbers of one matrix.
 
     Args:
-        load: returns the matrix, (m, n), or (pieces, m, n) to be pooled; or its factors.
-        unmeasured: a row with name, role and so on, whose numbers are still empty.
-        options: what to compute.
+        load: function that returns the matrix, (m, n), or (pieces, m, n) to be pooled; or its factors.
+        unmeasured: row with name, role and so on, whose numbers are still empty.
+        options: options that say what to compute.
 
     Returns:
         The row with numbers; a matrix without a spectrum gets a status and a warning instead of an exception.
@@ -67,7 +67,7 @@ def measure_batch(
 
     Args:
         jobs: `load` and `unmeasured` of `measure` for each matrix, all of one shape.
-        options: what to compute.
+        options: options that say what to compute.
 
     Returns:
         One result for each of `jobs`, in their order; the time of all is shared evenly among their rows.

@@ -38,7 +38,8 @@ class Options:
         alternatives: whether to compare the power law with other laws.
         quality: whether to compute SETOL's (experimental) quality estimates.
         bootstrap: number of resamples of the bootstrap interval of α; 0 for no interval.
-        gof: number of samples for the p-value of the goodness of fit; 0 for none.
+        gof: number of samples for the p-value of the goodness of fit; 0 for none. The Lanczos route has no p-value,
+            since its eigenvalues are no sample.
         seed: seed of all that is random but the null: permutation, bootstrap, goodness of fit, Lanczos probes.
 
     Raises:
@@ -112,8 +113,7 @@ class LayerMetrics:
         num_pl_tail: number of eigenvalues in the tail, n.
         fit: method that chose λ_min.
         num_fingers: number of largest eigenvalues that ``clip_xmax`` dropped.
-        gof_p: p-value of the goodness of fit: share of samples of the fitted law that fit no better; 0.1 or less rules
-            the power law out (`htsr.spectra.resampling`). Not on the Lanczos route, whose eigenvalues are no sample.
+        gof_p: p-value of the goodness of fit (`htsr.spectra.resampling`); 0.1 or less rules out the power law.
         alpha_low: lower bound of the 95 % bootstrap interval of α.
         alpha_high: upper bound of that interval.
         alpha_error: standard error of α from the probes of the Lanczos route.

@@ -34,14 +34,13 @@ def load_solver() -> None:
 def float32_eigenvalues(matrix: npt.NDArray[np.float32]) -> Vector:
     """Eigenvalues of a positive semidefinite matrix, with errors of about one ulp of the largest.
 
+    As NumPy's solvers do, it raises LinAlgError where the iteration does not converge.
+
     Args:
-        matrix: (M, M) float32, symmetric and contiguous, one triangle is enough; it is overwritten.
+        matrix: (M, M) float32, symmetric and contiguous; one triangle is enough. It is overwritten.
 
     Returns:
-        (M,) ascending.
-
-    Raises:
-        LinAlgError: the iteration does not converge.
+        (M,) float64, ascending.
 
     Examples:
         >>> import numpy as np
