@@ -106,8 +106,9 @@ class Layerwise:
                 *(len(small), len(matrices), policy.min_size),
                 *(", ".join(small[:3]), ", …" if len(small) > 3 else ""),
             )
+        # units that stay at 1 need no group of their own: their parameters go with the rest
         moving = [(unit, value) for unit, value in zip(matrices, values, strict=True) if value != 1.0]
-        self.units = [unit for unit, _ in moving]
+        self.units = [unit for unit, _ in moving]  # split_groups appends those of parameters without a matrix
         self.of_group = split_groups(optimizer, names, self.units, policy.pin, policy.describe())
         others = [pinned(unit, policy.pin) for unit in self.units[len(moving) :]]
         settled = [value for _, value in moving] + [1.0 if value is None else value for value in others]
@@ -182,8 +183,8 @@ class Layerwise:
         self.seconds += time.perf_counter() - began
         logger.info("step %d: %d matrices scored in %.2f s", step, len(found), time.perf_counter() - began)
         if step > 1 and self.total_steps is None and self.policy.active_fraction < 1:
-            share = f"{self.policy.active_fraction:.0%}"
-            self._tell("endless", f"without total_steps layerwise measures to the end, not for {share} of the training")
+            part = f"{self.policy.active_fraction:.0%}"
+            self._tell("endless", f"without total_steps layerwise measures to the end, not for {part} of the training")
         return Event(step, outcome, kept)
 
     def advance(self, optimizer: torch.optim.Optimizer, groups: Groups, step: int) -> None:
@@ -194,14 +195,14 @@ class Layerwise:
         if self.event_at(step):
             if self._event is None or self._event.step != step:
                 self._event = self.event(optimizer, step)
-            for unit, group in groups:
+            for i, group in groups:
                 now = self.multiplier(group, step)
-                new = now if unit in self._event.kept else self._event.outcome.multipliers[unit]
+                new = now if i in self._event.kept else self._event.outcome.multipliers[i]
                 group["htsr_start"] = new if step == 1 else now
                 group["htsr_target"] = new
                 group["htsr_event"] = step
-                group["score"] = self._event.outcome.scores[unit]
-                group["status"] = self._event.kept.get(unit, "ok")
+                group["score"] = self._event.outcome.scores[i]
+                group["status"] = self._event.kept.get(i, "ok")
         for _, group in groups:
             group["multiplier"] = self.multiplier(group, step)
 
@@ -265,7 +266,7 @@ class Layerwise:
 
         DeepSpeed's ZeRO calls a step for each: stages 1 and 2 show the optimizer one group, stage 3 empties the others.
         """
-        return [(unit, group) for unit, group in self.groups(optimizer) if group["params"]]
+        return [(i, group) for i, group in self.groups(optimizer) if group["params"]]
 
     def before_state_dict(self, optimizer: torch.optim.Optimizer) -> None:
         """Have the user's own values saved; and warn of an `optimizer` that has trained without calling its hooks."""

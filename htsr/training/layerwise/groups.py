@@ -233,7 +233,7 @@ class _Sorter:
         return self.others[key]
 
     def _label(self, unit: int, names: Sequence[str]) -> str:
-        """The unit's name where its matrix is there, else the first parameter's: weight and bias can be apart."""
+        """Name of a new group: the unit's where its matrix is in it, else the first parameter's, such as a bias."""
         own = self.units[unit]
         if not own.parts:
             return own.role
