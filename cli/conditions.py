@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
-from htsr.analysis.analyze import Analysis
+from htsr.analysis.result import Analysis
 from htsr.errors import UsageError
 from htsr.reporting.text import visible
 from htsr.spectra.alternatives import LAWS

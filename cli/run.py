@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 from htsr_cli.conditions import Condition, judge, say_error, with_needed
 from htsr_cli.output import Target, Words
 
-from htsr.analysis.analyze import Analysis, analyze_model, make_options
+from htsr.analysis.analyze import analyze_model, make_options
 from htsr.analysis.comparison import compare_analyses, filtered_together, options_beside
 from htsr.analysis.journal import Journal
+from htsr.analysis.result import Analysis
 from htsr.errors import UsageError
 from htsr.files import check_writable
 from htsr.matrices.models import Filter

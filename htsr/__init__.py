@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from htsr._version import __version__
 
 if TYPE_CHECKING:
-    from htsr.analysis.analyze import Analysis, Progress, analyze, describe
+    from htsr.analysis.analyze import Progress, analyze, describe
     from htsr.analysis.comparison import Comparison, compare
+    from htsr.analysis.result import Analysis
     from htsr.analysis.surgery import project
     from htsr.calibration.outlier_scores import measure_outliers
     from htsr.calibration.outliers import OutlierRow, Outliers
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
     from htsr.training.spectral_projection import spectral_projection
 
 _HOMES = {
-    "htsr.analysis.analyze": ("Analysis", "Progress", "analyze", "describe"),
+    "htsr.analysis.analyze": ("Progress", "analyze", "describe"),
+    "htsr.analysis.result": ("Analysis",),
     "htsr.analysis.comparison": ("Comparison", "compare"),
     "htsr.errors": ("HtsrError", "MatrixError", "MissingDependencyError", "SourceError", "UsageError"),
     "htsr.matrices.models": ("Filter", "Model", "WeightMatrix"),

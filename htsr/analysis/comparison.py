@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from htsr.analysis.analyze import FULL, Analysis, analyze_model, make_options
+from htsr.analysis.analyze import FULL, analyze_model, make_options
 from htsr.analysis.distance import Distance, distance
 from htsr.analysis.matching import match, of_one_shape
+from htsr.analysis.result import Analysis
 from htsr.analysis.sharing import launched_ranks
 from htsr.analysis.tables import changes_table, pairs_table
 from htsr.arrays import Array, Vector

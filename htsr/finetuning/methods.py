@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from htsr.analysis.analyze import Analysis
+from htsr.analysis.result import Analysis
 from htsr.calibration.outlier_scores import measure_outliers
 from htsr.calibration.outliers import Outliers
 from htsr.calibration.records import Record, text_of

@@ -26,7 +26,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from htsr.analysis.analyze import Analysis, analyze
+from htsr.analysis.analyze import analyze
+from htsr.analysis.result import Analysis
 from htsr.calibration.loading import load_model, resolve
 from htsr.calibration.multiple_choice import multiple_choice_accuracy
 from htsr.calibration.record_forms import Record, as_dataset

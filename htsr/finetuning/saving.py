@@ -13,7 +13,7 @@ from htsr.finetuning.run_folder import RESULTS, plain, write_json
 from htsr.ranks import Ranks
 
 if TYPE_CHECKING:
-    from htsr.analysis.analyze import Analysis
+    from htsr.analysis.result import Analysis
     from htsr.finetuning.recipe import Recipe
     from htsr.finetuning.result import Result
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from htsr import allocate
-from htsr.analysis.analyze import Analysis
+from htsr.analysis.result import Analysis
 from htsr.errors import MatrixError, UsageError
 from htsr.matrices.blocks import find_blocks
 from htsr.matrices.patterns import matches, require

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from htsr import allocate
-from htsr.analysis.analyze import Analysis
+from htsr.analysis.result import Analysis
 from htsr.arrays import Vector
 from htsr.calibration.outliers import OWLORE_THRESHOLD, Outliers
 from htsr.errors import UsageError
