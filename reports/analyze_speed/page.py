@@ -143,12 +143,13 @@ Processor seconds on one thread with ERG, permuted weights and the Marchenko-Pas
 
 {common.table(["stage", "causal LM", "encoder"], rows)}
 What made it fast: the Gram matrix of the smaller side in place of an SVD of W; its product as a symmetric update (half
-the flops of a general one); small matrices side by side, one BLAS thread each, large ones with all threads; all tails of
-a scan in a few array operations; the bulk fitted to quantiles rather than to a smoothed density; the null of common
-shapes in a table; entries shuffled as float64, whose items NumPy swaps fastest; torch not even imported where no tensor
-needs it. Tried and left: LAPACK's two-stage reduction (slower below n = 2048, 1.7 times faster at 4096, where torch's
-MKL does the same); a hashed permutation in place of a shuffled one (four times faster, but it leaves structure behind
-that shows as false correlation traps).
+the flops of a general one); in float32 LAPACK's reduction called directly, since NumPy's solver computes in float64
+whatever it is given; small matrices side by side, one BLAS thread each, large ones with all threads; all tails of a scan
+in a few array operations; other laws by maximum likelihood of our own; the bulk fitted to quantiles rather than to a
+smoothed density; the null of common shapes in a table; entries shuffled as float64, whose items NumPy swaps fastest;
+torch not even imported where no tensor needs it. Tried and left: LAPACK's two-stage reduction (slower below n = 2048, 1.7
+times faster at 4096, where torch's MKL does the same); a hashed permutation in place of a shuffled one (four times
+faster, but it leaves structure behind that shows as false correlation traps).
 """
 
 
