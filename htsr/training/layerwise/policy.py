@@ -62,7 +62,7 @@ class Policy:
         UsageError: a field has no meaning.
 
     Examples:
-        LLR on whole blocks, measured every 500 steps, norms and biases at twice the rate:
+        LLR on whole blocks, measured every 500 steps, norms and other vectors at twice the rate:
 
         >>> import htsr
         >>> policy = htsr.Policy(unit="block", interval=500, pin={"norm": 2.0, "vector": 2.0})

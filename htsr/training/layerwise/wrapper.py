@@ -73,7 +73,7 @@ def layerwise(
 
     Examples:
         Two matrices, one with a heavy tail (a low α, well trained), one of noise. At the first step the noise gets
-        the largest multiplier, the heavy tail the least, and the biases, which have no spectrum, stay at 1:
+        the largest multiplier and the heavy tail the least; a bias follows its matrix:
 
         >>> import htsr, torch
         >>> _ = torch.manual_seed(0)

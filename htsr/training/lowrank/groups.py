@@ -64,7 +64,7 @@ def low_rank_groups(
         UsageError: the rank is below 1, no matrix of the model can have it, or FSDP1 has flattened them.
 
     Examples:
-        Of each block four matrices at rank 4, and ten vectors without weight decay:
+        Four matrices of each of three blocks at rank 4, and eight vectors of each without weight decay:
 
         >>> import htsr, torch
         >>> layer = torch.nn.TransformerEncoderLayer(d_model=16, nhead=2, dim_feedforward=32)
