@@ -20,7 +20,7 @@ Indices = npt.NDArray[np.intp]
 
 _TIE = 1e-9  # relative; closer values are equal but for the rounding of what computed them
 _CELLS = 1 << 15  # of the table of gaps that is worked on at a time: what the processor's cache holds
-_LEVELS = (8, 32)  # values of a tail at which a lower bound of its D is taken
+_LEVELS = (8, 32, 128)  # values of a tail at which a lower bound of its D is taken
 _TRIED = 4  # tails of each spectrum that are measured whole at first
 
 
@@ -137,6 +137,9 @@ class Tails:
             better = (D < least[spectrum]) | ((D == least[spectrum]) & (tail < found[spectrum]))  # noqa: SIM300
             found[spectrum[better]], least[spectrum[better]] = tail[better], D[better]
 
+        if tails.size**2 <= _CELLS * found.size:  # the whole table is so small that bounds cost more
+            measure(tails)
+            return found, least
         bound = np.empty(0)
         for points in _LEVELS:
             bound = self.distances(tails, points)

@@ -54,6 +54,23 @@ def test_the_search_finds_the_least_of_all_distances(seed, size, grid):
     assert tails.best() == (int(np.argmin(D)), D.min())
 
 
+@settings(max_examples=20)
+@given(seeds, st.integers(200, 500), st.sampled_from([0.0, 0.05]))
+def test_spectra_searched_together_are_those_searched_alone(seed, size, grid):
+    random = np.random.default_rng(seed)
+    rows = np.sort([body_and_tail(random, size) for _ in range(6)])[:, : size // 2 * 2]
+    rows = np.exp(np.round(np.log(rows) / grid) * grid) if grid else rows
+    kept = random.integers(2, rows.shape[1], 6)
+    together = Tails.of(np.where(np.arange(rows.shape[1]) < kept[:, None], rows, np.inf))
+    index, D = together.best()
+    for i, row in enumerate(rows):
+        alone = Tails.of(row[: kept[i]])
+        (expected,), least = alone.best()
+        assert D[i] == least
+        assert (together.spectrum[index[i]], together.starts[index[i]]) == (i, alone.starts[expected])
+        assert together.alpha[index[i]] == pytest.approx(alone.alpha[expected], rel=1e-12)
+
+
 def reference_data(name):
     return np.loadtxt(Path(powerlaw.__file__).parent / "reference_data" / name)
 
