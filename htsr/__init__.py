@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from htsr.matrices.models import Filter, Model, WeightMatrix
     from htsr.spectra.bulk import signal_to_noise
     from htsr.spectra.density import ESD
-    from htsr.spectra.directions import project_tail, remove_traps
+    from htsr.spectra.directions import project_tail
     from htsr.spectra.esd import esd
     from htsr.spectra.metrics import LayerMetrics, Options
     from htsr.spectra.tail import PowerLawFit, fit_power_law
+    from htsr.spectra.traps import remove_traps
     from htsr.spectra.windows import Windows
     from htsr.training.callbacks import LayerSamplerCallback, LayerwiseCallback
     from htsr.training.layerwise.groups import per_group
@@ -53,7 +54,8 @@ _HOMES = {
     "htsr.spectra.esd": ("esd",),
     "htsr.spectra.metrics": ("LayerMetrics", "Options"),
     "htsr.spectra.bulk": ("signal_to_noise",),
-    "htsr.spectra.directions": ("project_tail", "remove_traps"),
+    "htsr.spectra.directions": ("project_tail",),
+    "htsr.spectra.traps": ("remove_traps",),
     "htsr.spectra.tail": ("PowerLawFit", "fit_power_law"),
     "htsr.spectra.windows": ("Windows",),
     "htsr.analysis.surgery": ("project",),

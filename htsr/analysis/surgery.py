@@ -2,8 +2,9 @@
 
     htsr.project("path/or/hub-id", "projected", "erg")
 
-`htsr.spectra.directions` has the mathematics of one matrix. Here every wanted matrix of a model is changed in a copy of
-its files, one stored tensor in memory at a time; the copy becomes the output folder when all is done.
+`htsr.spectra.directions` and `htsr.spectra.traps` have the mathematics of one matrix. Here every wanted matrix of a
+model is changed in a copy of its files, one stored tensor in memory at a time; the copy becomes the output folder when
+all is done.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from htsr.matrices.stored_tensors import FLOATS
 from htsr.matrices.tying import repeated, tied
 from htsr.matrices.writing import copy_checkpoint
 from htsr.results import Column, Record, Table, Tabular, Value, tabulate
-from htsr.spectra.directions import Keep, project_tail, remove_traps
+from htsr.spectra.directions import Keep, project_tail
 from htsr.spectra.tail import FitMethod
+from htsr.spectra.traps import remove_traps
 
 if TYPE_CHECKING:
     import torch

@@ -4,14 +4,15 @@
 pure function, in a module of its own that begins with its definition and source:
 
 ============ ==========================================================================================================
-spectra      `esd` by `eigenvalues`, `lanczos` or, for a product of factors, `product`; `windows`; the result is in
-             `density` (`ESD`)
+spectra      `esd` by `eigenvalues` (`tridiagonal` in float32), `lanczos` or, for a product of factors, `product`;
+             `windows`; the result is in `density` (`ESD`)
 precision    `resolution`: which eigenvalues are only rounding
-the tail     `tail` (power-law fits), `scan`, `alternatives` (other laws), `null` (α of noise of the same shape;
-             `known_nulls` are not drawn again)
-the rest     `bulk` (Marchenko-Pastur, spikes, traps), `erg` (trace-log condition), `quality`
+the tail     `tail` (power-law fits) by `scan`, `resampling` (how sure they are), `certainty` (of fits in float32);
+             `alternatives` with `laws` (other laws); `null` with `known_nulls` (α of noise of the same shape)
+the rest     `bulk` (Marchenko-Pastur, spikes, traps) and `permutation` (W in random order), `erg` (trace-log
+             condition), `quality`
 one number   `scores`, for training
-changes      `directions` (projection on a tail, removal of traps), `nudge` (towards α = 2)
+changes      `directions` (projection on a tail), `traps` (their removal), `nudge` (towards α = 2)
 a row        `measure`, `statistics` of one spectrum, `metrics`, `notes` (words of caution), `attempts` (what fails
              becomes a row)
 ============ ==========================================================================================================

@@ -14,11 +14,11 @@ import numpy as np
 from htsr.arrays import Array, Difference, Product, Vector, as_numpy
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.attempts import attempted
-from htsr.spectra.bulk import permute_entries
 from htsr.spectra.certainty import fit_is_certain, is_single
 from htsr.spectra.density import ESD
 from htsr.spectra.esd import Route, esd, esd_batch
 from htsr.spectra.metrics import LayerMetrics, Options
+from htsr.spectra.permutation import permute_entries
 from htsr.spectra.statistics import permuted_statistics, statistics
 
 

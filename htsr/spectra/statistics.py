@@ -229,7 +229,7 @@ def permuted_statistics(matrix: Array | Product, spectrum: ESD, other: ESD, *, w
 
     Examples:
         >>> import numpy as np
-        >>> from htsr.spectra.bulk import permute_entries
+        >>> from htsr.spectra.permutation import permute_entries
         >>> from htsr.spectra.esd import esd
         >>> from htsr.spectra.statistics import permuted_statistics
         >>> W = np.random.default_rng(0).standard_normal((300, 100)) + 0.2

@@ -22,7 +22,7 @@ PAGES = "reports/documentation/pages"
 PLACES = {"reports": "studies", "htsr/finetuning/recipes": "recipes"}  # folders of the repository on the site
 SCIENCE = (
     "spectra.esd", "spectra.density", "spectra.eigenvalues", "spectra.tridiagonal", "spectra.certainty", "spectra.resolution", "spectra.product", "spectra.windows", "spectra.tail", "spectra.scan", "spectra.resampling",
-    "spectra.erg", "spectra.bulk", "spectra.null", "spectra.laws", "spectra.alternatives", "spectra.quality", "spectra.lanczos", "spectra.scores", "spectra.directions", "spectra.nudge", "allocate",
+    "spectra.erg", "spectra.bulk", "spectra.permutation", "spectra.null", "spectra.laws", "spectra.alternatives", "spectra.quality", "spectra.lanczos", "spectra.scores", "spectra.directions", "spectra.traps", "spectra.nudge", "allocate",
 )  # fmt: skip
 _LINK = re.compile(r"(?<=\]\()[^)\s]+(?=\))")
 
