@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from htsr.spectra.certainty import _least_distance, fit_is_certain
 from htsr.spectra.density import ESD
+from htsr.spectra.esd import esd
 from htsr.spectra.measure import measure
 from htsr.spectra.metrics import LayerMetrics, Options
 from htsr.spectra.tail import fit_power_law
@@ -97,10 +98,10 @@ def test_unresolved_eigenvalues_matter_where_the_tail_could_begin_there():
     random = np.random.default_rng(0)
     log_uniform = np.exp(random.uniform(np.log(2e-6), 0, 200))  # one power law over all of float32's range and beyond
     assert not certain(np.concatenate([np.zeros(100), log_uniform]))
-    bulk = 1e-3 + 3 * random.random(300)
-    assert certain(np.concatenate([np.zeros(20), bulk, 4 * (1 - random.random(100)) ** -0.5]))
-    assert not certain(np.concatenate([np.zeros(1), bulk]), "hill")
+    bulk = esd(matrix(0, 90, 30, 0.4)).positive
+    assert certain(np.concatenate([np.zeros(9), bulk]))
     assert certain(bulk, "hill")
+    assert not certain(np.concatenate([np.zeros(1), bulk]), "hill")
 
 
 def test_a_given_begin_is_certain_unless_an_eigenvalue_comes_too_near():
