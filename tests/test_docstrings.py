@@ -27,12 +27,8 @@ ERRORS = {
 
 FOLDER = Path(htsr.__file__).parent
 
-# Modules of the science and of the API; in the others (reporting, the files of results, recipes) a parameter may go
-# without a word.
-API = re.compile(
-    r"htsr\.(?!reporting\.|files\.|ranks\.|analysis\.(execution|journal|saving|schema)\."
-    r"|calibration\.(activations|loading|records|record_forms)\.|finetuning\.(recipe|recipe_values|model_card)\.)"
-)
+# In other modules (reporting, the files of results, work shared among processes) a parameter may go without a word.
+API = re.compile(r"htsr\.(?!reporting\.|analysis\.(execution|journal|saving)\.)")
 # Overridden methods whose parameters are those of the Trainer.
 OF_THE_TRAINER = ("on_train_begin", "on_log", "create_model_card")
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 class InputNorms:
     """Sums of squares of every Linear's input features, in float64, while texts run through the model.
 
+    Args:
+        model: model that the texts run through.
+
     Attributes:
         transposed: names of stacked experts that are stored (in_features, out_features).
     """
@@ -168,7 +171,7 @@ def stacked_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def linear_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """The Linear and Conv1D modules by name, without those of adapters (LoRA), wrappers' prefixes removed."""
+    """The Linear and Conv1D modules of `model` by name, without those of adapters, wrappers' prefixes removed."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 

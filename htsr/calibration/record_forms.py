@@ -61,7 +61,7 @@ def checked(record: Any, place: str = "") -> Record:
 
 
 def form_of(record: Record) -> str:
-    """The form of a record: ``text``, ``chat``, ``completion`` or ``question``.
+    """The form of a `record`: ``text``, ``chat``, ``completion`` or ``question``.
 
     Raises:
         SourceError: it has none of them, or several.
@@ -87,7 +87,7 @@ def form_of(record: Record) -> str:
 
 
 def columns_of(record: Record) -> str:
-    """The columns that a record has in a data set of TRL, in words; all records of a data set have the same."""
+    """The columns that a `record` has in a data set of TRL, in words; all records of a data set have the same."""
     row = _columns(record)
     return " and ".join(key for key in row if key not in _FOR_TEMPLATE) + " of turns" * (
         "prompt" in row and is_chat(row)
@@ -95,7 +95,7 @@ def columns_of(record: Record) -> str:
 
 
 def is_chat(record: Record) -> bool:
-    """Whether a chat template is needed to write the record."""
+    """Whether a chat template is needed to write the `record`."""
     return "messages" in record or isinstance(record.get("prompt"), list)
 
 
@@ -160,7 +160,7 @@ def _for_template(record: Record) -> Record:
 
 
 def question_of(record: Record) -> tuple[str, list[str]]:
-    """Prompt and continuations of a multiple-choice record with ``question``, ``choices`` and ``answer`` (an index).
+    """Prompt and continuations of a multiple-choice `record` with ``question``, ``choices`` and ``answer`` (an index).
 
     Raises:
         SourceError: a field is missing or has no meaning.
@@ -188,6 +188,10 @@ def text_of(record: Record, tokenizer: Any = None) -> str:
 
     A chat is written by the tokenizer's template; without one its contents stand below each other.
 
+    Args:
+        record: record of any form.
+        tokenizer: tokenizer with or without a chat template; None for none.
+
     Raises:
         SourceError: the record has no known form, or the template cannot write it.
 
@@ -213,6 +217,12 @@ def text_of(record: Record, tokenizer: Any = None) -> str:
 def written_by_template(turns: list[Record], record: Record, tokenizer: Any, **more: Any) -> str:
     """Turns as the tokenizer's chat template writes them, with the record's tools and variables.
 
+    Args:
+        turns: turns of a chat.
+        record: record that they are from.
+        tokenizer: tokenizer with a chat template.
+        **more: variables of the template; the record's own replace them.
+
     Raises:
         SourceError: the template refuses them.
     """
@@ -233,6 +243,9 @@ def as_dataset(records: Sequence[Record]) -> Dataset:
 
     Turns, tools and variables stay as they are: Arrow alone would give every turn the keys of all others, and templates
     would write them.
+
+    Args:
+        records: records, all of one form.
 
     Raises:
         SourceError: a record has no known form.

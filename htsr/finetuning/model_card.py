@@ -26,7 +26,13 @@ _SHOWN = ("alpha", "trace_log", "stable_rank", "log_norm", "log_spectral_norm")
 
 
 def model_card(recipe: Recipe, result: Result, comparison: Comparison | None) -> str:
-    """Markdown with the hub's header: what it was trained from, on what, how, with which seed, and what came of it."""
+    """Markdown with the hub's header: what it was trained from, on what, how, with which seed, and what came of it.
+
+    Args:
+        recipe: recipe of the run.
+        result: result of the run.
+        comparison: spectra before and after training; None where they were not measured.
+    """
     front = ["---", "library_name: transformers", "tags:", "- htsr", f"- {recipe.method}"]
     if "/" in recipe.model and not recipe.model.startswith(("/", ".", "package:")):
         front.append(f"base_model: {recipe.model}")

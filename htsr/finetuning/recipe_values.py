@@ -15,7 +15,7 @@ MOST_CHARACTERS, MOST_VALUES, MOST_ENTRIES = 30_000, 10_000, 2_000
 
 
 def load_yaml(text: str) -> Any:
-    """What a YAML text says, where 1e-4 is a number.
+    """What a YAML `text` says, where 1e-4 is a number.
 
     Raises:
         ValueError: it is no YAML, or has a size that no recipe has, its anchors written out.
@@ -72,6 +72,11 @@ def _written_out(node: Any, known: dict[int, int]) -> int:
 def made(kind: Any, content: Mapping[str, Any], where: str) -> Any:
     """The dataclass `kind` made of keys and values.
 
+    Args:
+        kind: a dataclass, whose fields are the keys.
+        content: values by key.
+        where: file or section, for the message.
+
     Raises:
         UsageError: a key is unknown or missing, or a value is of another kind; its place is named.
     """
@@ -115,7 +120,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def kind_of(value: Any) -> str:
-    """What a message calls a value: the value itself where it is short, else its kind or its beginning."""
+    """What a message calls a `value`: the value itself where it is short, else its kind or its beginning."""
     if isinstance(value, (dict, list)):
         return "a section of keys" if isinstance(value, dict) else "a list"
     text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a number beyond reason"
@@ -123,7 +128,7 @@ def kind_of(value: Any) -> str:
 
 
 def nearest(key: Any, known: Any) -> str:
-    """What an unknown `key` may have meant, as the end of a message."""
+    """Which of the `known` keys an unknown `key` may have meant, as the end of a message."""
     import difflib
 
     near = difflib.get_close_matches(str(key)[:80], list(known), n=1)
