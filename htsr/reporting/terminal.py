@@ -44,7 +44,9 @@ def terminal_table(table: Table, width: int) -> RichTable:
 
     columns = [(c, [visible(text) for text in texts]) for c, texts in _by_column(table)]
     (first, names), *rest = columns
-    rest, room, left_out = _fitting(rest, max(map(len, names), default=0), width, table.spare)
+    longest = max(map(len, names), default=0)
+    rest, room, left_out = _fitting(rest, longest, width, table.spare)
+    room = max(room, 8) if table.spare else longest  # short names of parts say more than their ends
     drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for column in (first, *(column for column, _ in rest)):
         justify = "left" if column.text else "right"
@@ -52,7 +54,7 @@ def terminal_table(table: Table, width: int) -> RichTable:
     for i, name in enumerate(names):
         style = STYLES.get(table.tones[i], "") if table.tones else ""
         cells = (Text(cells[i], style=style if column.title in table.toned else "") for column, cells in rest)
-        drawn.add_row(_shortened(name, max(room, 8)), *cells, style=None if table.toned else style)
+        drawn.add_row(_shortened(name, room), *cells, style=None if table.toned else style)
     if left_out:
         elsewhere = f"; {table.elsewhere}" if table.elsewhere else ""
         drawn.caption = Text(f"left out for width: {', '.join(left_out)}{elsewhere}", style="dim")

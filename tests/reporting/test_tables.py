@@ -11,7 +11,7 @@ from htsr.analysis import tables
 from htsr.reporting.formats import as_csv
 from htsr.reporting.terminal import STYLES, _first_kinds, terminal_table
 from htsr.spectra.notes import CAUTION
-from htsr.training.memory.plan import MemoryPlan, MemoryPlans
+from htsr.training.memory.plan import METHODS, MemoryPlan, MemoryPlans
 from tests.models import state_dict
 
 
@@ -150,6 +150,19 @@ def test_the_unit_of_memory_fits_its_size(scale, unit):
     assert ["weights", "1.00"] in shown
     assert ["total", "2.00"] in shown
     assert ["trained", "1,234"] in shown
+
+
+def test_six_methods_fit_a_terminal_without_a_number_cut():
+    sizes = dict.fromkeys(("weights", "gradients", "optimizer", "projectors", "activations"), 13 << 30)
+    plans = tuple(
+        MemoryPlan("7b", method, "backward", total=65 << 30, **sizes, logits=0, workspace=0, parameters=7 * 10**9,
+                   trainable=7 * 10**9)
+        for method in METHODS
+    )  # fmt: skip
+    shown = lines(terminal_table(MemoryPlans("7b", plans).tables()[0], 80), 80)
+    assert all(len(line) <= 80 for line in shown)
+    assert ["activations", *["13.00"] * 6] in [line.split() for line in shown]
+    assert ["trained", *["7,000", "M"] * 6] in [line.split() for line in shown]
 
 
 def test_the_caution_stands_where_a_tail_is_noted(capsys):

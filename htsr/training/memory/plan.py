@@ -150,4 +150,5 @@ class MemoryPlans(Tabular):
 
 
 def _millions(parameters: int) -> str:
-    return f"{parameters / 1e6:,.1f} M" if parameters >= 1e5 else f"{parameters:,}"
+    digits = 1 if parameters < 1e9 else 0
+    return f"{parameters / 1e6:,.{digits}f} M" if parameters >= 1e5 else f"{parameters:,}"
