@@ -8,9 +8,10 @@ stored tensors `stored_tensors` (`StoredTensor`)
 of files       `hub`, `folders` (which files are the model), `checkpoint_files`; one format each `file_bytes`
                (safetensors), `pickles`, `gguf_files`
 of modules     `modules`, `tuners` (layers with PEFT's adapters), `sharded` (spread over processes)
-of adapters    `adapters` (ΔW from its factors), `adapter_config`, `peft_folders` (ΔW computed by PEFT)
+of adapters    `adapters` by `deltas` (ΔW from its factors), `adapter_config`, `peft_folders` (ΔW computed by PEFT)
 made plain     `quantized` with `packed` and `scaled`, `parametrized`, `layouts` (what converters change), `tying`
-matrices       `apart`, by `naming`, `roles` and `fused`; the result is in `models` (`WeightMatrix`, `Model`, `Filter`)
+matrices       `apart`, by `naming`, `roles`, `towers` and `fused`; the result is in `models` (`WeightMatrix`,
+               `Model`, `Filter`)
 chosen         `patterns` (names as users write them), `blocks` (the blocks of a live model)
 compared       `checksums` (whether two processes or runs hold the same)
 and back       `positions` (where a matrix stands in its tensor), `writing` (a changed copy of a checkpoint)

@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from htsr.arrays import Array, Difference, Numbers, Product, as_numpy
 from htsr.errors import SourceError
 from htsr.matrices.adapter_config import CONFIG, AdapterConfig, read_adapter_config
 from htsr.matrices.checkpoint_files import file_tensors
-from htsr.matrices.stored_tensors import FLOATS, StoredTensor
+from htsr.matrices.deltas import Delta, Sum, misfit
+from htsr.matrices.stored_tensors import StoredTensor
 
 PREFIX = "base_model.model."
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -131,7 +128,7 @@ def merged_with_base(adapter: list[StoredTensor], base: list[StoredTensor]) -> l
     """
     by_name = {tensor.name: tensor for tensor in base}
     for tensor in adapter:
-        delta = tensor.read if isinstance(tensor.read, _Delta) else None
+        delta = tensor.read if isinstance(tensor.read, Delta) else None
         matches = [name for name in by_name if name == tensor.name or name.endswith("." + tensor.name)]
         matches = matches or [name for name in by_name if tensor.name.endswith("." + name)]
         if delta is None and not matches and tensor.problem is None:
@@ -183,77 +180,12 @@ def _kohya(by_name: dict[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor
         module, found, _ = name.partition(".lora_down.weight")
         up, alpha = by_name.get(f"{module}.lora_up.weight"), by_name.get(f"{module}.alpha")
         more = {f"{module}.dora_scale", f"{module}.lora_mid.weight"} & by_name.keys()
-        if found and up and alpha and not more and not _broken(down, up):
-            read, warning = _Delta(down, up, None, False, alpha=alpha), f"ΔW of rank {down.shape[0]}"
+        if found and up and alpha and not more and not misfit(down, up):
+            read, warning = Delta(down, up, None, False, alpha=alpha), f"ΔW of rank {down.shape[0]}"
             yield (
                 module,
                 StoredTensor(f"{module}.weight", read.shape, down.dtype, read, kind="adapter", warning=warning),
             )
-
-
-def dora_factor(adapted: Any, magnitude: Any, transposed: bool) -> Any:
-    """The factor that DoRA multiplies W + ΔW with: magnitude / ‖W + ΔW‖, one number per output.
-
-    Args:
-        adapted: W + ΔW, (out, in, …), or (in, out) where `transposed`; NumPy or torch.
-        magnitude: DoRA's trained magnitudes, in any shape with one entry per output.
-        transposed: whether W is stored (in, out), as embeddings and GPT-2's Conv1D are.
-
-    Returns:
-        (out, 1, …), or (1, out) where `transposed`, so that it broadcasts against `adapted`.
-
-    Examples:
-        >>> import numpy as np
-        >>> from htsr.matrices.adapters import dora_factor
-        >>> dora_factor(np.array([[3.0, 4.0], [0.0, 2.0]]), np.array([10.0, 1.0]), transposed=False).tolist()
-        [[2.0], [0.5]]
-
-    Source: DoRA (arXiv 2402.09353), eq. 5.
-    """
-    if transposed:
-        return magnitude.reshape(1, -1) / (adapted**2).sum(0) ** 0.5
-    norm = (adapted.reshape(adapted.shape[0], -1) ** 2).sum(1) ** 0.5
-    return (magnitude.reshape(-1) / norm).reshape(-1, *[1] * (adapted.ndim - 1))
-
-
-@dataclass(frozen=True)
-class _Delta:
-    """Reads ΔW = scaling · B·A; kohya's files hold alpha = scaling · r."""
-
-    A: StoredTensor
-    B: StoredTensor
-    scaling: float | None
-    transposed: bool
-    magnitude: StoredTensor | None = None
-    base: StoredTensor | None = None
-    alpha: StoredTensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = (self.B.shape[0], *self.A.shape[1:])
-        return shape[::-1] if self.transposed else shape
-
-    def __call__(self, index: int | None = None) -> Array:
-        a, b = self._read()
-        product = b @ a.reshape(a.shape[0], -1)
-        product = product.T if self.transposed else product.reshape(self.shape)
-        return product if index is None else product[index]
-
-    def factors(self) -> Product:
-        """ΔW as its factors; a kernel's as (positions, out, r) and (positions, r, in)."""
-        a, b = self._read()
-        if a.ndim > 2:
-            a = np.moveaxis(a.reshape(*a.shape[:2], -1), 2, 0)
-            b = np.broadcast_to(b, (len(a), *b.shape))
-        return Product(a.T, b.T) if self.transposed else Product(b, a)
-
-    def _read(self) -> tuple[Numbers, Numbers]:
-        """A (r, in, …) and scaling · B (out, r), float32."""
-        a, b = (as_numpy(x.read()).astype("float32") for x in (self.A, self.B))
-        scaling = self.scaling
-        if scaling is None and self.alpha is not None:
-            scaling = float(as_numpy(self.alpha.read()).reshape(-1)[0]) / len(a)
-        return a, scaling * b.reshape(b.shape[0], -1)  # type: ignore[operator]
 
 
 def _change(name: str, A: StoredTensor, stored: dict[str, StoredTensor], config: AdapterConfig) -> StoredTensor:
@@ -266,7 +198,7 @@ def _change(name: str, A: StoredTensor, stored: dict[str, StoredTensor], config:
     magnitude = stored.get(vector) or stored.get(f"{vector}.weight")
     base = stored.get(f"{module}.base_layer.weight")  # PEFT saves adapted embeddings whole
     problem = None
-    if why := _broken(A, B):
+    if why := misfit(A, B):
         problem = ("unreadable", f"{module}: {why}")
     elif config.dora and magnitude is None:
         problem = ("unreadable", f"{module} is a DoRA module without its lora_magnitude_vector")
@@ -275,7 +207,7 @@ def _change(name: str, A: StoredTensor, stored: dict[str, StoredTensor], config:
         shape = (B.shape[0] if B.shape else 0, *A.shape[1:])
         return StoredTensor(f"{module}.weight", shape, A.dtype, A.read, kind="adapter", problem=problem)
     scaling, transposed = config.scaling(module, A.shape[0]), embedding or config.transposed
-    delta = _Delta(A, B, scaling, transposed, magnitude, base)
+    delta = Delta(A, B, scaling, transposed, magnitude, base)
     on_parameter = any(target.rpartition(".")[0] in module for target in config.parameters)
     if magnitude is not None:
         problem = ("needs_base", f"{module} is a DoRA module, whose ΔW depends on its base: analyze it with base=…")
@@ -288,19 +220,6 @@ def _change(name: str, A: StoredTensor, stored: dict[str, StoredTensor], config:
     )
 
 
-def _broken(A: StoredTensor, B: StoredTensor) -> str:
-    """Why `A` and `B` are no factors of a ΔW; empty where they are."""
-    if len(A.shape) < 2 or len(B.shape) < 2:
-        return f"its factors have shapes {A.shape} and {B.shape}"
-    if 0 in A.shape or 0 in B.shape:
-        return f"its factors {A.shape} and {B.shape} are empty"
-    if B.shape[1] != A.shape[0] or any(size != 1 for size in B.shape[2:]):
-        return f"its factors of shapes {A.shape} and {B.shape} have no product"
-    if not {A.dtype, B.dtype} <= FLOATS:
-        return f"its factors are stored as {A.dtype} and {B.dtype}"
-    return ""
-
-
 def _tokens(stored: dict[str, StoredTensor]) -> list[StoredTensor]:
     """Rows of embeddings that were trained: they replace the base's."""
     tensors = []
@@ -310,31 +229,3 @@ def _tokens(stored: dict[str, StoredTensor]) -> list[StoredTensor]:
             why = f"{module} has {tensor.shape[0] if tensor.shape else 0} rows that replace its base's: give the base"
             tensors.append(replace(tensor, name=f"{module}.weight", problem=("needs_base", why), kind="embedding"))
     return tensors
-
-
-@dataclass(frozen=True)
-class Sum:
-    """Reads W + ΔW, in float64 where W is stored so, else in float32.
-
-    Attributes:
-        base: stored tensor of W.
-        delta: reader of ΔW.
-    """
-
-    base: StoredTensor
-    delta: _Delta
-
-    def __call__(self, index: int | None = None) -> Array:
-        """The sum in the shape of `base`, or one slice of its first axis.
-
-        Args:
-            index: number of the slice; None for the whole tensor.
-        """
-        own = as_numpy(self.base.read())
-        own = own if own.dtype == np.float64 else own.astype("float32")
-        total = own + as_numpy(self.delta())
-        if self.delta.magnitude is not None:
-            factor = dora_factor(total, as_numpy(self.delta.magnitude.read()), self.delta.transposed)
-            total, own = total * factor, own * factor
-        which = slice(None) if index is None else index
-        return Difference.computed(total[which], [(own[which], self.base.dtype)])

@@ -17,6 +17,7 @@ from htsr.matrices.naming import leaf
 from htsr.matrices.positions import Position
 from htsr.matrices.quantized import is_packed
 from htsr.matrices.stored_tensors import FLOATS, StoredTensor
+from htsr.matrices.towers import tower_of, tower_prefixes
 
 # a layer's weight, whatever the layer is called: a bias that is computed has weights, too
 _WEIGHTS = re.compile(r"(^|[._/])(weight(_[ih][hr]_l\d+(_reverse)?)?|kernel|embedding)$")
@@ -40,14 +41,14 @@ def matrices_of(tensors: list[StoredTensor], config: dict[str, Any]) -> Iterator
     """
     weights = [tensor for tensor in tensors if _is_weight(tensor)]
     found = roles.roles_of((tensor.name, tensor.kind) for tensor in weights)
-    towers = roles.tower_prefixes(tensor.name for tensor in weights)
+    towers = tower_prefixes(tensor.name for tensor in weights)
     blocks = [roles.block_of(tensor.name) for tensor in weights]
     if not any(block is not None for block in blocks):
         blocks = [roles.number_of(tensor.name) for tensor in weights]
     stems = Counter(roles.stem(tensor.name) for tensor in weights)
     inner = roles.inner_widths([(tensor.name, role, tensor.shape) for tensor, role in zip(weights, found, strict=True)])
     for tensor, role, block in zip(weights, found, blocks, strict=True):
-        tower = roles.tower_of(tensor.name, towers)
+        tower = tower_of(tensor.name, towers)
         name, width = roles.stem(tensor.name), inner.get(tensor.name, 0)
         weight = _StoredWeight(tensor, role, tower, block, config, width)
         if 0 in tensor.shape and (tensor.problem is not None or len(tensor.shape) > 2):  # of a stack no empty elements

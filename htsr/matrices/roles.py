@@ -165,12 +165,6 @@ _FAMILIES = [
 
 _NO_BLOCK = re.compile(rf"embed|experts?$|(^|\.)stem|{_PROJECTOR}|{_HEAD}")
 _NUMBERED = re.compile(r"(?:layers?|stage|blocks?|level|cell|inception|mixed|transition|^s)_?(\d+)[a-e]?$")
-_TOWERS = {
-    "vision": re.compile(r"vision|visual|image|^vit$|^v$"),
-    "audio": re.compile(r"audio|speech|^a$"),
-    "decoder": re.compile(r"decoder|^dec$"),
-    "encoder": re.compile(r"encoder|^enc$"),
-}
 
 
 def is_stack_of_experts(name: str, shape: Sequence[int]) -> bool:
@@ -294,36 +288,3 @@ def number_of(name: str) -> int | None:
     """The number in a `name` such as ``conv3`` or ``fc2``, for models that number their layers and have no blocks."""
     found = re.match(r"[a-z]+_?(\d+)$", stem(name).lower())
     return int(found[1]) if found else None
-
-
-def tower_prefixes(names: Iterable[str]) -> dict[str, str]:
-    """Where the towers of a model are, and what their roles begin with, as {"model.vision_tower.": "vision."}.
-
-    Empty where there is one tower only. An encoder without a decoder beside it (and the reverse) goes without a name.
-
-    Args:
-        names: names of all weights of a model.
-    """
-    containers = {found[1] for name in names if (found := re.match(r"(.*?)\.\d+\.", name))}
-    towers = {container: _tower(container) for container in containers}
-    if not {"encoder", "decoder"} <= {tower for _, tower in towers.values()}:
-        towers = {c: (root, "" if tower in ("encoder", "decoder") else tower) for c, (root, tower) in towers.items()}
-    if len({tower for _, tower in towers.values()}) < 2:
-        return {}
-    inner_first = sorted(towers.values(), key=lambda found: (-len(found[0]), found))
-    return {f"{root}.": f"{tower}." for root, tower in inner_first if tower}
-
-
-def tower_of(name: str, prefixes: dict[str, str]) -> str:
-    """The prefix of the role of the matrix `name`, empty for none; `prefixes` are from `tower_prefixes`."""
-    return next((prefix for root, prefix in prefixes.items() if name.startswith(root)), "")
-
-
-def _tower(container: str) -> tuple[str, str]:
-    """The path to the component that names the tower, and the name."""
-    parts = container.split(".")
-    for tower, pattern in _TOWERS.items():
-        for i, part in enumerate(parts):
-            if pattern.search(part.lower()):
-                return ".".join(parts[: i + 1]), tower
-    return container, ""

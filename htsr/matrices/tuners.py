@@ -14,7 +14,7 @@ from typing import Any
 
 from htsr.arrays import Array, Difference, as_numpy
 from htsr.errors import MatrixError
-from htsr.matrices.adapters import dora_factor
+from htsr.matrices.deltas import dora_factor
 from htsr.matrices.stored_tensors import StoredTensor, base_name, clean_name
 
 Walk = Callable[[Any, str], Iterator[StoredTensor]]

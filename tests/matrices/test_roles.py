@@ -7,7 +7,8 @@ import torch
 import transformers
 
 import htsr
-from htsr.matrices.roles import block_of, number_of, role_of, tower_prefixes
+from htsr.matrices.roles import block_of, number_of, role_of
+from htsr.matrices.towers import tower_prefixes
 
 _ATTENTION = {"attn.q", "attn.k", "attn.v", "attn.o"}
 _CROSS = {"cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o"}
