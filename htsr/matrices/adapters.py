@@ -44,7 +44,7 @@ def base_of(folder: Path) -> str | None:
     """The base model that the adapter in `folder` names; None where it names none.
 
     Raises:
-        SourceError: its configuration cannot be read.
+        SourceError: the configuration of the adapter cannot be read.
     """
     return read_adapter_config(folder).base
 

@@ -26,7 +26,7 @@ def statistics(spectrum: ESD, options: Options, change: bool = False) -> tuple[d
 
     Args:
         spectrum: eigenvalues of the matrix.
-        options: what to compute.
+        options: options that say what to compute.
         change: whether the matrix is the change of a model, which has another shape null where its rank is low.
 
     Returns:
@@ -222,7 +222,7 @@ def permuted_statistics(matrix: Array | Product, spectrum: ESD, other: ESD, *, w
 
     Args:
         matrix: (m, n), or (pieces, m, n) that were pooled.
-        spectrum: its eigenvalues.
+        spectrum: spectrum of the matrix.
         other: eigenvalues of the permuted matrix.
         whole: whether `spectrum` is that of the whole matrix, whose trace then gives the entries' variance; windows
             overlap.
