@@ -49,7 +49,7 @@ def relative_errors(spectrum: ESD, device: str = "cpu") -> Vector:
         device: device that it was computed on.
 
     Returns:
-        Bound for each of the positive eigenvalues, ascending as they are.
+        (positive,) float64 bounds, one for each positive eigenvalue, in their ascending order.
 
     Examples:
         >>> import numpy as np
