@@ -76,12 +76,6 @@ def keep_null(key: str, alpha: float, sd: float) -> None:
         key: name of shape and fit, as in `known_null`.
         alpha: median of α over the draws.
         sd: standard deviation of α over the draws.
-
-    Examples:
-        >>> from htsr.spectra.known_nulls import keep_null, known_null
-        >>> keep_null("ks-1x1", 3.0, 0.5)
-        >>> known_null("ks-1x1")
-        (3.0, 0.5)
     """
     try:
         file = _file(key)
