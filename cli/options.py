@@ -35,8 +35,13 @@ Bulk = Annotated[bool, typer.Option("--bulk", help="Marchenko-Pastur bulk and sp
 Permuted = Annotated[bool, typer.Option("--permuted", help="Permuted weights: traps, distance to random.")]
 Alternatives = Annotated[bool, typer.Option("--alternatives", help="Other laws for the tail, compared.")]
 Quality = Annotated[bool, typer.Option("--quality", help="SETOL's quality estimates (experimental).")]
-Bootstrap = Annotated[int, typer.Option(min=0, metavar="N", help="Bootstrap interval of α from N resamples.")]
-Gof = Annotated[int, typer.Option(min=0, metavar="N", help="p-value of the goodness of fit, from N samples.")]
+Bootstrap = Annotated[int, typer.Option(min=0, metavar="N", help="Bootstrap interval of α from N ≥ 10 resamples.")]
+Gof = Annotated[
+    int,
+    typer.Option(
+        min=0, metavar="N", help="p-value of the goodness of fit, from N ≥ 10 samples; none on the lanczos route."
+    ),
+]
 Null = Annotated[bool, typer.Option("--null/--no-null", help="α of pure noise of the same shape.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Format = Annotated[str | None, typer.Option("--format", help="table, json, csv, parquet, markdown or latex.")]

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -31,6 +32,7 @@ from htsr.ranks import Ranks
 from htsr.spectra.measure import Measured
 from htsr.spectra.metrics import LayerMetrics, Options
 
+_ARGUMENTS = ("revision", "against", "base", "where", "full", "journal", "progress", "distributed")
 FULL = {"bulk": True, "permuted": True, "alternatives": True}
 
 
@@ -122,12 +124,15 @@ def make_options(*, full: bool = False, **options: Any) -> Options:
     Raises:
         UsageError: there is no such option, or no such device.
     """
+    known = [field.name for field in fields(Options)]
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, {*_ARGUMENTS, *known} - {name}, n=1)
+            hint = f"the nearest is {near[0]}" if near else f"there are {', '.join(known)}"
+            raise UsageError(f"there is no option {name}; {hint}")
     options = {"device": "auto"} | (FULL if full else {}) | options
     options["device"] = pick_device(options["device"])
-    try:
-        return Options(**options)
-    except TypeError as error:
-        raise UsageError(f"no such option; there are {', '.join(f.name for f in fields(Options))}") from error
+    return Options(**options)
 
 
 def analyze_model(

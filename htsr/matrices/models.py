@@ -146,7 +146,7 @@ class Filter:
                 ("include", "exclude", "roles", "exclude_roles"), (_patterns, "patterns such as '*.q_proj'")
             ),
             "blocks": (_blocks, "block indices such as (0, 1)"),
-            "min_size": (index, "a whole number"),
+            "min_size": (_whole, "a whole number"),
             "max_size": (_size, "a whole number"),
         }
         for name, (as_kind, kind) in kinds.items():
@@ -211,11 +211,17 @@ def _patterns(given: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def _blocks(given: Iterable[int] | None) -> frozenset[int] | None:
-    return None if given is None else frozenset(index(block) for block in given)
+    return None if given is None else frozenset(_whole(block) for block in given)
 
 
 def _size(given: int | None) -> int | None:
-    return None if given is None else index(given)
+    return None if given is None else _whole(given)
+
+
+def _whole(given: int) -> int:
+    if isinstance(given, bool):
+        raise TypeError
+    return index(given)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

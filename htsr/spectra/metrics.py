@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import get_args
 
 import numpy as np
@@ -12,11 +13,13 @@ from htsr.spectra.esd import Precision, Route
 from htsr.spectra.tail import FitMethod
 from htsr.spectra.windows import Windows
 
+LEAST = 10  # resamples; p of fewer is no multiple of a tenth, and cannot be held against 0.1
 _WHOLE = (
-    ("bootstrap", "a number of resamples"),
-    ("gof", "a number of samples"),
-    ("seed", "a whole number from 0"),
+    ("bootstrap", f"a number of resamples, 0 or at least {LEAST}", LEAST),
+    ("gof", f"a number of samples, 0 or at least {LEAST}", LEAST),
+    ("seed", "a whole number from 0", 0),
 )
+_SWITCHES = ("null", "bulk", "permuted", "alternatives", "quality")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +40,10 @@ class Options:
         permuted: whether to decompose the permuted matrix, too, for traps and the distance to random.
         alternatives: whether to compare the power law with other laws.
         quality: whether to compute SETOL's (experimental) quality estimates.
-        bootstrap: number of resamples of the bootstrap interval of α; 0 for no interval.
-        gof: number of samples for the p-value of the goodness of fit; 0 for none. The Lanczos route has no p-value,
-            since its eigenvalues are no sample.
+        bootstrap: number of resamples of the bootstrap interval of α, at least 10; 0 for no interval. On the Lanczos
+            route it does not hold the error of the probes, which is `LayerMetrics.alpha_error`.
+        gof: number of samples for the p-value of the goodness of fit, at least 10; 0 for none. The Lanczos route has
+            no p-value, since its eigenvalues are no sample: a note of the row says so.
         seed: seed of all that is random but the null: permutation, bootstrap, goodness of fit, Lanczos probes.
 
     Raises:
@@ -74,14 +78,20 @@ class Options:
         for name, kind in (("fit", FitMethod), ("route", Route), ("dtype", Precision)):
             if getattr(self, name) not in get_args(kind):
                 raise UsageError(f"unknown {name} {getattr(self, name)!r}: {', '.join(get_args(kind))}")
-        for name, what in _WHOLE:
+        for name, what, least in _WHOLE:
             value = getattr(self, name)
-            if not isinstance(value, int) or not 0 <= value < 2**63:
-                raise UsageError(f"{name} is {what}, not {value}")
+            if type(value) is not int or not (value == 0 or least <= value < 2**63):  # True is an int, and no number
+                raise UsageError(f"{name} is {what}, not {value!r}")
         for name in ("xmin", "xmax"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < np.inf:
-                raise UsageError(f"{name} is an eigenvalue, a positive number, not {value}")
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < np.inf):
+                raise UsageError(f"{name} is an eigenvalue, a positive number, not {value!r}")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} is True or False, not {getattr(self, name)!r}")
+        if not isinstance(self.windows, Windows | None):
+            raise UsageError(f"windows is htsr.Windows(rows, count) or None, not {self.windows!r}")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

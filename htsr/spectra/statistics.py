@@ -92,7 +92,9 @@ def statistics(spectrum: ESD, options: Options, change: bool = False) -> tuple[d
             xmin=options.xmin,
             xmax=options.xmax,
         )
-    if options.gof and spectrum.error is None:
+    if options.gof and spectrum.error is not None:
+        warnings.append("no p of the fit")
+    elif options.gof:
         numbers["gof_p"] = goodness_of_fit(
             positive,
             options.fit,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 
 from htsr.errors import UsageError
 
@@ -22,7 +24,7 @@ class Windows:
         aspect: aspect ratio of a window, columns per row.
 
     Raises:
-        UsageError: rows or count are below 1, count is above 200, or the aspect is not positive.
+        UsageError: rows or count are no whole numbers or below 1, count is above 200, or the aspect is not positive.
 
     Source: FARMS (ICML 2025).
 
@@ -41,7 +43,9 @@ class Windows:
     aspect: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or self.count < 1 or not self.aspect > 0:
+        whole = type(self.rows) is type(self.count) is int  # True is an int, and no number
+        number = isinstance(self.aspect, Real) and not isinstance(self.aspect, bool)
+        if not whole or not number or self.rows < 1 or self.count < 1 or not 0 < self.aspect < math.inf:
             raise UsageError(f"windows need rows ≥ 1, count ≥ 1 and aspect > 0, not {self}")
         if self.count > _MOST:
             raise UsageError(

@@ -315,8 +315,15 @@ def test_shares_are_a_balanced_partition(costs, ranks):
 
 
 def test_unknown_options_are_named():
-    with pytest.raises(htsr.UsageError, match="there are fit, xmin"):
-        htsr.analyze(state_dict(), fitt="ks")
+    for wrong, hint in (
+        ({"bulk": True, "gofs": 3}, "option gofs; the nearest is gof$"),
+        ({"agianst": "a"}, "option agianst; the nearest is against$"),
+        ({"qqq": 1}, "option qqq; there are fit, xmin"),
+    ):
+        with pytest.raises(htsr.UsageError, match=hint):
+            htsr.analyze(state_dict(), **wrong)
+    with pytest.raises(htsr.UsageError, match="option against; there are"):
+        htsr.compare(state_dict(), state_dict(), against="a")
 
 
 @pytest.mark.parametrize("device", ["cuda:63", "gpu", "mps:7"])

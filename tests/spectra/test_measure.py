@@ -131,7 +131,7 @@ def test_alpha_is_shown_beside_its_null():
     ],
 )
 def test_matrices_without_a_fit_get_a_status(matrix, status, warning):
-    row = row_of(matrix, bulk=True, permuted=True, alternatives=True, quality=True, bootstrap=5, gof=5)
+    row = row_of(matrix, bulk=True, permuted=True, alternatives=True, quality=True, bootstrap=10, gof=10)
     assert row.status == status
     assert warning in row.warning
     assert row.alpha is None
@@ -183,11 +183,12 @@ def test_the_permutation_depends_on_the_name_and_the_seed():
 
 
 def test_lanczos_rows_state_their_error():
-    row = row_of(heavy(11, (200, 220)), route="lanczos", permuted=True, gof=5)
+    row = row_of(heavy(11, (200, 220)), route="lanczos", permuted=True, gof=10)
     assert row.alpha_error > 0
     assert row.esd_error is not None
     assert row.gof_p is None
-    assert "approximate" in row.warning
+    assert {"approximate", "no p of the fit"} <= set(row.warning.split("; "))
+    assert "no p of the fit" not in row_of(heavy(11, (200, 220)), route="lanczos").warning
 
 
 def test_gof_follows_the_fit_and_the_seed():
@@ -205,6 +206,26 @@ def test_options_without_meaning_are_refused():
         Options(bootstrap=-1)
     with pytest.raises(UsageError, match="number of samples"):
         Options(gof=-1)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"gof": True}, {"gof": 50.0}, {"gof": 9}, {"gof": "50"}, {"bootstrap": True}, {"bootstrap": 1}, {"seed": True},
+        {"xmin": True}, {"xmin": "1"}, {"xmax": "1"}, {"xmax": True}, {"bulk": 200}, {"null": "no"},
+        {"windows": 2000}, {"windows": True},
+    ],
+)  # fmt: skip
+def test_an_option_of_another_kind_is_refused_by_name(option):
+    ((name, value),) = option.items()
+    with pytest.raises(UsageError, match=rf"^{name} is .*(, not|or None, not) {value!r}$"):
+        Options(**option)
+
+
+@pytest.mark.parametrize("sizes", [(True, 3), (2000.0, 3), (10, 2.5), ("10", 3), (10, 3, True), (10, 3, np.inf)])
+def test_windows_of_another_kind_are_refused(sizes):
+    with pytest.raises(UsageError, match="windows need rows"):
+        Windows(*sizes)
 
 
 def test_notes_name_the_spectrum_and_judge_nothing():
