@@ -16,11 +16,12 @@ def finetune(config: str, changes: dict[str, Any], words: Words, target: Target,
     """Read the recipe, run it, and say what came of it on the first process."""
     recipe = read_keys(config, {key: value for key, value in changes.items() if value is not None})
     check_output(Path(recipe.output), resume)  # before what takes long to import
-    check_options(recipe)
-    from htsr.finetuning.run import finetune as run
-
     first = is_first()
-    result = run(recipe, resume=resume, say=words.say if first else lambda _: None)
+    with words.of_others():
+        check_options(recipe)
+        from htsr.finetuning.run import finetune as run
+
+        result = run(recipe, resume=resume, say=words.say if first else lambda _: None)
     if first:
         target.write(result, words)
         if resume:

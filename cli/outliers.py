@@ -44,16 +44,17 @@ def outliers(
         check_picture(picture)
     if save:
         check_writable(save)
-    tokenizer = load_tokenizer(name, revision=revision)
-    records = read_records(data)
-    if len(records) > samples:
-        records = random.Random(seed).sample(records, samples)
-    texts = [text_of(record, tokenizer) for record in records]
-    model = load_model(name, revision=revision).to(pick_device(device))
-    with _bar(words) as progress:
-        found = measure_outliers(
-            model, tokenizer, texts, thresholds=thresholds, batch_size=batch_size, length=length, progress=progress
-        )
+    with words.of_others():
+        tokenizer = load_tokenizer(name, revision=revision)
+        records = read_records(data)
+        if len(records) > samples:
+            records = random.Random(seed).sample(records, samples)
+        texts = [text_of(record, tokenizer) for record in records]
+        model = load_model(name, revision=revision).to(pick_device(device))
+        with _bar(words) as progress:
+            found = measure_outliers(
+                model, tokenizer, texts, thresholds=thresholds, batch_size=batch_size, length=length, progress=progress
+            )
     found = replace(found, label=name, meta={**found.meta, "data": data, "length": length, "seed": seed})
     if save:
         found.save(save)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,6 +162,20 @@ class Words:
             print(visible(text), file=sys.stderr)  # noqa: T201
 
     @contextmanager
+    def of_others(self) -> Iterator[None]:
+        """Stdout is for data: what transformers, TRL and datasets print goes to stderr, or nowhere if quiet."""
+        if not self.quiet:
+            with redirect_stdout(sys.stderr):
+                yield
+            return
+        with ExitStack() as stack:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            stack.enter_context(_no_bars())
+            yield
+
+    @contextmanager
     def progress(self, label: str) -> Iterator[Callable[[Progress], None] | None]:
         """A progress bar with the time left, by work done rather than by matrices."""
         if self.quiet or not is_first() or not sys.stderr.isatty():
@@ -186,6 +202,32 @@ class Words:
                 bar.update(task, completed=now.fraction, count=f"{now.done}/{now.total}", row=visible(now.row.name))
 
             yield advance
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers and datasets without bars and warnings; the Trainer, too, has bars only where there are warnings."""
+    from importlib.util import find_spec
+
+    from transformers.utils import logging as said
+
+    level, drew = said.get_verbosity(), said.is_progress_bar_enabled()  # type: ignore[no-untyped-call]
+    said.set_verbosity_error()  # type: ignore[no-untyped-call]
+    said.disable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets_drew = False
+    if find_spec("datasets") is not None:
+        import datasets
+
+        datasets_drew = not datasets.are_progress_bars_disabled()
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        said.set_verbosity(level)
+        if drew:
+            said.enable_progress_bar()  # type: ignore[no-untyped-call]
+        if datasets_drew:
+            datasets.enable_progress_bars()
 
 
 def console() -> Console:

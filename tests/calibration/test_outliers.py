@@ -210,6 +210,8 @@ def test_command(capsys, tmp_path, texts):
     assert "model.layers.2" in out
     assert "5 samples" in err
     assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert main([str(a) for a in [*args, "--samples", 5, "-q"]]) == 0
+    assert capsys.readouterr() == (out, "")
     found = htsr.Outliers.load(saved)
     assert found.thresholds == (2.0, 3.0)
     assert found.distribution(2.0).shape == (3,)

@@ -94,6 +94,22 @@ def test_killed_and_resumed_is_uninterrupted(work, tmp_path, method, layerwise):
     assert logged == (layerwise == "llr")  # the matrices here are too small for AlphaDecay
 
 
+@pytest.mark.parametrize("bars", [True, False])
+def test_data_are_alone_on_stdout_and_quiet_is_quiet(work, tmp_path, capsys, bars):
+    training = {"disable_tqdm": None if bars else True, "logging_steps": 1, "max_steps": 2}
+    path = recipe_file(work, tmp_path / "run", "full", training=training)
+    assert main(["finetune", "--config", path, "--format", "json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["rows"][0]["steps"] == 2
+    assert "'loss'" in err
+    assert ("2/2" in err) == bars
+    path = recipe_file(work, tmp_path / "quiet", "full", training=training)
+    assert main(["finetune", "--config", path, "--format", "csv", "-q"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert err == ""
+
+
 def test_evaluating_leaves_the_gradients_of_qlora_alone(work):
     pytest.importorskip("bitsandbytes")
     model = load_model(str(work / "model"), dtype=torch.bfloat16, causal=True, four_bit=True)
