@@ -93,7 +93,7 @@ class Target:
         """Write `result` whole, or not at all; `words` say what belongs to a table and is no data."""
         if self.format == "parquet":
             assert self.output is not None
-            write_parquet(result.records(), self.output)
+            write_parquet(result.records(), self.output, result.types())
         elif self.output is not None:
             with written(self.output) as temporary:
                 temporary.write_text(self._text(result), encoding="utf-8")

@@ -9,8 +9,8 @@ result.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, get_args, get_type_hints
 
 from htsr._version import __version__
 
@@ -132,6 +132,10 @@ class Tabular:
         """All rows with all their columns, as plain values, one dictionary a row; the keys are the same in all."""
         raise NotImplementedError
 
+    def types(self) -> dict[str, type]:
+        """The types of columns that may be empty, by name: str, int, float or bool; values tell those of the others."""
+        return {}
+
     def tables(self) -> tuple[Table, ...]:
         """What people look at: first the rows, then means or sums of them where there are."""
         raise NotImplementedError
@@ -149,6 +153,23 @@ class Tabular:
         import pandas as pd
 
         return pd.DataFrame(self.records())
+
+
+def column_types(row: type) -> dict[str, type]:
+    """The types of the columns that a dataclass of plain fields becomes; None beside a type is no type of its own.
+
+    Args:
+        row: dataclass whose fields are text, numbers, truth values, or one of these and None.
+
+    Examples:
+        >>> from htsr.results import column_types
+        >>> from htsr.spectra.metrics import LayerMetrics
+        >>> types = column_types(LayerMetrics)
+        >>> types["name"], types["block"], types["gof_p"]
+        (<class 'str'>, <class 'int'>, <class 'float'>)
+    """
+    hints = get_type_hints(row)
+    return {f.name: next(iter(get_args(hints[f.name])), hints[f.name]) for f in fields(row)}
 
 
 def envelope(result: Tabular, command: str | None = None, options: dict[str, Any] | None = None) -> dict[str, Any]:

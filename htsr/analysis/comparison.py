@@ -24,7 +24,7 @@ from htsr.errors import MatrixError, SourceError, UsageError
 from htsr.matrices.models import Filter, Model, WeightMatrix, as_filter
 from htsr.matrices.positions import Position
 from htsr.matrices.sources import Source, open_model
-from htsr.results import Record, Table, Tabular
+from htsr.results import Record, Table, Tabular, column_types
 from htsr.spectra.bulk import jensen_shannon_distance
 from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
 
@@ -123,6 +123,13 @@ class Comparison(Tabular):
         metrics = [name for name in NUMERIC if any(getattr(row, name) is not None for row in rows)]
         distances = [f.name for f in fields(Distance)] if any(pair.distance for pair in self.pairs) else []
         return [_record(pair, distances, metrics) for pair in self.pairs]
+
+    def types(self) -> dict[str, type]:
+        """The types of all columns: of metrics as in an `Analysis`; distances and differences are floats."""
+        kinds = column_types(LayerMetrics)
+        of_metrics = {f"{name}_{side}": kinds[name] for name in NUMERIC for side in "ab"}
+        differences = {f"{name}_delta": float for name in NUMERIC}
+        return {"block": int, "esd_distance": float, **column_types(Distance), **of_metrics, **differences}
 
     def tables(self) -> tuple[Table, ...]:
         """The pairs."""

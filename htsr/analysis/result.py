@@ -15,7 +15,7 @@ from htsr.analysis.saving import read_parts, write_parts
 from htsr.analysis.tables import means_table, metrics_table
 from htsr.arrays import Vector
 from htsr.errors import UsageError
-from htsr.results import Record, Table, Tabular
+from htsr.results import Record, Table, Tabular, column_types
 from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
 from htsr.spectra.notes import CAUTION
 
@@ -122,6 +122,10 @@ class Analysis(Tabular):
     def records(self) -> list[Record]:
         """One dictionary a row, with all fields of `LayerMetrics`."""
         return [asdict(row) for row in self.rows]
+
+    def types(self) -> dict[str, type]:
+        """The types of all columns."""
+        return column_types(LayerMetrics)
 
     def tables(self) -> tuple[Table, ...]:
         """The short table of the rows, and their means by role."""

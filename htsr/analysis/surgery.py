@@ -30,7 +30,7 @@ from htsr.matrices.sources import locate, open_model
 from htsr.matrices.stored_tensors import FLOATS
 from htsr.matrices.tying import repeated, tied
 from htsr.matrices.writing import copy_checkpoint
-from htsr.results import Column, Record, Table, Tabular, Value, tabulate
+from htsr.results import Column, Record, Table, Tabular, Value, column_types, tabulate
 from htsr.spectra.directions import Keep, project_tail
 from htsr.spectra.tail import FitMethod
 from htsr.spectra.traps import remove_traps
@@ -120,6 +120,10 @@ class Surgery(Tabular):
     def records(self) -> list[Record]:
         """One dictionary a matrix, with all fields of `Operation`."""
         return [asdict(operation) for operation in self.operations]
+
+    def types(self) -> dict[str, type]:
+        """The types of all columns."""
+        return column_types(Operation)
 
     def tables(self) -> tuple[Table, ...]:
         """What was done to each matrix."""

@@ -278,6 +278,10 @@ class Model(Tabular):
             for m in self.matrices
         ]
 
+    def types(self) -> dict[str, type]:
+        """The type of the block: a model may have none."""
+        return {"block": int}
+
     def tables(self) -> tuple[Table, ...]:
         """The matrices."""
         columns: list[tuple[Column, Callable[[WeightMatrix], str | float | None]]] = [

@@ -63,8 +63,15 @@ def as_markdown(table: Table) -> str:
     return "".join("| " + " | ".join(map(in_markdown, line)) + " |\n" for line in lines)
 
 
-def write_parquet(records: Sequence[Record], path: Path) -> None:
+def write_parquet(records: Sequence[Record], path: Path, types: Mapping[str, type] | None = None) -> None:
     """All columns as Parquet, whole numbers as such. Needs the ``report`` extra.
+
+    Files of one kind of result have the same types, so that they can be read together.
+
+    Args:
+        records: rows with all their columns.
+        path: file to write.
+        types: types of columns, by name. Of others values tell, and one without values holds floats.
 
     Raises:
         MissingDependencyError: pyarrow is not installed.
@@ -78,8 +85,14 @@ def write_parquet(records: Sequence[Record], path: Path) -> None:
         {key: encodable(value) if isinstance(value, str) else value for key, value in record.items()}
         for record in records
     ]
+    known = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_()}
+    types = types or {}
+    columns = {}
+    for name in lines[0] if lines else types:
+        column = pyarrow.array([line[name] for line in lines], known[types[name]] if name in types else None)
+        columns[name] = column.cast(pyarrow.float64()) if column.type == pyarrow.null() else column
     with written(path) as temporary:
-        parquet.write_table(pyarrow.Table.from_pylist(lines), temporary)
+        parquet.write_table(pyarrow.table(columns), temporary)
 
 
 def require_pyarrow() -> None:

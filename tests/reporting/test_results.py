@@ -8,6 +8,7 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+import torch
 from htsr_cli.main import main
 from htsr_cli.output import FORMATS, SUFFIXES, Target
 
@@ -90,6 +91,45 @@ def test_all_formats_hold_the_same_rows(result, tmp_path):
     frame = result.to_pandas()
     kept = frame.astype(object).where(frame.notna(), None).to_dict("records")
     assert [{key: line.get(key) for key in records[0]} for line in kept] == records
+
+
+def two_of_each(folder):
+    """Pairs of results, of which one leaves columns empty that the other fills."""
+    state, bare = state_dict(1), {"up.weight": torch.randn(40, 60, generator=torch.Generator().manual_seed(0))}
+    zeros = {name: torch.zeros_like(W) for name, W in bare.items()}
+    plain, full = (
+        htsr.analyze(source, device="cpu", **options)
+        for source, options in ((zeros, {}), (state, {"full": True, "gof": 5, "bootstrap": 5, "quality": True}))
+    )
+    model = save_folder(folder / "model", state)
+    surgeries = (project(model, folder / f"out{i}", **asked) for i, asked in enumerate(({"keep": 3}, {"traps": True})))
+    return {
+        "analysis": (plain, full),
+        "comparison": (htsr.compare(zeros, zeros, device="cpu"), htsr.compare(state, state_dict(1, seed=1), full=True)),
+        "model": (htsr.describe(bare), htsr.describe(state)),
+        "plan": (htsr.layerwise_plan(zeros, "llr", min_size=20), htsr.layerwise_plan(state, "llr", min_size=20)),
+        "surgery": tuple(surgeries),
+        "run": (Result("a", METRICS | {"train_loss": None}), Result("b", METRICS)),
+    }
+
+
+def test_parquet_files_of_one_kind_of_result_are_read_together(tmp_path):
+    """Columns without a value have the type that they have with one."""
+    import pyarrow.dataset
+
+    for kind, pair in two_of_each(tmp_path).items():
+        paths = [written(result, tmp_path / f"{kind}{i}.parquet") for i, result in enumerate(pair)]
+        schemas = [{field.name: str(field.type) for field in pyarrow.parquet.read_schema(path)} for path in paths]
+        shared = schemas[0].keys() & schemas[1].keys()
+        assert {name: schemas[0][name] for name in shared} == {name: schemas[1][name] for name in shared}, kind
+        for order in (paths, paths[::-1]):
+            assert pyarrow.dataset.dataset(order).to_table().num_rows == sum(len(result.records()) for result in pair)
+
+
+def test_types_of_columns_are_those_of_the_values(result):
+    for name, kind in result.types().items():
+        found = {type(record[name]) for record in result.records() if record.get(name) is not None}
+        assert found <= ({kind, int} if kind is float else {kind}), name
 
 
 def test_tables_for_documents_and_terminals_have_one_line_a_row(result, tmp_path):

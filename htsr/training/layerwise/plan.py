@@ -13,7 +13,7 @@ from typing import Any
 from htsr.errors import UsageError
 from htsr.matrices.roles import whole_name
 from htsr.matrices.sources import Source, open_model
-from htsr.results import Column, Record, Table, Tabular, Value, tabulate
+from htsr.results import Column, Record, Table, Tabular, Value, column_types, tabulate
 from htsr.training.layerwise.groups import parameter_names
 from htsr.training.layerwise.live_scores import Failure, refuse_faults, scores
 from htsr.training.layerwise.policy import Policy, PolicyLike, make_policy
@@ -89,6 +89,10 @@ class Plan(Tabular):
     def records(self) -> list[Record]:
         """One dictionary a tensor, with all fields of `PlanRow`."""
         return [asdict(row) for row in self.rows]
+
+    def types(self) -> dict[str, type]:
+        """The types of all columns."""
+        return column_types(PlanRow)
 
     def tables(self) -> tuple[Table, ...]:
         """The tensors."""
