@@ -14,17 +14,13 @@ eigenvalue, no error exceeds 0.8 of it. For the tail that begins at λ_i this bo
     |Δ ln(λ_j/λ_i)| ≤ 2ε_i,    |Δα| ≤ 2ε_i·(α-1)²,    |ΔD| ≤ 2ε_i·(α-1) + ties/n:
 
 the fitted distribution function is 1 - exp(-u), u = (α-1)·ln(λ_j/λ_i), and e^(-u)·(1+u) ≤ 1. Ties are neighbours that
-float64 may find equal; equal values count once (`htsr.spectra.scan`). The fit is certain where
+float64 may find equal; equal values count once (`htsr.spectra.scan`). The fit is certain where Δα is at most α/1000,
+the λ_min being the same, and no other tail can have the smaller D, with the errors of both. A λ_min by index (``hill``)
+is the same, and one that is given asks that no eigenvalue comes too near.
 
-- Δα is at most α/1000, the λ_min being the same;
-- no other tail can have the smaller D, with the errors of both; and
-- no tail can that begins among the k eigenvalues below the resolution of float32, whatever they are. Such a tail holds
-  all resolved eigenvalues, and makes a power law of them that begins at the smallest. As survival functions S and Ŝ
-  that are cut at the k-th value have |S/S_k - Ŝ/Ŝ_k| ≤ 2D/Ŝ_k, its D is at least (1 - k/K)/2 times the least distance
-  that any exponent gives there.
-
-A λ_min by index (``hill``) asks that all eigenvalues are resolved, one that is given that no eigenvalue comes too near;
-the peak of a histogram and the dropping of top eigenvalues are taken for uncertain without a look.
+All that is for spectra that float32 resolves. One with eigenvalues below its resolution is computed again in float64:
+rank, entropy, the shape null and any other fit hang on them. What counts eigenvalues in a histogram (``fix_fingers``,
+E-TPL) or compares many fits (``clip_xmax``, resamples) is computed in float64 from the start (`htsr.spectra.measure`).
 """
 
 from __future__ import annotations
@@ -38,7 +34,6 @@ from htsr.spectra.scan import Tails
 _ULPS = 16.0
 _WITHIN = 1e-3  # of α
 _COARSE = 16  # values of a tail at which a lower bound of its D is taken
-_HALVINGS = 30
 
 
 def relative_errors(spectrum: ESD, device: str = "cpu") -> Vector:
@@ -84,12 +79,28 @@ def is_single(spectrum: ESD) -> bool:
     return spectrum.route.endswith("/float32")
 
 
+def is_unresolved(spectrum: ESD) -> bool:
+    """Whether a spectrum was computed in float32 and has eigenvalues below its resolution.
+
+    Args:
+        spectrum: spectrum that names its route.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.certainty import is_unresolved
+        >>> from htsr.spectra.esd import esd
+        >>> [is_unresolved(esd(np.diag([1e-4, 1.0]), dtype=dtype)) for dtype in ("float32", "float64")]
+        [True, False]
+    """
+    return is_single(spectrum) and bool(spectrum.eigenvalues[0] == 0)
+
+
 def fit_is_certain(spectrum: ESD, method: str, alpha: float, D: float, lambda_min: float, device: str) -> bool:
     """Whether float64 would give the same λ_min as float32 has given, and α to a thousandth.
 
     Args:
-        spectrum: spectrum that was fitted, computed in float32.
-        method: how λ_min was chosen among all positive eigenvalues; ``fixed`` where it was given.
+        spectrum: spectrum that was fitted, computed in float32, which resolves all of it.
+        method: how λ_min was chosen: ``ks``, ``hill`` or ``hill_paper``; ``fixed`` where it was given.
         alpha: exponent of the fit.
         D: Kolmogorov-Smirnov distance of the fit.
         lambda_min: smallest eigenvalue of its tail.
@@ -110,15 +121,12 @@ def fit_is_certain(spectrum: ESD, method: str, alpha: float, D: float, lambda_mi
     own = errors[np.searchsorted(values, lambda_min)]
     if not 2 * own * (alpha - 1) ** 2 <= _WITHIN * alpha:
         return False
-    unresolved = spectrum.eigenvalues.size - values.size
     if method == "fixed":
         return bool((np.abs(values / lambda_min - 1) > errors).all())
-    if method in ("hill", "hill_paper"):
-        return unresolved == 0
-    return method == "ks" and _is_least(values, errors, D, lambda_min, unresolved)
+    return method != "ks" or _is_least(values, errors, D, lambda_min)
 
 
-def _is_least(values: Vector, errors: Vector, D: float, lambda_min: float, unresolved: int) -> bool:
+def _is_least(values: Vector, errors: Vector, D: float, lambda_min: float) -> bool:
     """Whether no tail but that from λ_min on can have the least D."""
     tails = Tails.of(values)
     first = tails.starts[:-1]  # the largest value begins no tail
@@ -127,24 +135,6 @@ def _is_least(values: Vector, errors: Vector, D: float, lambda_min: float, unres
     margin = 2 * errors[first] * (tails.alpha[:-1] - 1) + ties / tails.size[:-1]
     own = int(np.searchsorted(values[first], lambda_min))
     least = D + margin[own]
-    if unresolved and least >= (1 - unresolved / (unresolved + values.size)) / 2 * _least_distance(values):
-        return False
     others = np.delete(np.arange(first.size), own)
     others = others[tails.distances(others, _COARSE) - margin[others] <= least]
     return bool((tails.distances(others) - margin[others] > least).all())
-
-
-def _least_distance(values: Vector) -> float:
-    """The least distance of any power law that begins at the first of `values` from their distribution function.
-
-    How far the law rises above the empirical function grows with the exponent, how far it stays below falls: the larger
-    of both is least where they are equal.
-    """
-    log = np.log(values / values[0])
-    empirical = np.arange(values.size) / values.size
-    low, high = 0.0, 1e3
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        gaps = 1.0 - np.exp(-middle * log) - empirical
-        low, high = (middle, high) if -gaps.min() > gaps.max() else (low, middle)
-    return float(np.abs(1.0 - np.exp(-low * log) - empirical).max())

@@ -14,7 +14,7 @@ import numpy as np
 from htsr.arrays import Array, Difference, Product, Vector, as_numpy
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.attempts import attempted
-from htsr.spectra.certainty import fit_is_certain, is_single
+from htsr.spectra.certainty import fit_is_certain, is_single, is_unresolved
 from htsr.spectra.density import ESD
 from htsr.spectra.esd import Route, esd, esd_batch
 from htsr.spectra.metrics import LayerMetrics, Options
@@ -100,7 +100,12 @@ def measure_batch(
         i: W for i, (load, _) in enumerate(jobs) if (W := attempt(i, load)) is not None
     }
     stored = {i: jobs[i][1].stored for i in matrices}
+    double = replace(options, dtype="float64")
+    options = double if _needs_float64(options) else options
     spectra = _decompose(matrices, stored, attempt, options)
+    unresolved = {i: matrices[i] for i, spectrum in spectra.items() if is_unresolved(spectrum)}
+    resolved = {i: spectrum for i, spectrum in spectra.items() if i not in unresolved}
+    spectra = resolved | _decompose(unresolved, stored, attempt, double)
     others: dict[int, ESD] = {}
     if options.permuted:
         noise: dict[int, Array | Product] = {
@@ -113,7 +118,7 @@ def measure_batch(
         if (found := attempt(i, partial(statistics, spectrum, options, _is_change(matrices[i])))) is None:
             continue
         if not _is_certain(spectrum, found[0], options):
-            again = _decompose({i: matrices[i]}, stored, attempt, replace(options, dtype="float64"))
+            again = _decompose({i: matrices[i]}, stored, attempt, double)
             if (spectrum := again.get(i)) is None:  # type: ignore[assignment]
                 continue
             if (found := attempt(i, partial(statistics, spectrum, options, _is_change(matrices[i])))) is None:
@@ -165,11 +170,17 @@ def _decompose(
     return {index: spectrum for index, spectrum in found.items() if spectrum is not None}
 
 
+def _needs_float64(options: Options) -> bool:
+    """Whether numbers are asked for whose certainty in float32 cannot be told from a few tails (`certainty`)."""
+    counts = options.xmin is None and options.fit in ("fix_fingers", "clip_xmax")
+    return counts or options.xmax is not None or bool(options.alternatives or options.bootstrap or options.gof)
+
+
 def _is_certain(spectrum: ESD, numbers: dict[str, Any], options: Options) -> bool:
     """Whether numbers of a spectrum that was computed in float32 would be those of float64."""
     if not is_single(spectrum):
         return True
-    if numbers["status"] != "ok" or options.xmax is not None:
+    if numbers["status"] != "ok":
         return False
     alpha, D, lambda_min = (numbers[name] for name in ("alpha", "D", "lambda_min"))
     return fit_is_certain(spectrum, numbers["fit"], alpha, D, lambda_min, options.device)
