@@ -10,7 +10,7 @@ def cache_folder() -> Path:
     """$HTSR_CACHE, else htsr in the user's cache folder; it need not exist.
 
     Raises:
-        RuntimeError: the user has no home folder.
+        RuntimeError: the user, or the one that the folder names, has no home folder.
 
     Examples:
         >>> from htsr.cache import cache_folder
@@ -18,5 +18,5 @@ def cache_folder() -> Path:
         /home/me/.cache/htsr
     """
     if folder := os.environ.get("HTSR_CACHE"):
-        return Path(folder)
+        return Path(folder).expanduser()  # a .env or a unit file leaves ~ as it is
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "htsr"

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from htsr._version import __version__
+from htsr.analysis.saving import check
 from htsr.analysis.schema import from_json
 from htsr.analysis.sharing import device_type
 from htsr.cache import cache_folder
@@ -55,6 +56,7 @@ class Journal:
         }
         self._header = json.dumps(header, sort_keys=True)
         self._matrices = {matrix.name: matrix for matrix in model}
+        self._xmax = options.xmax
         self._in_memory = model.fingerprint is None
         self._fresh = fresh
         self._file: IO[str] | None = None
@@ -136,15 +138,20 @@ class Journal:
         if self.path is None:
             return []
         others = f"{glob.escape(self.path.stem)}.rank*{glob.escape(self.path.suffix)}"
-        return [self.path, *sorted(self.path.parent.glob(others))]
+        try:
+            return [self.path, *sorted(self.path.parent.glob(others))]
+        except OSError as error:
+            self._give_up(error)
+            return []
 
     def _taken_up(self, line: str) -> Measured | None:
         try:
             record = json.loads(line)
             row = from_json(LayerMetrics, record["row"])
             result = Measured(row, _decode(record["eigenvalues"]), _decode(record["permuted"]))
+            check(row, self._xmax, result.eigenvalues, result.permuted)
             content = record.get("content")
-        except (ValueError, TypeError, KeyError, AttributeError):  # the line that was being written
+        except (ValueError, TypeError, KeyError, AttributeError):  # the line that was being written, or no row
             return None
         matrix = self._matrices.get(row.name)
         if matrix is None or (self._in_memory and (content is None or checksum(matrix) != content)):

@@ -117,16 +117,34 @@ def _parts(archive: zipfile.ZipFile, size: int) -> dict[str, Any]:
         if kind not in _KINDS or not (index.isascii() and index.isdecimal() and int(index) < len(rows)):
             raise ValueError(f"{key!r} is no spectrum of one of its {len(rows)} rows")
         row = rows[int(index)]
-        spectra[kind][row.name] = _spectrum(values, row)
+        spectra[kind][row.name] = values
     options = from_json(Options, _field(header, "options", dict))
     for row in rows:
-        _check_row(row)
-        if row.name in spectra["eigenvalues"]:
-            _check_fit(row, spectra["eigenvalues"][row.name], options.xmax)
+        check(row, options.xmax, *(spectra[kind].get(row.name) for kind in _KINDS))
     meta = _field(header, "meta", dict)
     if not isinstance(meta.get("seconds", 0.0), (int, float)):
         raise ValueError("meta: seconds is no number")
     return {"label": _field(header, "label", str), "rows": rows, "options": options, "meta": meta, **spectra}
+
+
+def check(row: LayerMetrics, xmax: float | None, eigenvalues: Vector | None, permuted: Vector | None) -> None:
+    """Hold a row that comes from a file against what a row can be, and against its own spectrum.
+
+    Args:
+        row: row of a matrix.
+        xmax: largest eigenvalue that took part in the fit; None for all.
+        eigenvalues: spectrum of the matrix, (K,) ascending; None where it has none.
+        permuted: spectrum of the permuted matrix, likewise (K,).
+
+    Raises:
+        ValueError: a number is none that the row can have; the message names it.
+    """
+    for values in (eigenvalues, permuted):
+        if values is not None:
+            _check_spectrum(values, row)
+    _check_row(row)
+    if eigenvalues is not None:
+        _check_fit(row, eigenvalues, xmax)
 
 
 def _field(header: Mapping[str, Any], name: str, kind: type) -> Any:
@@ -149,12 +167,11 @@ def _array(content: bytes) -> npt.NDArray[Any]:
     return np.frombuffer(content, dtype, shape[0], stream.tell()).astype(dtype.newbyteorder("="))
 
 
-def _spectrum(values: npt.NDArray[Any], row: LayerMetrics) -> Vector:
+def _check_spectrum(values: npt.NDArray[Any], row: LayerMetrics) -> None:
     if values.dtype != np.float64 or values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"the eigenvalues of {row.name!r} are no finite numbers")
     if values[0] < 0 or (np.diff(values) < 0).any():
         raise ValueError(f"the eigenvalues of {row.name!r} do not ascend from 0")
-    return values
 
 
 def _check_row(row: LayerMetrics) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +25,8 @@ import numpy as np
 from htsr.cache import cache_folder
 
 logger = logging.getLogger(__name__)
+
+_LONGEST = 100  # bytes: two numbers with all their digits have fewer
 
 
 @lru_cache(maxsize=1)
@@ -58,11 +61,11 @@ def known_null(key: str) -> tuple[float, float] | None:
     file = None
     try:
         file = _file(key)
-        alpha, sd = json.loads(file.read_text(encoding="utf-8"))
-        return float(alpha), float(sd)
+        with file.open("rb") as opened:
+            return _two_numbers(opened.read(_LONGEST + 1))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         logger.warning("%s is damaged, and the shape null is drawn anew: %s", file, error)
     except (OSError, RuntimeError) as error:  # a folder that may not be read, a user without a home
         logger.info("the shape null is not looked up: %s", error)
@@ -88,6 +91,19 @@ def keep_null(key: str, alpha: float, sd: float) -> None:
             temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         logger.info("the shape null is not kept: %s", error)
+
+
+def _two_numbers(content: bytes) -> tuple[float, float]:
+    """What `keep_null` has written."""
+    if len(content) > _LONGEST:
+        raise ValueError(f"it is longer than {_LONGEST} bytes")
+    found = json.loads(content)
+    if not isinstance(found, list) or [type(value) for value in found] != [float, float]:
+        raise ValueError("it is no list of two numbers")
+    alpha, sd = found
+    if not (1 < alpha < math.inf and 0 <= sd < math.inf):
+        raise ValueError(f"no fit has α = {alpha} with a standard deviation of {sd}")
+    return alpha, sd
 
 
 def _file(key: str) -> Path:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -193,7 +194,9 @@ def test_rows_of_other_weights_are_not_taken_up(tmp_path):
     )
 
 
-@pytest.mark.parametrize("place", ["under a file", "read-only", "a folder", "no home", "a full disk"])
+@pytest.mark.parametrize(
+    "place", ["under a file", "read-only", "a folder", "no home", "no such user", "too long a name", "a full disk"]
+)
 def test_a_journal_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, caplog, place):
     path = tmp_path / "journal.jsonl"
     if place == "under a file":
@@ -205,6 +208,11 @@ def test_a_journal_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, ca
         path.mkdir()
     elif place == "a full disk":
         path = Path("/dev/full")
+    if place in ("no such user", "too long a name"):
+        monkeypatch.setenv(
+            "HTSR_CACHE", "~nobody-of-that-name/x" if place == "no such user" else f"{tmp_path}/{'x' * 5000}"
+        )
+        path = None
     if place == "no home":
         monkeypatch.delenv("HTSR_CACHE")
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -257,6 +265,29 @@ def test_lines_that_are_no_rows_are_left_out(tmp_path, line):
     with (tmp_path / "j[1].jsonl").open("a") as file:
         file.write(line + "\n")
     assert len(journal.load()) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "value"),
+    [
+        *(("gof_p", value) for value in ("NaN", "5", "-1", "1e400")),
+        *(("alpha", value) for value in ("0.5", "77.0")),
+        *(("norm", "-1.0"), ("status", '"Fine!"'), ("num_eigenvalues", "3")),
+    ],
+)
+def test_rows_that_no_matrix_has_are_measured_again(tmp_path, number, value):
+    """Rows of a journal are held against the same as those of a saved analysis."""
+    model, options = htsr.describe(state_dict(blocks=1)), htsr.Options(gof=10)
+    journal = Journal(model, options, tmp_path / "j.jsonl")
+    journal.open()
+    journal.add(measure_all(model.matrices[:1], options)[0])
+    journal.close()
+    assert len(journal.load()) == 1
+    header, line = journal.path.read_text().splitlines()
+    changed = re.sub(rf'"{number}": [^,]+', f'"{number}": {value}', line)
+    assert changed != line
+    journal.path.write_text(f"{header}\n{changed}\n")
+    assert not journal.load()
 
 
 def test_a_line_cut_by_a_kill_does_not_spoil_the_next(tmp_path):

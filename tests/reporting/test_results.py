@@ -99,7 +99,7 @@ def two_of_each(folder):
     zeros = {name: torch.zeros_like(W) for name, W in bare.items()}
     plain, full = (
         htsr.analyze(source, device="cpu", **options)
-        for source, options in ((zeros, {}), (state, {"full": True, "gof": 5, "bootstrap": 5, "quality": True}))
+        for source, options in ((zeros, {}), (state, {"full": True, "gof": 10, "bootstrap": 10, "quality": True}))
     )
     model = save_folder(folder / "model", state)
     surgeries = (project(model, folder / f"out{i}", **asked) for i, asked in enumerate(({"keep": 3}, {"traps": True})))

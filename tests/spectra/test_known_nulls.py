@@ -82,7 +82,14 @@ def test_nulls_that_cost_nothing_are_not_kept():
     assert not kept()
 
 
-@pytest.mark.parametrize("content", [b"", b"[2.5", b"[2.5]", b"2.5", b"null", b"[null, 1.0]", b'"ab"', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"[2.5", b"[2.5]", b"2.5", b"null", b"[null, 1.0]", b'"ab"', b'"34"', b"\xff\xfe", b"[true, false]"),
+        *(b"[NaN, 1.0]", b"[Infinity, 1.0]", b"[1e999, 0.0]", b"[2.5, NaN]", b"[9%b, 1.0]" % (b"9" * 400), b"[" * 9999),
+        *(b"[-3.0, 1.0]", b"[1.0, 0.1]", b"[2.5, -0.1]", b"[2.5, 0.1, 0.1]", b'{"2.5": 1, "3.5": 2}', b" " * 300),
+    ],
+)
 def test_a_damaged_file_is_named_once_and_written_anew(content, caplog):
     first = alpha_null(*SHAPE)
     (file,) = kept()
@@ -95,13 +102,15 @@ def test_a_damaged_file_is_named_once_and_written_anew(content, caplog):
     assert json.loads(file.read_text()) == [first.alpha, first.sd]
 
 
-@pytest.mark.parametrize("place", ["read-only", "under a file", "a folder", "no home"])
+@pytest.mark.parametrize("place", ["read-only", "under a file", "a folder", "no home", "too long a name"])
 def test_without_a_cache_folder_nothing_is_said(place, tmp_path, monkeypatch, caplog):
     if place == "read-only":
         monkeypatch.setenv("HTSR_CACHE", "/proc/htsr")
     elif place == "under a file":
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("HTSR_CACHE", str(tmp_path / "file" / "cache"))
+    elif place == "too long a name":
+        monkeypatch.setenv("HTSR_CACHE", str(tmp_path / ("x" * 5000)))
     elif place == "a folder":
         known_nulls._file("hill-150x170").mkdir(parents=True)
     else:
@@ -112,6 +121,12 @@ def test_without_a_cache_folder_nothing_is_said(place, tmp_path, monkeypatch, ca
         assert alpha_null(*SHAPE) == draw_alpha_null(*SHAPE)
     assert not caplog.records
     assert not list(tmp_path.rglob(".*"))  # no temporary file stays
+
+
+def test_the_folder_may_be_named_from_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HTSR_CACHE", "~/x")
+    assert known_nulls.cache_folder() == tmp_path / "x"
 
 
 def test_a_changed_table_or_numpy_finds_no_old_file(monkeypatch):
@@ -127,10 +142,10 @@ def test_a_changed_table_or_numpy_finds_no_old_file(monkeypatch):
 
 def test_many_at_once_read_whole_files_only(caplog):
     def work(k: int) -> tuple[float, float] | None:
-        keep_null("ks-1x1", 1 / 3, 0.1)
+        keep_null("ks-1x1", 10 / 3, 0.1)
         return known_null("ks-1x1")
 
     with caplog.at_level(logging.WARNING, logger="htsr"), ThreadPoolExecutor(8) as pool:
-        assert set(pool.map(work, range(400))) == {(1 / 3, 0.1)}
+        assert set(pool.map(work, range(400))) == {(10 / 3, 0.1)}
     assert not caplog.records
     assert [file.name for file in kept()] == ["ks-1x1.json"]
