@@ -66,14 +66,32 @@ def model_difference(ranks: Ranks, model: Model, shards: Collection[str] = ()) -
         model: model of this rank.
         shards: names of the tensors of which each rank holds a part; their entries are not compared.
     """
-    if differ := ranks.difference(described(model)):
+    if differ := ranks.difference([*described(model), *(f"{name} sharded" for name in sorted(shards))]):
         return f"the matrices differ, {differ}"
     prints = ranks.gather([model.fingerprint])
     if None not in prints and len(set(prints)) == 1:
         return None
     whole = [matrix for matrix in model if whole_name(matrix.name) not in shards]
-    differ = ranks.difference([f"{matrix.name} {checksum(matrix, _SAMPLED)}" for matrix in whole])
+    differ = entries_difference(ranks, whole, _SAMPLED)
     return f"the weights differ, {differ}" if differ else None
+
+
+def entries_difference(ranks: Ranks, matrices: Sequence[WeightMatrix], entries: int) -> str | None:
+    """The first matrix that differs between two ranks, in words; None where none does.
+
+    A matrix that a rank cannot read is left out: its own row or status says so.
+
+    Args:
+        ranks: processes to compare; each of them calls this.
+        matrices: the matrices, on all ranks the same ones in the same order, none of a sharded tensor.
+        entries: number of entries of each, evenly spread, that are compared.
+    """
+    prints = ranks.gather_from(lambda: [[checksum(matrix, entries) for matrix in matrices]])
+    for matrix, found in zip(matrices, zip(*prints, strict=True), strict=True):
+        for rank, other in enumerate(found):
+            if None not in (found[0], other) and other != found[0]:
+                return f"{matrix.name} {found[0]} on rank 0 and {matrix.name} {other} on rank {rank}"
+    return None
 
 
 def described(matrices: Iterable[WeightMatrix]) -> list[str]:

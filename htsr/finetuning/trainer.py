@@ -97,7 +97,7 @@ class FinetuneTrainer(SFTTrainer):
             self.optimizer = self._low_rank_optimizer(inner)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.recipe.layerwise != "none":
-            changes = {"interval": self.epoch_steps} if self.recipe.layerwise == "tempbalance" else {}
+            changes: dict[str, Any] = {"interval": self.epoch_steps} if self.recipe.layerwise == "tempbalance" else {}
             layerwise(optimizer, inner, self.recipe.layerwise, total_steps=self.state.max_steps, **changes)
         return optimizer
 

@@ -48,6 +48,6 @@ def _update(digest: Any, values: Array, entries: int | None) -> None:
         parts = [rows[i : i + step] for i in range(0, rows.shape[0], step)]
     else:
         flat = rows.reshape(-1)
-        parts = [flat[:: max(1, flat.shape[0] // entries)]]
+        parts = [flat[:: flat.shape[0] // entries | 1]]  # odd: entries of more than one column
     for part in parts:
         digest.update(np.ascontiguousarray(as_numpy(part)).tobytes())

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from htsr.analysis.sharing import ADVICE
+from htsr.errors import UsageError
 from htsr.matrices.modules import whole_shape
 from htsr.matrices.roles import stem
 from htsr.matrices.sharded import open_live, refuse_flat
@@ -74,20 +76,31 @@ class Layerwise:
         model: model, wrapped or not.
         policy: policy that the multipliers follow.
         total_steps: optimizer steps of the whole training; None where not known.
+        distributed: whether the ranks of the default process group share one model.
 
     Raises:
         UsageError: `htsr.layerwise` refuses the arguments.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, model: nn.Module, policy: Policy, total_steps: int | None
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        policy: Policy,
+        total_steps: int | None,
+        distributed: bool = True,
     ) -> None:
         require_fresh(optimizer, policy)
         refuse_flat(model)
         if total_steps is not None:
             require_count("total_steps", total_steps, 1)
-        self.model, self.policy, self.total_steps = model, policy, total_steps
-        matrices = matrix_units(open_live(model).matrices)
+        self.model, self.policy, self.total_steps, self.distributed = model, policy, total_steps, distributed
+        live = open_live(model)
+        if live.shards and not distributed:
+            raise UsageError(
+                "the model is sharded over the processes, and distributed=False is for a whole one in each"
+            )
+        matrices = matrix_units(live.matrices)
         names = parameter_names(model)
         places = {unit.name: i for i, unit in enumerate(matrices)}
         vectors = [name for name in names.values() if unit_of(name, places) is None]
@@ -153,6 +166,10 @@ class Layerwise:
             return True
         return step <= self.policy.active_fraction * self.total_steps + _ROUNDING  # 0.29·100 is 28.999…
 
+    def _later_events(self) -> list[str]:
+        """What the steps of later events depend on beside the policy, in a line: ranks that differ would not meet."""
+        return [] if self.policy.static or self.policy.interval is None else [f"with total_steps {self.total_steps}"]
+
     def event(self, optimizer: torch.optim.Optimizer, step: int) -> Event:
         """Measure and decide at this `step` of `optimizer`.
 
@@ -160,6 +177,7 @@ class Layerwise:
             HtsrError: the processes do not hold the same matrices, or some do not come.
         """
         began = time.perf_counter()
+        ranks = Ranks.running() if self.distributed else Ranks()
         names = parameter_names(self.model)
         index = {unit.name: i for i, unit in enumerate(self.units)}
         trained = {unit_of(names[id(p)], index) for p in self.model.parameters() if p.requires_grad}
@@ -167,9 +185,10 @@ class Layerwise:
         settled = [1.0 if i in kept else value for i, value in enumerate(self.settled)]
         wanted = {part for unit, value in zip(self.units, settled, strict=True) if value is None for part in unit.parts}
         if wanted and not self._has_met:  # the first event shows whether all ranks are layerwise
-            Ranks.running().meet("htsr.layerwise")
+            ranks.meet("htsr.layerwise", ADVICE)
             self._has_met = True
-        found = live_scores(self.model, self.policy, wanted, view_of(self.policy.spectrum, optimizer)) if wanted else {}
+        view, rules = view_of(self.policy.spectrum, optimizer), [f"step {step}", *self._later_events()]
+        found = live_scores(self.model, self.policy, wanted, view, ranks, rules) if wanted else {}
         known = {name: value for name, value in found.items() if isinstance(value, float)}
         measured = [i for i, value in enumerate(settled) if value is None]
         for i in measured:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from htsr.analysis.execution import for_each
-from htsr.analysis.sharing import described, results_of_all, shared_out
+from htsr.analysis.sharing import described, entries_difference, results_of_all, shared_out
 from htsr.arrays import Array
 from htsr.errors import HtsrError, MatrixError
 from htsr.matrices.models import WeightMatrix
-from htsr.matrices.sharded import open_live
+from htsr.matrices.roles import whole_name
+from htsr.matrices.sharded import LiveModel, open_live
 from htsr.ranks import Ranks
 from htsr.spectra.esd import esd_batch
 from htsr.spectra.scores import null_of_shape, score
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # what may befall a computation whatever the weights: no convergence (LinAlgError is one of them), no memory, no device
 _PASSING = (RuntimeError, ArithmeticError, MemoryError, np.linalg.LinAlgError)
+_COMPARED = 64  # entries of a matrix that ranks compare at each event
 _MOMENTUM = ("exp_avg", "momentum_buffer", "mu", "m")
 
 
@@ -74,9 +76,14 @@ class Failure:
 
 
 def live_scores(
-    module: torch.nn.Module, policy: Policy, wanted: set[str], view: Callable[[Any], Any] | None = None
+    module: torch.nn.Module,
+    policy: Policy,
+    wanted: set[str],
+    view: Callable[[Any], Any] | None = None,
+    ranks: Ranks | None = None,
+    rules: Sequence[str] = (),
 ) -> dict[str, float | Failure]:
-    """Scores of the wanted matrices of a module, the same on every rank of the default process group.
+    """Scores of the wanted matrices of a module, the same on every rank.
 
     Ranks share the matrices by cost. Whole tensors are read where they are; sharded ones are gathered a round at a
     time, one for each rank, so that memory is one whole tensor per rank.
@@ -86,20 +93,27 @@ def live_scores(
         policy: policy that says which score.
         wanted: names of the matrices to score.
         view: what is decomposed for each parameter, see `view_of`.
+        ranks: processes that share the matrices; by default those of the default process group.
+        rules: lines that say what else all ranks must have alike.
 
     Returns:
         Scores by matrix, in the form of `scores`; failures are passing ones.
 
     Raises:
-        HtsrError: the ranks are not about to score the same matrices in the same way, or a score that is a function
-            fails. All ranks raise alike.
+        HtsrError: the ranks do not hold the same matrices, or are not about to score them in the same way, or a score
+            that is a function fails. All ranks raise alike.
     """
     model = open_live(module, view)
     todo = [matrix for matrix in model.matrices if matrix.name in wanted]
     if policy.score == "alpha_null":
         return scores(todo, policy)
-    ranks = Ranks.running()
-    _agree(ranks, todo, policy)
+    ranks = ranks or Ranks.running()
+    if ranks.size > 1:
+        rules = [*rules, *(f"with {field} {value}" for field, value in json.loads(policy.describe()).items())]
+        _agree(ranks, todo, model, rules)
+        if view is not None:  # the first gradients may be alike where the models are not
+            weights = open_live(module)
+            _agree(ranks, [matrix for matrix in weights.matrices if matrix.name in wanted], weights, rules)
     whole, spread = shared_out(todo, model.shards, ranks)
     found = dict(results_of_all(whole, spread, model.shards, ranks, lambda part: scores(part, policy).items()))
     found = {matrix.name: found[matrix.name] for matrix in todo}
@@ -107,14 +121,19 @@ def live_scores(
     return found
 
 
-def _agree(ranks: Ranks, matrices: Sequence[WeightMatrix], policy: Policy) -> None:
-    if ranks.size == 1:
-        return
-    rules = [f"with {field} {value}" for field, value in json.loads(policy.describe()).items()]
-    if differ := ranks.difference([*rules, *described(matrices)]):
+def _agree(ranks: Ranks, matrices: Sequence[WeightMatrix], model: LiveModel, rules: Sequence[str]) -> None:
+    """Make sure that all ranks measure one model, in one way: names, shapes, sharded tensors, and a few entries."""
+    shards = [f"{name} sharded" for name in sorted(model.shards)]
+    if differ := ranks.difference([*rules, *described(matrices), *shards]):
         raise HtsrError(
             f"the processes do not train one model: they measure {differ}; all ranks must hold the same parameters (no "
-            "pipeline stages), freeze the same ones, and have the same policy"
+            "pipeline stages), freeze the same ones, and have the same policy and total_steps"
+        )
+    whole = [matrix for matrix in matrices if whole_name(matrix.name) not in model.shards]
+    if differ := entries_difference(ranks, whole, _COMPARED):
+        raise HtsrError(
+            f"the processes do not train one model: they measure {differ}; with distributed=False each process "
+            "measures its own"
         )
 
 

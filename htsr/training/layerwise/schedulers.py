@@ -31,6 +31,7 @@ class LayerwiseLR(LRScheduler):
         policy: policy that `htsr.layerwise` takes; it sets the learning rate.
         schedule: b, a function of the steps done (0 for the first step); constant by default.
         total_steps: optimizer steps of the whole training.
+        distributed: whether the ranks of a process group train one model, as in `htsr.layerwise`.
         **changes: fields of `htsr.Policy` to be changed.
 
     Raises:
@@ -57,12 +58,13 @@ class LayerwiseLR(LRScheduler):
         *,
         schedule: Callable[[int], float] | None = None,
         total_steps: int | None = None,
+        distributed: bool = True,
         **changes: Any,
     ) -> None:
         chosen = make_policy(policy, **changes)
         if chosen.sets != "lr" or chosen.decouple_weight_decay:
             raise UsageError("a learning-rate scheduler sets no weight decay; use htsr.layerwise for this policy")
-        self._engine = Layerwise(optimizer, model, chosen, total_steps)
+        self._engine = Layerwise(optimizer, model, chosen, total_steps, distributed)
         self._schedule = schedule
         super().__init__(optimizer)
         self._hang()

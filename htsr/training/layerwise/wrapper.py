@@ -42,6 +42,7 @@ def layerwise(
     policy: PolicyLike = "llr",
     *,
     total_steps: int | None = None,
+    distributed: bool = True,
     **changes: Any,
 ) -> OptimizerType:
     """Give every matrix of `model` a learning rate (or weight decay) of its own; returns the same optimizer.
@@ -59,6 +60,8 @@ def layerwise(
             patterns to fixed multipliers, as in ``{"attn.*": 4, "embed": 10}``.
         total_steps: optimizer steps of the whole training. Events end at the policy's `active_fraction` of it; without
             it they go on to the end.
+        distributed: whether the ranks of a process group train one model and share its matrices; False where each
+            trains a model of its own.
         **changes: fields of `Policy` to be changed.
 
     Returns:
@@ -68,8 +71,8 @@ def layerwise(
         UsageError: the optimizer has a scheduler, cannot have a learning rate for each matrix, steps through another
             optimizer or trains another model, or the policy has no meaning; the optimizer is left as it was. Later,
             from its `load_state_dict`: the checkpoint has other groups.
-        HtsrError: later, from its `step`: processes do not come, hold other matrices or have another policy, or a score
-            of your own fails.
+        HtsrError: later, from its `step`: processes do not come, hold other matrices or weights, or have another policy
+            or total_steps, or a score of your own fails.
 
     Examples:
         Two matrices, one with a heavy tail (a low α, well trained), one of noise. At the first step the noise gets
@@ -94,7 +97,7 @@ def layerwise(
     inner = steps_itself(optimizer)
     before = list(inner.param_groups)
     try:
-        attach(Layerwise(inner, model, make_policy(policy, **changes), total_steps), inner)
+        attach(Layerwise(inner, model, make_policy(policy, **changes), total_steps, distributed), inner)
     except BaseException:
         inner.param_groups[:] = before
         raise

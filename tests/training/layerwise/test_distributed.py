@@ -63,6 +63,7 @@ def _worker(rank, folder):
     results["alone"] = _layerwise_on_one_rank(rank)
     results["refused"] = _trained_unlike(rank)
     results["refused"] = _trained_unlike(rank)  # and the ranks still meet
+    results["own"] = _models_of_their_own(rank, distributed=False)
     leave_with(results, rank, folder)
 
 
@@ -122,7 +123,35 @@ def _trained_unlike(rank):
         "matrices": _refusal(torch.nn.ModuleDict({("up_proj", "down_proj")[rank]: torch.nn.Linear(64, 60)})),
         "policy": _refusal(torch.nn.Linear(64, 60), reverse=rank == 1),
         "frozen": _refusal(frozen),
+        "total_steps": _refusal(torch.nn.Linear(64, 60), interval=10, total_steps=(100, 150)[rank]),
+        "weights": _refusal(_of_its_own(rank)),
+        "gradients": _refusal(_of_its_own(rank), spectrum="gradients"),
     }
+
+
+def _of_its_own(rank):
+    """Three matrices, of which that of the rank's own number has a heavy tail, and gradients that are all alike."""
+    torch.manual_seed(rank)
+    model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(3)])
+    with torch.no_grad():
+        model[rank].weight.mul_(torch.arange(1.0, 65.0) ** -1)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def _models_of_their_own(rank, **options):
+    """Multipliers of one model for each process, by `htsr.layerwise` and by `LayerwiseLR`."""
+    found = []
+    for make in (htsr.layerwise, htsr.LayerwiseLR):
+        model = _of_its_own(rank)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        make(optimizer, model, embeddings="measured", **options)
+        if make is htsr.layerwise:
+            optimizer.step()
+        found.append(htsr.multipliers(optimizer))
+    return found
 
 
 def _refusal(model, **changes):
@@ -191,6 +220,17 @@ def test_ranks_that_do_not_train_alike_are_refused_on_each(two_processes):
     assert "up_proj 1×60×64 float32 on rank 0 and down_proj 1×60×64 float32 on rank 1" in first["matrices"]
     assert "with reverse False on rank 0 and with reverse True on rank 1" in first["policy"]
     assert "layers.0" in first["frozen"]
+    assert "with total_steps 100 on rank 0 and with total_steps 150 on rank 1" in first["total_steps"]
+    for kind in ("weights", "gradients"):
+        assert first[kind].startswith("the processes do not train one model: they measure 0 "), kind
+        assert first[kind].endswith("with distributed=False each process measures its own")
+
+
+def test_each_process_may_train_a_model_of_its_own(two_processes):
+    for rank, result in enumerate(two_processes):
+        with one_thread():
+            assert result["own"] == _models_of_their_own(rank)
+        assert result["own"][0][str(rank)] == 1.0
 
 
 def test_layerwise_on_one_rank_only_is_told(two_processes):
