@@ -8,6 +8,7 @@ Sources: Efron & Tibshirani, An Introduction to the Bootstrap (1993); Clauset, S
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from htsr.spectra.tail import FitMethod, PowerLawFit, fit_power_law, fit_rows
 
 _TOGETHER = 1 << 18  # eigenvalues of resamples that are fitted at a time
 _SMALLEST_SHARE = 2.0**-54  # uniform numbers are multiples of 2^-53, 0 among them
+_FLAT, _STEEP = 1e-6, 500.0  # (α-1)·ln(xmax/λ_min) of a law that is uniform in ln λ, and of one that ends before xmax
 _GOF = 1  # keeps the draws of the goodness of fit apart from others of the same seed
 
 
@@ -97,7 +99,8 @@ def goodness_of_fit(
     Where the method does not search for λ_min (``hill``, ``hill_paper``, or `xmin`), only the tail is sampled, as many
     values as it has, and p tests that given tail: half of all eigenvalues are seldom a power law. Then p is exact,
     since the law of D depends on n alone. Eigenvalues that the fit leaves out, above `xmax` or dropped by
-    ``clip_xmax``, are left out here.
+    ``clip_xmax``, are left out here. With `xmax` the samples are of the power law cut there, with its own exponent of
+    maximum likelihood, and are fitted as the spectrum is; p is then exact but for the error of that exponent.
 
     Args:
         eigenvalues: (K,) in any order; those that are not positive are left out.
@@ -131,6 +134,7 @@ def goodness_of_fit(
     fit = fit_power_law(eigenvalues, method, xmin=xmin, xmax=xmax)
     values = np.sort(np.asarray(eigenvalues, dtype=np.float64).ravel())
     values = values[(values > 0) & (values <= fit.lambda_max)]
+    law = fit if xmax is None else replace(fit, alpha=_cut_exponent(values, fit, xmax))
     random = np.random.default_rng((seed, _GOF))
     searched = xmin is None and method in ("ks", "fix_fingers", "clip_xmax")
     draws = values.size if searched else fit.num_tail
@@ -138,20 +142,21 @@ def goodness_of_fit(
     for count in _portions(resamples, draws):
         share = np.sort(random.random((count, draws)), axis=1)
         if searched:
-            D = fit_rows(semiparametric_sample(values, fit, share), method).D
+            D = fit_rows(semiparametric_sample(values, law, share, xmax), method).D
         else:
-            D = _distances_of_given_tail(fit, share)
+            D = _distances_of_given_tail(law, share, xmax)
         reached += int(np.count_nonzero(D >= fit.D))
     return reached / resamples
 
 
-def semiparametric_sample(values: Vector, fit: PowerLawFit, share: Vector) -> Vector:
+def semiparametric_sample(values: Vector, fit: PowerLawFit, share: Vector, xmax: float | None = None) -> Vector:
     """Spectra whose tail is the fitted power law, and whose eigenvalues below λ_min are those of `values`.
 
     Args:
         values: eigenvalues that were fitted, (K,), ascending.
         fit: fitted power law.
         share: share of the law that lies above each eigenvalue, (B, n) numbers from 0 to 1, ascending in each row.
+        xmax: eigenvalue at which the law is cut; None for the whole law.
 
     Returns:
         Eigenvalues, (B, n), ascending in each row.
@@ -167,26 +172,46 @@ def semiparametric_sample(values: Vector, fit: PowerLawFit, share: Vector) -> Ve
     body = values[values < fit.lambda_min]
     above = 1 - body.size / values.size
     # one uniform number does for both choices: below n/K it is that much of the tail's own share
-    rows = _tail_of(fit, share / above)
+    rows = _tail_of(fit, share / above, xmax)
     if body.size:
         index = ((1 - share) * values.size).astype(np.intp)
         rows = np.where(share <= above, rows, body[np.minimum(index, body.size - 1)])
     return rows[:, ::-1]
 
 
-def _tail_of(fit: PowerLawFit, share: Vector) -> Vector:
+def _tail_of(fit: PowerLawFit, share: Vector, xmax: float | None) -> Vector:
     """Eigenvalues above which `share` of a fitted power law lies, λ_min where that is all or more; (B, n)."""
+    share = np.clip(share, _SMALLEST_SHARE, 1.0)
+    if xmax is not None:
+        beyond = (xmax / fit.lambda_min) ** (1 - fit.alpha)
+        share = beyond + share * (1 - beyond)
     with np.errstate(over="ignore"):
-        values = fit.lambda_min * np.clip(share, _SMALLEST_SHARE, 1.0) ** (1 / (1 - fit.alpha))
-    return np.minimum(values, np.finfo(np.float64).max)  # infinite ones would be none
+        values = fit.lambda_min * share ** (1 / (1 - fit.alpha))
+    return np.minimum(values, min(xmax or np.inf, np.finfo(np.float64).max))  # infinite ones would be none
 
 
-def _distances_of_given_tail(fit: PowerLawFit, share: Vector) -> Vector:
+def _cut_exponent(values: Vector, fit: PowerLawFit, xmax: float) -> float:
+    """Exponent of maximum likelihood of the power law on [λ_min, xmax], at least 1.
+
+    With a = α-1 and L = ln(xmax/λ_min) the mean of ln(λ/λ_min) is 1/a - L/(e^(aL) - 1), which falls as a grows.
+    """
+    from scipy.optimize import brentq
+
+    L = float(np.log(xmax / fit.lambda_min))
+    n = fit.num_tail - (fit.method == "hill")  # which counts λ_min itself
+    mean = float(np.log(values[values >= fit.lambda_min] / fit.lambda_min).sum()) / n
+    if mean >= (0.5 - _FLAT) * L:
+        return 1.0 + _FLAT / L
+    if mean * _STEEP <= L:  # nothing lies beyond xmax
+        return 1.0 + 1.0 / mean
+    return 1.0 + float(brentq(lambda u: 1 / u - 1 / np.expm1(u) - mean / L, _FLAT, _STEEP)) / L
+
+
+def _distances_of_given_tail(fit: PowerLawFit, share: Vector, xmax: float | None) -> Vector:
     """(B,) D of samples of a tail whose λ_min is not searched for, from (B, n) ascending uniform numbers."""
-    rows = _tail_of(fit, share[:, ::-1])
     if fit.method == "hill":  # whose tail begins with λ_min itself; over the smallest the others are a sample again
-        rows *= fit.lambda_min / rows[:, :1]
-    return fit_rows(rows, xmin=fit.lambda_min).D
+        share = share / share[:, -1:]
+    return fit_rows(_tail_of(fit, share[:, ::-1], xmax), xmin=fit.lambda_min).D
 
 
 def _portions(resamples: int, size: int) -> Iterator[int]:

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from htsr.errors import MatrixError, UsageError
-from htsr.spectra.resampling import bootstrap_alpha, goodness_of_fit
+from htsr.spectra.resampling import _cut_exponent, bootstrap_alpha, goodness_of_fit
 from htsr.spectra.tail import fit_power_law, fit_rows
 from tests.reference import statistics as plain
 
@@ -56,12 +56,49 @@ def test_goodness_of_fit_is_the_plain_bootstrap(seed, size, body):
     assert goodness_of_fit(values, resamples=20, seed=seed) == plain.goodness_of_fit(values, shares)
 
 
-@pytest.mark.parametrize(("method", "limits"), [("ks", {"xmin": 1.0}), ("hill", {}), ("hill_paper", {})])
+CUT = 7.4  # 5 % of a power law of exponent 2.5 lies above
+CASES = [
+    *[("ks", {"xmin": 1.0}), ("hill", {}), ("hill_paper", {})],
+    *[
+        ("ks", {"xmin": 1.0, "xmax": CUT}),
+        ("hill", {"xmax": CUT}),
+        ("hill_paper", {"xmax": CUT}),
+        ("hill", {"xmax": 2.0}),
+    ],
+    *[("hill", {"xmax": 1e300}), ("ks", {"xmin": 1.0, "xmax": np.inf})],
+]
+
+
+@pytest.mark.parametrize(("method", "limits"), CASES)
 def test_p_of_a_given_tail_is_uniform_under_the_null(random, method, limits):
     draws = [pareto(random, 40, 2.5) for _ in range(400)]
     p = np.sort([goodness_of_fit(v, method, resamples=99, seed=i, **limits) for i, v in enumerate(draws)])
     distance = np.abs(p - np.arange(400) / 400).max()
     assert distance < 1.63 / 400**0.5 + 0.01  # Kolmogorov's 1 % quantile, and steps of 1/99
+
+
+@pytest.mark.parametrize("method", ["ks", "hill"])
+def test_power_laws_that_are_cut_are_seldom_ruled_out(random, method):
+    """The samples are cut as the spectrum is: whole ones ruled out half of all true power laws."""
+    p = [goodness_of_fit(pareto(random, 200, 2.5), method, resamples=40, seed=i, xmax=CUT) for i in range(40)]
+    assert np.mean(np.array(p) <= 0.1) <= 0.29  # 0.1, plus 4 standard errors
+
+
+@settings(max_examples=30)
+@given(seeds, st.integers(3, 60), st.floats(1.01, 20.0), st.floats(1.0, 1e6))
+def test_the_exponent_of_a_cut_law_is_the_likeliest(seed, size, alpha, beyond):
+    values = np.sort(pareto(np.random.default_rng(seed), size, alpha))
+    xmax = float(values[-1] * beyond)
+    fit = fit_power_law(values, xmin=float(values[0]))
+    logs, width = np.log(values / values[0]), np.log(xmax / values[0])
+
+    def likelihood(a):
+        return size * (np.log(a) - np.log(-np.expm1(-a * width))) - a * logs.sum()
+
+    found = _cut_exponent(values, fit, xmax) - 1
+    assert likelihood(found) >= max(
+        likelihood(found * 1.01), likelihood(found * 0.99) if found * width > 1e-5 else -np.inf
+    )
 
 
 def test_p_does_not_depend_on_the_unit_nor_on_the_portions(random, monkeypatch):
