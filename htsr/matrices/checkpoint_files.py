@@ -53,9 +53,14 @@ def state_dict_tensors(state: Mapping[str, Any]) -> list[StoredTensor]:
     """The tensors of a `state` dict in memory, bare or wrapped as training scripts save it; other values are left out.
 
     Raises:
-        SourceError: `state` holds several state dicts.
+        SourceError: `state` holds several state dicts, or no tensor of torch and no array of NumPy.
     """
     tensors = state_dict_in(state, "the state dict")
+    if not tensors and state:
+        kind = type(next(iter(state.values()))).__name__
+        raise SourceError(
+            f"the state dict has no tensors: its values are tensors of torch or arrays of NumPy, not {kind}"
+        )
     names = clean_names(tensors)
     return [stored_tensor(names[name], tensor) for name, tensor in tensors.items()]
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from htsr.arrays import Array
 from htsr.errors import SourceError
@@ -127,10 +131,10 @@ def state_dict_in(content: Any, label: str) -> dict[str, torch.Tensor]:
         label: what to call it in errors.
 
     Returns:
-        Tensors of any shape, by name.
+        Tensors of any shape, by name; arrays of NumPy are tensors, too.
 
     Raises:
-        SourceError: `content` is not a dictionary, or holds several state dicts.
+        SourceError: `content` is not a dictionary, holds several state dicts, or an array of a dtype that torch lacks.
     """
     if not isinstance(content, Mapping):
         raise SourceError(f"{label} holds a {type(content).__name__}, not a dictionary of tensors")
@@ -157,7 +161,28 @@ def _state_dicts(
 def _tensors(content: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
     import torch
 
-    return {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    found = {}
+    for key, value in content.items():
+        if isinstance(value, np.ndarray) and (value.dtype.kind in "fiub" or value.dtype.name == "bfloat16"):
+            found[str(key)] = _from_numpy(str(key), value)
+        elif isinstance(value, torch.Tensor):
+            found[str(key)] = value
+    return found
+
+
+def _from_numpy(name: str, array: npt.NDArray[Any]) -> torch.Tensor:
+    """The array itself as a tensor, or a copy of one in another order."""
+    import torch
+
+    native = np.asarray(array, array.dtype.newbyteorder("="), order="C")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an array that may not be written to: nobody does
+            if native.dtype.name == "bfloat16":  # of ml_dtypes
+                return torch.from_numpy(native.view(np.int16)).view(torch.bfloat16)
+            return torch.from_numpy(native)
+    except TypeError as error:
+        raise SourceError(f"{name} is an array of {array.dtype}, which torch does not have") from error
 
 
 def _is_matrix(tensor: torch.Tensor) -> bool:

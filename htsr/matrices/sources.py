@@ -39,7 +39,8 @@ def open_model(
     """The matrices of `source`, none of them read yet.
 
     Args:
-        source: an ``nn.Module``, a state dict, a folder, a file, an adapter folder, or a hub id.
+        source: an ``nn.Module``, a state dict (of tensors or NumPy arrays), a folder, a file, an adapter folder, or a
+            hub id.
         revision: branch, tag or commit of a hub id.
         against: another such source; the matrices are then those of the differences source - against of all tensors
             with the same name and shape.
@@ -75,7 +76,8 @@ def _stored(source: Source, revision: str | None) -> Opened:
     if isinstance(source, (str, os.PathLike)):
         return _open_path(os.fspath(source), revision)
     if isinstance(source, Mapping):
-        return "state dict", tying.tied(adapters.loose_factors(state_dict_tensors(source))), {}, None
+        tensors = layouts.flax_layout(state_dict_tensors(source))
+        return "state dict", tying.tied(adapters.loose_factors(tensors)), {}, None
     if hasattr(source, "named_parameters"):
         from htsr.matrices.modules import module_config, module_tensors, unwrapped
 

@@ -434,3 +434,29 @@ def test_the_names_of_paths_that_cannot_be():
     for name in ("/" + "x" * 5000, "~nosuchuser/model", "a\0b"):
         with pytest.raises(htsr.SourceError, match="does not exist"):
             htsr.describe(name)
+
+
+def test_arrays_of_numpy_are_a_state_dict_as_tensors_are():
+    state = state_dict(1)
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    assert_same(facts(state), facts(arrays))
+    assert_same(facts({n: t.half() for n, t in state.items()}), facts({n: a.astype("f2") for n, a in arrays.items()}))
+    swapped = {name: np.asfortranarray(array)[::-1][::-1].astype(">f4") for name, array in arrays.items()}
+    for array in swapped.values():
+        array.flags.writeable = False
+    assert_same(facts(state), facts({"state_dict": swapped, "epoch": 3}))
+    tied = {"model.embed_tokens.weight": (W := np.ones((9, 4), np.float32)), "lm_head.weight": W}
+    assert len(htsr.describe(tied).matrices) == 1
+
+
+def test_kernels_of_flax_in_memory_are_not_guessed_at_either():
+    kernels = {"conv.kernel": np.ones((3, 3, 8, 9), np.float32), "dense.kernel": np.ones((8, 9), np.float32)}
+    assert [m.problem and m.problem[0] for m in htsr.describe(kernels).matrices] == ["unsupported", None]
+
+
+def test_a_dictionary_without_arrays_is_refused_in_words():
+    with pytest.raises(htsr.SourceError, match="tensors of torch or arrays of NumPy, not list"):
+        htsr.describe({"up.weight": [[1.0, 2.0], [3.0, 4.0]]})
+    if np.dtype(np.longdouble).itemsize > 8:
+        with pytest.raises(htsr.SourceError, match=r"up\.weight is an array of float128, which torch does not have"):
+            htsr.describe({"up.weight": np.ones((3, 4), np.longdouble)})
