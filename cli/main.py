@@ -252,9 +252,16 @@ def memory(
     batch: Annotated[int, typer.Option(min=1, help="Sequences per backward pass.")] = 1,
     rank: Annotated[
         int | None,
-        typer.Option(min=1, help="Rank of the adapters (8), or of the gradients' subspaces (128).", show_default=False),
+        typer.Option(
+            min=1,
+            help="Rank of the adapters (8), or of the gradients' subspaces (128, less in a small model).",
+            show_default=False,
+        ),
     ] = None,
-    active_blocks: Annotated[int, typer.Option(min=1, help="Blocks that lisa and owlore train at a time.")] = 2,
+    active_blocks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Blocks that lisa and owlore train at a time (2).", show_default=False),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Dtype of the weights: float32, bfloat16, float16; by default the model's.")
     ] = None,

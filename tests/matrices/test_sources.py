@@ -254,7 +254,7 @@ class TestFilter:
     @pytest.mark.parametrize(
         "wrong",
         [
-            {"blocks": 3}, {"blocks": "3"}, {"blocks": (0.5,)}, {"blocks": [None]}, {"min_size": "3"},
+            {"blocks": 3}, {"blocks": "3"}, {"blocks": (0.5,)}, {"blocks": [None]}, {"min_size": "3"}, {"min_size": True},
             {"min_size": None}, {"max_size": 4.5}, {"include": 3}, {"exclude": (3,)}, {"roles": None},
         ],
     )  # fmt: skip

@@ -30,7 +30,7 @@ class Setting:
         batch: sequences per backward pass.
         sequence: tokens per sequence.
         rank: rank of the adapters, or dimension of the gradients' subspaces.
-        active_blocks: number of blocks that train at a time.
+        active_blocks: number of blocks that train at a time; None for 2, or the only one.
         dtype: dtype of the weights; None for the configuration's.
         checkpointing: whether activations are checkpointed.
         state_dtype: dtype of Adam's moments; None for the parameter's own.
@@ -42,7 +42,7 @@ class Setting:
     batch: int
     sequence: int
     rank: int
-    active_blocks: int
+    active_blocks: int | None
     dtype: str | None
     checkpointing: bool
     state_dtype: StateDtype | None
@@ -68,6 +68,7 @@ class MemoryPlan(Tabular):
         workspace: bytes of the optimizer's temporaries, or of a de-quantised matrix.
         parameters: number of the model's parameters, adapters included.
         trainable: number of the parameters that train.
+        rank: rank of the adapters, or dimension of the gradients' subspaces; None for a method that has none.
     """
 
     model: str
@@ -83,6 +84,7 @@ class MemoryPlan(Tabular):
     workspace: int
     parameters: int
     trainable: int
+    rank: int | None = None
 
     @property
     def label(self) -> str:  # type: ignore[override]
@@ -90,7 +92,11 @@ class MemoryPlan(Tabular):
         return self.model
 
     def records(self) -> list[Record]:
-        """One dictionary, in bytes."""
+        """One dictionary: the attributes, and what a run on a CPU has resident besides, no part of `total`.
+
+        ``process``: bytes of the interpreter with the packages of a fine-tuning run. ``merging``: bytes of the weights
+        once more, after training, where adapters are merged into them; else 0.
+        """
         return MemoryPlans(self.model, (self,)).records()
 
     def tables(self) -> tuple[Table, ...]:
@@ -127,7 +133,7 @@ class MemoryPlans(Tabular):
     plans: tuple[MemoryPlan, ...]
 
     def records(self) -> list[Record]:
-        """One dictionary a method, in bytes, with what a run on a CPU takes besides (`beside`)."""
+        """One dictionary a method, as `MemoryPlan.records` describes it."""
         return [asdict(plan) | beside(plan) for plan in self.plans]
 
     def tables(self) -> tuple[Table, ...]:
@@ -142,6 +148,8 @@ class MemoryPlans(Tabular):
             (label, *(f"+{record[part] / size:.2f}" if record[part] else "" for record in records))
             for label, part in extra.items()
         ]
+        if any(record["rank"] for record in records):
+            rows.append(("rank", *(str(record["rank"] or "") for record in records)))
         rows.append(("peak in", *(record["moment"] for record in records)))
         rows.append(("trained", *(_millions(record["trainable"]) for record in records)))
         columns = (Column(f"{unit} at the peak", text=True), *(Column(record["method"]) for record in records))

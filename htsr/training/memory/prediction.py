@@ -9,6 +9,7 @@ counted: the CUDA context, kernels' own workspaces, fragmentation of the allocat
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
@@ -41,7 +42,7 @@ def predict_memory(
     batch: int = 1,
     sequence: int = 512,
     rank: int | None = None,
-    active_blocks: int = 2,
+    active_blocks: int | None = None,
     dtype: str | None = None,
     checkpointing: bool = False,
     state_dtype: StateDtype | None = None,
@@ -59,8 +60,9 @@ def predict_memory(
             the lowest, from which backward is longest.
         batch: sequences per backward pass.
         sequence: tokens per sequence, all of them real.
-        rank: rank of the adapters (8 by default), or dimension of the gradients' subspaces (128 by default).
-        active_blocks: number γ of blocks that ``lisa`` and ``owlore`` train at a time.
+        rank: rank of the adapters (8 by default), or dimension of the gradients' subspaces: 128 by default, halved for
+            a small model until a matrix of a block can have it. The plan says which.
+        active_blocks: number γ of blocks that ``lisa`` and ``owlore`` train at a time; 2 by default, or the only one.
         dtype: dtype of the weights; by default the configuration's.
         checkpointing: whether activations are checkpointed, non-reentrant, per block.
         state_dtype: dtype of Adam's moments; by default the parameter's own with torch's (fused) AdamW, float32 with
@@ -76,7 +78,7 @@ def predict_memory(
 
     Raises:
         SourceError: the source is no configuration of a causal language model.
-        UsageError: an option has no meaning.
+        UsageError: an option has no meaning, or the model cannot have this rank or so many active blocks.
 
     Examples:
         AdamW keeps two moments of four bytes for each float32 parameter; LISA keeps them for what trains now:
@@ -110,7 +112,7 @@ def predict_memory(
     given = rank
     rank = rank if rank is not None else 128 if method in LOW_RANK else 8
     for name, number in (("batch", batch), ("sequence", sequence), ("rank", rank), ("active_blocks", active_blocks)):
-        if number < 1:
+        if number is not None and number < 1:
             raise UsageError(f"{name} is {number}; it is at least 1")
     setting = Setting(
         method=method,
@@ -129,12 +131,15 @@ def predict_memory(
     label, config = _configuration(source, revision)
     try:
         plan = simulate(label, config, setting)
+        while given is None and method in LOW_RANK and not plan.projectors and setting.rank > 1:
+            setting = replace(setting, rank=setting.rank // 2)
+            plan = simulate(label, config, setting)
     except HtsrError:
         raise
     except Exception as error:  # whatever transformers' code for a model raises on sizes that do not go together
         raise SourceError(f"a training step of {label} cannot be simulated: {reason_of(error)}") from error
-    if given is not None and method in LOW_RANK and not plan.projectors:
-        raise UsageError(f"no matrix of a block of {label} can have rank {rank}: none has both sides larger")
+    if method in LOW_RANK and not plan.projectors:
+        raise UsageError(f"no matrix of a block of {label} can have rank {setting.rank}: none has both sides larger")
     return plan
 
 

@@ -93,7 +93,7 @@ def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
 
     Raises:
         SourceError: transformers knows no causal language model of this configuration.
-        UsageError: torch cannot simulate its experts in this dtype.
+        UsageError: torch cannot simulate its experts in this dtype, or it has fewer blocks than shall be active.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on the names of transformers' and peft's own options
@@ -139,6 +139,7 @@ def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
         total=ledger.peak,
         parameters=count,
         trainable=sum(p.numel() for p in trained.values()),
+        rank=setting.rank if setting.method not in ("full", "lisa") else None,
         **ledger.parts,
     )
 
@@ -184,16 +185,19 @@ def _model(label: str, config: Any, setting: Setting) -> Any:
             model.enable_input_require_grads()
         model = peft.get_peft_model(model, adapter, low_cpu_mem_usage=True)
     if setting.method in SAMPLED:
-        active = _active(model, setting)
+        active = _active(label, model, setting)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in active)
     return model
 
 
-def _active(model: Any, setting: Setting) -> set[str]:
+def _active(label: str, model: Any, setting: Setting) -> set[str]:
     """Names of the parameters that `LayerSampler` lets train while it has drawn the first blocks."""
     found = trainable(model, find_blocks(model))
-    blocks = found.blocks[: setting.active_blocks]
+    count = len(found.blocks)
+    if setting.active_blocks is not None and setting.active_blocks > count:
+        raise UsageError(f"active_blocks is {setting.active_blocks}, and {label} has {count} block{'s' * (count != 1)}")
+    blocks = found.blocks[: setting.active_blocks or 2]
     return {name for names in blocks for name in names}.union(
         found.rest, found.embedding if setting.embeddings != "freeze" else ()
     )

@@ -158,6 +158,8 @@ def test_sources(folder, tmp_path):
         (["{folder}", "--gradients", "drop"], 2, "unknown gradients 'drop'"),
         (["{folder}", "--method", "full", "--gradients", "update"], 2, "is for galore and owlore, not for full"),
         (["{folder}", "--method", "galore", "--rank", "999999"], 2, "can have rank 999999: none has both sides larger"),
+        (["{folder}", "--method", "lisa", "--active-blocks", "9"], 2, "active_blocks is 9, and {folder} has 4 blocks"),
+        (["{folder}", "--seq", "8", "--active-blocks", "5"], 2, "active_blocks is 5, and {folder} has 4 blocks"),
         (["./nowhere"], 1, "./nowhere does not exist"),
         (["{empty}"], 1, "has no config.json"),
         (["{t5}"], 1, "is no causal language model"),
@@ -185,8 +187,25 @@ def test_bad_input_is_one_sentence(capsys, folder, tmp_path, arguments, code, se
     assert main(["memory", *(argument.format(**paths) for argument in arguments)]) == code
     out, err = capsys.readouterr()
     assert out == ""
-    assert sentence in err
+    assert sentence.format(**paths) in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_the_default_is_what_a_small_model_can_have(capsys, tmp_path):
+    config = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 4, "vocab_size": 99}
+    LlamaConfig(**config, num_hidden_layers=1).save_pretrained(tmp_path)
+    assert main(["memory", str(tmp_path), "--seq", "8", "--format", "json"]) == 0
+    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert {method: rows[method]["rank"] for method in rows} == {
+        "full": None, "lora": 8, "qlora": 8, "galore": 64, "lisa": None, "owlore": 64
+    }  # fmt: skip
+    for low, whole in (("galore", "full"), ("owlore", "lisa")):
+        assert rows[low]["projectors"] > 0
+        assert rows[low]["optimizer"] < rows[whole]["optimizer"]
+    assert rows["galore"]["total"] == predict_memory(tmp_path, "galore", sequence=8, rank=64).total
+    assert main(["memory", str(tmp_path), "--seq", "8"]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["rank", "8", "8", "64", "64"] in shown
 
 
 def test_command(capsys, folder, tmp_path):
