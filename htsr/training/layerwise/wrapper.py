@@ -159,6 +159,9 @@ def multipliers(optimizer: Any) -> dict[str, float]:
         Multipliers by the group's name, which is the matrix in it or ``rest``; 1 before the first step. Empty where the
         optimizer is not layerwise.
 
+    Raises:
+        UsageError: it is no optimizer.
+
     Examples:
         >>> import htsr, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
@@ -166,7 +169,7 @@ def multipliers(optimizer: Any) -> dict[str, float]:
         >>> htsr.multipliers(optimizer)
         {'0': 1.0, 'rest': 1.0}
     """
-    return {group["name"]: group["multiplier"] for group in optimizer.param_groups if "htsr_step" in group}
+    return {group["name"]: group["multiplier"] for group in _groups(optimizer)}
 
 
 def log_values(optimizer: Any) -> dict[str, float]:
@@ -176,9 +179,12 @@ def log_values(optimizer: Any) -> dict[str, float]:
         optimizer: optimizer that `multipliers` takes.
 
     Returns:
-        Values by name: ``layerwise/multiplier_min``, ``_median``, ``_max``; ``layerwise/multiplier/ROLE`` and
-        ``layerwise/score/ROLE``, means over the role's matrices (the score of LLR is α). Empty where the optimizer is
-        not layerwise.
+        Values by name: ``layerwise/multiplier_min``, ``_median``, ``_max``, over all groups that hold parameters, also
+        what is left at 1 under the name ``rest``; ``layerwise/multiplier/ROLE`` and ``layerwise/score/ROLE``, means
+        over the role's matrices (the score of LLR is α). Empty where the optimizer is not layerwise.
+
+    Raises:
+        UsageError: it is no optimizer.
 
     Examples:
         >>> import htsr, torch
@@ -188,7 +194,7 @@ def log_values(optimizer: Any) -> dict[str, float]:
         >>> htsr.log_values(optimizer)["layerwise/multiplier_median"]
         3.0
     """
-    groups = [group for group in optimizer.param_groups if "htsr_step" in group and group["role"] != "rest"]
+    groups = [group for group in _groups(optimizer) if group["params"]]
     if not groups:
         return {}
     ordered = sorted(group["multiplier"] for group in groups)
@@ -204,3 +210,10 @@ def log_values(optimizer: Any) -> dict[str, float]:
                 by_role.setdefault(group["role"], []).append(group[key])
         values |= {f"layerwise/{key}/{role}": statistics.fmean(found) for role, found in by_role.items()}
     return values
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    """The groups that `layerwise` has made; none where the optimizer is not layerwise."""
+    if not hasattr(optimizer, "param_groups"):
+        raise UsageError(f"{type(optimizer).__name__} is no optimizer: this takes the one that htsr.layerwise returned")
+    return [group for group in optimizer.param_groups if "htsr_step" in group]

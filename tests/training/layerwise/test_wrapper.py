@@ -501,3 +501,19 @@ class TestRefusals:
         model = TinyLM()
         with pytest.raises(UsageError, match="relative_step"):
             htsr.layerwise(Adafactor(model.parameters()), model)
+
+
+def test_logged_values_count_what_no_policy_moves():
+    model = TinyLM()
+    optimizer = htsr.layerwise(torch.optim.SGD(model.parameters(), lr=LR), model, score=None, embeddings=5.0)
+    train(model, optimizer, range(1))
+    values = htsr.log_values(optimizer)
+    assert (values["layerwise/multiplier_min"], values["layerwise/multiplier_max"]) == (1.0, 5.0)
+    assert values["layerwise/multiplier/rest"] == 1.0
+    assert values["layerwise/multiplier/embed"] == 5.0
+    assert set(htsr.multipliers(optimizer).values()) == {1.0, 5.0}
+    plain = torch.optim.SGD(model.parameters(), lr=LR)
+    assert htsr.log_values(plain) == htsr.multipliers(plain) == {}
+    for takes in (htsr.log_values, htsr.multipliers):
+        with pytest.raises(UsageError, match="TinyLM is no optimizer"):
+            takes(model)
