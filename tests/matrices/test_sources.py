@@ -255,7 +255,8 @@ class TestFilter:
         "wrong",
         [
             {"blocks": 3}, {"blocks": "3"}, {"blocks": (0.5,)}, {"blocks": [None]}, {"min_size": "3"},
-            {"min_size": True}, {"min_size": None}, {"max_size": 4.5}, {"include": 3}, {"exclude": (3,)}, {"roles": None},
+            {"min_size": True}, {"min_size": None}, {"max_size": 4.5}, {"include": 3}, {"exclude": (3,)},
+            {"roles": None},
         ],
     )  # fmt: skip
     def test_other_kinds_are_refused_in_one_sentence(self, wrong):
