@@ -242,7 +242,7 @@ def memory(
     context: typer.Context,
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="Hub id, or a folder with a config.json; weights are not needed."),
+        typer.Argument(metavar="MODEL", help="Hub id, folder with a config.json, or .gguf file; weights are not read."),
     ],
     method: Annotated[
         list[str] | None,
@@ -280,13 +280,15 @@ def memory(
     revision: Revision = None,
     format: Format = None,
     output: Output = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Peak memory of training, by part, without loading the model.
 
     For example:  [bold]htsr memory meta-llama/Llama-2-7b-hf --batch 1 --seq 1024 --checkpointing[/bold]
     """
     from htsr_cli import run
-    from htsr_cli.output import Target
+    from htsr_cli.output import Target, Words
 
     options = {
         "sequence": seq,
@@ -300,7 +302,7 @@ def memory(
         "gradients": gradients,
         "revision": revision,
     }
-    run.memory(model, method, options, Target.of(context))
+    run.memory(model, method, options, Words(quiet, verbose), Target.of(context))
 
 
 @app.command()
@@ -367,7 +369,8 @@ def finetune(
     from htsr_cli.output import Target, Words
 
     changes = {"method": method, "layerwise": layerwise, "output": output}
-    start(config, changes, Words(quiet, verbose), Target.of(context, "table"), resume=resume)
+    code = start(config, changes, Words(quiet, verbose), Target.of(context, "table"), resume=resume)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -413,7 +416,7 @@ def project(
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    from htsr.errors import HtsrError, UsageError
+    from htsr.errors import HtsrError, UsageError, reason_of
     from htsr.reporting.text import visible
 
     for stream in (sys.stdout, sys.stderr):
@@ -427,7 +430,7 @@ def main(args: list[str] | None = None) -> int:
         typer.echo("\n".join(visible(line) for line in f"htsr: {error}".splitlines()), err=True)
         return 2 if isinstance(error, UsageError) else 1
     except OSError as error:  # a name that the file system does not take, a folder that may not be read
-        typer.echo(f"htsr: {visible(str(error))}", err=True)
+        typer.echo(f"htsr: {visible(reason_of(error))}", err=True)
         return 1
     except KeyboardInterrupt:
         typer.echo("htsr: interrupted", err=True)

@@ -17,7 +17,7 @@ from htsr.files import check_writable, written
 from htsr.ranks import is_first
 from htsr.reporting.formats import as_csv, as_json, as_markdown, require_pyarrow, write_parquet
 from htsr.reporting.latex import as_latex
-from htsr.reporting.terminal import PLAIN_WIDTH, as_text, terminal_table
+from htsr.reporting.terminal import WHOLE, as_text, terminal_table
 from htsr.reporting.text import encodable, plain_console, visible
 from htsr.results import Tabular, envelope
 
@@ -50,7 +50,7 @@ class Target:
         options: what it was given.
 
     Raises:
-        UsageError: no such format, or none that a terminal takes.
+        UsageError: no such format, none that a terminal takes, or another than the suffix of `output` tells.
         MissingDependencyError: the format needs a package that is not there.
         HtsrError: the file cannot be written.
     """
@@ -62,8 +62,10 @@ class Target:
         command: str | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
-        if format is None:
-            format = "table" if output is None else SUFFIXES.get(output.suffix.lower(), "")
+        told = SUFFIXES.get(output.suffix.lower()) if output else "table"
+        if output and told and format in FORMATS and format != told:
+            raise UsageError(f"--format {format} does not go into {output}: by its suffix that is {told}")
+        format = format or told
         if format not in FORMATS:
             raise UsageError(
                 f"the format is one of {', '.join(FORMATS)}" + (f", and {output} does not tell which" if output else "")
@@ -231,5 +233,5 @@ def _no_bars() -> Iterator[None]:
 
 
 def console() -> Console:
-    """Standard output; wide where it is no terminal, so that nothing is cut."""
-    return plain_console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    """Standard output; where it is no terminal it is so wide that nothing is cut."""
+    return plain_console(width=None if sys.stdout.isatty() else WHOLE)

@@ -10,9 +10,10 @@ from htsr_cli.conditions import Condition, judge, say_error, with_needed
 from htsr_cli.output import Target, Words
 
 from htsr.analysis.analyze import analyze_model, make_options
-from htsr.analysis.comparison import compare_analyses, filtered_together, options_beside
+from htsr.analysis.comparison import compare_analyses, filtered_together, options_beside, saved_or_source
 from htsr.analysis.journal import Journal
 from htsr.analysis.result import Analysis
+from htsr.analysis.saving import check_saved_to
 from htsr.errors import UsageError
 from htsr.files import check_writable
 from htsr.matrices.models import Filter
@@ -69,9 +70,10 @@ def analyze(
 ) -> int:
     """`htsr analyze`; returns the exit code."""
     settings = make_options(**with_needed(options, conditions))
-    for file in filter(None, (html, save)):
-        check_writable(file)
+    if save is not None:
+        check_saved_to(save)
     if html is not None:
+        check_writable(html)
         from htsr.reporting.html import require_plotly
 
         require_plotly()
@@ -106,8 +108,9 @@ def analyze(
 
 def compare(a: str, b: str, choice: Choice, options: dict[str, Any], words: Words, target: Target) -> None:
     """`htsr compare`."""
-    opened = [Analysis.load(name) if name.endswith(".npz") else open_model(name) for name in (a, b)]
-    settings = options_beside([side for side in opened if isinstance(side, Analysis)], **options)
+    given = [saved_or_source(name) for name in (a, b)]
+    settings = options_beside([side for side in given if isinstance(side, Analysis)], **options)
+    opened = [side if isinstance(side, Analysis) else open_model(side) for side in given]
     sides = filtered_together(opened, choice.filter)
     analyses = []
     for name, side in zip((a, b), sides, strict=True):
@@ -137,7 +140,7 @@ def describe(name: str, choice: Choice, words: Words, target: Target, *, revisio
     target.write(open_model(name, revision=revision).filtered(choice.filter), words)
 
 
-def memory(name: str, methods: list[str] | None, options: dict[str, Any], target: Target) -> None:
+def memory(name: str, methods: list[str] | None, options: dict[str, Any], words: Words, target: Target) -> None:
     """`htsr memory`; an option goes to the methods that it has a meaning for, unless one alone is asked for."""
     asked = cast(list[TrainingMethod], methods or list(METHODS))
     plans = []
@@ -148,8 +151,9 @@ def memory(name: str, methods: list[str] | None, options: dict[str, Any], target
             mine["embeddings"] = None
         if len(asked) > 1 and method in METHODS and method not in LOW_RANK:
             mine["gradients"] = "keep"
-        plans.append(predict_memory(name, method, **mine))
-    target.write(MemoryPlans(name, tuple(plans)))
+        with words.of_others():
+            plans.append(predict_memory(name, method, **mine))
+    target.write(MemoryPlans(name, tuple(plans)), words)
 
 
 def project(

@@ -1,5 +1,9 @@
 """The errors that htsr raises when it cannot go on; every message says what is wrong, where, and what to do."""
 
+from __future__ import annotations
+
+import os
+
 
 class HtsrError(Exception):
     """Base class of all errors that htsr raises on purpose."""
@@ -33,14 +37,24 @@ class MissingDependencyError(HtsrError, ImportError):
     """An optional package that this call needs is not installed."""
 
 
-def reason_of(error: BaseException) -> str:
+def reason_of(error: BaseException, path: str | os.PathLike[str] | None = None) -> str:
     """The first line of an `error` of another library, cut where it is too long to read; its class if it has no text.
+
+    Args:
+        error: error, of the system without its number.
+        path: file that the sentence names already.
 
     Examples:
         >>> from htsr.errors import reason_of
         >>> reason_of(ValueError("bad header\\n  at byte 8")), reason_of(MemoryError())
         ('bad header', 'MemoryError')
+        >>> reason_of(FileNotFoundError(2, "No such file or directory", "a.txt"))
+        'No such file or directory: a.txt'
     """
-    lines = str(error).strip().splitlines()
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        other = error.filename is not None and (path is None or os.fspath(error.filename) != os.fspath(path))
+        said = f"{error.strerror}: {error.filename}" if other else error.strerror
+    lines = said.strip().splitlines()
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 400 else f"{text[:397]}…"

@@ -26,11 +26,13 @@ def check_writable(path: Path) -> None:
             that takes no files, or its name is too long.
     """
     try:
-        if _is_stream(path):
+        if is_stream(path):
             if not os.access(path, os.W_OK):
                 raise HtsrError(f"{path} cannot be written: it refuses data")
             return
         path = _target(path)
+        if not path.parent.exists():
+            raise HtsrError(f"{path} cannot be written: the folder {path.parent} does not exist")
         if not path.parent.is_dir():
             raise HtsrError(f"{path} cannot be written: {path.parent} is no folder")
         if path.is_dir():
@@ -72,7 +74,7 @@ def written(path: Path) -> Iterator[Path]:
         '42'
     """
     check_writable(path)
-    stream = _is_stream(path)
+    stream = is_stream(path)
     target = path if stream else _target(path)
     try:
         folder = None if stream else target.parent
@@ -97,7 +99,7 @@ def written(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _is_stream(path: Path) -> bool:
+def is_stream(path: Path) -> bool:
     """Whether `path` takes data without being a file: a pipe, a terminal or another character device."""
     return path.is_fifo() or path.is_char_device()
 

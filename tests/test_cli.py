@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from htsr_cli.conditions import KNOWN, NEEDS
-from htsr_cli.main import main
+from htsr_cli.main import app, main
 from htsr_cli.output import _is_unsaid
 
 import htsr
@@ -192,7 +192,12 @@ def test_rows_that_a_condition_was_not_asked_of_are_named(capsys, tmp_path):
         (["analyze", "{folder}", "--format", "xml"], 2, "the format is one of table, json"),
         (["analyze", "{folder}", "-o", "x.xml"], 2, "does not tell which"),
         (["analyze", "{folder}", "--format", "parquet"], 2, "parquet goes to a file"),
-        (["analyze", "{folder}", "-o", "no/such/folder/x.json"], 1, "no/such/folder is no folder"),
+        (["analyze", "{folder}", "--format", "csv", "-o", "x.json"], 2, "csv does not go into x.json: by its suffix"),
+        (["project", "{folder}", "-o", "x", "--format", "csv", "--table", "x.TEX"], 2, "does not go into x.TEX"),
+        (["describe", "{folder}", "--format", "xml", "-o", "x.json"], 2, "the format is one of table, json"),
+        (["analyze", "{folder}", "--save", "x.txt"], 2, "an analysis is saved as .npz, not as x.txt: x.npz"),
+        (["analyze", "missing.npz"], 1, "missing.npz does not exist"),
+        (["analyze", "{folder}", "-o", "no/such/folder/x.json"], 1, "the folder no/such/folder does not exist"),
         (["analyze", "{folder}", "--fail-on", "alpha"], 2, "conditions such as 'alpha>6'"),
         (["analyze", "{folder}", "--fail-on", "alhpa>6"], 2, "rows have no 'alhpa'"),
         (["analyze", "{folder}", "--fail-on", "alpha>six"], 2, "'six' is no number"),
@@ -254,6 +259,48 @@ def test_compare_and_saved_analyses(capsys, folder, tmp_path):
     assert "‖A-B‖/‖A‖" in out
     code, _, err = run(capsys, "compare", folder, other, "--role", "attn.*", "-q")
     assert (code, err) == (0, "")
+
+
+def test_every_command_that_writes_a_result_can_be_quiet():
+    import typer
+
+    def commands(group):
+        for command in group.commands.values():
+            yield from commands(command) if hasattr(command, "commands") else (command,)
+
+    writing = [c for c in commands(typer.main.get_command(app)) if "format" in {p.name for p in c.params}]
+    assert len(writing) == 8
+    assert all({"quiet", "verbose"} <= {p.name for p in c.params} for c in writing)
+
+
+def test_saved_analyses_are_compared_by_path(folder, tmp_path):
+    analysis = htsr.analyze(folder)
+    for name in ("a.npz", "b.NPZ"):
+        analysis.save(tmp_path / name)
+        pairs = htsr.compare(tmp_path / name, str(folder))
+        assert [(pair.a.alpha, pair.distance, pair.esd_distance) for pair in pairs] == [
+            (row.alpha, None, 0.0) for row in analysis
+        ]
+    with pytest.raises(htsr.UsageError, match=r"saved as \.npz"):
+        analysis.save(tmp_path / "a.txt")
+    with pytest.raises(htsr.SourceError, match=r"a\.npz is no checkpoint; .* htsr\.Analysis\.load"):
+        htsr.analyze(tmp_path / "a.npz")
+    (tmp_path / "a.npz").write_text("text")
+    with pytest.raises(htsr.SourceError, match=r"is no \.npz file"):
+        htsr.compare(tmp_path / "a.npz", folder)
+
+
+def test_a_table_in_a_file_or_pipe_is_whole(capsys, tmp_path):
+    long = {f"{'encoder.' * 20}{name}": weight for name, weight in state_dict().items()}
+    folder = save_folder(tmp_path / "long", long)
+    args = ["analyze", folder, "--full", "-q"]
+    code, out, _ = run(capsys, *args)
+    assert code == 0
+    assert run(capsys, *args, "-o", tmp_path / "t.txt") == (0, "", "")
+    assert (tmp_path / "t.txt").read_text() == out
+    assert all(row.name in out for row in htsr.analyze(folder))
+    assert "…" not in out
+    assert "left out" not in out
 
 
 def test_a_filter_applies_to_a_saved_analysis(capsys, folder, tmp_path):

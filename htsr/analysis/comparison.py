@@ -7,8 +7,10 @@ comparison.to_pandas()
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from htsr.analysis.analyze import FULL, analyze_model, make_options
 from htsr.analysis.distance import Distance, distance
 from htsr.analysis.matching import match, of_one_shape
 from htsr.analysis.result import Analysis
+from htsr.analysis.saving import is_saved
 from htsr.analysis.sharing import launched_ranks
 from htsr.analysis.tables import changes_table, pairs_table
 from htsr.arrays import Array, Vector
@@ -171,7 +174,7 @@ def compare(
     permutation is not known, the row's warning says so.
 
     Args:
-        a: first model: a source as `htsr.analyze` takes it, or an `Analysis`.
+        a: first model: a source as `htsr.analyze` takes it, an `Analysis`, or the path of a saved one (.npz).
         b: second model, likewise.
         where: filter of the matrices that are wanted, also in a finished analysis; all by default.
         full: whether to add bulk, permuted weights and alternatives to the power law.
@@ -179,10 +182,10 @@ def compare(
         **options: options as in `htsr.analyze`; beside an `Analysis`, its own options are the default.
 
     Returns:
-        A `Comparison`. It has distances between weights only where both models are sources, not analyses.
+        A `Comparison`. It has distances between weights only where both are models, not analyses.
 
     Raises:
-        SourceError: a model cannot be read, or the two have no matrix of one shape in common.
+        SourceError: a model or saved analysis cannot be read, or the two have no matrix of one shape in common.
         UsageError: an option has no meaning, no matrix passes the filter, or the two were fitted in ways that give
             different numbers.
 
@@ -196,14 +199,26 @@ def compare(
         >>> abs(pair.a.alpha - pair.b.alpha) < 1e-9  # α does not feel the scale
         True
     """
-    settings = options_beside([x for x in (a, b) if isinstance(x, Analysis)], full=full, **options)
-    sides = filtered_together([x if isinstance(x, Analysis) else open_model(x) for x in (a, b)], as_filter(where))
+    given = [saved_or_source(x) for x in (a, b)]
+    settings = options_beside([x for x in given if isinstance(x, Analysis)], full=full, **options)
+    sides = filtered_together([x if isinstance(x, Analysis) else open_model(x) for x in given], as_filter(where))
     analyses = [
         side if isinstance(side, Analysis) else analyze_model(side, settings, ranks=launched_ranks(distributed))
         for side in sides
     ]
     models = [side if isinstance(side, Model) else None for side in sides]
     return compare_analyses(analyses[0], analyses[1], models[0], models[1])
+
+
+def saved_or_source(given: Source | Analysis) -> Source | Analysis:
+    """The analysis that is saved at the path `given` (.npz), else what is given.
+
+    Raises:
+        SourceError: the file is not one that `Analysis.save` wrote.
+    """
+    if isinstance(given, (str, os.PathLike)) and is_saved(Path(given)):
+        return Analysis.load(given)
+    return given
 
 
 def options_beside(saved: Sequence[Analysis], *, full: bool = False, **options: Any) -> Options:

@@ -204,9 +204,10 @@ class Analysis(Tabular):
         """Write rows and spectra to one .npz file, by way of a temporary file.
 
         Args:
-            path: file to write; no suffix is added.
+            path: file to write, with the suffix .npz, which is not added.
 
         Raises:
+            UsageError: the file has another suffix, or is one of a model.
             HtsrError: the file cannot be written.
         """
         spectra = {"eigenvalues": self.eigenvalues, "permuted": self.permuted}

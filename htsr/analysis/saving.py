@@ -23,8 +23,8 @@ import numpy.typing as npt
 from htsr._version import __version__
 from htsr.analysis.schema import from_json
 from htsr.arrays import Vector
-from htsr.errors import SourceError
-from htsr.files import written
+from htsr.errors import SourceError, UsageError
+from htsr.files import check_writable, is_stream, written
 from htsr.spectra.metrics import LayerMetrics, Options
 from htsr.spectra.tail import FitMethod
 
@@ -54,6 +54,23 @@ _COUNTS = (
 )
 
 
+def check_saved_to(path: Path) -> None:
+    """Refuse a path that an analysis cannot be saved to; a file is found again by its suffix.
+
+    Raises:
+        UsageError: the file has another suffix than .npz, or is one of a model.
+        HtsrError: the file cannot be written.
+    """
+    check_writable(path)
+    if not is_saved(path) and not is_stream(path):
+        raise UsageError(f"an analysis is saved as .npz, not as {path.name}: {path.with_suffix('.npz')}")
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `path` is named as a saved analysis is."""
+    return path.suffix.lower() == ".npz"
+
+
 def write_parts(
     path: Path,
     label: str,
@@ -65,8 +82,10 @@ def write_parts(
     """Write the parts of an analysis to `path`, whole or not at all.
 
     Raises:
+        UsageError: the file has another suffix than .npz, or is one of a model.
         HtsrError: the file cannot be written.
     """
+    check_saved_to(path)
     header = {
         "htsr": __version__,
         "label": label,
@@ -90,6 +109,9 @@ def read_parts(path: Path) -> dict[str, Any]:
     if os.path.exists(path) and not path.is_file():
         raise SourceError(f"{path} is not an analysis that htsr saved: it is no file")
     try:
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("it is no .npz file, or its end is missing")
         with zipfile.ZipFile(path) as archive:
             return _parts(archive, path.stat().st_size)
     except OSError as error:

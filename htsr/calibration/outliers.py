@@ -209,7 +209,8 @@ class Outliers(Tabular):
                     raise ValueError(f"{row.name} belongs to no block")
             return cls(rows=rows, thresholds=thresholds, blocks=blocks, **content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise SourceError(f"{path} is not a file of outliers that htsr saved: {reason_of(error)}") from error
+            reason = reason_of(error, path)
+            raise SourceError(f"{path} is not a file of outliers that htsr saved: {reason}") from error
 
     def plot(self, *, ax: Any = None) -> Any:
         """Draw D_l by block, one line per threshold.

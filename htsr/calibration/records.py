@@ -64,9 +64,10 @@ def _read(source: str, streaming: bool) -> Iterator[tuple[str, Any]]:
 
 def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        content = path.expanduser().read_text(encoding="utf-8-sig")
+        path = path.expanduser()
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError, RuntimeError) as error:  # no such file, no UTF-8, no such user
-        raise SourceError(f"{path} cannot be read: {reason_of(error)}") from error
+        raise SourceError(f"{path} cannot be read: {reason_of(error, path)}") from error
     if path.suffix == ".txt":
         parts = (part.strip() for part in content.split("\n\n"))
         yield from ((f"{path}, paragraph {i}", {"text": part}) for i, part in enumerate(parts, 1) if part)

@@ -115,8 +115,8 @@ def _check_files(folder: Path) -> None:
                     pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, zipfile.BadZipFile) as error:
             raise SourceError(
-                f"{path} is damaged ({reason_of(error)}): without the folder {folder.name}, --resume goes on from the "
-                "checkpoint before it"
+                f"{path} is damaged ({reason_of(error, path)}): without the folder {folder.name}, --resume goes on "
+                "from the checkpoint before it"
             ) from error
 
 

@@ -112,7 +112,7 @@ def _kept_recipe(output: Path) -> Any:
                     found = found[key]
                 return dict(found)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SourceError(f"{path} cannot be read: {reason_of(error)}") from error
+            raise SourceError(f"{path} cannot be read: {reason_of(error, path)}") from error
     return None
 
 

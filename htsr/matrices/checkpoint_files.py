@@ -104,6 +104,8 @@ def _read_file(path: Path) -> list[StoredTensor]:
         return gguf_tensors(path)
     if path.suffix in PICKLES:
         return pickle_tensors(path)
+    if path.suffix == ".npz":
+        raise SourceError(f"{path} is no checkpoint; if it is a saved analysis, htsr.Analysis.load reads it")
     raise SourceError(f"{path} is no checkpoint: .safetensors, .gguf, {', '.join(PICKLES)} or a folder of them is")
 
 

@@ -24,8 +24,8 @@ STYLES = {
 }
 """Colours by tone."""
 
-PLAIN_WIDTH = 200
-"""Characters in a line where there is no terminal."""
+WHOLE = 1_000_000
+"""Characters in a line where there is no terminal: as many as a table needs."""
 
 _GAP = 3  # between columns
 _LEAST_NAME = 24
@@ -62,7 +62,7 @@ def terminal_table(table: Table, width: int) -> RichTable:
     return drawn
 
 
-def as_text(tables: Iterable[Table], width: int = PLAIN_WIDTH) -> str:
+def as_text(tables: Iterable[Table], width: int = WHOLE) -> str:
     """The tables as a terminal of this width shows them, without colours."""
     out = io.StringIO()
     console = plain_console(file=out, width=width)

@@ -216,7 +216,7 @@ def test_command(capsys, tmp_path, texts):
     assert found.thresholds == (2.0, 3.0)
     assert found.distribution(2.0).shape == (3,)
     assert main(["outliers", str(tmp_path / "model"), "--data", str(tmp_path / "none.jsonl")]) == 1
-    assert "none.jsonl cannot be read" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("none.jsonl cannot be read: No such file or directory\n")
 
 
 def test_records_and_their_text(tmp_path):
@@ -249,8 +249,8 @@ def test_texts_that_a_model_cannot_take():
     ("options", "code", "message"),
     [
         (["--picture", "a.foo"], 2, "the picture a.foo is one of .png, .svg, .pdf"),
-        (["--picture", "no/a.png"], 1, "no/a.png cannot be written: no is no folder"),
-        (["--save", "no/a.json"], 1, "no/a.json cannot be written: no is no folder"),
+        (["--picture", "no/a.png"], 1, "no/a.png cannot be written: the folder no does not exist"),
+        (["--save", "no/a.json"], 1, "no/a.json cannot be written: the folder no does not exist"),
         (["--threshold", "nan"], 2, "thresholds are positive multiples"),
         (["--threshold", "0"], 2, "thresholds are positive multiples"),
     ],

@@ -110,6 +110,22 @@ def test_data_are_alone_on_stdout_and_quiet_is_quiet(work, tmp_path, capsys, bar
     assert err == ""
 
 
+def test_an_interrupted_run_says_how_it_goes_on(work, tmp_path, capsys, monkeypatch):
+    from htsr.finetuning.trainer import FinetuneTrainer
+
+    original = FinetuneTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(FinetuneTrainer, "training_step", step)
+    path = recipe_file(work, tmp_path / "run", "full")
+    assert main(["finetune", "--config", path]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "htsr: interrupted; --resume goes on from checkpoint-3"
+
+
 def test_evaluating_leaves_the_gradients_of_qlora_alone(work):
     pytest.importorskip("bitsandbytes")
     model = load_model(str(work / "model"), dtype=torch.bfloat16, causal=True, four_bit=True)
