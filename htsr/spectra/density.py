@@ -24,6 +24,7 @@ class ESD:
         error: standard error of the distribution function, largest over λ; None where the route is exact.
         replicates: (probes, K) leave-one-probe-out eigenvalues of the ``lanczos`` route, for jackknife errors.
         equal_within: relative difference of eigenvalues that are equal but for rounding.
+        piece_rank: median rank of the pieces, where it is known; else None.
 
     Examples:
         >>> import htsr, numpy as np
@@ -43,6 +44,7 @@ class ESD:
     error: float | None = None
     replicates: npt.NDArray[np.float64] | None = field(default=None, repr=False)
     equal_within: float = 1e-6
+    piece_rank: int | None = None
 
     @property
     def Q(self) -> float:

@@ -35,10 +35,10 @@ _CHUNK = 1 << 20  # elements that are up-cast at a time while a Gram matrix is a
 _SAFETY = 16  # eigenvalues below this many ulps of λ_max are rounding noise (measured: at most 2.4)
 
 
-def pooled_eigenvalues(
+def piece_eigenvalues(
     parts: Sequence[Array], route: str, dtype: WorkingPrecision, device: str, stored: str, rounding: float | None
 ) -> Vector:
-    """Eigenvalues of several matrices of one shape together, those below the resolution of their own matrix set to 0.
+    """Eigenvalues of several matrices of one shape, those below the resolution of their own matrix set to 0.
 
     Args:
         parts: matrices (m, n), or stacks (pieces, m, n) of them, all of one shape.
@@ -49,7 +49,7 @@ def pooled_eigenvalues(
         rounding: mean square of the entries' rounding errors, where that is known otherwise (`Difference`).
 
     Returns:
-        (K,) ascending, in units of squared entries.
+        (pieces, M), ascending in each row, in units of squared entries.
 
     Raises:
         MatrixError: entries are NaN, infinite or overflow (status ``nan``), or are so small that their squares vanish
@@ -57,16 +57,17 @@ def pooled_eigenvalues(
 
     Examples:
         >>> import numpy as np
-        >>> from htsr.spectra.eigenvalues import pooled_eigenvalues
+        >>> from htsr.spectra.eigenvalues import piece_eigenvalues
         >>> parts = [np.diag([2.0, 3.0]), np.diag([1.0, 4.0])]
-        >>> pooled_eigenvalues(parts, "gram", "float64", "cpu", "float64", None)
-        array([ 1.,  4.,  9., 16.])
+        >>> piece_eigenvalues(parts, "gram", "float64", "cpu", "float64", None)
+        array([[ 4.,  9.],
+               [ 1., 16.]])
     """
     if device.startswith("mps") and dtype == "float64":  # which is not known there
         device = "cpu"
     solve = _solve_cpu if device == "cpu" else _solve_torch
-    pooled = [resolved(solve(part, route, dtype, device), route, dtype, part, stored, rounding) for part in parts]
-    return np.sort(np.concatenate([values.ravel() for values in pooled]))
+    found = [resolved(solve(part, route, dtype, device), route, dtype, part, stored, rounding) for part in parts]
+    return np.concatenate([np.atleast_2d(values) for values in found])
 
 
 def resolved(
@@ -125,7 +126,7 @@ def batch_eigenvalues(matrices: Sequence[Array], dtype: WorkingPrecision) -> Vec
         (len(matrices), M) ascending along the last axis, nothing set to 0 yet.
 
     Raises:
-        MatrixError: `pooled_eigenvalues` would refuse one of them; one bad matrix spoils the batch.
+        MatrixError: `piece_eigenvalues` would refuse one of them; one bad matrix spoils the batch.
 
     Examples:
         >>> import numpy as np

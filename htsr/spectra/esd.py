@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+
 from htsr.arrays import Array, Product, Vector
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.attempts import attempted
@@ -34,7 +36,7 @@ from htsr.spectra.density import ESD
 from htsr.spectra.eigenvalues import (
     WorkingPrecision,
     batch_eigenvalues,
-    pooled_eigenvalues,
+    piece_eigenvalues,
     require_finite,
     resolved,
 )
@@ -115,18 +117,20 @@ def esd(
             raise MatrixError("unsupported", "the lanczos route takes one whole matrix, without windows or pieces")
         return lanczos_esd(parts[0], device=device, seed=seed)
 
-    found = attempted(lambda: pooled_eigenvalues(parts, route, working, device, stored, rounding))
+    found = attempted(lambda: piece_eigenvalues(parts, route, working, device, stored, rounding))
     if dtype == "auto" and working == "float32" and (isinstance(found, MatrixError) or _unresolved(found)):
         working = "float64"
-        found = attempted(lambda: pooled_eigenvalues(parts, route, working, device, stored, rounding))
+        found = attempted(lambda: piece_eigenvalues(parts, route, working, device, stored, rounding))
     if isinstance(found, MatrixError):
         raise found
     values = found
     if refine and working == stored == "float64" and _unresolved(values):
         route = "svd"
-        values = pooled_eigenvalues(parts, route, working, device, stored, rounding)
+        values = piece_eigenvalues(parts, route, working, device, stored, rounding)
     within = equal_within(M, N, stored)
-    return ESD(values, M, N, values.size // M, route=f"{route}/{working}", equal_within=within)
+    rank = int(np.median(np.count_nonzero(values, axis=1)))
+    pooled = np.sort(values, axis=None)
+    return ESD(pooled, M, N, len(values), route=f"{route}/{working}", equal_within=within, piece_rank=rank)
 
 
 def _working(dtype: Precision, device: str) -> WorkingPrecision:
@@ -141,7 +145,7 @@ def _dtype(matrix: Array | Product) -> str:
 
 
 def _unresolved(values: Vector) -> bool:
-    return bool(values[0] == 0.0 and values[-1] > 0.0)
+    return bool(values.min() == 0.0 and values.max() > 0.0)
 
 
 def esd_batch(

@@ -14,12 +14,14 @@ import numpy as np
 from htsr.arrays import Array, Difference, Product, Vector, as_numpy
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.attempts import attempted
-from htsr.spectra.certainty import fit_is_certain, is_single, is_unresolved
+from htsr.spectra.certainty import fit_is_certain, is_single, is_unresolved, relative_errors
 from htsr.spectra.density import ESD
 from htsr.spectra.esd import Route, esd, esd_batch
 from htsr.spectra.metrics import LayerMetrics, Options
 from htsr.spectra.permutation import permute_entries
 from htsr.spectra.statistics import permuted_statistics, statistics
+
+_WITHIN = 1e-4  # relative error of an eigenvalue that a row shows
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,10 @@ def _is_certain(spectrum: ESD, numbers: dict[str, Any], options: Options) -> boo
     if numbers["status"] != "ok":
         return False
     alpha, D, lambda_min = (numbers[name] for name in ("alpha", "D", "lambda_min"))
+    shown = min(lambda_min, numbers["lambda_erg"] or lambda_min) * (1 - 1e-9)  # the smallest eigenvalue of the row
+    first = np.searchsorted(spectrum.positive, shown)
+    if relative_errors(spectrum, options.device)[first] > _WITHIN:
+        return False
     return fit_is_certain(spectrum, numbers["fit"], alpha, D, lambda_min, options.device)
 
 

@@ -189,8 +189,8 @@ def _erg_numbers(values: Vector, fit: PowerLawFit) -> dict[str, Any]:
 
 
 def _low_rank(spectrum: ESD) -> int | None:
-    """Rank of a piece of a matrix that is not of full rank: its noise is that of this rank."""
-    rank = spectrum.positive.size // spectrum.pieces
+    """Rank of most pieces of a matrix, where that is not full: its noise is that of this rank."""
+    rank = -(-spectrum.positive.size // spectrum.pieces) if spectrum.piece_rank is None else spectrum.piece_rank
     return rank if 0 < rank < spectrum.M else None
 
 

@@ -23,7 +23,7 @@ def row(W, **options):
 
 
 EVERYTHING = {"bulk": True, "permuted": True, "quality": True}
-RESAMPLED = {"alternatives": True, "bootstrap": 10, "gof": 10}
+RESAMPLED = {"alternatives": True, "bootstrap": 50, "gof": 50}
 OF_THE_FIT = ("alpha", "sigma", "D", "mp_distance", "quality")  # to a thousandth; all else to rounding
 
 
@@ -81,7 +81,7 @@ def test_a_row_says_in_which_precision_it_was_computed():
     wide, square = matrix(0, 60, 60, 0.3), matrix(0, 60, 0, 1.0)
     assert row(wide, dtype="float32").route == "gram/float32"
     assert row(square, dtype="float32").route == "gram/float64"
-    for options in ({"fit": "clip_xmax"}, {"xmax": 1e9}, {"gof": 2}, {"bootstrap": 2}, {"alternatives": True}):
+    for options in ({"fit": "clip_xmax"}, {"xmax": 1e9}, {"gof": 50}, {"bootstrap": 50}, {"alternatives": True}):
         assert row(wide, dtype="float32", **options).route == "gram/float64"
 
 

@@ -266,6 +266,19 @@ def test_a_change_of_low_rank_is_held_against_noise_of_its_rank(shape):
     assert rows[0].alpha_null == pytest.approx(np.median(alphas), abs=0.35)
 
 
+def test_a_few_pieces_of_low_rank_do_not_change_the_null_of_all(random):
+    def null_of(*ranks):
+        pieces = [random.standard_normal((64, rank)) @ random.standard_normal((rank, 32)) for rank in ranks]
+        kernel = np.stack(pieces) if max(ranks) else np.zeros((len(ranks), 64, 32))
+        row = measure(lambda: kernel, LayerMetrics(name="w", stored="float64"), Options(fit="hill")).row
+        assert row.matrix_rank == sum(ranks)
+        return row.alpha_null
+
+    full = [32] * 8
+    assert null_of(*full, 31) == null_of(*full, 0) == null_of(*full, 32)
+    assert null_of(*full[:4], *[20] * 5) == null_of(*[20] * 9) != null_of(*full, 32)
+
+
 class TestFailures:
     """Whatever happens on one matrix is its row; the others are measured."""
 
