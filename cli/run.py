@@ -103,6 +103,12 @@ def analyze(
         first = analysis[0]
         say_error(f"no matrix of {name} could be analyzed; {first.name} is {first.status}: {first.warning}")
         return 3 if code == 3 else 1
+    if analysis.rows and settings.xmin is not None and all(row.alpha is None for row in analysis):
+        largest = max(row.lambda_max or 0 for row in analysis)
+        say_error(
+            f"no matrix of {name} has a tail from --xmin {settings.xmin:g} on: the largest eigenvalue is {largest:g}"
+        )
+        return 3 if code == 3 else 1
     return code
 
 

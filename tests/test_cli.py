@@ -239,6 +239,13 @@ def test_bad_input_is_one_sentence(capsys, folder, args, code, sentence):
     assert "Traceback" not in err
 
 
+def test_an_xmin_that_leaves_no_tail_is_told_and_rows_are_written(capsys, folder):
+    code, out, err = run(capsys, "analyze", folder, "--xmin", "1e30", "--format", "json", "-q")
+    assert code == 1
+    assert {row["status"] for row in json.loads(out)["rows"]} == {"degenerate"}
+    assert "has a tail from --xmin 1e+30 on: the largest eigenvalue is" in err
+
+
 def test_wrong_options_of_the_command_line_exit_with_two(capsys, folder):
     assert run(capsys, "analyze", folder, "--bootstrap", "-3")[0] == 2
     assert run(capsys, "analyze")[0] == 2

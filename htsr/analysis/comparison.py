@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _DECISIVE = ("fit", "xmin", "xmax", "windows")  # options under which α is another number
 
+_DRAWN = {"gof": ("gof_p",), "bootstrap": ("alpha_low", "alpha_high")}  # metrics by the number of draws behind them
+
 
 @dataclass(frozen=True, repr=False)
 class Pair:
@@ -42,8 +44,8 @@ class Pair:
 
     Attributes:
         name: name of the matrix in the first model.
-        a: row of the matrix in the first model.
-        b: row of the matrix in the second model.
+        a: row of the matrix in the first model, without metrics that the two drew with another number or seed.
+        b: row of the matrix in the second model, likewise.
         distance: distance between the weights; None for saved analyses, where one matrix is zero, and where one is
             stored transposed.
         esd_distance: Jensen-Shannon distance between the ESDs, in [0, √ln 2]; None where their sizes differ, or one is
@@ -324,10 +326,12 @@ def compare_analyses(
             f"{y.rows}×{y.columns}"
         )
     weights = [{m.name: m for m in model} if model else {} for model in (model_a, model_b)]
+    unlike: dict[str, Any] = dict.fromkeys(_drawn_otherwise(a, b))
     pairs = []
     for x, y in alike:
         esd_distance = _esd_distance(a.eigenvalues.get(x.name), b.eigenvalues.get(y.name))
-        pairs.append(Pair(x.name, x, y, _distance_of(weights[0].get(x.name), weights[1].get(y.name)), esd_distance))
+        weight_distance = _distance_of(weights[0].get(x.name), weights[1].get(y.name))
+        pairs.append(Pair(x.name, replace(x, **unlike), replace(y, **unlike), weight_distance, esd_distance))
     seen_a, seen_b = {x.name for x, _ in matches}, {y.name for _, y in matches}
     paired = {x.name for x, _ in alike}
     return Comparison(
@@ -338,6 +342,20 @@ def compare_analyses(
         tuple(row.name for row in b if row.name not in seen_b),
         tuple(row.name for row in a if row.name in seen_a - paired),
     )
+
+
+def _drawn_otherwise(a: Analysis, b: Analysis) -> list[str]:
+    """Metrics that both have by other draws, whose differences would be those of the draws; a warning names them."""
+    found: list[str] = []
+    for option, metrics in _DRAWN.items():
+        (x, seed_x), (y, seed_y) = ((getattr(side.options, option), side.options.seed) for side in (a, b))
+        if x and y and (x, seed_x) != (y, seed_y):
+            found += metrics
+            logger.warning(
+                "%s left out: %s was analyzed with %s %d and seed %d, %s with %s %d and seed %d",
+                *(" and ".join(metrics), a.label, option, x, seed_x, b.label, option, y, seed_y),
+            )
+    return found
 
 
 def _esd_distance(a: Vector | None, b: Vector | None) -> float | None:

@@ -61,7 +61,8 @@ def compare_laws(tail: npt.ArrayLike) -> dict[str, LikelihoodRatio]:
         A `LikelihoodRatio` for each of `LAWS`, by its name. Its parameters are those of the law of λ/λ_min.
 
     Raises:
-        MatrixError: fewer than 2 eigenvalues are distinct, or one is not positive (status ``degenerate``).
+        MatrixError: fewer than 2 eigenvalues are distinct, one is not positive, or the largest is infinite or more than
+            1e300 times the smallest (status ``degenerate``).
 
     Examples:
         >>> import numpy as np
@@ -70,10 +71,7 @@ def compare_laws(tail: npt.ArrayLike) -> dict[str, LikelihoodRatio]:
         >>> ratios["exponential"].R < 0, ratios["exponential"].p < 0.001
         (True, True)
     """
-    values = np.sort(np.asarray(tail, dtype=np.float64).ravel())
-    if values.size < 2 or not 0 < values[0] < values[-1]:
-        raise MatrixError("degenerate", "laws are compared on 2 or more distinct eigenvalues, all > 0")
-    x = values / values[0]  # the laws' shapes do not depend on the unit
+    x, _ = _ratios(tail)  # the laws' shapes do not depend on the unit
     power = laws.power_law(x)
     return {
         "truncated_power_law": likelihood_ratio(power, laws.truncated_power_law(x), nested=True),
@@ -83,13 +81,24 @@ def compare_laws(tail: npt.ArrayLike) -> dict[str, LikelihoodRatio]:
     }
 
 
+def _ratios(tail: npt.ArrayLike) -> tuple[Vector, float]:
+    """λ/λ_min of a tail, (n,) ascending, and λ_min."""
+    values = np.sort(np.asarray(tail, dtype=np.float64).ravel())
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        if values.size < 2 or not (0 < values[0] < values[-1] and values[-1] / values[0] <= laws.LARGEST):
+            why = f"laws are fitted to 2 or more distinct eigenvalues, all > 0, within a factor of {laws.LARGEST:g}"
+            raise MatrixError("degenerate", why)
+    return values / values[0], float(values[0])
+
+
 def likelihood_ratio(power: FittedLaw, other: FittedLaw, *, nested: bool = False) -> LikelihoodRatio:
     """Vuong's test of a power law against another law on the same tail.
 
     Args:
         power: the power law, fitted.
         other: the other law, fitted to the same n eigenvalues.
-        nested: whether the other law contains the power law; p is then that of a χ² law of one degree of freedom.
+        nested: whether the other law contains the power law; R is then never positive, and p that of a χ² law of one
+            degree of freedom.
 
     Examples:
         >>> import numpy as np
@@ -102,7 +111,8 @@ def likelihood_ratio(power: FittedLaw, other: FittedLaw, *, nested: bool = False
     difference = power.log_density - other.log_density
     total = float(difference.sum())
     delta_aic = 2 * (len(other.parameters) - len(power.parameters)) + 2 * total
-    if float(np.abs(difference).max()) <= _SAME:  # the ratio would be one of rounding errors
+    # the ratio would be one of rounding errors; a law that contains the other is no less likely but for them
+    if float(np.abs(difference).max()) <= _SAME or (nested and total >= 0):
         return LikelihoodRatio(0.0, 1.0, delta_aic, other.parameters)
     R = total / (math.sqrt(difference.size) * float(difference.std()))
     # the χ² law of one degree of freedom is that of a squared normal number
@@ -135,6 +145,10 @@ def fit_truncated(tail: npt.ArrayLike) -> tuple[float, float]:
     Returns:
         α (any real number, the cut-off makes the law proper) and Λ ≥ 0; Λ = 0 where the power law itself is best.
 
+    Raises:
+        MatrixError: fewer than 2 eigenvalues are distinct, one is not positive, or the largest is infinite or more than
+            1e300 times the smallest (status ``degenerate``).
+
     Examples:
         >>> import numpy as np
         >>> from htsr.spectra.alternatives import fit_truncated
@@ -142,7 +156,6 @@ def fit_truncated(tail: npt.ArrayLike) -> tuple[float, float]:
         >>> print(f"{alpha:.1f} {Lambda:.3f}")
         3.0 0.000
     """
-    values: Vector = np.asarray(tail, dtype=np.float64)
-    unit = float(values.min())
-    parameters = laws.truncated_power_law(values / unit).parameters
+    x, unit = _ratios(tail)
+    parameters = laws.truncated_power_law(x).parameters
     return parameters["alpha"], parameters["Lambda"] / unit

@@ -34,6 +34,8 @@ _PANELS, _ORDER = 16, 20
 _OCTAVES: Vector = np.exp2(np.arange(-24.0, 40.0))
 _IN_OCTAVE: Vector = 1 + np.arange(17.0) / 16
 _MOST = 0.9  # share of b that one step takes away
+_HIGHEST = 709.0  # e^t is a float up to there; where the density is seen t is smaller, by `LARGEST`
+LARGEST = 1e300  # λ/λ_min up to which laws are fitted
 _FLAT = 1e-8  # below it β⟨t⟩ is rounding, and the law the power law
 
 
@@ -206,7 +208,7 @@ def truncated_power_law(x: Vector) -> FittedLaw:
 
 
 def _curve(t: Vector) -> Vector:
-    return np.expm1(t) - t
+    return np.expm1(np.minimum(t, _HIGHEST)) - t
 
 
 def _fit_family(

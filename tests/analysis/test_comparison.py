@@ -191,6 +191,20 @@ def test_numbers_of_two_fits_do_not_compare(options):
         htsr.compare(hill, state, device="cpu", **options)
 
 
+@pytest.mark.parametrize("other", [{"gof": 20, "bootstrap": 20}, {"seed": 3}])
+def test_what_was_drawn_otherwise_is_left_out_and_named(caplog, other):
+    """Differences of Monte Carlo numbers of other draws are noise: identical weights had other gof_p."""
+    state, options = state_dict(1), {"device": "cpu", "gof": 10, "bootstrap": 10, "null": False}
+    a, b = (htsr.analyze(state, **options | changed) for changed in ({}, other))
+    comparison = htsr.compare(a, b)
+    assert not {"gof_p_delta", "alpha_low_delta", "alpha_high_delta"} & comparison.records()[0].keys()
+    assert {name: value[2] for name, value in comparison.summary().items() if value[2]} == {}
+    assert [r.getMessage().partition(" left out")[0] for r in caplog.records] == ["gof_p", "alpha_low and alpha_high"]
+    caplog.clear()
+    assert "gof_p_delta" in htsr.compare(a, htsr.analyze(state, **options)).records()[0]
+    assert not caplog.records
+
+
 def test_matrices_of_different_shapes_are_no_pair():
     a, b = state_dict(blocks=2), state_dict(blocks=2)
     b["model.embed_tokens.weight"] = torch.cat([b["model.embed_tokens.weight"], torch.randn(3, 32)])

@@ -109,3 +109,23 @@ compare_laws(1 + np.arange(40.0))
 assert not {"powerlaw", "scipy.stats", "matplotlib", "pandas"} & set(sys.modules), sys.modules
 """
     assert subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True).stderr == ""
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [[1e-300, 1e300], [1, 2, np.inf], [1, np.nan, 2], [3.0, 3.0], [0.0, 1.0, 2.0], [5e-324, 1.0], [2.0], []],
+    ids=str,
+)
+@pytest.mark.parametrize("fitted", [compare_laws, fit_truncated])
+def test_tails_that_no_law_is_fitted_to_are_refused(tail, fitted):
+    with pytest.raises(MatrixError, match="2 or more distinct eigenvalues, all > 0, within a factor of") as refused:
+        fitted(tail)
+    assert refused.value.status == "degenerate"
+
+
+@pytest.mark.parametrize("tail", [[1, 1, 1e300], [1, 1, 1e299, 1e300], [1, 1e150, 1e300], [1, 2]], ids=str)
+def test_a_law_that_contains_the_power_law_is_no_worse_however_wide_the_tail(tail):
+    ratio = compare_laws(tail)["truncated_power_law"]
+    assert ratio.R <= 0
+    assert 0 < ratio.p <= 1
+    assert np.isfinite(fit_truncated(tail)).all()
