@@ -23,7 +23,8 @@ ARROWS = {
     "finetuning": {"analysis", "calibration", "files", "matrices", "ranks", "reporting", "spectra", "training"},
 }
 BELOW = {"errors", "arrays", "results", "cache", "_version"}
-ENTRIES = {"htsr", "htsr.finetune", "htsr.analysis.__main__"}  # the public face, and what launchers start
+# The public face, and what launchers start.
+ENTRIES = {"htsr", "htsr.finetune", "htsr.recipe", "htsr.analysis.__main__"}
 
 
 @pytest.fixture(scope="module")

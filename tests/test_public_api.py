@@ -25,5 +25,6 @@ def test_what_users_copy_names_no_private_module(path):
     files = sorted(Path(__file__).parents[1].glob(path))
     assert files
     for file in files:
-        private = re.findall(r"^ *(?:from|import) (htsr\.\w+.*)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        text = file.read_text(encoding="utf-8")
+        private = re.findall(r"^ *(?:from|import) (htsr\.(?!finetune\b)\w+.*)", text, re.MULTILINE)
         assert not private, f"{file.name}: {private[0]}"

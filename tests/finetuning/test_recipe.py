@@ -6,7 +6,8 @@ import yaml
 from htsr_cli.main import main
 
 import htsr
-from htsr.finetuning.reading import FOLDER, read_recipe
+from htsr.finetune import read_recipe
+from htsr.finetuning.reading import FOLDER
 from tests.transformer import llama
 
 pytest.importorskip("trl")
