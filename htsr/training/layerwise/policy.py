@@ -56,7 +56,8 @@ class Policy:
         decouple_weight_decay: whether weight decay is divided by the lr multiplier, for optimizers that decay by lr·wd
             (AdamW).
         dtype: precision of the eigenvalues. ``float32`` takes half the time and resolves eigenvalues down to 2e-6·λ_max
-            only: enough for the weights of a trained model, not for gradients or momentum.
+            only: enough for ``hill`` on the weights of a trained model, not for gradients or momentum. Nothing is
+            computed again in float64, as an analysis does: with other fits, another tail may win.
 
     Raises:
         UsageError: a field has no meaning.
