@@ -179,9 +179,9 @@ def log_values(optimizer: Any) -> dict[str, float]:
         optimizer: optimizer that `multipliers` takes.
 
     Returns:
-        Values by name: ``layerwise/multiplier_min``, ``_median``, ``_max``, over all groups that hold parameters, also
-        what is left at 1 under the name ``rest``; ``layerwise/multiplier/ROLE`` and ``layerwise/score/ROLE``, means
-        over the role's matrices (the score of LLR is α). Empty where the optimizer is not layerwise.
+        Dictionary of ``layerwise/multiplier_min``, ``_median`` and ``_max``, over all groups that hold parameters, also
+        what is left at 1 under the name ``rest``, and of ``layerwise/multiplier/ROLE`` and ``layerwise/score/ROLE``,
+        which are means over the matrices of a role (the score of LLR is α). Empty where the optimizer is not layerwise.
 
     Raises:
         UsageError: it is no optimizer.
