@@ -10,9 +10,11 @@ import atexit
 import hashlib
 import logging
 import os
+import pickle
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = 300.0  # seconds until processes that do not come are given up
 _WORRY = 20.0  # seconds until they are asked for
+_ARRIVALS = "htsr/arrivals"
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -72,14 +75,12 @@ class Ranks:
         Raises:
             UsageError: other processes were started, and do not come.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _is_initialized():
-            import torch
-            from accelerate import PartialState
+        with all_launched(call, advice) as waiting:
+            if waiting:
+                import torch
+                from accelerate import PartialState
 
-            store = _store_of_launcher(call, advice)  # kept until the group has its own
-            atexit.register(_leave)
-            PartialState(cpu=not torch.cuda.is_available())
-            del store
+                PartialState(cpu=not torch.cuda.is_available())
         return cls.running()
 
     @property
@@ -102,8 +103,11 @@ class Ranks:
     def gather_from(self, work: Callable[[], Iterable[Item]]) -> list[Item]:
         """What `work` gives on all ranks, rank by rank, on every rank; what it raises on one is raised on all.
 
+        A rank that takes longer is waited for without limit, whatever the timeout of the process group.
+
         Args:
-            work: function that each rank calls. If it calls collectives, it must call all of them even where it raises.
+            work: function that each rank calls; what it gives is pickled. If it calls collectives, it must call all of
+                them even where it raises.
 
         Raises:
             HtsrError: `work` has failed on another rank; the class and the message are those of that rank.
@@ -112,19 +116,21 @@ class Ranks:
             return list(work())
         from torch import distributed
 
-        mine: list[Item] = []
+        mine = b""
         failure: Exception | None = None
         try:
-            mine = list(work())
+            mine = pickle.dumps(list(work()))
         except Exception as error:
             failure = error
+        if (store := _default_store()) is not None:
+            _wait_for_all(store, self.rank, self.size)
         found: list[Any] = [None] * self.size
         distributed.all_gather_object(found, (mine, _said(failure, self.rank)))
         if failure is not None:
             raise failure
         for kind, sentence in filter(None, (said for _, said in found)):
             raise kind(sentence)
-        return [item for items, _ in found for item in items]
+        return [item for items, _ in found for item in pickle.loads(items)]
 
     def of_first(self, make: Callable[[], Made]) -> Made:
         """What `make` makes on the first rank, on every rank; what it raises there is raised on all.
@@ -165,14 +171,8 @@ class Ranks:
         """
         if self.size == 1:
             return
-        from torch import distributed
-
-        try:
-            store = distributed.distributed_c10d._get_default_store()
-            store.add(_place(self.rank), 0)
-        except (AttributeError, RuntimeError, ValueError):  # a backend without a store
-            return
-        _meet(store, self.rank, self.size, call, advice)
+        if (store := _default_store()) is not None:
+            _meet(store, self.rank, self.size, call, advice)
 
 
 def is_first() -> bool:
@@ -183,7 +183,72 @@ def is_first() -> bool:
         >>> is_first()
         True
     """
-    return Ranks.running().is_first if _is_initialized() else os.environ.get("RANK", "0") == "0"
+    return Ranks.running().is_first if _is_initialized() else not _is_launched() or os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def all_launched(call: str, advice: str = "") -> Iterator[bool]:
+    """Within it all processes of the launcher have come, and begin a process group; torch would wait half an hour.
+
+    Args:
+        call: name of what every rank has to call, for the sentence.
+        advice: end of that sentence: what else can be done.
+
+    Yields:
+        Whether there is a group to begin: several processes were launched, and have none.
+
+    Raises:
+        UsageError: other processes were started, and do not come.
+    """
+    if _is_initialized() or not _is_launched():
+        yield False
+        return
+    store = _store_of_launcher(call, advice)
+    atexit.register(_leave)
+    yield True
+    del store  # kept until the group has its own
+
+
+def _is_launched() -> bool:
+    """Whether a launcher has started this process with others; RANK alone is a name that many use."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return size.isdecimal() and int(size) > 1
+
+
+def _default_store() -> Store | None:
+    """The store of the default process group; None for a backend without one."""
+    from torch import distributed
+
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        store.add(_ARRIVALS, 0)
+    except (AttributeError, RuntimeError, ValueError):
+        return None
+    return store
+
+
+def _wait_for_all(store: Store, rank: int, size: int) -> None:
+    """Wait until all ranks have called this as often as this one. `store` counts the calls of each, and of all.
+
+    No rank calls it again before the others have come, so that the calls of all tell whether they have.
+    """
+    own = f"{_ARRIVALS}/{rank}"
+    turn = store.add(own, 1)
+    try:
+        come = store.add(_ARRIVALS, 1)
+        started, worried = time.monotonic(), False
+        while come < size * turn:
+            waited = time.monotonic() - started
+            if waited > _WORRY and not worried:
+                late = [str(other) for other in range(size) if store.add(f"{_ARRIVALS}/{other}", 0) < turn]
+                logger.warning("rank %d has done its part and waits for rank %s to do the same", rank, _some(late))
+                worried = True
+            time.sleep(min(0.25, max(0.001, waited / 8)))
+            come = store.add(_ARRIVALS, 0)
+    except KeyboardInterrupt:
+        store.add(own, -1)
+        store.add(_ARRIVALS, -1)
+        raise
 
 
 def _said(failure: Exception | None, rank: int) -> tuple[type[HtsrError], str] | None:
@@ -222,8 +287,14 @@ def _late(store: Store, rank: int, size: int, meeting: int, call: str, advice: s
 
 
 def _absent(rank: int, late: Sequence[str], call: str, advice: str) -> str:
-    some = ", ".join(late[:8]) + ", …" * (len(late) > 8)
-    return f"rank {rank} is in {call} and waits for rank {some}: every process has to call it{advice}"
+    return (
+        f"rank {rank} is in {call} and waits for rank {_some(late)}: every process has to call it{advice}; or it "
+        "failed there"
+    )
+
+
+def _some(ranks: Sequence[str]) -> str:
+    return ", ".join(ranks[:8]) + ", …" * (len(ranks) > 8)
 
 
 def _place(rank: int) -> str:

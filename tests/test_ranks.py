@@ -1,6 +1,8 @@
 """Two gloo processes share an analysis of one model, and of nothing else."""
 
+import time
 from contextlib import suppress
+from datetime import timedelta
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,14 +95,29 @@ def _failing(rank, _folder):
         "progress": lambda: htsr.analyze(state_dict(), device="cpu", progress=fail),
         "first": lambda: both.of_first(refuse),
         "second": lambda: both.gather_from(lambda: [1 // (1 - rank)]),
+        "unpicklable": lambda: both.gather_from(lambda: [(lambda: 1) if rank else 1]),
     }.items():
         try:
             act()
         except Exception as error:
             said[kind] = f"{type(error).__name__}: {error}"
+    said["slow"] = _slow(both)
     made = []
     said["made"] = both.of_first(lambda: made.append(rank) or {"by": rank})
     return said | {"here": made, "gathered": both.gather([rank] * (rank + 1)), "first?": ranks.is_first()}
+
+
+def _slow(both):
+    """The second rank works for longer than the group has patience; what the first says of it."""
+    warned, warning = [], ranks.logger.warning
+    set_timeout = distributed.distributed_c10d._set_pg_timeout
+    distributed.barrier()
+    set_timeout(timedelta(seconds=1))
+    ranks.logger.warning, ranks._WORRY, worry = lambda said, *args: warned.append(said % args), 0.1, ranks._WORRY
+    found = both.gather_from(lambda: time.sleep(1.6 * both.rank) or [both.rank])
+    ranks.logger.warning, ranks._WORRY = warning, worry
+    set_timeout(timedelta(minutes=30))
+    return [found, warned]
 
 
 def _interrupted(_rank, folder):
@@ -179,6 +196,23 @@ def test_what_fails_on_one_rank_is_raised_on_all(found):
     assert first["progress"] == "HtsrError: rank 1 failed, ZeroDivisionError: division by zero"
     assert second["progress"].startswith("ZeroDivisionError")
     assert first["first"] == second["first"] == "UsageError: rank 0 will not"
+    assert first["unpicklable"].startswith("HtsrError: rank 1 failed, ")
+    assert "pickle" in second["unpicklable"]
+
+
+def test_a_slow_rank_is_waited_for_beyond_the_timeout_of_the_group(found):
+    first, second = (one["_failing"] for one in found)
+    assert first["slow"] == [[0, 1], ["rank 0 has done its part and waits for rank 1 to do the same"]]
+    assert second["slow"] == [[0, 1], []]
+
+
+def test_a_rank_without_a_launcher_speaks(monkeypatch):
+    """RANK is a name that others use too; all output was lost."""
+    monkeypatch.setenv("RANK", "1")
+    for size, speaks in ((None, True), ("1", True), ("2", False)):
+        if size is not None:
+            monkeypatch.setenv("WORLD_SIZE", size)
+        assert ranks.is_first() == speaks
 
 
 def test_what_the_first_makes_and_what_all_have(found):

@@ -34,7 +34,7 @@ from htsr.calibration.record_forms import Record, as_dataset
 from htsr.finetuning.recipe import Recipe
 from htsr.finetuning.result import Result
 from htsr.matrices.modules import whole_shape
-from htsr.ranks import Ranks
+from htsr.ranks import Ranks, all_launched
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,8 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
     from htsr.finetuning.preflight import agree, check_sharding, prepare_data
     from htsr.finetuning.saving import finished_result, write_reports
 
-    arguments = training_arguments(recipe)
+    with all_launched("htsr finetune"):
+        arguments = training_arguments(recipe)  # with them accelerate begins the group
     check_sharding(recipe, arguments)
     ranks = Ranks.launched("htsr finetune")
     finished = ranks.of_first(lambda: finished_result(recipe, output) if resume else None)

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import htsr
+from htsr import ranks
 from htsr.calibration.loading import load_model
 from htsr.calibration.multiple_choice import log_likelihoods, multiple_choice_accuracy
 from htsr.calibration.records import read_records
@@ -325,6 +326,20 @@ def test_update_during_backward_is_refused_where_it_cannot_be(work, tmp_path, ca
     possible = training == {"max_grad_norm": 0}
     assert main(["finetune", "--quiet", "--config", path]) == (0 if possible else 2)
     assert possible or "low_rank.gradients: update takes one backward" in capsys.readouterr().err
+
+
+def test_a_rank_that_does_not_come_is_told_before_there_is_a_group(work, tmp_path, monkeypatch):
+    """accelerate begins the group with the training arguments, and torch waits half an hour for it."""
+    from htsr.finetuning.run import finetune
+
+    recipe = read_recipe(recipe_file(work, tmp_path / "out", "full"))
+    port = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(ranks, "PATIENCE", 0.2)
+    with pytest.raises(htsr.UsageError, match=r"^rank 0 is in htsr finetune and waits for rank 1: "):
+        finetune(recipe)
+    assert not torch.distributed.is_initialized()
 
 
 def test_what_qlora_cannot_be_is_refused_before_anything(work, tmp_path, capsys):
