@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -263,7 +263,7 @@ def per_group(optimizer: Any, values: Sequence[Value]) -> list[Value]:
         values: one value for each of its own groups, in their order; groups that were added later come last.
 
     Raises:
-        UsageError: there are more or fewer groups than values.
+        UsageError: there are more or fewer groups than values, or these are no list.
 
     Examples:
         Two groups of the user's own, the first with two matrices:
@@ -276,6 +276,8 @@ def per_group(optimizer: Any, values: Sequence[Value]) -> list[Value]:
         >>> htsr.per_group(optimizer, ["slow", "fast"])
         ['slow', 'slow', 'fast']
     """
+    if not isinstance(values, Sized):
+        raise UsageError(f"per_group takes a list, one value for each group, not {values!r}")
     origins: list[Any] = []
     for place, group in enumerate(optimizer.param_groups):
         origins.append(group.get("htsr_origin", ("added", place)))

@@ -26,7 +26,7 @@ import torch
 
 from htsr.errors import UsageError
 from htsr.training.layerwise.engine import Layerwise
-from htsr.training.layerwise.groups import plain_state_dict, steps_itself
+from htsr.training.layerwise.groups import is_layerwise, plain_state_dict, steps_itself
 from htsr.training.layerwise.hooks import attach, detach, engine_of
 from htsr.training.layerwise.policy import PolicyLike, make_policy
 
@@ -123,7 +123,7 @@ def remove_layerwise(optimizer: Any) -> Any:
         The same optimizer; or a new state dict.
 
     Raises:
-        UsageError: the optimizer has a scheduler, which counts on the groups, or it is not layerwise.
+        UsageError: the optimizer has a scheduler, which counts on the groups, or it or the state dict is not layerwise.
 
     Examples:
         >>> import htsr, torch
@@ -135,6 +135,8 @@ def remove_layerwise(optimizer: Any) -> Any:
         1
     """
     if isinstance(optimizer, Mapping):
+        if not is_layerwise(optimizer.get("param_groups", ())):
+            raise UsageError("this is no state dict of a layerwise optimizer")
         return plain_state_dict(optimizer)
     engine, inner = engine_of(optimizer), steps_itself(optimizer)
     if engine is None:

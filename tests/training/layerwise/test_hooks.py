@@ -269,6 +269,8 @@ class TestListsForGroups:
         _, optimizer = made()
         with pytest.raises(UsageError, match="2 groups"):
             htsr.per_group(optimizer, [1, 2, 3])
+        with pytest.raises(UsageError, match="takes a list"):
+            htsr.per_group(optimizer, 5)
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
         assert htsr.per_group(optimizer, "abc")[-1] == "c"
         plain = torch.optim.SGD(decay_groups(TinyLM()), lr=LR)
@@ -302,6 +304,9 @@ class TestRemoved:
         assert engine_of(optimizer) is not None
         with pytest.raises(UsageError, match="not layerwise"):
             htsr.remove_layerwise(torch.optim.SGD(TinyLM().parameters()))
+        for state in ({}, torch.optim.SGD(TinyLM().parameters()).state_dict()):
+            with pytest.raises(UsageError, match="no state dict of a layerwise optimizer"):
+                htsr.remove_layerwise(state)
 
     def test_checkpoints_for_the_plain_optimizer(self):
         model, optimizer = made()
