@@ -15,6 +15,7 @@ from htsr_cli.output import _is_unsaid
 import htsr
 from htsr.analysis.execution import measure_all
 from htsr.analysis.journal import Journal
+from htsr.ranks import Ranks
 from htsr.spectra.notes import CAUTION
 from tests.models import save_folder, state_dict
 
@@ -387,6 +388,8 @@ def test_safetensors_on_a_cpu_need_no_torch(folder):
 @pytest.mark.parametrize("command", ["describe", "compare", "analyze", "layerwise plan", "project", "memory"])
 def test_processes_but_the_first_say_nothing(capsys, folder, tmp_path, monkeypatch, command):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(Ranks, "launched", classmethod(lambda *_, **__: Ranks(0, 1)))  # the other one does not come
     more = {"compare": [folder], "project": ["--keep", "3", "-o", tmp_path / "out"]}.get(command, [])
     assert run(capsys, *command.split(), folder, *more) == (0, "", "")
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 from collections.abc import Callable
@@ -20,6 +21,7 @@ def peak_allocated(run: Callable[[], Any]) -> int:
     """Most bytes that torch's CPU allocator held at once, of those allocated in `run`, from its mark `STEPS` on."""
     from torch.profiler import ProfilerActivity, profile
 
+    gc.collect()  # models of before that only the collector frees would count
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     with tempfile.TemporaryDirectory() as folder:
@@ -27,8 +29,9 @@ def peak_allocated(run: Callable[[], Any]) -> int:
         recorded.export_chrome_trace(str(file))
         events = json.loads(file.read_text())["traceEvents"]
     begin = min((event["ts"] for event in events if event.get("name") == STEPS), default=0)
-    memory = (event for event in events if event.get("name") == "[memory]" and event["ts"] >= begin)
-    return max(int(event["args"]["Total Allocated"]) for event in memory)
+    memory = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    before = int(memory[0]["args"]["Total Allocated"]) - int(memory[0]["args"]["Bytes"])
+    return max(int(event["args"]["Total Allocated"]) for event in memory if event["ts"] >= begin) - before
 
 
 def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, warm_up: int = 8, **options: Any) -> None:

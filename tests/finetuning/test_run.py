@@ -92,7 +92,7 @@ def test_killed_and_resumed_is_uninterrupted(work, tmp_path, method, layerwise):
     torch.load(next((tmp_path / "whole").glob("checkpoint-7")) / "optimizer.pt", weights_only=True)
     state = json.loads((tmp_path / "whole" / "checkpoint-7" / "trainer_state.json").read_text())
     logged = any("layerwise/multiplier_median" in log for log in state["log_history"])
-    assert logged == (layerwise == "llr")  # the matrices here are too small for AlphaDecay
+    assert logged == (layerwise != "none")
 
 
 @pytest.mark.parametrize("bars", [True, False])
