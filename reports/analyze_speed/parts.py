@@ -113,7 +113,7 @@ def precision(setting: Setting) -> list[dict[str, Any]]:
 
 def resampling(setting: Setting) -> list[dict[str, Any]]:
     """What bootstrap and goodness of fit add on the encoder, on one thread: processor seconds of the whole process."""
-    count = 5 if setting.quick else 100
+    count = 10 if setting.quick else 100
     arms = {"default metrics": {}, f"bootstrap {count}": {"bootstrap": count}}
     if "gof" in {field.name for field in fields(Options)}:
         arms[f"goodness of fit {count}"] = {"gof": count}
