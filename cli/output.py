@@ -89,7 +89,8 @@ class Target:
         given, known = context.params, context.command.params
         names = [p.name for p in known if p.param_type_name == "option" and p.name not in _NO_OPTIONS]
         options = {name: _plain(given[name]) for name in names if name in given}
-        return cls(given["format"], given[file], context.command_path.partition(" ")[2], options)
+        output = None if given[file] is None else Path(given[file])  # text in older versions of typer
+        return cls(given["format"], output, context.command_path.partition(" ")[2], options)
 
     def write(self, result: Tabular, words: Words | None = None) -> None:
         """Write `result` whole, or not at all; `words` say what belongs to a table and is no data."""

@@ -43,7 +43,7 @@ def study(work: Path, **shapes: int) -> dict[str, Any]:
     folder = work / "model"
     parameters = make(folder, **shapes)
     environment = os.environ | {"HTSR_CACHE": str(work / "cache")}
-    command = [sys.executable, "-m", "htsr.analysis.analyze", str(folder), "--device", "cpu", "-v", "-o"]
+    command = [sys.executable, "-m", "htsr.analysis", str(folder), "--device", "cpu", "-v", "-o"]
 
     started = time.perf_counter()
     total = 7 * shapes["blocks"] + 2
