@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import htsr
+
 HERE = Path(__file__).parent
 SMOLLM2: dict[str, Any] = {  # the shapes of SmolLM2-135M, as transformers' LlamaConfig has them
     "hidden_size": 576,
@@ -51,6 +53,7 @@ def machine() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    versions |= {"htsr": htsr.__version__}  # an editable installation keeps the version it was installed with
     return {
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
