@@ -12,6 +12,7 @@ from htsr.matrices.roles import block_of, is_stack_of_experts, role_of
 from htsr.matrices.sharded import refuse_flat
 from htsr.matrices.stored_tensors import clean_name
 from htsr.training.lowrank.moments import STATE_DTYPES
+from htsr.training.lowrank.rounding import ROUNDINGS
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +105,7 @@ def check_group(group: dict[str, Any]) -> None:
         ("method", ("svd", "randomized")),
         ("moments", ("keep", "rotate")),
         ("state_dtype", STATE_DTYPES),
+        ("rounding", ROUNDINGS),
     ):
         if group[name] not in known:
             raise UsageError(f"unknown {name} {group[name]!r}: one of {', '.join(known)}")
@@ -113,8 +115,6 @@ def check_group(group: dict[str, Any]) -> None:
     betas = group["betas"]
     if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= _number(beta) < 1 for beta in betas)):
         raise UsageError(f"betas are {betas!r}; they are two numbers in [0, 1)")
-    if not isinstance(group["stochastic_rounding"], bool):
-        raise UsageError(f"stochastic_rounding is {group['stochastic_rounding']!r}; it is True or False")
     _insist_on_count("refresh_every", group["refresh_every"])
     if group["rank"] is None:
         return

@@ -25,6 +25,7 @@ from htsr.training.lowrank import moments
 from htsr.training.lowrank.groups import check_group
 from htsr.training.lowrank.moments import StateDtype
 from htsr.training.lowrank.released import ReleasedGradient
+from htsr.training.lowrank.rounding import Rounding
 from htsr.training.lowrank.subspace import Method, is_distributed, local, project, projector, rotated
 from htsr.training.lowrank.update import Group, apply_update, seed_of
 
@@ -58,10 +59,9 @@ class LowRankAdamW(torch.optim.Optimizer):
     projector is computed, and projected shard by shard otherwise; moments are sharded where the matrix side that they
     keep is. Under DDP every process computes the same.
 
-    Weights in bfloat16 or float16 are updated in float32 and rounded stochastically (see
-    `htsr.training.lowrank.rounding`): rounded to nearest, as torch.optim.AdamW on such weights rounds, an update below
-    half a unit in the last place is lost at every step. Replicas round alike, and a resumed run rounds as the
-    uninterrupted one.
+    Weights in bfloat16 or float16 are updated in float32 and rounded once, as `rounding` says. Rounded to nearest, as
+    torch.optim.AdamW on such weights rounds, an update below half a unit in the last place is lost at every step.
+    Replicas round alike, and a resumed run rounds as the uninterrupted one.
 
     Args:
         params: parameters or groups, as from `low_rank_groups`.
@@ -89,7 +89,10 @@ class LowRankAdamW(torch.optim.Optimizer):
             and accumulation, too).
         process_group: processes with copies of the model, over which the optimizer averages what ``project`` and
             ``update`` release too early for DDP: run backward on the bare module or under ``no_sync()``.
-        stochastic_rounding: whether narrow weights are rounded stochastically; False for rounding to nearest.
+        rounding: what becomes of that part of a weight which bfloat16 or float16 cannot hold. ``stochastic`` draws one
+            of the two neighbours, so that the expectation of the weight is what was computed, and takes no memory;
+            ``kahan`` adds it to the next update (2 bytes a weight, ``compensation`` in the state); ``master`` keeps the
+            weight in float32 (4 bytes, ``master``); ``nearest`` loses it. Without effect on wider weights.
 
     Raises:
         UsageError: an option has no meaning, or a group with a rank holds anything but matrices.
@@ -131,7 +134,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         seed: int = 0,
         gradients: Gradients = "keep",
         process_group: ProcessGroup | None = None,
-        stochastic_rounding: bool = True,
+        rounding: Rounding = "stochastic",
     ) -> None:
         if gradients not in ("keep", "project", "update"):
             raise UsageError(f"unknown gradients {gradients!r}: keep, project or update")
@@ -152,7 +155,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             "moments": moments,
             "state_dtype": state_dtype,
             "seed": seed,
-            "stochastic_rounding": stochastic_rounding,
+            "rounding": rounding,
         }
         super().__init__(params, defaults)
 
@@ -304,7 +307,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         """Restore a copy; `load_state_dict` calls it, too."""
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("stochastic_rounding", True)  # from before 0.2
+            group.setdefault("rounding", self.defaults["rounding"])  # from before 0.2
         if "_places" not in self.__dict__:
             self._begin()
             self._hook()

@@ -1,8 +1,23 @@
-"""Stochastic rounding of weights to bfloat16 and float16.
+"""Weights in bfloat16 and float16: their updates are computed in float32, and what rounding cuts off need not be lost.
 
-Between two neighbours of a narrow type a number is rounded up with the probability of its place between them, so the
-expectation of what is stored is what was computed: an update of a tenth of a unit in the last place moves every tenth
-entry, where rounding to nearest moves none, step after step.
+============== ==================================================================== ====================================
+`rounding`     what is stored                                                       bytes a weight
+============== ==================================================================== ====================================
+``nearest``    the nearest number: an update below half a unit in the last place is 0
+               lost, at every step
+``stochastic`` one of the two neighbours, drawn so that the expectation is exact    0
+``kahan``      the nearest number, and in ``compensation`` what that cut off, in    2
+               the weight's own dtype
+``master``     the nearest number to ``master``, which is the weight in float32     4
+============== ==================================================================== ====================================
+
+``kahan`` and ``master`` ride in the optimizer's state of the parameter, sharded like it. Where a weight is not what its
+master rounds to, it has been changed from outside (loaded, projected, set to 0), and the master begins anew from it; a
+compensation is at most half a unit in the last place of the weight that it was left by, whatever became of that.
+
+Stochastic rounding: between two neighbours of a narrow type a number is rounded up with the probability of its place
+between them, so the expectation of what is stored is what was computed: an update of a tenth of a unit in the last
+place moves every tenth entry, where rounding to nearest moves none, step after step.
 
 The noise is a function of a seed and of an entry's place in the whole tensor alone: it is the same on every device,
 whichever part of the tensor a process holds, and no random state of torch is read or changed.
@@ -10,16 +25,103 @@ whichever part of the tensor a process holds, and no random state of torch is re
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from htsr.training.lowrank.subspace import is_distributed
+from htsr.training.lowrank.subspace import is_distributed, local
 
+Rounding: TypeAlias = Literal["stochastic", "kahan", "master", "nearest"]
+
+ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 NARROW = (torch.bfloat16, torch.float16)
+STATE = {"kahan": "compensation", "master": "master"}  # what a rounding keeps for each parameter
 
 _FLOAT16_NORMAL, _FLOAT16_QUANTUM = 2.0**-14, 2.0**-24  # least normal number, distance of those below it
+
+
+def create(state: dict[str, Any], parameter: Tensor, rounding: Rounding) -> None:
+    """Put what a rounding keeps of a narrow parameter into its state where it is missing, and drop another's.
+
+    Args:
+        state: state of one parameter, changed.
+        parameter: parameter of any shape; of a DTensor the state is sharded like it.
+        rounding: how its group rounds.
+
+    Examples:
+        >>> import torch
+        >>> from htsr.training.lowrank.rounding import create
+        >>> state = {}
+        >>> create(state, torch.ones(3, dtype=torch.bfloat16), "master")
+        >>> {name: value.dtype for name, value in state.items()}
+        {'master': torch.float32}
+    """
+    for other, name in STATE.items():
+        if other != rounding:
+            state.pop(name, None)
+        elif name not in state:  # a master of 0 begins as the weight, see `read`
+            state[name] = torch.zeros_like(parameter, dtype=torch.float32 if rounding == "master" else None)
+
+
+def read(W: Tensor, state: dict[str, Any], rounding: Rounding, rows: Any = ...) -> Tensor:
+    """The number that a narrow weight stands for, in float32 and memory of its own: what an update is added to.
+
+    Args:
+        W: weight of any shape; of a DTensor this process's part.
+        state: state of its parameter, from `create`.
+        rounding: how its group rounds.
+        rows: a slice of the first axis, or all.
+
+    Returns:
+        float32 numbers in the shape of these rows.
+    """
+    wide = W[rows].float()
+    if rounding == "kahan":
+        wide += local(state["compensation"])[rows]
+    elif rounding == "master":
+        master = local(state["master"])[rows]
+        wide = torch.where(master.to(W.dtype) == W[rows], master, wide)
+    return wide
+
+
+def write(
+    W: Tensor, state: dict[str, Any], rounding: Rounding, new: Tensor, keys: list[Tensor] | None = None, rows: Any = ...
+) -> None:
+    """Store what `read` gave, updated, in a narrow weight and in what its rounding keeps.
+
+    Args:
+        W: weight of any shape, changed; of a DTensor this process's part.
+        state: state of its parameter, from `create`, changed.
+        rounding: how its group rounds.
+        new: float32 numbers in the shape of these rows.
+        keys: numbers from `axis_keys`, which ``stochastic`` needs.
+        rows: a slice of the first axis, or all.
+
+    Examples:
+        Four updates of a fifth of a unit in the last place of 1, which is 2⁻⁷:
+
+        >>> import torch
+        >>> from htsr.training.lowrank.rounding import create, read, write
+        >>> for rounding in ("nearest", "kahan", "master"):
+        ...     W, state = torch.ones((), dtype=torch.bfloat16), {}
+        ...     create(state, W, rounding)
+        ...     for step in range(4):
+        ...         write(W, state, rounding, read(W, state, rounding) + 2**-7 / 5)
+        ...     print(rounding, W.item(), round(read(W, state, rounding).item(), 4))
+        nearest 1.0 1.0
+        kahan 1.0078125 1.0062
+        master 1.0078125 1.0062
+    """
+    if rounding == "stochastic":
+        assert keys is not None
+        W[rows] = stochastically_rounded(new, W.dtype, entry_noise(keys, rows).view(new.shape))
+        return
+    W[rows] = new
+    if rounding == "kahan":
+        local(state["compensation"])[rows] = new.sub_(W[rows])
+    elif rounding == "master":
+        local(state["master"])[rows] = new
 
 
 def stochastically_rounded(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:

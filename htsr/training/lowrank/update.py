@@ -9,9 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from htsr.training.lowrank import moments
+from htsr.training.lowrank import moments, rounding
 from htsr.training.lowrank.moments import BLOCK
-from htsr.training.lowrank.rounding import NARROW, axis_keys, entry_noise, stochastically_rounded
 from htsr.training.lowrank.subspace import add_projected_back, local, projects_right
 
 Group: TypeAlias = dict[str, Any]
@@ -56,7 +55,7 @@ def adam_update(
 def apply_update(parameter: Tensor, state: dict[str, Any], group: Group, R: Tensor, index: int) -> None:
     """One step of one parameter: decay and Adam's direction, projected back where the group has a rank.
 
-    Narrow weights are computed in float32 and rounded stochastically, unless the group says otherwise.
+    Narrow weights are computed in float32 and rounded once, as the group's ``rounding`` says.
 
     Args:
         parameter: parameter of any shape, changed; of a DTensor this process's part.
@@ -70,9 +69,8 @@ def apply_update(parameter: Tensor, state: dict[str, Any], group: Group, R: Tens
         moments.create(state, R, group["state_dtype"])
     state["step"] += 1
     step, lr, W, G = int(state["step"].item()), float(group["lr"]), local(parameter), local(R)
-    if W.dtype in NARROW and group["stochastic_rounding"]:
-        keys = axis_keys(parameter, seed_of("rounding", group["seed"], index, step))
-        _update_rounded(parameter, state, group, G, step, keys)
+    if W.dtype in rounding.NARROW:
+        _update_narrow(parameter, state, group, G, step, index)
         return
     if group["weight_decay"]:
         W.mul_(1 - lr * group["weight_decay"])
@@ -103,10 +101,12 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def _update_rounded(
-    parameter: Tensor, state: dict[str, Any], group: Group, G: Tensor, step: int, keys: list[Tensor]
-) -> None:
-    """Update in float32, and round each entry to one of its two neighbours in the weight's own type."""
+def _update_narrow(parameter: Tensor, state: dict[str, Any], group: Group, G: Tensor, step: int, index: int) -> None:
+    """Update in float32, and round each entry once to the weight's own type."""
+    how, keys = group["rounding"], None
+    rounding.create(state, parameter, how)
+    if how == "stochastic":
+        keys = rounding.axis_keys(parameter, seed_of("rounding", group["seed"], index, step))
     W, lr = local(parameter), float(group["lr"])
     low_rank = group["rank"] is not None
     R = P = torch.empty(0)
@@ -114,14 +114,14 @@ def _update_rounded(
         R, P = _direction(state, group, G, step).float(), local(state["projector"]).float()
     right = projects_right(parameter.shape) if low_rank else False
     for rows in _pieces(W, 1 if low_rank else BLOCK):
-        new = W[rows].float().mul_(1 - lr * group["weight_decay"])
+        new = rounding.read(W, state, how, rows).mul_(1 - lr * group["weight_decay"])
         if not low_rank:
             new.add_(_direction(state, group, G, step, rows), alpha=-lr)
         elif W.ndim == 3:
             new.baddbmm_(*((R[rows], P[rows].mT) if right else (P[rows], R[rows])), alpha=-lr * group["scale"])
         else:
             new.addmm_(*((R[rows], P.mT) if right else (P[rows], R)), alpha=-lr * group["scale"])
-        W[rows] = stochastically_rounded(new, W.dtype, entry_noise(keys, rows).view(new.shape))
+        rounding.write(W, state, how, new, keys, rows)
 
 
 def _direction(state: dict[str, Any], group: Group, G: Tensor, step: int, rows: Any = ...) -> Tensor:

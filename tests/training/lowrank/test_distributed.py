@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from htsr.training.lowrank.groups import low_rank_groups
 from htsr.training.lowrank.optimizer import LowRankAdamW
 from htsr.training.lowrank.released import ReleasedGradient
-from htsr.training.lowrank.rounding import axis_keys, entry_noise
+from htsr.training.lowrank.rounding import ROUNDINGS, axis_keys, entry_noise
 from tests.processes import leave
 from tests.training.lowrank.test_optimizer import batch, loss_of, make
 
@@ -43,6 +43,7 @@ def _worker(rank, task, file):
 
 
 def both(task, folder):
+    folder.mkdir(exist_ok=True)
     mp.start_processes(_worker, (task, str(folder / "rendezvous")), nprocs=2, start_method="fork")
 
 
@@ -109,6 +110,32 @@ def noise_of_shards(rank):
             shard = distribute_tensor(torch.empty(shape), mesh, placements)
             expected = distribute_tensor(whole, mesh, placements).to_local()
             assert torch.equal(entry_noise(axis_keys(shard, seed=9)), expected)
+
+
+def narrow_shards(rank):
+    """Weights in bfloat16, split by rows and by columns, and copies end as the whole, bit for bit, by each rounding."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+
+    def end(place, rounding):
+        torch.manual_seed(0)
+        W = torch.nn.Parameter(place(torch.randn(7, 5, dtype=torch.bfloat16)))
+        optimizer = LowRankAdamW([W], lr=1e-3, weight_decay=0.1, rounding=rounding)
+        for _ in range(STEPS):
+            W.grad = place(torch.randn(7, 5, dtype=torch.bfloat16))
+            optimizer.step()
+        return W.detach(), optimizer.state[W]
+
+    for rounding in ROUNDINGS:
+        whole, state = end(torch.clone, rounding)
+        for placement in (Shard(0), Shard(1), Replicate()):
+            shard, own = end(functools.partial(distribute_tensor, device_mesh=mesh, placements=[placement]), rounding)
+            assert torch.equal(shard.full_tensor(), whole)
+            for name in {"master", "compensation"} & set(state):
+                assert own[name].placements == shard.placements
+                assert torch.equal(own[name].full_tensor(), state[name])
 
 
 def fsdp(rank, mode, method, clip, experts=0):
@@ -191,6 +218,7 @@ def test_gradients_that_ddp_writes_back_are_an_error(tmp_path):
 
 def test_shards_and_replicas_round_as_the_whole(tmp_path):
     both(noise_of_shards, tmp_path)
+    both(narrow_shards, tmp_path / "narrow")
 
 
 @pytest.mark.parametrize(

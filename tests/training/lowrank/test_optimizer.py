@@ -653,7 +653,7 @@ def test_clipping_by_a_step_hook():
         ({"eps": None}, "eps is None; it is"),
         ({"refresh_every": 1.5}, "refresh_every is 1.5; it is a whole number, at least 1"),
         ({"refresh_every": None}, "refresh_every is None; it is"),
-        ({"stochastic_rounding": "no"}, "stochastic_rounding is 'no'; it is True or False"),
+        ({"rounding": "no"}, "unknown rounding 'no': one of stochastic, kahan, master, nearest"),
         ({"refresh_every": 0}, "refresh_every is 0"),
     ],
 )

@@ -1,4 +1,8 @@
-"""Stochastic rounding: its two neighbours, its expectation, and that nothing but a seed and the place decides."""
+"""How narrow weights are rounded.
+
+Stochastic rounding: its two neighbours, its expectation, and that nothing but a seed and the place decides. Kahan sums
+and masters: training in float32.
+"""
 
 import io
 
@@ -8,7 +12,7 @@ import torch
 from torch import nn
 
 from htsr.training.lowrank.optimizer import LowRankAdamW
-from htsr.training.lowrank.rounding import axis_keys, entry_noise, stochastically_rounded
+from htsr.training.lowrank.rounding import ROUNDINGS, axis_keys, entry_noise, stochastically_rounded
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -79,7 +83,7 @@ def test_small_updates_move_bfloat16_weights_as_far_as_they_should(rank):
 
     start, exact = moved(torch.float32)
     _, stochastic = moved(torch.bfloat16)
-    _, nearest = moved(torch.bfloat16, stochastic_rounding=False)
+    _, nearest = moved(torch.bfloat16, rounding="nearest")
     assert float((nearest == 0).float().mean()) > 0.5
     ulp = 2.0 ** (torch.floor(torch.log2(start.abs().clamp(min=1e-9))) - 7)
     far = exact.abs() > 8 * ulp  # an entry that stays had 50 chances, of 8 in all: at most e⁻⁸
@@ -111,40 +115,115 @@ def test_the_mean_over_entries_is_the_update(dtype):
 def test_weight_decay_acts_on_bfloat16():
     """lr·weight_decay = 1e-4 of a weight is a fortieth of its unit in the last place: to nearest, nothing decays."""
     ends = {}
-    for stochastic in (True, False):
+    for rounding in ROUNDINGS:
         W = nn.Parameter(torch.ones(200, 200, dtype=torch.bfloat16))
-        optimizer = LowRankAdamW([W], lr=1e-3, weight_decay=0.1, stochastic_rounding=stochastic)
+        optimizer = LowRankAdamW([W], lr=1e-3, weight_decay=0.1, rounding=rounding)
         for _ in range(100):
             W.grad = torch.zeros_like(W)
             optimizer.step()
-        ends[stochastic] = float(W.detach().double().mean())
-    assert ends[False] == 1.0
-    assert abs(ends[True] - (1 - 1e-4) ** 100) < 5 * (0.01 * 2.0**-8 / 200**2) ** 0.5 + 1e-5
+        ends[rounding] = float(W.detach().double().mean())
+    assert ends["nearest"] == 1.0
+    assert ends["kahan"] == ends["master"] == float(torch.tensor((1 - 1e-4) ** 100).bfloat16())
+    assert abs(ends["stochastic"] - (1 - 1e-4) ** 100) < 5 * (0.01 * 2.0**-8 / 200**2) ** 0.5 + 1e-5
 
 
 def test_float32_is_not_touched_and_options_ride_in_the_state():
     ends = []
-    for stochastic in (True, False):
+    for rounding in ROUNDINGS:
         torch.manual_seed(0)
         params = [nn.Parameter(torch.randn(24, 16)), nn.Parameter(torch.randn(10))]
-        optimizer = LowRankAdamW(
-            [{"params": params[:1], "rank": 4}, {"params": params[1:]}], stochastic_rounding=stochastic
-        )
+        optimizer = LowRankAdamW([{"params": params[:1], "rank": 4}, {"params": params[1:]}], rounding=rounding)
         for _ in range(4):
             for parameter in params:
                 parameter.grad = torch.randn_like(parameter)
             optimizer.step()
         ends.append(params)
         state = optimizer.state_dict()
-        assert [group.pop("stochastic_rounding") for group in state["param_groups"]] == [stochastic] * 2
-    assert all(map(torch.equal, *ends))
-    optimizer.load_state_dict(state)  # as 0.1.0 saved it
-    assert all(group["stochastic_rounding"] for group in optimizer.param_groups)
+        assert all(set(one) <= {"step", "exp_avg", "exp_avg_sq", "projector"} for one in state["state"].values())
+        assert [group.pop("rounding") for group in state["param_groups"]] == [rounding] * 2
+        optimizer.load_state_dict(state)  # as 0.1.0 saved it
+        assert all(group["rounding"] == rounding for group in optimizer.param_groups)
+    assert all(map(torch.equal, ends[0], end) for end in ends[1:])
+
+
+def trained(dtype, steps, rank=None, lr=1e-4, shape=(48, 32), **options):
+    """A weight of this dtype after so many steps with the same gradients, and its optimizer."""
+    torch.manual_seed(0)
+    W = nn.Parameter((torch.randn(shape) * 0.05).bfloat16().to(dtype))
+    optimizer = LowRankAdamW([{"params": [W], "rank": rank}], lr=lr, weight_decay=0.1, scale=1.0, **options)
+    bias = torch.randn(shape) * 0.005
+    W.largest = W.detach().abs()
+    for _ in range(steps):
+        W.grad = (torch.randn(shape) * 0.01 + bias).to(torch.bfloat16).to(dtype)
+        optimizer.step()
+        W.largest = torch.maximum(W.largest, W.detach().abs())
+    return W, optimizer
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1e-4, 1e-5])
+def test_a_master_is_training_in_float32_and_a_kahan_sum_within_a_unit_of_it(lr):
+    exact = trained(torch.float32, 300, lr=lr)[0]
+    W, optimizer = trained(torch.bfloat16, 300, lr=lr, rounding="master")
+    assert torch.equal(optimizer.state[W]["master"], exact)
+    assert torch.equal(W.detach(), exact.detach().bfloat16())
+    W, optimizer = trained(torch.bfloat16, 300, lr=lr, rounding="kahan")
+    unit = 2.0 ** (exact.largest.log2().ceil() - 8)
+    assert bool(((W - exact).abs() <= unit).all())
+    # the compensation has 8 bits, too: each step cuts off at most 2⁻⁹ of half a unit
+    sums = W + optimizer.state[W]["compensation"].float()
+    assert bool(((sums - exact).abs() <= 300 * 2.0**-10 * unit).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounding", ["kahan", "master"])
+def test_what_rounding_cuts_off_is_kept_at_low_rank_too(rounding, dtype):
+    exact = trained(torch.float32, 100, rank=8)[0].detach()
+    ends = {how: trained(dtype, 100, rank=8, rounding=how)[0].detach() for how in (rounding, "nearest")}
+    error = {how: float((W.float() - exact).norm()) for how, W in ends.items()}
+    least = float((exact.to(dtype).float() - exact).norm())
+    assert error[rounding] < 1.5 * least + 2e-3  # projectors and gradients in this dtype
+    assert dtype == torch.float16 or error["nearest"] > 2 * error[rounding]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_a_weight_that_was_changed_from_outside_is_where_the_next_step_begins(rounding, dtype):
+    W, optimizer = trained(dtype, 20, rounding=rounding)
+    outside = torch.randn(48, 32).to(dtype)
+    outside[:5] = 0.0
+    outside[5] = W.detach()[5]
+    before = W.detach().clone()
+    with torch.no_grad():
+        W.copy_(outside)
+    kept = {name: optimizer.state[W][name].clone() for name in ("master", "compensation") if name in optimizer.state[W]}
+    optimizer.param_groups[0]["lr"] = 0.0
+    W.grad = torch.zeros_like(W)
+    optimizer.step()
+    half = (neighbours(before.float(), dtype)[1].float() - before.float()).abs().clamp(min=2.0**-24)
+    if rounding == "kahan":
+        assert bool(((W.float() - outside.float()).abs() <= half + 2.0**-9 * outside.float().abs()).all())
+    else:
+        assert torch.equal(W.detach(), outside)
+    if rounding == "master":
+        master = optimizer.state[W]["master"]
+        assert torch.equal(master[5], kept["master"][5])
+        changed = outside[6:] != before[6:]
+        assert torch.equal(master[6:][changed], outside[6:][changed].float())
+
+
+def test_another_rounding_takes_over_between_steps_and_leaves_nothing_of_the_last():
+    W, optimizer = trained(torch.bfloat16, 2, rounding="master")
+    for rounding, kept in (("kahan", {"compensation"}), ("nearest", set()), ("master", {"master"})):
+        optimizer.param_groups[0]["rounding"] = rounding
+        W.grad = torch.ones_like(W)
+        optimizer.step()
+        assert set(optimizer.state[W]) - {"step", "exp_avg", "exp_avg_sq"} == kept
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("shape", [(24, 16), (3, 8, 12), (40,), ()])
-def test_resumed_rounds_as_uninterrupted_and_pieces_as_the_whole(dtype, shape, monkeypatch):
+def test_resumed_rounds_as_uninterrupted_and_pieces_as_the_whole(dtype, rounding, shape, monkeypatch):
     def run(stop=None, piece=2**22):
         monkeypatch.setattr("htsr.training.lowrank.update.PIECE", piece)
         random = np.random.default_rng(1)
@@ -154,7 +233,7 @@ def test_resumed_rounds_as_uninterrupted_and_pieces_as_the_whole(dtype, shape, m
 
         W = nn.Parameter(draw())
         group = {"params": [W], "rank": 4} if len(shape) > 1 else {"params": [W]}
-        options = {"lr": 1e-4, "weight_decay": 0.1, "refresh_every": 3, "seed": 5}
+        options = {"lr": 1e-4, "weight_decay": 0.1, "refresh_every": 3, "seed": 5, "rounding": rounding}
         optimizer = LowRankAdamW([dict(group)], **options)
         for step in range(6):
             if step == stop:
