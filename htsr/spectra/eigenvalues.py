@@ -137,7 +137,7 @@ def batch_eigenvalues(matrices: Sequence[Array], dtype: WorkingPrecision) -> Vec
     """
     grams = np.stack([gram(as_numpy(matrix), dtype) for matrix in matrices])
     for own, matrix in zip(grams, matrices, strict=True):
-        _require_squares(own.max(), dtype, lambda matrix=matrix: as_numpy(matrix).any())  # type: ignore[misc]
+        require_squares(own.max(), dtype, lambda matrix=matrix: as_numpy(matrix).any())  # type: ignore[misc]
     return symmetric_eigenvalues(grams)
 
 
@@ -181,7 +181,7 @@ def _solve_cpu(matrix: Array, route: str, dtype: WorkingPrecision, _device: str)
         grams = tall.swapaxes(1, 2) @ tall
     else:
         grams = gram(values, dtype)
-    _require_squares(grams.max(), dtype, values.any)
+    require_squares(grams.max(), dtype, values.any)
     return symmetric_eigenvalues(grams)
 
 
@@ -225,7 +225,7 @@ def _solve_torch(matrix: Array, route: str, dtype: WorkingPrecision, device: str
     for start in range(0, tall.shape[-2], rows):
         block = tall[..., start : start + rows, :].to(kind)
         grams += block.mT @ block
-    _require_squares(float(grams.max()), dtype, W.any)
+    require_squares(float(grams.max()), dtype, W.any)
     if W.device.type == "mps":  # no eigensolver there yet
         grams = grams.cpu()
     return torch.linalg.eigvalsh(grams).double().cpu().numpy()
@@ -248,7 +248,7 @@ def require_finite(total: float) -> None:
         raise MatrixError("nan", "the matrix has NaN, infinite or overflowing entries")
 
 
-def _require_squares(largest: float, dtype: str, has_entries: Callable[[], Any]) -> None:
+def require_squares(largest: float, dtype: str, has_entries: Callable[[], Any]) -> None:
     """That the Gram matrix, whose largest entry lies on its diagonal, is one of numbers that `dtype` can hold."""
     require_finite(largest)
     if largest < np.finfo(dtype).tiny / np.finfo(dtype).eps and bool(has_entries()):

@@ -13,28 +13,40 @@ Source: Ubaru, Chen & Saad (SIAM J. Matrix Anal. Appl. 38, 2017); Lin, Saad & Ya
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
-from htsr.arrays import Array, Vector, as_numpy
-from htsr.errors import MatrixError
+from htsr.arrays import Array, Vector
 from htsr.spectra.density import ESD
+from htsr.spectra.eigenvalues import require_finite, require_squares
+from htsr.spectra.exact_products import exact_products
+
+if TYPE_CHECKING:
+    import torch
 
 STEPS = 128
 PROBES = 8
 _CONVERGED = 1e-3  # residual of a Ritz value that counts as an eigenvalue, relative to its distance from the next
 _ZERO = 1e-6  # relative to λ_max: the float32 products resolve no less
+_TINY = float(np.finfo(np.float64).tiny)
+_CHUNK = 1 << 22  # entries whose squares are summed at a time
+_TOGETHER = 32  # steps whose coefficients the host waits for
 
 
 def lanczos_esd(matrix: Array, *, steps: int = STEPS, probes: int = PROBES, device: str = "cpu", seed: int = 0) -> ESD:
     """Approximate ESD of an m × n matrix.
 
+    Everything that grows with the matrix stays on the device: W in the precision of the products, and `probes` bases of
+    `steps` vectors of length M in float64 (32 MiB for M = 4096). The host sees the coefficients of the recursion, every
+    32 steps, and solves the tridiagonal problems.
+
     Args:
-        matrix: (m, n); products are taken in float32 (float64 where W is and on a CPU), the recursion in float64.
+        matrix: (m, n); products are taken in float32 (float64 where W is), the recursion in float64.
         steps: number of Lanczos steps per probe; more steps resolve more of the tail as single eigenvalues.
         probes: number of random vectors (at least 2); the error falls with its square root.
-        device: device that the products with W run on.
+        device: device that it runs on; a CPU in place of one without float64.
         seed: seed of the probes.
 
     Returns:
@@ -42,7 +54,8 @@ def lanczos_esd(matrix: Array, *, steps: int = STEPS, probes: int = PROBES, devi
         the leave-one-probe-out ESDs from which the error of anything computed from it follows.
 
     Raises:
-        MatrixError: entries are NaN, infinite or overflow (status ``nan``).
+        MatrixError: entries are NaN, infinite or overflow (status ``nan``), or are so small that their squares vanish
+            (``underflow``).
 
     Examples:
         >>> import numpy as np
@@ -57,13 +70,14 @@ def lanczos_esd(matrix: Array, *, steps: int = STEPS, probes: int = PROBES, devi
     """
     m, n = matrix.shape
     M, N = min(m, n), max(m, n)
-    apply, trace = _operator(matrix, device)
-    if not np.isfinite(trace):
-        raise MatrixError("nan", "the matrix has NaN, infinite or overflowing entries")
+    W = _on_device(matrix, device)
+    trace = _trace(W)
+    _require_range(W, trace)
     route = f"lanczos/{steps}x{probes}"
     if trace == 0.0:
         return ESD(np.zeros(M), M, N, 1, route, error=0.0)
-    quadratures = _recursion(apply, M, min(steps, M), probes, np.random.default_rng(seed))
+    with exact_products():
+        quadratures = _quadratures(*_recursion(W, _probes(M, probes, seed), min(steps, M)))
     known = _converged(quadratures)
     grids = [_distribution(*q[:2], known.size) for q in quadratures]
     eigenvalues = _assemble(grids, known, M, trace)
@@ -73,55 +87,97 @@ def lanczos_esd(matrix: Array, *, steps: int = STEPS, probes: int = PROBES, devi
     return ESD(eigenvalues, M, N, 1, route, error=error, replicates=replicates)
 
 
-def _operator(matrix: Array, device: str) -> tuple[Callable[[Vector], Vector], float]:
-    """v ↦ A v for a block of columns (M, b), and the trace of A."""
-    if device == "cpu":
-        W = as_numpy(matrix)
-        W = W.astype(np.float32) if W.dtype == np.float16 else W
-        tall = W if W.shape[0] >= W.shape[1] else W.T
-        trace = float(np.einsum("ij,ij->", W, W, dtype=np.float64))
-        return (lambda v: (tall.T @ (tall @ v.astype(tall.dtype))).astype(np.float64)), trace
+def _on_device(matrix: Array, device: str) -> torch.Tensor:
+    """The matrix, (N, M) tall, in float32, or in float64 where it is."""
     import torch
 
-    tensor = torch.as_tensor(matrix).to(device, torch.float32)
-    columns = tensor if tensor.shape[0] >= tensor.shape[1] else tensor.mT
+    if isinstance(matrix, np.ndarray):
+        matrix = matrix if matrix.flags.writeable else matrix.copy()  # torch warns of what nobody may write to
+        matrix = torch.from_numpy(np.ascontiguousarray(matrix))
+    where = torch.device(device if torch.device(device).type != "mps" else "cpu")
+    W = matrix.detach().to(where)
+    W = W if W.dtype == torch.float64 else W.to(torch.float32)
+    return W if W.shape[0] >= W.shape[1] else W.mT
 
-    def product(v: Vector) -> Vector:
-        block = torch.as_tensor(v, dtype=torch.float32, device=columns.device)
-        return (columns.mT @ (columns @ block)).double().cpu().numpy()
 
-    return product, float(sum((rows.double() ** 2).sum() for rows in torch.split(tensor, 4096)))
+def _trace(W: torch.Tensor) -> float:
+    """‖W‖_F², summed in float64 without an up-cast copy of W."""
+    import torch
+
+    rows = max(1, _CHUNK // W.shape[1])
+    return float(sum(torch.linalg.vector_norm(part, dtype=torch.float64) ** 2 for part in torch.split(W, rows)))
 
 
-def _recursion(
-    apply: Callable[[Vector], Vector], M: int, steps: int, probes: int, random: np.random.Generator
-) -> list[tuple[Vector, Vector, Vector]]:
-    """Ritz values, weights and residuals of each probe, by Lanczos with full reorthogonalisation."""
-    vectors = random.standard_normal((M, probes))
+def _require_range(W: torch.Tensor, trace: float) -> None:
+    """That products with A = WᵀW, which are no larger than its trace, are numbers that the dtype of W can hold."""
+    import torch
+
+    require_finite(trace if trace <= torch.finfo(W.dtype).max else np.inf)
+    require_squares(trace / W.shape[1], str(W.dtype).removeprefix("torch."), lambda: trace > 0)
+
+
+def _probes(M: int, probes: int, seed: int) -> torch.Tensor:
+    """(probes, M) random unit vectors, drawn on the host, so that they are the same for every device."""
+    import torch
+
+    vectors = np.random.default_rng(seed).standard_normal((M, probes))
     vectors /= np.linalg.norm(vectors, axis=0)
-    basis = np.zeros((probes, steps, M))
-    diagonal, off = np.zeros((probes, steps)), np.zeros((probes, steps))
-    length = np.full(probes, steps)
+    return torch.from_numpy(np.ascontiguousarray(vectors.T))
+
+
+def _recursion(W: torch.Tensor, start: torch.Tensor, steps: int) -> tuple[Vector, Vector]:
+    """Diagonals and off-diagonals, each (probes, steps) or fewer steps, by Lanczos with full reorthogonalisation."""
+    import torch
+
+    probes, M = start.shape
+    basis = torch.empty((probes, steps + 1, M), dtype=torch.float64, device=W.device)
+    coefficients = torch.zeros((2, probes, steps), dtype=torch.float64, device=W.device)
+    diagonal, off = coefficients
+    basis[:, 0] = start.to(W.device)
     for k in range(steps):
-        basis[:, k] = vectors.T
-        w = apply(vectors)
-        diagonal[:, k] = np.einsum("mp,mp->p", vectors, w)
-        w = w.T
-        for _ in range(2):  # twice is enough (Parlett)
-            w = w - np.matmul(np.matmul(basis[:, : k + 1], w[:, :, None])[:, None, :, 0], basis[:, : k + 1])[:, 0]
-        norm = np.linalg.norm(w, axis=1)
-        off[:, k] = norm
-        ended = norm < _ZERO * np.abs(diagonal[:, : k + 1]).max(axis=1)
-        length = np.where(ended & (length == steps), k + 1, length)
-        if (length <= k + 1).all():
-            break
-        vectors = (w / np.maximum(norm, np.finfo(float).tiny)[:, None]).T
+        past, v = basis[:, : k + 1], basis[:, k].to(W.dtype)
+        w = ((v @ W.mT) @ W).to(torch.float64)
+        for again in (False, True):  # twice is enough (Parlett)
+            along = _orthogonalize(w, past)
+            if not again:
+                diagonal[:, k] = along[:, k]
+        torch.linalg.vector_norm(w, dim=1, out=off[:, k])
+        torch.div(w, off[:, k, None].clamp(min=_TINY), out=basis[:, k + 1])
+        if (k + 1) % _TOGETHER == 0 or k + 1 == steps:
+            found = coefficients[:, :, : k + 1].cpu().numpy()
+            if _ended(*found).any(axis=1).all():
+                break
+    return found[0], found[1]
+
+
+def _orthogonalize(w: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
+    """Take from each of (probes, M), in place, what lies along its `past`, (probes, k, M); gives how much."""
+    import torch
+
+    if w.device.type == "cpu":  # torch's batched product with one vector each is several times slower than NumPy's
+        rest, vectors = w.numpy(), past.numpy()
+        along = np.matmul(vectors, rest[:, :, None])
+        rest -= np.matmul(along.swapaxes(1, 2), vectors)[:, 0]
+        return torch.from_numpy(along[:, :, 0])
+    taken = torch.bmm(past, w[:, :, None])
+    w[:, None].baddbmm_(taken.mT, past, alpha=-1)
+    return taken[:, :, 0]
+
+
+def _ended(diagonal: Vector, off: Vector) -> npt.NDArray[np.bool_]:
+    """Whether the recursion has come to an invariant subspace, after each step."""
+    return off < _ZERO * np.maximum.accumulate(np.abs(diagonal), axis=1)
+
+
+def _quadratures(diagonal: Vector, off: Vector) -> list[tuple[Vector, Vector, Vector]]:
+    """Ritz values, weights and residuals of each probe."""
+    from scipy.linalg import eigh_tridiagonal
+
     result = []
-    for p in range(probes):
-        k = int(length[p])
-        T = np.diag(diagonal[p, :k]) + np.diag(off[p, : k - 1], 1) + np.diag(off[p, : k - 1], -1)
-        ritz, s = np.linalg.eigh(T)
-        residual = np.abs(off[p, k - 1] * s[-1])
+    for a, b, ended in zip(diagonal, off, _ended(diagonal, off), strict=True):
+        k = int(ended.argmax()) + 1 if ended.any() else a.size
+        ritz, s = eigh_tridiagonal(a[:k], b[: k - 1], lapack_driver="stevd")
+        residual = np.abs(b[k - 1] * s[-1])
         result.append((np.maximum(ritz, 0.0), s[0] ** 2, residual))
     return result
 
@@ -165,4 +221,4 @@ def _assemble(grids: list[tuple[Vector, Vector]], known: Vector, M: int, trace: 
 
 
 def _log(values: Vector) -> Vector:
-    return np.log(np.maximum(values, np.finfo(np.float64).tiny))
+    return np.log(np.maximum(values, _TINY))
