@@ -15,7 +15,7 @@ Sources: LISA (arXiv 2403.17919), OwLore (arXiv 2405.18380), Spectrum (arXiv 240
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -128,6 +128,7 @@ class LayerSampler:
     _handles: list[Any]
     _stopped: list[Any]
     _stepped: set[int]  # optimizers since the last step
+    _placing: list[Callable[[], None]]  # functions that put what is drawn on the device, and the rest elsewhere
 
     def __init__(
         self,
@@ -196,6 +197,19 @@ class LayerSampler:
         drawn = random.choice(len(self.names), size=self._gamma, replace=False, p=self.probabilities)
         return tuple(sorted(int(i) for i in drawn))
 
+    def drawn(self) -> list[torch.nn.Parameter]:
+        """The parameters of the members that train now."""
+        by_name = {clean_name(name): parameter for name, parameter in self.model.named_parameters()}
+        return [by_name[name] for index in self._active for name in self._members[index]]
+
+    def before_draws(self, place: Callable[[], None]) -> None:
+        """Have a function called whenever other members have been drawn, before they are thawed and frozen.
+
+        Args:
+            place: function that puts the parameters of `drawn` on the device where they train, and others elsewhere.
+        """
+        self._placing.append(place)
+
     def attach(self, *optimizers: torch.optim.Optimizer) -> None:
         """Begin: freeze what does not train now, and count the optimizers' steps from here on.
 
@@ -250,7 +264,7 @@ class LayerSampler:
     def __getstate__(self) -> dict[str, Any]:
         """State for copies, which stand where this one does and are attached to nothing: hooks are not copied."""
         state = self.__dict__.copy()
-        for name in ("_optimizers", "_parameters", "_flags", "_handles", "_stopped", "_stepped"):
+        for name in ("_optimizers", "_parameters", "_flags", "_handles", "_stopped", "_stepped", "_placing"):
             del state[name]
         if self._optimizers:
             logger.warning(
@@ -267,7 +281,7 @@ class LayerSampler:
     def _begin(self) -> None:
         self._optimizers, self._parameters = (), []
         self._flags, self._handles, self._stopped = HeldFlags(), [], []
-        self._stepped = set()
+        self._stepped, self._placing = set(), []
 
     def detach(self) -> None:
         """End: all that took part trains again, and the optimizers and the model are as they were before `attach`.
@@ -387,13 +401,14 @@ class LayerSampler:
             self._write_state()
 
     def _apply(self) -> None:
+        for place in self._placing:
+            place()
         for index, parameters in enumerate(self._parameters):
             for parameter in parameters:
                 if index in self._active:
                     self._flags.want(parameter, True)
-                    if self.frozen_state == "offload":
-                        for optimizer in self._optimizers:
-                            move_state(optimizer, parameter, parameter.device)
+                    for optimizer in self._optimizers:  # also what was kept, whose parameter may come from elsewhere
+                        move_state(optimizer, parameter, parameter.device)
                 else:
                     self._freeze(parameter)
         self._write_state()
