@@ -1,0 +1,71 @@
+"""The device that these tests run on: `--device cuda`, or a pretended one where there is none.
+
+This folder needs nothing of the others: with torch, transformers, accelerate, peft and pytest alone it runs by
+
+    python -m pytest --confcutdir=tests/device tests/device --device cuda
+"""
+
+import contextlib
+
+import pytest
+import torch
+
+from . import pretended
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", default=pretended.NAME, help="device of the tests in tests/device: cuda, xpu, pretended"
+    )
+
+
+@pytest.fixture
+def device(request):
+    """The accelerator: the process has one within the test."""
+    name = request.config.getoption("--device", pretended.NAME)
+    if name != pretended.NAME:
+        yield torch.device(name, 0)
+        return
+    try:
+        pretended.install()
+    except (ImportError, AttributeError) as why:
+        pytest.skip(f"this torch cannot make a device in Python ({why})")
+    with pretended.switched_on() as found:
+        yield found
+
+
+@pytest.fixture
+def synchronisations(device):
+    """`with synchronisations() as counted: ...`, then `counted.count`; on a real device the count stays None."""
+    return pretended.synchronisations if device.type == pretended.NAME else lambda: contextlib.nullcontext(_Uncounted())
+
+
+@pytest.fixture
+def memory(device):
+    """`with memory() as used: ...`, then `used.peak` and `used.now`: bytes on the device of what was made within."""
+    return pretended.memory if device.type == pretended.NAME else lambda: contextlib.nullcontext(_Unmetered(device))
+
+
+class _Uncounted:
+    count, names = None, ()
+
+
+class _Unmetered:
+    """The same numbers of a real device."""
+
+    def __init__(self, device):
+        self._device = device
+        torch.accelerator.reset_peak_memory_stats(device)
+        self._before = self.now_at_all
+
+    @property
+    def now_at_all(self):
+        return torch.accelerator.memory_allocated(self._device)
+
+    @property
+    def now(self):
+        return self.now_at_all - self._before
+
+    @property
+    def peak(self):
+        return torch.accelerator.max_memory_allocated(self._device) - self._before
