@@ -172,3 +172,11 @@ def peak_resident_mib() -> float:
 def clock() -> float:
     """Seconds."""
     return time.perf_counter()
+
+
+def wait_for(device: Any) -> None:
+    """Until the device has done all that it was told."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
