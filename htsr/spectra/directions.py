@@ -43,7 +43,7 @@ class Eigendecomposition:
     Attributes:
         values: eigenvalues, (pieces, M) float64, ascending; exactly 0 where they lie below the resolution of the stored
             numbers or of the computation.
-        vectors: eigenvectors, (pieces, M, M) float64 or float32, as columns in the same order: the right singular
+        vectors: eigenvectors, (pieces, M, M) float64, as columns in the same order: the right singular
             vectors of W where m ≥ n, else the left.
         equal_within: relative difference of eigenvalues that are equal but for rounding.
     """
@@ -85,7 +85,7 @@ def project_tail(matrix: Array, keep: Keep, *, fit: FitMethod = "ks") -> Project
 
     Args:
         matrix: (m, n), or (pieces, m, n): a stack's tail is that of the pooled eigenvalues, K directions are kept of
-            each piece. Any float dtype; computed in float64 on a CPU and float32 on an accelerator.
+            each piece. Any float dtype; computed in float64 where it lies (on a CPU in place of MPS).
         keep: ``"tail"`` for the eigenvalues of the power-law tail, ``"erg"`` for those of the effective correlation
             space, or the number of directions.
         fit: how the power law's λ_min is chosen, for ``"tail"``.
@@ -145,7 +145,9 @@ def _threshold(values: Vector, keep: Keep, fit: FitMethod) -> Any:
 
 
 def decompose(matrix: Array) -> Eigendecomposition:
-    """Eigenvalues and eigenvectors of the smaller Gram matrix, in float64 on a CPU and float32 on an accelerator.
+    """Eigenvalues and eigenvectors of the smaller Gram matrix, in float64 on the device of the matrix.
+
+    On a device without float64 (MPS) they are computed on a CPU, and lie there.
 
     Args:
         matrix: (m, n), or (pieces, m, n); any float dtype.
@@ -166,7 +168,8 @@ def decompose(matrix: Array) -> Eigendecomposition:
     W = _stack(matrix)
     if W.numel() == 0:
         raise MatrixError("empty", f"the matrix has no entries (shape {tuple(matrix.shape)})")
-    kind = torch.float64 if W.device.type == "cpu" else torch.float32
+    W = W.cpu() if W.device.type == "mps" else W
+    kind = torch.float64
     tall = W if W.shape[1] >= W.shape[2] else W.mT
     # summed over blocks of rows, so that no up-cast copy of the whole matrix is made
     gram = torch.zeros((len(W), tall.shape[2], tall.shape[2]), dtype=kind, device=W.device)
@@ -204,7 +207,7 @@ def rescaled(matrix: Array, vectors: torch.Tensor, ratios: Vector) -> Array:
     result = torch.empty_like(W)
     tall, target = (W.mT, result.mT) if wide else (W, result)
     for source, goal in zip(_blocks(tall), _blocks(target), strict=True):
-        goal.copy_(source.to(change.dtype) @ change)
+        goal.copy_(source.to(change) @ change)
     result = result.reshape(tuple(matrix.shape))
     return result.numpy() if isinstance(matrix, np.ndarray) else result
 

@@ -105,7 +105,7 @@ def nudge(matrix: Array, strength: float, *, fit: FitMethod = "ks") -> tuple[Arr
     """The matrix with its spectrum moved towards α = 2, and what was moved.
 
     Args:
-        matrix: (m, n), or (pieces, m, n) with pooled eigenvalues; computed in float64 on a CPU, float32 elsewhere.
+        matrix: (m, n), or (pieces, m, n) with pooled eigenvalues; computed in float64 where it lies.
         strength: η in [0, 1]; at 0 the matrix itself is returned.
         fit: how the tail is chosen (`htsr.spectra.tail`).
 
