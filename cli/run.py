@@ -115,7 +115,7 @@ def analyze(
 def compare(a: str, b: str, choice: Choice, options: dict[str, Any], words: Words, target: Target) -> None:
     """`htsr compare`."""
     given = [saved_or_source(name) for name in (a, b)]
-    settings = options_beside([side for side in given if isinstance(side, Analysis)], **options)
+    settings = options_beside(given, **options)
     opened = [side if isinstance(side, Analysis) else open_model(side) for side in given]
     sides = filtered_together(opened, choice.filter)
     analyses = []

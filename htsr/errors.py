@@ -58,3 +58,18 @@ def reason_of(error: BaseException, path: str | os.PathLike[str] | None = None) 
     lines = said.strip().splitlines()
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 400 else f"{text[:397]}…"
+
+
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")  # torch, cuBLAS, cuSOLVER
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an `error` says that memory is lacking, on the host or on a device: torch raises it as RuntimeError, too.
+
+    Examples:
+        >>> from htsr.errors import is_out_of_memory
+        >>> is_out_of_memory(RuntimeError("CUDA out of memory.")), is_out_of_memory(KeyError("memory"))
+        (True, False)
+    """
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in said for words in _NO_MEMORY)

@@ -29,6 +29,7 @@ from htsr.matrices.models import Filter, Model, as_filter
 from htsr.matrices.sharded import Shard, open_live
 from htsr.matrices.sources import Source, open_model
 from htsr.ranks import Ranks
+from htsr.spectra.device import solving_device
 from htsr.spectra.measure import Measured
 from htsr.spectra.metrics import LayerMetrics, Options
 
@@ -82,8 +83,8 @@ def analyze(
         distributed: whether the ranks of `accelerate launch` or `torchrun` share the matrices. Each of them then has to
             call this with the same model, and returns all rows. False where one rank analyzes alone, or each of them
             its own model; a tensor that is sharded over the ranks then has a row that says so.
-        **options: fields of `htsr.Options`: fit, route, dtype, device (``auto`` is an accelerator where there is one),
-            windows, bulk, permuted, alternatives, quality, bootstrap, gof, seed …
+        **options: fields of `htsr.Options`: fit, route, dtype, device (``auto`` is where a live model lies, else this
+            process's accelerator, else the CPU), windows, bulk, permuted, alternatives, quality, bootstrap, gof, seed …
 
     Returns:
         An `Analysis`. Matrices that cannot be analyzed have a row that says why.
@@ -104,7 +105,7 @@ def analyze(
         >>> abs(row.alpha - row.alpha_null) < 2 * row.alpha_null_sd  # noise has the α of its shape
         True
     """
-    settings = make_options(full=full, **options)
+    settings = make_options(source, full=full, **options)
     model = open_model(source, revision=revision, against=against, base=base).filtered(as_filter(where))
     shards: Mapping[str, Shard] = {}
     if distributed and against is None and any(matrix.problem and matrix.problem[0] == "sharded" for matrix in model):
@@ -114,10 +115,11 @@ def analyze(
     return analyze_model(model, settings, kept, progress, shards, launched_ranks(distributed))
 
 
-def make_options(*, full: bool = False, **options: Any) -> Options:
+def make_options(source: object = None, *, full: bool = False, **options: Any) -> Options:
     """`Options` from keywords, with a device that exists.
 
     Args:
+        source: model that is analyzed, whose device is taken where none is given.
         full: whether to add bulk, permuted weights and alternatives to the power law.
         **options: fields of `Options`; `device` is ``auto`` by default.
 
@@ -131,7 +133,7 @@ def make_options(*, full: bool = False, **options: Any) -> Options:
             hint = f"the nearest is {near[0]}" if near else f"there are {', '.join(known)}"
             raise UsageError(f"there is no option {name}; {hint}")
     options = {"device": "auto"} | (FULL if full else {}) | options
-    options["device"] = pick_device(options["device"])
+    options["device"] = solving_device(pick_device(options["device"], source))
     return Options(**options)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from htsr.analysis.analyze import FULL, analyze_model, make_options
 from htsr.analysis.distance import Distance, distance
+from htsr.analysis.execution import device_of
 from htsr.analysis.matching import match, of_one_shape
 from htsr.analysis.result import Analysis
 from htsr.analysis.saving import is_saved
@@ -202,7 +203,7 @@ def compare(
         True
     """
     given = [saved_or_source(x) for x in (a, b)]
-    settings = options_beside([x for x in given if isinstance(x, Analysis)], full=full, **options)
+    settings = options_beside(given, full=full, **options)
     sides = filtered_together([x if isinstance(x, Analysis) else open_model(x) for x in given], as_filter(where))
     analyses = [
         side if isinstance(side, Analysis) else analyze_model(side, settings, ranks=launched_ranks(distributed))
@@ -223,21 +224,23 @@ def saved_or_source(given: Source | Analysis) -> Source | Analysis:
     return given
 
 
-def options_beside(saved: Sequence[Analysis], *, full: bool = False, **options: Any) -> Options:
-    """Options for models that are compared with `saved` analyses: theirs, where they are not given.
+def options_beside(sides: Sequence[Source | Analysis], *, full: bool = False, **options: Any) -> Options:
+    """Options for two models that are compared: those of a finished analysis among them, where they are not given.
 
     Args:
-        saved: finished analyses among the two models: none, one or two.
+        sides: the two models, each a source or a finished analysis.
         full: whether to add bulk, permuted weights and alternatives to the power law.
         **options: options as in `htsr.analyze`.
 
     Raises:
         UsageError: an option has no meaning, or gives other numbers than those of a saved analysis.
     """
+    saved = [side for side in sides if isinstance(side, Analysis)]
+    live = [side for side in sides if device_of(side)]
     theirs: dict[str, Any] = {}
     if saved:
         theirs = {f.name: getattr(saved[0].options, f.name) for f in fields(Options) if f.name != "device"}
-    settings = make_options(**theirs | (FULL if full else {}) | options)
+    settings = make_options(*live[:1], **theirs | (FULL if full else {}) | options)
     for analysis in saved:
         _insist_on_one_fit(analysis.label, analysis.options, "this comparison", settings)
     return settings

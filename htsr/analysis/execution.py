@@ -1,17 +1,24 @@
-"""Running the measurements in the threads of one process."""
+"""Running the measurements in one process: in its threads on a CPU, one after the other on an accelerator."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from itertools import chain
+from typing import Any, TypeVar
 
+import numpy as np
+
+from htsr.arrays import Array, Product
 from htsr.errors import UsageError
 from htsr.matrices.models import WeightMatrix
+from htsr.spectra.device import BATCHED_UP_TO, solving_device
 from htsr.spectra.esd import BATCH_UP_TO
 from htsr.spectra.measure import Measured, measure_batch
 from htsr.spectra.metrics import LayerMetrics, Options
@@ -23,6 +30,7 @@ logger = logging.getLogger(__name__)
 # there are threads and together at most AT_ONCE; larger ones one after the other with all threads.
 SIDE_BY_SIDE = 160 << 20
 AT_ONCE = 1 << 30
+_PINNED_FROM = 1 << 20  # entries; smaller matrices are copied in no time
 
 Progress = Callable[[int, Measured], None]
 Result = TypeVar("Result")
@@ -36,7 +44,7 @@ def measure_all(
     results: dict[int, Measured] = {}
     if options.dtype == "float32" or options.permuted:
         load_solver()  # before threads are limited
-    for index, result in for_each(matrices, partial(_measure, options)):
+    for index, result in for_each(matrices, partial(_measure, options), options.device):
         results[index] = result
         if result.row.status != "ok":
             logger.info("%s: %s", result.row.name, result.row.warning)
@@ -45,14 +53,27 @@ def measure_all(
     return [results[i] for i in range(len(matrices))]
 
 
-def for_each(matrices: Sequence[WeightMatrix], work: Work[Result]) -> Iterator[tuple[int, Result]]:
+def for_each(
+    matrices: Sequence[WeightMatrix],
+    work: Work[Result],
+    device: str = "cpu",
+    read: Callable[[WeightMatrix], Array | Product] = WeightMatrix.opened,
+) -> Iterator[tuple[int, Result]]:
     """(index, result) of each matrix, in the order of completion.
+
+    On a CPU small matrices are worked on in several threads, and large ones one after the other. On an accelerator all
+    are, in this thread, while another reads the next: the device holds one matrix.
 
     Args:
         matrices: matrices to work on.
-        work: function that gives the results of a few matrices of one shape; it is called in several threads.
+        work: function that gives the results of a few matrices of one shape.
+        device: device that computes.
+        read: function that reads a matrix in the way that `work` will: `WeightMatrix.opened` or `WeightMatrix.read`.
     """
     order = sorted(range(len(matrices)), key=lambda i: -matrices[i].cost)
+    if solving_device(device) != "cpu":
+        yield from _in_turn(matrices, order, work, read)
+        return
     small = [i for i in order if _footprint(matrices[i]) <= SIDE_BY_SIDE]
     yield from _in_threads(matrices, small, work)
     for index in order:
@@ -96,7 +117,7 @@ def _in_threads(
 ) -> Iterator[tuple[int, Result]]:
     if not indices:
         return
-    waiting = _batches(matrices, indices)[::-1]
+    waiting = _batches(matrices, indices, BATCH_UP_TO)[::-1]
     threads = workers()
 
     def footprint(batch: list[int]) -> int:
@@ -119,13 +140,61 @@ def _in_threads(
             raise
 
 
-def _batches(matrices: Sequence[WeightMatrix], indices: Sequence[int]) -> list[list[int]]:
-    """`indices` in batches of one shape, just as many as make LAPACK work without the interpreter's lock."""
+def _in_turn(
+    matrices: Sequence[WeightMatrix],
+    indices: Sequence[int],
+    work: Work[Result],
+    read: Callable[[WeightMatrix], Array | Product],
+) -> Iterator[tuple[int, Result]]:
+    """What one thread computes on an accelerator, a second one reading ahead: on the host lie two matrices at most."""
+    batches = _batches(matrices, indices, BATCHED_UP_TO)
+    with ThreadPoolExecutor(1) as reader:
+
+        def ahead(batch: list[int]) -> list[WeightMatrix]:
+            coming = [reader.submit(_staged, matrices[i], read) for i in batch]
+            return [_as_read(matrices[i], future) for i, future in zip(batch, coming, strict=True)]
+
+        try:
+            coming = ahead(batches[0]) if batches else []
+            for position, batch in enumerate(batches):
+                current = coming
+                coming = ahead(batches[position + 1]) if position + 1 < len(batches) else []
+                results = work(current)
+                del current
+                yield from zip(batch, results, strict=True)
+        except BaseException:
+            reader.shutdown(cancel_futures=True)
+            raise
+
+
+def _as_read(matrix: WeightMatrix, future: Future[Any]) -> WeightMatrix:
+    return replace(matrix, load=future.result, factors=None, problem=None)
+
+
+def _staged(matrix: WeightMatrix, read: Callable[[WeightMatrix], Array | Product]) -> Array | Product:
+    """The matrix, in memory that the device copies from at the speed of the bus, where that can be had."""
+    found = read(matrix)
+    if type(found) is not np.ndarray or found.size < _PINNED_FROM:
+        return found
+    import torch
+
+    try:
+        return torch.from_numpy(found).pin_memory()
+    except (RuntimeError, TypeError) as error:
+        logger.debug("%s is copied from plain memory: %s", matrix.name, error)
+        return found
+
+
+def _batches(matrices: Sequence[WeightMatrix], indices: Sequence[int], up_to: int) -> list[list[int]]:
+    """`indices` in batches of one shape, of matrices with M ≤ `up_to`: just as many as make a call of the solver long
+    enough, on a CPU to work without the interpreter's lock.
+    """
     batches: list[list[int]] = []
     growing: dict[tuple[int, int], list[int]] = {}
     for i in indices:
         matrix = matrices[i]
-        size = BATCH_UP_TO // max(1, min(matrix.shape)) + 1
+        M = max(1, min(matrix.shape))
+        size = BATCH_UP_TO // M + 1 if up_to >= M else 1
         if size == 1 or matrix.pieces > 1 or size * _footprint(matrix) > SIDE_BY_SIDE:
             batches.append([i])
             continue
@@ -145,31 +214,61 @@ def _one_blas_thread() -> Iterator[None]:
         yield
 
 
-def pick_device(device: str) -> str:
-    """`device`, with ``auto`` as this process's accelerator where there is one.
+def pick_device(device: str, source: object = None) -> str:
+    """`device`, with ``auto`` as where a live model lies, else as this process's accelerator where there is one.
 
-    torch is asked only where a driver shows: a machine without an accelerator needs it for nothing else here, and
-    importing it takes longer than many an analysis.
+    Args:
+        device: device as torch names it, or ``auto``.
+        source: model that is analyzed: a module, a state dict, or what is read from files.
 
     Raises:
         UsageError: this machine has no such device.
     """
     if device == "cpu":
         return device
-    if device != "auto":
-        import torch
-
-        try:
-            if torch.zeros(1, device=device).is_meta:
-                raise UsageError("device 'meta' computes nothing")
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise UsageError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-        return device
-    drivers = ("/proc/driver/nvidia/version", "/dev/kfd", "/dev/nvidiactl", "/dev/dxg")
-    if not any(os.path.exists(driver) for driver in drivers):
-        return "cpu"
+    if device == "auto":
+        return device_of(source) or own_accelerator() or "cpu"
     import torch
 
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        if torch.zeros(1, device=device).is_meta:
+            raise UsageError("device 'meta' computes nothing")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def device_of(source: object) -> str | None:
+    """The accelerator that a module or a state dict lies on, the first of several; None where it lies on none."""
+    if "torch" not in sys.modules:
+        return None
+    from torch import Tensor, nn
+
+    tensors: Iterable[object] = ()
+    if isinstance(source, nn.Module):
+        tensors = chain(source.parameters(), source.buffers())
+    elif isinstance(source, Mapping):
+        tensors = source.values()
+    devices = (tensor.device for tensor in tensors if isinstance(tensor, Tensor))
+    return next((str(device) for device in devices if device.type not in ("cpu", "meta")), None)
+
+
+def own_accelerator() -> str | None:
+    """This process's accelerator with float64, on a machine with several that of its rank; None where there is none.
+
+    torch is asked only where a driver shows: a machine without an accelerator needs it for nothing else here, and
+    importing it takes longer than many an analysis.
+    """
+    drivers = ("/proc/driver/nvidia/version", "/dev/kfd", "/dev/nvidiactl", "/dev/dxg", "/dev/dri/renderD128")
+    if "torch" not in sys.modules and sys.platform != "win32" and not any(map(os.path.exists, drivers)):
+        return None
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or accelerator.type == "mps":
+        return None
+    rank = os.environ.get("LOCAL_RANK", "")
+    own = int(rank) if rank.isdecimal() else torch.accelerator.current_device_index()
+    if own >= torch.accelerator.device_count():  # the launcher shows each process its own only
+        own = torch.accelerator.current_device_index()
+    return f"{accelerator.type}:{own}"

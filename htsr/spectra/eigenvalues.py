@@ -10,13 +10,13 @@ Of an m × n matrix, M = min(m, n) and N = max(m, n), by one of two routes:
 ======== ========================================================================================================
 
 On a CPU, float64 is worked on by NumPy's LAPACK up to M = 2048 and by torch's beyond, whose reduction to tridiagonal
-form is faster there where torch has MKL; float32 by SciPy's (`htsr.spectra.tridiagonal`). On an accelerator torch does
-it all.
+form is faster there where torch has MKL; float32 by SciPy's (`htsr.spectra.tridiagonal`). What an accelerator does is
+in `htsr.spectra.device`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -24,6 +24,8 @@ import numpy.typing as npt
 
 from htsr.arrays import Array, Vector, as_numpy
 from htsr.errors import MatrixError
+from htsr.spectra.checks import require_finite, require_squares
+from htsr.spectra.device import device_eigenvalues, on_device
 from htsr.spectra.resolution import is_coarse, rounded_away, without_rounding
 from htsr.spectra.tridiagonal import float32_eigenvalues
 
@@ -44,7 +46,7 @@ def piece_eigenvalues(
         parts: matrices (m, n), or stacks (pieces, m, n) of them, all of one shape.
         route: ``gram`` or ``svd``.
         dtype: precision of the computation.
-        device: device that it runs on: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        device: device that computes, as torch names it: ``cpu``, ``cuda``, ``cuda:1``.
         stored: dtype that the entries were stored in, as torch names it.
         rounding: mean square of the entries' rounding errors, where that is known otherwise (`Difference`).
 
@@ -63,10 +65,13 @@ def piece_eigenvalues(
         array([[ 4.,  9.],
                [ 1., 16.]])
     """
-    if device.startswith("mps") and dtype == "float64":  # which is not known there
-        device = "cpu"
-    solve = _solve_cpu if device == "cpu" else _solve_torch
-    found = [resolved(solve(part, route, dtype, device), route, dtype, part, stored, rounding) for part in parts]
+
+    def solve(part: Array) -> Vector:
+        if device == "cpu":
+            return _solve_cpu(part, route, dtype)
+        return device_eigenvalues(on_device(part, device), route, dtype)
+
+    found = [resolved(solve(part), route, dtype, part, stored, rounding) for part in parts]
     return np.concatenate([np.atleast_2d(values) for values in found])
 
 
@@ -169,7 +174,7 @@ def gram(matrix: npt.NDArray[Any], dtype: WorkingPrecision = "float64") -> Float
     return total
 
 
-def _solve_cpu(matrix: Array, route: str, dtype: WorkingPrecision, _device: str) -> Vector:
+def _solve_cpu(matrix: Array, route: str, dtype: WorkingPrecision) -> Vector:
     values = as_numpy(matrix)
     if route == "svd":
         require_finite(values.sum(dtype=np.float64))
@@ -208,48 +213,3 @@ def symmetric_eigenvalues(grams: Floats) -> Vector:
 
         return np.asarray(torch.linalg.eigvalsh(torch.from_numpy(grams)).numpy())
     return np.linalg.eigvalsh(grams).astype(np.float64, copy=False)
-
-
-def _solve_torch(matrix: Array, route: str, dtype: WorkingPrecision, device: str) -> Vector:
-    import torch
-
-    kind = getattr(torch, dtype)
-    W = torch.as_tensor(matrix).to(device)
-    if route == "svd":
-        require_finite(float(W.to(kind).sum()))
-        singular = torch.linalg.svdvals(W.to(kind))
-        return np.sort(singular.double().cpu().numpy() ** 2)
-    tall = W if W.shape[-2] >= W.shape[-1] else W.mT
-    rows = max(_CHUNK // tall.shape[-1], tall.shape[-1])
-    grams = torch.zeros((*tall.shape[:-2], tall.shape[-1], tall.shape[-1]), dtype=kind, device=W.device)
-    for start in range(0, tall.shape[-2], rows):
-        block = tall[..., start : start + rows, :].to(kind)
-        grams += block.mT @ block
-    require_squares(float(grams.max()), dtype, W.any)
-    if W.device.type == "mps":  # no eigensolver there yet
-        grams = grams.cpu()
-    return torch.linalg.eigvalsh(grams).double().cpu().numpy()
-
-
-def require_finite(total: float) -> None:
-    """Refuse a matrix whose sum, or that of its squares, is no finite number.
-
-    Args:
-        total: sum of the entries or of their squares.
-
-    Raises:
-        MatrixError: the sum is not finite (status ``nan``).
-
-    Examples:
-        >>> from htsr.spectra.eigenvalues import require_finite
-        >>> require_finite(1.0)
-    """
-    if not np.isfinite(total):
-        raise MatrixError("nan", "the matrix has NaN, infinite or overflowing entries")
-
-
-def require_squares(largest: float, dtype: str, has_entries: Callable[[], Any]) -> None:
-    """That the Gram matrix, whose largest entry lies on its diagonal, is one of numbers that `dtype` can hold."""
-    require_finite(largest)
-    if largest < np.finfo(dtype).tiny / np.finfo(dtype).eps and bool(has_entries()):
-        raise MatrixError("underflow", f"its entries are so small that {dtype} cannot hold their squares")

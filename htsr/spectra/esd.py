@@ -13,9 +13,9 @@ The routes to it:
 ``lanczos`` stochastic Lanczos quadrature (`htsr.spectra.lanczos`), for matrices too large for the others; an
             approximation that states its error.
 ``factors`` a matrix that is known as a product (`htsr.spectra.product`), from its factors; not to be asked for.
-``auto``    ``factors`` where there are some; else ``gram``, again in float64 where float32 has left eigenvalues
-            unresolved; then ``svd`` where numbers stored in float64 have eigenvalues that the Gram matrix cannot
-            resolve; and ``lanczos`` where M > 16384. The row of a matrix names the route that was taken.
+``auto``    ``factors`` where there are some; else ``gram``; then ``svd`` where numbers stored in float64 have
+            eigenvalues that the Gram matrix cannot resolve; and ``lanczos`` where M > 16384. The row of a matrix
+            names the route that was taken.
 =========== ========================================================================================================
 
 What the stored numbers themselves do not resolve is 0 on every route: see `htsr.spectra.resolution`.
@@ -31,15 +31,11 @@ import numpy as np
 
 from htsr.arrays import Array, Product, Vector
 from htsr.errors import MatrixError, UsageError
-from htsr.spectra.attempts import attempted
+from htsr.spectra.attempts import Result, attempted
+from htsr.spectra.checks import require_finite
 from htsr.spectra.density import ESD
-from htsr.spectra.eigenvalues import (
-    WorkingPrecision,
-    batch_eigenvalues,
-    piece_eigenvalues,
-    require_finite,
-    resolved,
-)
+from htsr.spectra.device import BATCHED_UP_TO, batch_on_device, on_device, solving_device
+from htsr.spectra.eigenvalues import WorkingPrecision, batch_eigenvalues, piece_eigenvalues, resolved
 from htsr.spectra.lanczos import lanczos_esd
 from htsr.spectra.product import product_eigenvalues
 from htsr.spectra.resolution import equal_within
@@ -57,7 +53,7 @@ def esd(
     *,
     route: Route = "auto",
     dtype: Precision = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     windows: Windows | None = None,
     seed: int = 0,
     stored: str | None = None,
@@ -68,8 +64,10 @@ def esd(
         matrix: (m, n) real, or (pieces, m, n) whose ESDs are pooled. Any float dtype; up-cast as `dtype` says. Of a
             `Product` the route ``auto`` takes the factors; the others, and windows, multiply it out.
         route: name of the way to compute them: ``auto``, ``gram``, ``svd`` or ``lanczos``, as in the table above.
-        dtype: precision of the computation; ``auto`` is float64 on a CPU and float32 on an accelerator.
-        device: device that it runs on: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        dtype: precision of the computation; ``auto`` is float64 on every device, so that no number depends on it.
+        device: device that computes: ``cpu``, ``cuda``, ``cuda:1`` and so on, and the CPU in the place of ``mps``,
+            which has no float64; ``auto`` is where the matrix lies. It holds the matrix, as it is stored, and its Gram
+            matrix.
         windows: FARMS windows, whose ESDs (in each piece) are pooled; None for the whole matrix.
         seed: seed of the random probes of the ``lanczos`` route.
         stored: dtype that the numbers were stored in, as torch names it; that of `matrix` by default.
@@ -95,7 +93,7 @@ def esd(
         raise MatrixError("empty", f"the matrix has no entries (shape {tuple(matrix.shape)})")
     if route not in ("auto", "gram", "svd", "lanczos"):
         raise UsageError(f"unknown route {route!r}: auto, gram, svd or lanczos")
-    working = _working(dtype, device)
+    device = solving_device(device, matrix)
     stored, rounding = stored or _dtype(matrix), getattr(matrix, "rounding", None)
 
     if isinstance(matrix, Product):
@@ -107,6 +105,8 @@ def esd(
             return ESD(values, M, N, values.size // M, route="factors/float64", equal_within=within)
         matrix = matrix.dense()
 
+    if device != "cpu":
+        matrix = _value(attempted(partial(on_device, matrix, device)))  # once, for all windows and routes
     parts = _pieces(matrix, windows)
     M, N = sorted(parts[0].shape[-2:])
     refine = route == "auto"
@@ -117,26 +117,31 @@ def esd(
             raise MatrixError("unsupported", "the lanczos route takes one whole matrix, without windows or pieces")
         return lanczos_esd(parts[0], device=device, seed=seed)
 
-    found = attempted(lambda: piece_eigenvalues(parts, route, working, device, stored, rounding))
-    if dtype == "auto" and working == "float32" and (isinstance(found, MatrixError) or _unresolved(found)):
-        working = "float64"
-        found = attempted(lambda: piece_eigenvalues(parts, route, working, device, stored, rounding))
-    if isinstance(found, MatrixError):
-        raise found
-    values = found
+    working = _working(dtype)
+    values = _solved(parts, route, working, device, stored, rounding)
     if refine and working == stored == "float64" and _unresolved(values):
         route = "svd"
-        values = piece_eigenvalues(parts, route, working, device, stored, rounding)
+        values = _solved(parts, route, working, device, stored, rounding)
     within = equal_within(M, N, stored)
     rank = int(np.median(np.count_nonzero(values, axis=1)))
     pooled = np.sort(values, axis=None)
     return ESD(pooled, M, N, len(values), route=f"{route}/{working}", equal_within=within, piece_rank=rank)
 
 
-def _working(dtype: Precision, device: str) -> WorkingPrecision:
-    if dtype == "auto":
-        return "float64" if device == "cpu" else "float32"
-    return dtype
+def _solved(
+    parts: Sequence[Array], route: str, working: WorkingPrecision, device: str, stored: str, rounding: float | None
+) -> Vector:
+    return _value(attempted(lambda: piece_eigenvalues(parts, route, working, device, stored, rounding)))
+
+
+def _value(found: Result | MatrixError) -> Result:
+    if isinstance(found, MatrixError):
+        raise found
+    return found
+
+
+def _working(dtype: Precision) -> WorkingPrecision:
+    return "float64" if dtype == "auto" else dtype
 
 
 def _dtype(matrix: Array | Product) -> str:
@@ -153,21 +158,22 @@ def esd_batch(
     *,
     route: Route = "auto",
     dtype: Precision = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     windows: Windows | None = None,
     seed: int = 0,
     stored: Sequence[str | None] | None = None,
 ) -> list[ESD | MatrixError]:
     """`esd` of several matrices of one shape; what cannot be decomposed gives its error, and the others their ESD.
 
-    On a CPU, the Gram matrices of plain matrices are solved in one call, which pays up to M = `BATCH_UP_TO`: below that
-    size LAPACK, called for a single matrix, keeps the interpreter's lock, and threads would wait for each other.
+    The Gram matrices of plain matrices are solved in one call. On a CPU that pays up to M = `BATCH_UP_TO`: below that
+    size LAPACK, called for a single matrix, keeps the interpreter's lock, and threads would wait for each other. On an
+    accelerator it is done up to M = 32, from where on torch would solve them one by one.
 
     Args:
         matrices: matrices of one shape, each (m, n), or each (pieces, m, n).
         route: name of the way to compute the eigenvalues, as in `esd`.
         dtype: precision of the computation, as in `esd`.
-        device: device that it runs on, as in `esd`.
+        device: device that computes, as in `esd`; ``auto`` is where the first of them lies.
         windows: FARMS windows, as in `esd`; None for whole matrices.
         seed: seed of the random probes, the same for each matrix.
         stored: dtype that the numbers of each matrix were stored in, as torch names it; None for its own.
@@ -186,15 +192,18 @@ def esd_batch(
     """
     kinds = [kind or _dtype(matrix) for kind, matrix in zip(stored or [None] * len(matrices), matrices, strict=True)]
     plain = [matrix for matrix in matrices if matrix.ndim == 2 and not isinstance(matrix, Product)]
+    device = solving_device(device, matrices[0]) if matrices else "cpu"
     if (
         len(plain) == len(matrices) > 1
-        and device == "cpu"
+        and (device == "cpu" or min(plain[0].shape) <= BATCHED_UP_TO)
         and windows is None
         and (route == "gram" or (route == "auto" and min(plain[0].shape) <= LANCZOS_FROM))
     ):
-        working = _working(dtype, device)
+        working = _working(dtype)
         M, N = sorted(plain[0].shape)
-        values = attempted(lambda: batch_eigenvalues(plain, working))
+        values = attempted(
+            lambda: batch_eigenvalues(plain, working) if device == "cpu" else batch_on_device(plain, working, device)
+        )
         if not isinstance(values, MatrixError):
             rows = [
                 resolved(row, "gram", working, matrix, own, getattr(matrix, "rounding", None))

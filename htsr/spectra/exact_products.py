@@ -1,4 +1,4 @@
-"""Products of float32 matrices in float32, whatever the process has allowed: training often allows TF32 or bfloat16."""
+"""Products in full precision, whatever the process has allowed: training often allows TF32 or bfloat16."""
 
 from __future__ import annotations
 
@@ -8,32 +8,35 @@ from typing import Any
 
 
 @contextmanager
-def exact_products() -> Iterator[None]:
-    """Within it a product of float32 matrices is one of float32 numbers, on a CPU and on CUDA devices.
+def exact_products(device: str) -> Iterator[None]:
+    """Products in the precision of their factors, whatever the training around them has set: no autocast, no TF32.
 
-    TF32 keeps 10 bits of each entry, bfloat16 keeps 7: eigenvalues below 1e-3·λ_max would be noise.
+    TF32 keeps 10 bits of each entry, bfloat16 keeps 7: eigenvalues below 1e-3·λ_max would be noise. No graph is kept.
+
+    Args:
+        device: device that computes, as torch names it.
 
     Examples:
         >>> import torch
         >>> from htsr.spectra.exact_products import exact_products
-        >>> torch.set_float32_matmul_precision("high")
-        >>> with exact_products():
-        ...     torch.backends.cuda.matmul.fp32_precision
-        'ieee'
-        >>> torch.backends.cuda.matmul.fp32_precision
-        'tf32'
-        >>> torch.set_float32_matmul_precision("highest")
+        >>> x = torch.ones(2, 2)
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16), exact_products("cpu"):
+        ...     (x @ x).dtype
+        torch.float32
     """
     import torch
 
-    known: Any = torch.backends  # torch does not declare all of them
-    backends = (known.cuda.matmul, known.mkldnn.matmul)
-    before = [(backend, backend.fp32_precision) for backend in backends]
-    changed = [(backend, precision) for backend, precision in before if precision not in ("ieee", "none")]
-    for backend, _ in changed:
-        backend.fp32_precision = "ieee"
+    switches: Any = torch.backends
+    cuda, onednn = switches.cuda.matmul, switches.mkldnn.matmul
+    newer = cuda.fp32_precision, onednn.fp32_precision
     try:
-        yield
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer switches say what this older one cannot
+        older = "highest"
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+            yield
     finally:
-        for backend, precision in changed:
-            backend.fp32_precision = precision
+        torch.set_float32_matmul_precision(older)
+        cuda.fp32_precision, onednn.fp32_precision = newer

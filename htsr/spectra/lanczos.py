@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from htsr.arrays import Array, Vector
+from htsr.spectra.checks import require_finite, require_squares
 from htsr.spectra.density import ESD
-from htsr.spectra.eigenvalues import require_finite, require_squares
 from htsr.spectra.exact_products import exact_products
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def lanczos_esd(matrix: Array, *, steps: int = STEPS, probes: int = PROBES, devi
     route = f"lanczos/{steps}x{probes}"
     if trace == 0.0:
         return ESD(np.zeros(M), M, N, 1, route, error=0.0)
-    with exact_products():
+    with exact_products(str(W.device)):
         quadratures = _quadratures(*_recursion(W, _probes(M, probes, seed), min(steps, M)))
     known = _converged(quadratures)
     grids = [_distribution(*q[:2], known.size) for q in quadratures]

@@ -98,6 +98,9 @@ def measure_batch(
             return None
         return value
 
+    def described(index: int, spectrum: ESD) -> Any:
+        return attempt(index, partial(statistics, spectrum, options, _is_change(matrices[index])))
+
     matrices: dict[int, Array | Product] = {
         i: W for i, (load, _) in enumerate(jobs) if (W := attempt(i, load)) is not None
     }
@@ -116,15 +119,15 @@ def measure_batch(
         route: Route = "lanczos" if any(s.error is not None for s in spectra.values()) else "gram"
         # float32 will do: there is no tail to fit
         others = _decompose(noise, stored, attempt, replace(options, route=route, dtype="float32"))
-    for i, spectrum in spectra.items():
-        if (found := attempt(i, partial(statistics, spectrum, options, _is_change(matrices[i])))) is None:
+    for i, first in spectra.items():
+        if (found := described(i, first)) is None:
             continue
-        if not _is_certain(spectrum, found[0], options):
-            again = _decompose({i: matrices[i]}, stored, attempt, double)
-            if (spectrum := again.get(i)) is None:  # type: ignore[assignment]
+        spectrum = first
+        if not _is_certain(first, found[0], options):
+            again = _decompose({i: matrices[i]}, stored, attempt, double).get(i)
+            if again is None or (found := described(i, again)) is None:
                 continue
-            if (found := attempt(i, partial(statistics, spectrum, options, _is_change(matrices[i])))) is None:
-                continue
+            spectrum = again
         numbers, warnings = found
         other = others.get(i)
         if other is not None and numbers["status"] != "zero":

@@ -31,10 +31,10 @@ class Options:
         xmin: value of λ_min, in units of the eigenvalues, where it is not to be chosen; else None.
         xmax: largest eigenvalue that takes part in the fit; None for all.
         route: how eigenvalues are computed (`htsr.spectra.esd`).
-        dtype: precision of that computation; ``auto`` is float64 on a CPU. A row in float32 is computed again in
+        dtype: precision of that computation; ``auto`` is float64. A row in float32 is computed again in
             float64 where its fit might be another there, and where float32 does not resolve all eigenvalues
             (`htsr.spectra.certainty`); histogram fits, `xmax`, `alternatives`, `bootstrap` and `gof` take float64.
-        device: device that it runs on: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        device: device that computes: ``cpu``, ``cuda``, ``cuda:1`` and so on.
         windows: FARMS windows; None decomposes whole matrices.
         null: whether to compare α with its shape null (`htsr.spectra.null`).
         bulk: whether to fit the Marchenko-Pastur bulk and count spikes.

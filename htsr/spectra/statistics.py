@@ -83,26 +83,14 @@ def statistics(spectrum: ESD, options: Options, change: bool = False) -> tuple[d
         }
     if spectrum.replicates is not None:
         numbers["alpha_error"] = _jackknife(spectrum.replicates, options)
+    resamples: dict[str, Any] = {"seed": options.seed, "xmin": options.xmin, "xmax": options.xmax}
     if options.bootstrap:
-        numbers["alpha_low"], numbers["alpha_high"] = bootstrap_alpha(
-            positive,
-            options.fit,
-            resamples=options.bootstrap,
-            seed=options.seed,
-            xmin=options.xmin,
-            xmax=options.xmax,
-        )
+        low, high = bootstrap_alpha(positive, options.fit, resamples=options.bootstrap, **resamples)
+        numbers |= {"alpha_low": low, "alpha_high": high}
     if options.gof and spectrum.error is not None:
         warnings.append("no p of the fit")
     elif options.gof:
-        numbers["gof_p"] = goodness_of_fit(
-            positive,
-            options.fit,
-            resamples=options.gof,
-            seed=options.seed,
-            xmin=options.xmin,
-            xmax=options.xmax,
-        )
+        numbers["gof_p"] = goodness_of_fit(positive, options.fit, resamples=options.gof, **resamples)
     if options.bulk:
         bulk = fit_bulk(values, spectrum.M, spectrum.N, spectrum.pieces)
         numbers |= {

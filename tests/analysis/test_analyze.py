@@ -433,7 +433,7 @@ def test_seeds_that_are_none(seed):
 
 def test_batches_hold_matrices_of_one_shape_only():
     model = htsr.describe(state_dict(blocks=30, width=200))
-    batches = _batches(model.matrices, range(len(model.matrices)))
+    batches = _batches(model.matrices, range(len(model.matrices)), 500)
     assert sorted(i for batch in batches for i in batch) == list(range(len(model.matrices)))
     for batch in batches:
         shapes = {model.matrices[i].shape for i in batch}

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.eigenvalues import gram
 from htsr.spectra.esd import Windows, esd, esd_batch
+from htsr.spectra.exact_products import exact_products
 
 shapes = st.tuples(st.integers(1, 60), st.integers(1, 60))
 
@@ -51,10 +52,35 @@ def test_large_matrices_take_the_same_values_from_torch(random, monkeypatch, dty
     assert esd(W, dtype=dtype).eigenvalues == pytest.approx(small, rel=2e-5 if dtype == "float32" else 1e-12)
 
 
-def test_auto_is_float64_on_a_cpu_and_float32_elsewhere(random):
-    W = random.standard_normal((20, 30))
-    assert esd(W).route == "gram/float64"
-    assert esd(W, device="cpu:0").route == "gram/float32"
+@pytest.mark.parametrize("device", ["auto", "cpu", "cpu:0", "mps"])
+def test_auto_is_float64_on_every_device(random, device):
+    """On an accelerator it was float32: rank, entropy and Hill's α were others there."""
+    assert esd(random.standard_normal((20, 30)).astype(np.float32), device=device).route == "gram/float64"
+
+
+def test_products_are_exact_within_training(random):
+    """TF32 and autocast are for the training around: no digit of a Gram matrix is lost to them."""
+    W = torch.from_numpy(random.standard_normal((40, 60))).float()
+    alone = esd(W, dtype="float32", device="cpu:0").eigenvalues
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # by the newer switches only
+    torch.set_float32_matmul_precision("medium")
+    seen = []
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16), exact_products("cpu"):
+            seen.append((torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()))
+        within = esd(W.requires_grad_(), dtype="float32", device="cpu:0").eigenvalues
+        seen.append((torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()))
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        with exact_products("cpu"):
+            seen.append(torch.backends.cuda.matmul.fp32_precision)
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert np.array_equal(within, alone)
+    assert seen[1:] == [("tf32", "medium"), seen[2], "tf32"]
+    assert seen[0][1] == "highest"
+    assert "tf32" not in (seen[0][0], seen[2])
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float64])

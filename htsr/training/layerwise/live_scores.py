@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from htsr.analysis.execution import for_each
+from htsr.analysis.execution import device_of, for_each
 from htsr.analysis.sharing import described, entries_difference, results_of_all, shared_out
 from htsr.arrays import Array
 from htsr.errors import HtsrError, MatrixError
@@ -106,7 +106,7 @@ def live_scores(
     model = open_live(module, view)
     todo = [matrix for matrix in model.matrices if matrix.name in wanted]
     if policy.score == "alpha_null":
-        return scores(todo, policy)
+        return scores(todo, policy, "cpu")
     ranks = ranks or Ranks.running()
     if ranks.size > 1:
         rules = [*rules, *(f"with {field} {value}" for field, value in json.loads(policy.describe()).items())]
@@ -115,7 +115,8 @@ def live_scores(
             weights = open_live(module)
             _agree(ranks, [matrix for matrix in weights.matrices if matrix.name in wanted], weights, rules)
     whole, spread = shared_out(todo, model.shards, ranks)
-    found = dict(results_of_all(whole, spread, model.shards, ranks, lambda part: scores(part, policy).items()))
+    device = device_of(module) or "cpu"
+    found = dict(results_of_all(whole, spread, model.shards, ranks, lambda part: scores(part, policy, device).items()))
     found = {matrix.name: found[matrix.name] for matrix in todo}
     refuse_faults(found, policy)
     return found
@@ -152,12 +153,13 @@ def refuse_faults(found: Mapping[str, float | Failure], policy: Policy) -> None:
             raise HtsrError(f"the score {name_of(policy.score)} of {name} fails: {failure}")
 
 
-def scores(matrices: Sequence[WeightMatrix], policy: Policy) -> dict[str, float | Failure]:
+def scores(matrices: Sequence[WeightMatrix], policy: Policy, device: str) -> dict[str, float | Failure]:
     """Scores by name, computed in this process.
 
     Args:
         matrices: matrices to read and decompose.
         policy: policy that says which score.
+        device: device that the matrices lie on, as torch names it.
 
     Returns:
         Scores by matrix; NaN for those whose weights give none, which are logged, and a `Failure` where something else
@@ -165,7 +167,8 @@ def scores(matrices: Sequence[WeightMatrix], policy: Policy) -> dict[str, float 
     """
     if policy.score == "alpha_null":
         return {m.name: null_of_shape(m.shape, m.pieces, policy.fit, policy.windows) for m in matrices}
-    return {matrices[i].name: value for i, value in for_each(matrices, partial(_work, policy))}
+    found = for_each(matrices, partial(_work, policy), device, WeightMatrix.read)
+    return {matrices[i].name: value for i, value in found}
 
 
 def _work(policy: Policy, matrices: Sequence[WeightMatrix]) -> list[float | Failure]:
@@ -197,7 +200,7 @@ def _together(policy: Policy, matrices: Sequence[WeightMatrix]) -> list[float | 
                 logger.warning("%s keeps a multiplier of 1: %s", matrix.name, problem)
     if loaded:
         how: dict[str, Any] = {"route": "gram", "dtype": policy.dtype, "windows": policy.windows}
-        for i, spectrum in zip(loaded, esd_batch(list(loaded.values()), device=_device(loaded), **how), strict=True):
+        for i, spectrum in zip(loaded, esd_batch(list(loaded.values()), **how), strict=True):
             try:
                 if isinstance(spectrum, MatrixError):
                     raise spectrum
@@ -209,8 +212,3 @@ def _together(policy: Policy, matrices: Sequence[WeightMatrix]) -> list[float | 
                     raise
                 results[i] = _failure(error, passing=False)  # a function of the user's fails the next time, too
     return [results[i] for i in range(len(matrices))]
-
-
-def _device(loaded: Mapping[int, Array]) -> str:
-    first = next(iter(loaded.values()))
-    return "cpu" if isinstance(first, np.ndarray) else str(first.device)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from htsr.analysis.execution import device_of
 from htsr.errors import UsageError
 from htsr.matrices.roles import whole_name
 from htsr.matrices.sources import Source, open_model
@@ -159,7 +160,7 @@ def layerwise_plan(source: Source, policy: PolicyLike = "llr", *, revision: str 
     require_patterns(chosen, units, vectors, model.label)
     settled = fixed(chosen, units, tied=tied)
     wanted = {part for unit, value in zip(units, settled, strict=True) if value is None for part in unit.parts}
-    found = scores([matrix for matrix in model if matrix.name in wanted], chosen)
+    found = scores([matrix for matrix in model if matrix.name in wanted], chosen, device_of(source) or "cpu")
     refuse_faults(found, chosen)
     known = {name: value for name, value in found.items() if not isinstance(value, Failure)}
     for name in found.keys() - known.keys():
