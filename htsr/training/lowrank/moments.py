@@ -1,4 +1,8 @@
-"""Adam's moments in the optimizer state: float32, bfloat16, or 8 bits in blocks of 256 (bitsandbytes)."""
+"""Adam's moments in the optimizer state: float32, bfloat16, or 8 bits in blocks of 256 (bitsandbytes).
+
+In bfloat16 the second moment is rounded stochastically. To nearest it would never decay: a thousandth of it, 1 - β₂, is
+less than half a unit in the last place, so that steps would stay as small as the largest gradients have made them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor
 
 from htsr.errors import MissingDependencyError, UsageError
+from htsr.training.lowrank.rounding import axis_keys, entry_noise, stochastically_rounded
 from htsr.training.lowrank.subspace import is_distributed, local
 
 StateDtype: TypeAlias = Literal["float32", "bfloat16", "8bit"]
@@ -80,7 +85,18 @@ def read(state: dict[str, Any], name: str, rows: Any = ...) -> Tensor:
     return moment[rows].float() if moment.dtype == torch.bfloat16 else moment[rows]
 
 
-def write(state: dict[str, Any], name: str, value: Tensor, rows: Any = ...) -> None:
+def keys_of(state: dict[str, Any], seed: int) -> list[Tensor] | None:
+    """Random numbers that `write` needs to round the second moment; None where its dtype needs none.
+
+    Args:
+        state: state of one parameter, from `create`.
+        seed: seed of the numbers, another at each step, the same on all processes.
+    """
+    moment = state["exp_avg_sq"]
+    return axis_keys(moment, seed) if moment.dtype == torch.bfloat16 else None
+
+
+def write(state: dict[str, Any], name: str, value: Tensor, rows: Any = ..., keys: list[Tensor] | None = None) -> None:
     """Store a moment, or rows of it, in the dtype that its state has.
 
     Args:
@@ -88,6 +104,7 @@ def write(state: dict[str, Any], name: str, value: Tensor, rows: Any = ...) -> N
         name: ``exp_avg`` or ``exp_avg_sq``.
         value: moment in float32 or float64, in the shape that `read` gives.
         rows: rows that were given to `read`.
+        keys: numbers from `keys_of` for a second moment; without them it is rounded to nearest.
 
     Raises:
         MissingDependencyError: bitsandbytes, which 8 bits need, is not installed.
@@ -98,6 +115,8 @@ def write(state: dict[str, Any], name: str, value: Tensor, rows: Any = ...) -> N
         quantised, how = _bitsandbytes().quantize_blockwise(value.contiguous(), code=code, blocksize=BLOCK)
         moment[rows] = quantised
         state[f"{name}_scale"][_blocks(moment, rows)] = how.absmax
+    elif keys is not None:
+        moment[rows] = stochastically_rounded(value, moment.dtype, entry_noise(keys, rows).view(value.shape))
     elif value.data_ptr() != moment[rows].data_ptr():
         moment[rows] = value
 

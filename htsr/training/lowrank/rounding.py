@@ -154,11 +154,11 @@ def stochastically_rounded(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tens
     # Noise below the last bit that is kept carries into it with the probability of what is cut off. Neighbouring
     # numbers of one sign have neighbouring bit patterns, across powers of two as well, so integers can be added.
     dropped = 16 if dtype == torch.bfloat16 else 13  # last bits of float32 that dtype lacks
-    bits = x.view(torch.int32) + (noise >> (16 - dropped))
+    bits = x.view(torch.int32) + (noise if dropped == 16 else noise >> (16 - dropped))
     rounded = bits.bitwise_and_(-(1 << dropped)).view(torch.float32)
     if dtype == torch.float16:
         # below its normal numbers float16 is equally spaced, which the bits of float32 are not
-        small = (x / _FLOAT16_QUANTUM + noise / 2**16).floor_().mul_(_FLOAT16_QUANTUM)
+        small = (noise / 2**16).add_(x, alpha=1 / _FLOAT16_QUANTUM).floor_().mul_(_FLOAT16_QUANTUM)
         rounded = torch.where(x.abs() < _FLOAT16_NORMAL, small, rounded)
     return torch.where(x.isfinite(), rounded, x).to(dtype)
 
@@ -214,4 +214,5 @@ def entry_noise(keys: list[Tensor], rows: Any = ...) -> Tensor:
     x = x * -2048144789  # int32 wraps
     x ^= (x >> 13).bitwise_and_(0x7FFFF)
     x *= -1028477387
-    return (x >> 16).bitwise_and_(0xFFFF)
+    x >>= 16
+    return x.bitwise_and_(0xFFFF)

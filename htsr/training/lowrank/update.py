@@ -69,17 +69,18 @@ def apply_update(parameter: Tensor, state: dict[str, Any], group: Group, R: Tens
         moments.create(state, R, group["state_dtype"])
     state["step"] += 1
     step, lr, W, G = int(state["step"].item()), float(group["lr"]), local(parameter), local(R)
+    keys = moments.keys_of(state, seed_of("moments", group["seed"], index, step))
     if W.dtype in rounding.NARROW:
-        _update_narrow(parameter, state, group, G, step, index)
+        _update_narrow(parameter, state, group, G, step, index, keys)
         return
     if group["weight_decay"]:
         W.mul_(1 - lr * group["weight_decay"])
     if group["rank"] is not None:
-        direction = _direction(state, group, G, step)
+        direction = _direction(state, group, G, step, keys)
         add_projected_back(parameter, direction.to(W.dtype), state["projector"], -lr * group["scale"])
         return
     for rows in _pieces(W, BLOCK):
-        W[rows].add_(_direction(state, group, G, step, rows), alpha=-lr)
+        W[rows].add_(_direction(state, group, G, step, keys, rows), alpha=-lr)
 
 
 def seed_of(*parts: object) -> int:
@@ -101,35 +102,39 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def _update_narrow(parameter: Tensor, state: dict[str, Any], group: Group, G: Tensor, step: int, index: int) -> None:
-    """Update in float32, and round each entry once to the weight's own type."""
-    how, keys = group["rounding"], None
+def _update_narrow(
+    parameter: Tensor, state: dict[str, Any], group: Group, G: Tensor, step: int, index: int, keys: list[Tensor] | None
+) -> None:
+    """Update in float32, and round each entry once to the weight's own type; `keys` are of the second moment."""
+    how, places = group["rounding"], None
     rounding.create(state, parameter, how)
     if how == "stochastic":
-        keys = rounding.axis_keys(parameter, seed_of("rounding", group["seed"], index, step))
+        places = rounding.axis_keys(parameter, seed_of("rounding", group["seed"], index, step))
     W, lr = local(parameter), float(group["lr"])
     low_rank = group["rank"] is not None
     R = P = torch.empty(0)
     if low_rank:
-        R, P = _direction(state, group, G, step).float(), local(state["projector"]).float()
+        R, P = _direction(state, group, G, step, keys).float(), local(state["projector"]).float()
     right = projects_right(parameter.shape) if low_rank else False
     for rows in _pieces(W, 1 if low_rank else BLOCK):
         new = rounding.read(W, state, how, rows).mul_(1 - lr * group["weight_decay"])
         if not low_rank:
-            new.add_(_direction(state, group, G, step, rows), alpha=-lr)
+            new.add_(_direction(state, group, G, step, keys, rows), alpha=-lr)
         elif W.ndim == 3:
             new.baddbmm_(*((R[rows], P[rows].mT) if right else (P[rows], R[rows])), alpha=-lr * group["scale"])
         else:
             new.addmm_(*((R[rows], P.mT) if right else (P[rows], R)), alpha=-lr * group["scale"])
-        rounding.write(W, state, how, new, keys, rows)
+        rounding.write(W, state, how, new, places, rows)
 
 
-def _direction(state: dict[str, Any], group: Group, G: Tensor, step: int, rows: Any = ...) -> Tensor:
-    """Adam's direction for these rows, whose moments are updated."""
+def _direction(
+    state: dict[str, Any], group: Group, G: Tensor, step: int, keys: list[Tensor] | None, rows: Any = ...
+) -> Tensor:
+    """Adam's direction for these rows, whose moments are updated; `keys` round the second."""
     exp_avg, exp_avg_sq = moments.read(state, "exp_avg", rows), moments.read(state, "exp_avg_sq", rows)
     direction = adam_update(G[rows].to(exp_avg.dtype), exp_avg, exp_avg_sq, step, group["betas"], group["eps"])
     moments.write(state, "exp_avg", exp_avg, rows)
-    moments.write(state, "exp_avg_sq", exp_avg_sq, rows)
+    moments.write(state, "exp_avg_sq", exp_avg_sq, rows, keys)
     return direction
 
 

@@ -263,18 +263,18 @@ def _to_project(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
 
 
 def _to_update(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
-    """Adam's direction, and float32 copies of what is narrower; then new weights and their noise, to be rounded."""
+    """Adam's direction, float32 copies of what is narrower, and what rounds it: moments, then the weights."""
     from htsr.training.lowrank.update import PIECE
 
     if setting.method not in LOW_RANK:
         return 0
     narrow = parameter.dtype not in (torch.float32, torch.float64)
-    copies = 4 * (1 + narrow + 2 * (setting.state_dtype != "float32"))
+    copies = 4 * (1 + narrow + 2 * (setting.state_dtype != "float32")) + 13 * (setting.state_dtype == "bfloat16")
     piece = min(parameter.numel(), PIECE)
     if not low_rank:
-        return max((copies + 4 * narrow) * piece, 20 * narrow * piece)
+        return max((copies + 4 * narrow) * piece, 17 * narrow * piece)
     projected = _projected_size(parameter, setting)
-    return max(copies * projected, narrow * (20 * piece + 4 * projected))
+    return max(copies * projected, narrow * (17 * piece + 4 * projected))
 
 
 def _quantised(model: Any) -> list[Tensor]:

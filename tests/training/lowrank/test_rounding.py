@@ -255,3 +255,39 @@ def test_resumed_rounds_as_uninterrupted_and_pieces_as_the_whole(dtype, rounding
         assert torch.equal(run(piece=7), whole)
     else:
         torch.testing.assert_close(run(piece=40), whole, rtol=2.0**-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_a_second_moment_in_bfloat16_decays_as_one_in_float32(rank):
+    """Rounded to nearest it stays where the first, larger gradients have put it, and steps stay too small."""
+
+    def roots(state_dtype):
+        torch.manual_seed(0)
+        W = nn.Parameter(torch.zeros(32, 32))
+        optimizer = LowRankAdamW([{"params": [W], "rank": rank}], state_dtype=state_dtype, refresh_every=10**6)
+        for step in range(800):
+            W.grad = torch.randn(32, 32) * (1.0 if step < 200 else 0.2)
+            optimizer.step()
+        return optimizer.state[W]["exp_avg_sq"].double().sqrt()
+
+    exact, narrow = roots("float32"), roots("bfloat16")
+    ratios = narrow / exact
+    # a random walk of 800 independent roundings, each of less than 2⁻⁸, that the mean over entries averages
+    assert abs(float(ratios.mean()) - 1) < 0.005
+    assert float(ratios.std()) < 0.08
+
+
+@pytest.mark.parametrize("shape", [(40,), (6, 8)])
+def test_moments_in_bfloat16_round_by_place_whatever_the_pieces(shape, monkeypatch):
+    def run(piece):
+        monkeypatch.setattr("htsr.training.lowrank.update.PIECE", piece)
+        monkeypatch.setattr("htsr.training.lowrank.update.BLOCK", 1)
+        torch.manual_seed(0)
+        W = nn.Parameter(torch.randn(shape))
+        optimizer = LowRankAdamW([W], state_dtype="bfloat16", seed=2)
+        for _ in range(5):
+            W.grad = torch.randn(shape)
+            optimizer.step()
+        return optimizer.state[W]["exp_avg_sq"]
+
+    assert torch.equal(run(9), run(2**22))

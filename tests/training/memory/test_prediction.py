@@ -127,8 +127,8 @@ def test_more_of_anything_takes_more(folder):
     assert total(batch=4) > base
     assert total(sequence=128) > base
     assert total(rank=64) > base
-    assert total(state_dtype="bfloat16") < base
-    assert total(state_dtype="8bit") < total(state_dtype="bfloat16")
+    low = {"embeddings": "lowrank"}  # the embedding of a small model is rounded in one piece
+    assert total(state_dtype="8bit", **low) < total(state_dtype="bfloat16", **low) < total(**low)
     assert total(checkpointing=True) < base
     assert total(dtype="bfloat16") < base
     assert total(embeddings="lowrank") < base
