@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from htsr.training.memory.prediction import predict_memory
     from htsr.training.sampling.sampler import LayerSampler
     from htsr.training.spectral_projection import spectral_projection
+    from htsr.training.streaming.streaming import Streaming, stream_frozen
 
 _HOMES = {
     "htsr.analysis.analyze": ("Progress", "analyze", "describe"),
@@ -71,6 +72,7 @@ _HOMES = {
     "htsr.training.sampling.sampler": ("LayerSampler",),
     "htsr.training.layerwise.schedulers": ("LayerwiseLR",),
     "htsr.training.spectral_projection": ("spectral_projection",),
+    "htsr.training.streaming.streaming": ("Streaming", "stream_frozen"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -98,6 +100,7 @@ __all__ = [
     "PowerLawFit",
     "Progress",
     "SourceError",
+    "Streaming",
     "UsageError",
     "WeightMatrix",
     "Windows",
@@ -122,6 +125,7 @@ __all__ = [
     "remove_traps",
     "signal_to_noise",
     "spectral_projection",
+    "stream_frozen",
 ]
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from htsr.arrays import Vector
 from htsr.calibration.outliers import OWLORE_THRESHOLD
 from htsr.errors import HtsrError, UsageError
-from htsr.matrices.blocks import find_blocks
+from htsr.matrices.blocks import Blocks, find_blocks
 from htsr.matrices.sharded import refuse_flat
 from htsr.matrices.stored_tensors import clean_name
 from htsr.training.sampling.coverage import Coverage, Tally
@@ -196,6 +196,11 @@ class LayerSampler:
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, number])))
         drawn = random.choice(len(self.names), size=self._gamma, replace=False, p=self.probabilities)
         return tuple(sorted(int(i) for i in drawn))
+
+    @property
+    def blocks(self) -> Blocks:
+        """The blocks of the model, those that have been drawn and the others."""
+        return self._blocks
 
     def drawn(self) -> list[torch.nn.Parameter]:
         """The parameters of the members that train now."""

@@ -1,0 +1,60 @@
+"""What backward needs of a block that has left the device: autograd keeps where a weight lies, not the buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from htsr.training.streaming.slots import Slots
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A saved weight, or a view of one, of a block that has been in a buffer."""
+
+    block: int
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def again(self, slots: Slots) -> Tensor:
+        memory = slots.fetch(self.block)
+        return memory[self.start :].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+def saved_weights(slots: Slots) -> torch.autograd.graph.saved_tensors_hooks:
+    """A context in which autograd keeps the place of a weight that lies in a buffer, and asks for it again in backward.
+
+    A linear layer keeps a view of its weight, which would read whatever has come into the buffer since. What hooks
+    outside of this context do with a tensor (activation checkpointing counts them and computes again what is asked for)
+    they do in it, too.
+
+    Args:
+        slots: the buffers.
+    """
+    outside: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None
+    outside = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    keep, give = outside or (Tensor.detach, _same)
+
+    def pack(tensor: Tensor) -> tuple[_Weight | None, Any]:
+        found = slots.find(tensor)
+        if found is None:
+            return None, keep(tensor)
+        weight = _Weight(*found, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        return weight, keep(tensor) if outside else None
+
+    def unpack(kept: tuple[_Weight | None, Any]) -> Any:
+        weight, rest = kept
+        given = give(rest) if weight is None or outside else None
+        return given if weight is None else weight.again(slots)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _same(kept: Any) -> Any:
+    return kept

@@ -1,0 +1,201 @@
+"""Frozen blocks in host memory that visit the device one after the other: `htsr.stream_frozen`.
+
+    sampler = LayerSampler(model, active=2)                  # a model in host memory
+    htsr.stream_frozen(model, sampler, device="cuda")
+    optimizer = LowRankAdamW(low_rank_groups(model, rank=128))
+    sampler.attach(optimizer)
+    # train as always
+
+Before the forward of a block its parameters point into a buffer on the device, and after it to host memory again; the
+next block is copied meanwhile. Backward asks for the weights that it needs in the same way (`saved`). Parameters that
+train, and all outside of the blocks, lie on the device. At rest every parameter holds its value, so whoever reads the
+model (``state_dict``, ``save_pretrained``, `htsr.analyze`) finds it whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from htsr.errors import UsageError
+from htsr.matrices.sharded import refuse_flat
+from htsr.training.sampling.freezing import called_inside
+from htsr.training.streaming.block import StreamedBlock, shared_parameters
+from htsr.training.streaming.saved import saved_weights
+from htsr.training.streaming.slots import Slots
+
+if TYPE_CHECKING:
+    from htsr.matrices.blocks import Blocks
+    from htsr.training.sampling.sampler import LayerSampler
+
+
+def stream_frozen(model: nn.Module, sampler: LayerSampler, *, device: torch.device | str | None = None) -> Streaming:
+    """Keep the frozen blocks of a layer-sampled model in host memory, and stream them through two buffers on a device.
+
+    The model comes in host memory, and with its block's weights alone on the device trains as if it were there as a
+    whole: the same losses and weights, bit for bit. On the device are the parameters that train, all that is outside
+    of the blocks, and two buffers of the size of the largest block.
+
+    Args:
+        model: model in host memory, not wrapped (DDP and FSDP keep weights elsewhere).
+        sampler: sampler of its blocks, attached to an optimizer or not yet.
+        device: device that computes; by default this process's accelerator, or the CPU where there is none.
+
+    Returns:
+        The `Streaming`, which works until its `stop` is called, kept or not.
+
+    Raises:
+        UsageError: the model's weights cannot be moved one block at a time.
+
+    Examples:
+        >>> import htsr, torch
+        >>> _ = torch.manual_seed(0)
+        >>> layer = torch.nn.TransformerEncoderLayer(d_model=16, nhead=2, dim_feedforward=32)
+        >>> model = torch.nn.TransformerEncoder(layer, num_layers=4, enable_nested_tensor=False)
+        >>> sampler = htsr.LayerSampler(model, "uniform", active=1, interval=2, seed=0)
+        >>> streaming = htsr.stream_frozen(model, sampler, device="cpu")
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> sampler.attach(optimizer)
+        >>> for step in range(3):
+        ...     model(torch.randn(3, 1, 16)).square().mean().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> sampler.active, streaming.streamed
+        ((2,), (0, 1, 3))
+    """
+    streaming = Streaming(model, sampler.blocks, device)
+    streaming.follow(sampler)
+    return streaming
+
+
+class Streaming:
+    """The blocks of a model that visit the device to compute; all of them until `follow` is called.
+
+    Args:
+        model: model in host memory, not wrapped.
+        blocks: its blocks.
+        device: device that computes; by default this process's accelerator, or the CPU where there is none.
+
+    Raises:
+        UsageError: the model's weights cannot be moved one block at a time.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Blocks, device: torch.device | str | None = None) -> None:
+        _check(model)
+        if device is None:
+            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        self.model, self.device = model, torch.empty(0, device=device).device  # with its index
+        shared = shared_parameters(model, blocks.modules)
+        self._blocks = [
+            StreamedBlock(name, module, shared, self.device)
+            for name, module in zip(blocks.names, blocks.modules, strict=True)
+        ]
+        self._sampler: LayerSampler | None = None
+        self._slots = Slots({i: block.home for i, block in enumerate(self._blocks)}, self.device)
+        self._handles: list[Any] = [model.register_forward_pre_hook(_Hook(self._slots.forget), prepend=True)]
+        for index, block in enumerate(self._blocks):
+            for part in (block.module, *called_inside(block.module)):  # checkpointing may compute a part alone again
+                enter, leave = _Hook(self._enter, index), _Hook(self._leave, index)
+                self._handles.append(part.register_forward_pre_hook(enter))
+                self._handles.append(part.register_forward_hook(leave, always_call=True))
+        model.to(self.device)
+
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        """Indices of the blocks that have weights in host memory, ascending."""
+        return tuple(i for i, block in enumerate(self._blocks) if block.away)
+
+    def follow(self, sampler: LayerSampler) -> None:
+        """Keep on the device what a sampler has drawn, from now on.
+
+        Args:
+            sampler: sampler of the same model.
+
+        Raises:
+            UsageError: it is that of another model.
+        """
+        if not {id(p) for p in sampler.drawn()} <= {id(p) for p in self.model.parameters()}:
+            raise UsageError("the sampler is that of another model than is streamed")
+        self._sampler = sampler
+        sampler.before_draws(self._settle)
+        self._settle()
+
+    def stop(self) -> None:
+        """End: all weights of the blocks are in host memory, and the model is as any other."""
+        self._sampler = None
+        self._settle()
+        for handle in self._handles:
+            handle.remove()
+        for block in self._blocks:
+            block.free()
+        self._blocks, self._handles = [], []
+
+    def _settle(self) -> None:
+        """Let go what does not train any more, and take to the device what does."""
+        trains = {id(parameter) for parameter in self._sampler.drawn()} if self._sampler is not None else set()
+        self._slots.expect([])
+        for block in self._blocks:  # memory is given back before more is taken
+            block.let_go(trains)
+        for block in self._blocks:
+            block.take(trains)
+        self._slots.expect(list(self.streamed))
+
+    def _enter(self, index: int) -> None:
+        block = self._blocks[index]
+        block.depth += 1
+        if block.depth > 1 or not block.away:
+            return
+        if torch.compiler.is_compiling():
+            raise UsageError(f"{block.name} is streamed, and code that is compiled cannot be: compile nothing of it")
+        if torch.is_grad_enabled() and any(block.parameters[i].requires_grad for i in block.away):
+            raise UsageError(
+                f"{block.name} is in host memory and would get gradients: attach the sampler before training begins, "
+                "or stop the streaming"
+            )
+        with torch.no_grad(), torch.inference_mode(False):
+            if block.adopt():
+                self._slots.forget()
+            block.visit(self._slots.fetch(index))
+        block.saved = saved_weights(self._slots)
+        block.saved.__enter__()
+
+    def _leave(self, index: int) -> None:
+        block = self._blocks[index]
+        block.depth = max(0, block.depth - 1)
+        if block.depth == 0 and block.saved is not None:
+            block.saved.__exit__()
+            block.saved = None
+            with torch.no_grad(), torch.inference_mode(False):
+                block.go_home()
+
+
+class _Hook:
+    """A hook of a module that calls a method of the streaming; idle in a copy of the model."""
+
+    def __init__(self, act: Callable[..., None] | None, *given: Any) -> None:
+        self._act, self._given = act, given
+
+    def __call__(self, *_: Any) -> None:
+        if self._act is not None:
+            self._act(*self._given)
+
+    def __reduce__(self) -> Any:
+        return _Hook, (None,)
+
+
+def _check(model: nn.Module) -> None:
+    """Refuse a model whose weights cannot be moved one block at a time."""
+    refuse_flat(model)
+    wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    if wrapped or getattr(model, "hf_device_map", None) or isinstance(model, torch._dynamo.OptimizedModule):
+        raise UsageError(
+            "frozen weights are streamed for one process and one device, into the model itself: not into one that is "
+            "wrapped (DDP), compiled, or spread by device_map"
+        )
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor or parameter.is_meta:
+            kind = "on the meta device" if parameter.is_meta else type(parameter.data).__name__
+            raise UsageError(f"{name} is {kind}, and what is streamed is a plain tensor in host memory")
