@@ -59,4 +59,4 @@ def test_a_model_is_nudged_where_it_is(device, synchronisations):
     assert found.keys() == expected.keys() >= {"0"}
     for a, b in zip(there.parameters(), here.parameters(), strict=True):
         torch.testing.assert_close(a.cpu(), b)
-    assert counted.count is None or counted.count <= 8, counted.names  # of each matrix: equal, finite, values, ratios
+    assert counted.count is None or counted.count <= 10, counted.names  # of each: equal, finite, eigh, values, ratios
