@@ -35,26 +35,28 @@ class InputNorms:
         self._model = model
         self.transposed: set[str] = set()
         self._squares: dict[str, torch.Tensor] = {}
-        self._mask: torch.Tensor | None = None  # None where the batch has no padding
+        self._shape: tuple[int, ...] = ()  # (batch, tokens) of the batch that runs
+        self._real: torch.Tensor | None = None  # which of its tokens are no padding; None for all of them
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:
         """Run one batch, `input_ids` and `attention_mask` of (batch, tokens); returns its number of real tokens."""
         import torch
 
         device = next(self._model.parameters()).device
-        input_ids, mask = input_ids.to(device), attention_mask.to(device)
-        self._mask = None if bool(mask.all()) else mask.bool()
+        real = attention_mask.cpu().flatten().nonzero()[:, 0]  # here, since a device would be waited for
+        self._shape = tuple(attention_mask.shape)
+        self._real = None if len(real) == attention_mask.numel() else real.to(device)
         more = {"use_cache": False} if hasattr(getattr(self._model, "config", None), "use_cache") else {}
         with torch.no_grad():
-            self._model(input_ids=input_ids, attention_mask=mask, **more)
-        return int(mask.sum())
+            self._model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **more)
+        return len(real)
 
     def add(self, name: str, X: torch.Tensor) -> None:
         """Add the tokens of one input `X`, (…, features), of the module `name`."""
         import torch
 
-        if self._mask is not None:
-            X = self._real_tokens(name, X)
+        if self._real is not None:
+            X = self._real_tokens(name, X, self._real)
         if X.numel() == 0:
             return
         # float64, since squares of millions of tokens are added up
@@ -65,14 +67,11 @@ class InputNorms:
         else:
             self._squares[name] = squares
 
-    def _real_tokens(self, name: str, X: torch.Tensor) -> torch.Tensor:
-        mask = self._mask
-        assert mask is not None
-        if X.shape[:2] == mask.shape:
-            return X[mask]
-        if X.ndim == 2 and X.shape[0] == mask.numel():
-            return X[mask.flatten()]
-        if X.shape[:-1].numel() == X.shape[0] == mask.shape[0]:
+    def _real_tokens(self, name: str, X: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        batch, tokens = self._shape
+        if (X.ndim > 2 and X.shape[:2] == self._shape) or (X.ndim == 2 and X.shape[0] == batch * tokens):
+            return X.reshape(batch * tokens, -1).index_select(0, real.to(X.device))
+        if X.shape[:-1].numel() == X.shape[0] == batch:
             return X  # one vector a sample, as a pooler sees it
         raise HtsrError(
             f"the input of {name} has the shape {tuple(X.shape)}, where padding cannot be told; use a batch size of 1"
@@ -84,7 +83,14 @@ class InputNorms:
         Raises:
             HtsrError: an input was not finite.
         """
-        norms = {name: squares.sqrt().cpu().double().numpy() for name, squares in self._squares.items()}
+        import torch
+
+        if not self._squares:
+            return {}
+        parts = list(self._squares.values())
+        together = torch.cat([squares.to(parts[0].device) for squares in parts]).sqrt().cpu().double()  # one transfer
+        split = torch.split(together, [squares.numel() for squares in parts])
+        norms = {name: norm.numpy() for name, norm in zip(self._squares, split, strict=True)}
         for name, norm in norms.items():
             if not np.isfinite(norm).all():
                 raise HtsrError(f"the input of {name} holds NaN or infinite activations; load the model in float32")

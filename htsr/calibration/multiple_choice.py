@@ -164,10 +164,14 @@ def log_likelihoods(
                 ids = encoded[i][0]
                 tokens[row, : len(ids)] = torch.tensor(ids)
                 mask[row, : len(ids)] = 1
-            logits = model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False).logits
+            tokens = tokens.to(device)
+            logits = model(input_ids=tokens, attention_mask=mask.to(device), use_cache=False).logits
+            wide = torch.float32 if logits.device.type == "mps" else torch.float64
+            said = []
             for row, i in enumerate(indices):
                 ids, begin = encoded[i]
-                said = logits[row, begin - 1 : len(ids) - 1].float().log_softmax(-1)
-                wanted = torch.tensor(ids[begin:], device=device)
-                result[i] = said.gather(-1, wanted[:, None]).double().sum().item()
+                wanted = tokens[row, begin : len(ids), None].to(logits.device)
+                likely = logits[row, begin - 1 : len(ids) - 1].float().log_softmax(-1).gather(-1, wanted)
+                said.append(likely.sum(dtype=wide))
+            result[indices] = torch.stack(said).cpu().numpy()  # the one thing that is waited for
     return result

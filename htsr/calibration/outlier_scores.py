@@ -167,24 +167,28 @@ def score_weights(
     blocks = find_blocks(model)
     weights = _weights(model, transposed)
     _insist_on_tokens(blocks, weights, norms)
-    seen = {name: _Matrix(name, read(), norms[name]) for name, read in weights.items() if name in norms}
+    device = next(model.parameters()).device
+    seen = {name: _Scores(read(), norms[name], device) for name, read in weights.items() if name in norms}
+    sums = dict(zip(seen, _totals(seen), strict=True))
     block_of = {name: blocks.index_of(f"{name}.weight") for name in seen}
     totals, sizes = np.zeros(len(blocks)), np.zeros(len(blocks))
     for name, matrix in seen.items():
         block = block_of[name]
         if block is not None:
-            totals[block] += matrix.total
+            totals[block] += sums[name]
             sizes[block] += matrix.parameters
-    rows = []
+    means = {name: sums[name] / matrix.parameters for name, matrix in seen.items()}
+    counts = []
     for name, matrix in seen.items():
         block = block_of[name]
-        mean = matrix.total / matrix.parameters
-        counted = matrix.counts([tau * mean for tau in thresholds])
-        of_block: tuple[int, ...] = ()
-        if block is not None:
-            of_block = matrix.counts([tau * totals[block] / sizes[block] for tau in thresholds])
-        row = OutlierRow(name, roles.role_of(roles.whole_name(name)), block, matrix.parameters, mean, counted, of_block)
-        rows.append(row)
+        of_block = means[name] if block is None else totals[block] / sizes[block]
+        counts.append(matrix.counts([tau * mean for mean in (means[name], of_block) for tau in thresholds]))
+    rows = []
+    for (name, matrix), counted in zip(seen.items(), _on_host(counts), strict=True):
+        own, block, half = tuple(int(count) for count in counted), block_of[name], len(thresholds)
+        role = roles.role_of(roles.whole_name(name))
+        of_its_block = () if block is None else own[half:]
+        rows.append(OutlierRow(name, role, block, matrix.parameters, means[name], own[:half], of_its_block))
     return Outliers(
         label=label or type(model).__name__,
         thresholds=tuple(thresholds),
@@ -220,30 +224,56 @@ def _insist_on_tokens(blocks: Blocks, weights: Collection[str], norms: Mapping[s
         raise HtsrError("no Linear inside the blocks has seen a token: there is nothing to score")
 
 
-class _Matrix:
-    """Scores of one weight, formed chunk by chunk and never held whole."""
+class _Scores:
+    """Scores of one weight, formed chunk by chunk on a device and never held whole; what they sum to stays there."""
 
-    def __init__(self, name: str, weight: torch.Tensor, norm: Vector) -> None:
+    def __init__(self, weight: torch.Tensor, norm: Vector, device: torch.device) -> None:
         import torch
 
-        self._weight = weight
-        self._norm = torch.from_numpy(norm).to(weight.device, torch.float32)
+        self._weight, self._device = weight, device
+        self._norm = torch.from_numpy(norm).to(device, torch.float32)
         self.parameters = weight.numel()
-        self.total = sum(float(chunk.sum(dtype=_wide(chunk))) for chunk in self._chunks())
-        if not np.isfinite(self.total):
-            raise HtsrError(f"{name} holds NaN or infinite weights")
 
     def _chunks(self) -> Iterator[torch.Tensor]:
         rows = max(1, _CHUNK // self._weight.shape[1])
         for start in range(0, self._weight.shape[0], rows):
-            yield (self._weight[start : start + rows].float() * self._norm).abs_()
+            yield (self._weight[start : start + rows].to(self._device).float() * self._norm).abs_()
 
-    def counts(self, limits: Sequence[float]) -> tuple[int, ...]:
-        """Entries above each limit."""
-        counted = np.zeros(len(limits), dtype=np.int64)
+    def sums(self) -> torch.Tensor:
+        """Sum of the scores of each chunk, (chunks,)."""
+        import torch
+
+        return torch.stack([chunk.sum(dtype=_wide(chunk)) for chunk in self._chunks()])
+
+    def counts(self, limits: Sequence[float]) -> torch.Tensor:
+        """Number of entries above each limit, (limits,)."""
+        import torch
+
+        counted = torch.zeros(len(limits), dtype=torch.int64, device=self._device)
         for chunk in self._chunks():
-            counted += [int((chunk > limit).sum()) for limit in limits]
-        return tuple(int(count) for count in counted)
+            counted += torch.stack([(chunk > limit).sum() for limit in limits])
+        return counted
+
+
+def _totals(seen: Mapping[str, _Scores]) -> list[float]:
+    """Sum of all scores of each weight.
+
+    Raises:
+        HtsrError: weights are not finite.
+    """
+    found = [float(np.sum(sums, dtype=np.float64)) for sums in _on_host([matrix.sums() for matrix in seen.values()])]
+    for name, total in zip(seen, found, strict=True):
+        if not np.isfinite(total):
+            raise HtsrError(f"{name} holds NaN or infinite weights")
+    return found
+
+
+def _on_host(vectors: Sequence[torch.Tensor]) -> list[Any]:
+    """Vectors of one device as NumPy, by one transfer."""
+    import torch
+
+    together = torch.cat(list(vectors)).cpu()
+    return [part.numpy() for part in torch.split(together, [len(vector) for vector in vectors])]
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
