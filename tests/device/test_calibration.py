@@ -69,4 +69,4 @@ def test_answers(model, device, synchronisations):
         there(input_ids=ids.to(device), attention_mask=torch.ones_like(ids).to(device), use_cache=False)
     with synchronisations() as counted:
         log_likelihoods(there, tokenizer, pairs, batch_size=len(pairs))
-    assert counted.count is None or counted.count <= forward.count + 2, counted.names  # transformers asks twice of padding
+    assert counted.count is None or counted.count <= forward.count + 2, counted.names  # it asks twice of padding
