@@ -25,8 +25,8 @@ Fit = Annotated[str, typer.Option(help="How the tail is chosen: ks, hill, hill_p
 Xmin = Annotated[float | None, typer.Option(help="Begin of the tail by hand, an eigenvalue.")]
 Xmax = Annotated[float | None, typer.Option(help="Leave out eigenvalues above this.")]
 Route = Annotated[str, typer.Option(help="How eigenvalues are computed: auto, gram, svd, lanczos.")]
-Dtype = Annotated[str, typer.Option(help="Precision: auto, float32, float64.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="Precision: auto (float64), float32, float64.")]
+Device = Annotated[str, typer.Option(help="auto (an accelerator where there is one), cpu, cuda, cuda:1, xpu.")]
 WindowsOption = Annotated[
     str | None, typer.Option("--windows", metavar="ROWSxCOUNT", help="Pool FARMS windows, as in 2000x10.")
 ]
