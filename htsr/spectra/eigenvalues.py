@@ -114,7 +114,7 @@ def resolved(
     without = without_rounding(found, max(shape[-2:]), stored, rounding)
     if rounding is not None or not is_coarse(stored) or np.count_nonzero(without) == np.count_nonzero(found):
         return without
-    kept = zip(found.reshape(-1, found.shape[-1]), as_numpy(matrix).reshape(-1, *shape[-2:]), strict=True)
+    kept = zip(found.reshape(-1, found.shape[-1]), matrix.reshape(-1, *shape[-2:]), strict=True)
     return np.stack([np.where(np.arange(v.size) < rounded_away(W, stored), 0.0, v) for v, W in kept]).reshape(
         found.shape
     )

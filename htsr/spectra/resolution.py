@@ -43,17 +43,23 @@ no smaller than the bulk that training leaves: noise of that size cannot be told
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from htsr.arrays import EPSILON, MANTISSAS, Vector, epsilon
+from htsr.arrays import EPSILON, MANTISSAS, Array, Vector, epsilon
 from htsr.errors import MatrixError
+
+if TYPE_CHECKING:
+    import torch
 
 MIN_EIGENVALUES = 8  # with fewer there is no tail to speak of
 _SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133}  # steps of subnormal numbers
 _BALANCING = 4
+_NO_ERROR = -(2**14)  # 2 to the power of it is 0
+_CHUNK = 1 << 22  # entries that are up-cast at a time
 _UNEVEN = 4.0  # of the errors' singular values over those of even errors
 _SHARE = 8.0  # of ρ·M times the unevenness: what k must reach
 _EVEN = 1.5  # of the largest singular value of errors that were made even over its expectation
@@ -110,8 +116,10 @@ def is_coarse(stored: str) -> bool:
     return stored in _SMALLEST
 
 
-def rounded_away(matrix: npt.NDArray[Any], stored: str) -> int:
+def rounded_away(matrix: Array, stored: str) -> int:
     """How many eigenvalues of a matrix in a coarse dtype are rounding, judged with errors made even.
+
+    It is computed in float64 where the matrix lies, which is not copied whole in a wider dtype.
 
     Args:
         matrix: (m, n), the numbers as stored, in any float dtype.
@@ -125,28 +133,66 @@ def rounded_away(matrix: npt.NDArray[Any], stored: str) -> int:
         >>> from htsr.spectra.resolution import rounded_away
         >>> random = np.random.default_rng(0)
         >>> W = random.standard_normal((400, 60)) @ random.standard_normal((60, 200))  # rank 60
-        >>> rounded_away(torch.from_numpy(W).bfloat16().double().numpy(), "bfloat16")
+        >>> rounded_away(torch.from_numpy(W).bfloat16(), "bfloat16")
         140
     """
-    W = matrix.astype(np.float64)
-    W = W[W.any(axis=1)][:, W.any(axis=0)]
-    W = W if W.shape[0] >= W.shape[1] else W.T
-    N, M = W.shape
+    import torch
+
+    W = torch.as_tensor(matrix).detach()
+    filled = W != 0
+    rows, columns = filled.any(dim=1), filled.any(dim=0)
+    N, M = int(rows.sum()), int(columns.sum())
+    if N < M:
+        W, filled, columns, N, M = W.mT, filled.mT, rows, M, N
     empty = min(matrix.shape) - M
     if M == 0:
         return empty
-    # spacing of the stored numbers about each entry; an error is uniform in it, of variance step²/12
-    step = np.maximum(epsilon(stored) * np.exp2(np.frexp(W)[1] - 1.0), _SMALLEST[stored])
-    errors = np.where(W == 0, 0.0, step**2 / 12)
-    for _ in range(_BALANCING):  # rows and columns in turn (Sinkhorn): scaling either unsettles the other a little
-        for axis in (0, 1):
-            mean = errors.mean(axis=axis, keepdims=True)
-            errors, W = errors / mean, W / np.sqrt(mean)
-    eigenvalues = np.linalg.eigvalsh(W.T @ W)
+    across, down = _even_scales(W, filled, stored)
+    gram = torch.zeros((W.shape[1], W.shape[1]), dtype=torch.float64, device=W.device)
+    for part, scales in zip(torch.split(W, _rows(W)), torch.split(across, _rows(W)), strict=True):
+        block = part.double() * scales[:, None].sqrt()
+        gram.addmm_(block.mT, block)
+    gram *= torch.outer(down, down).sqrt_()
+    eigenvalues = torch.linalg.eigvalsh(gram[columns][:, columns] if empty else gram).cpu().numpy()
     k = np.arange(1, M + 1)
     alike = eigenvalues <= _EVEN**2 * (np.sqrt(N - M + k) + np.sqrt(k)) ** 2
     many = k >= min(MIN_EIGENVALUES, M / 4)
     return empty + int(np.where(alike & many & _jumps(eigenvalues), k, 0).max())
+
+
+def _even_scales(W: torch.Tensor, filled: torch.Tensor, stored: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of rows and of columns that make the errors' variances 1 on average in each; 0 where all entries are 0.
+
+    An error is uniform in the spacing of the stored numbers about its entry. Rows and columns are scaled in turn
+    (Sinkhorn): scaling either unsettles the other a little.
+    """
+    import torch
+
+    spacing = torch.frexp(W.float()).exponent.to(torch.int16)  # as a power of two, until it has been scaled
+    spacing += round(math.log2(epsilon(stored))) - 1
+    spacing.clamp_(min=round(math.log2(_SMALLEST[stored]))).masked_fill_(~filled, _NO_ERROR)
+
+    def variances(part: torch.Tensor) -> torch.Tensor:
+        return torch.exp2(part.double().mul_(2)).div_(12)
+
+    across = filled.any(dim=1).double()
+    down = filled.any(dim=0).double()
+    N, M = across.sum(), down.sum()
+    parts = torch.split(spacing, _rows(W))
+    for _ in range(_BALANCING):
+        shares = zip(parts, torch.split(across, _rows(W)), strict=True)
+        down = _inverse(torch.stack([variances(part).mT @ scales for part, scales in shares]).sum(dim=0) / N)
+        across = _inverse(torch.cat([variances(part) @ down for part in parts]) / M)
+    return across, down
+
+
+def _inverse(values: torch.Tensor) -> torch.Tensor:
+    return values.reciprocal().masked_fill_(values == 0, 0.0)
+
+
+def _rows(W: torch.Tensor) -> int:
+    """How many rows are up-cast at a time."""
+    return max(1, _CHUNK // W.shape[1])
 
 
 def _jumps(eigenvalues: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.bool_]:

@@ -171,3 +171,21 @@ def test_small_matrices_are_solved_in_one_call(device, monkeypatch):
     assert len(calls) == 2  # of 32 and 8
     here = htsr.analyze(state, device="cpu", null=False)
     assert [row.alpha for row in there] == pytest.approx([row.alpha for row in here], rel=1e-9)
+
+
+def test_rounding_of_coarse_numbers_is_told_on_the_device(device, memory, synchronisations, monkeypatch):
+    """On the host the second eigenvalue problem would take longer than all else together."""
+    random, calls, solve = torch.Generator().manual_seed(0), [], np.linalg.eigvalsh
+    W = torch.randn(400, 60, generator=random) @ torch.randn(60, 200, generator=random)  # rank 60
+    W = W.bfloat16()
+    W[7] = W[:, 3] = 0
+    here, there = htsr.esd(W), W.to(device)
+    monkeypatch.setattr(np.linalg, "eigvalsh", lambda A: calls.append(A.shape) or solve(A))
+    with synchronisations() as counted, memory() as used:
+        found = htsr.esd(there)
+    assert np.count_nonzero(found.eigenvalues) == np.count_nonzero(here.eigenvalues) == 60
+    assert not calls
+    assert counted.count is None or counted.count <= 10, counted.names
+    gram, entries = 8 * 200 * 200, 400 * 200
+    if device.type == "pretended":
+        assert used.peak <= 4 * gram + 30 * entries  # chunks are larger than this matrix
