@@ -8,12 +8,12 @@ and so is the memory.
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
 from torch.utils import dlpack
 
 from . import patches
@@ -121,15 +121,11 @@ def _handed_over(tensor: torch.Tensor, device: int) -> torch.Tensor:
     return dlpack.from_dlpack(capsule)
 
 
-def _on_host(value: object) -> object:
-    if not _is_ours(value):
-        return value
-    if value.numel() == 0:  # perhaps an `out` that is to be given its shape: handed-over memory cannot grow
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
-    return _handed_over(value, _CPU)
+def _on_host(value: Any) -> Any:
+    return _handed_over(value, _CPU) if _is_ours(value) else value
 
 
-def _on_device(value: object) -> object:
+def _on_device(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     made = _handed_over(value, _EXTENSION)
@@ -142,24 +138,50 @@ def _is_ours(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == NAME
 
 
-def _run(op: torch._ops.OpOverload, *args: object, **kwargs: object) -> object:
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    """`change` of everything in the arguments or results of an operation."""
+    if isinstance(value, list | tuple):
+        return type(value)([_each(change, one) for one in value])
+    return change(value)
+
+
+def _run(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Any operation: the CPU's, on the same memory."""
-    name = op._schema.name.removeprefix("aten::")
-    returned = op._schema.returns
-    if returned and returned[0].alias_info is not None and not returned[0].alias_info.is_write:
+    schema, name = op._schema, op._schema.name.removeprefix("aten::")
+    if schema.returns and (alias := schema.returns[0].alias_info) is not None and not alias.is_write:
         return op.redispatch(_HOST_KERNELS, *args, **kwargs)  # a view shares the storage, whoever makes it
-    given, structure = pytree.tree_flatten((args, kwargs))
-    _refuse_mixture(name, given)
-    if name in _WAITING or (name == "_index_put_impl_" and _counts_a_mask(given)):
+    pairs: list[tuple[Any, Any]] = []
+    grown: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def on_host(value: Any) -> Any:
+        pairs.append((value, torch.device("cpu") if isinstance(value, torch.device) else _on_host(value)))
+        return pairs[-1][1]
+
+    def to_fill(value: torch.Tensor) -> torch.Tensor:
+        """Memory that can grow, as `out` may have to: handed-over memory cannot."""
+        pairs.append((value, torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)))
+        grown.append(pairs[-1])
+        return pairs[-1][1]
+
+    kinds = {argument.name: argument.type.kind() for argument in schema.arguments}
+    args = tuple(  # torch hands over the number of `tensor & 3` as such, and does not take it for a tensor here
+        torch.tensor(value) if type(value) is int and kind == "TensorType" else value
+        for value, kind in zip(args, kinds.values(), strict=False)
+    )
+    outs = {argument.name for argument in schema.arguments if argument.is_out}
+    host_args = _each(on_host, args)
+    host_kwargs = {key: _each(to_fill if key in outs else on_host, value) for key, value in kwargs.items()}
+    _refuse_mixture(name, [given for given, _ in pairs])
+    if name in _WAITING or (name == "_index_put_impl_" and _counts_a_mask([given for given, _ in pairs])):
         _waits(name)
-    host = [torch.device("cpu") if isinstance(value, torch.device) else _on_host(value) for value in given]
-    host_args, host_kwargs = pytree.tree_unflatten(host, structure)
     result = op(*host_args, **host_kwargs)
-    written = {id(there): here for here, there in zip(given, host, strict=True) if _is_ours(here)}
-    for there in host:
-        if id(there) in written and written[id(there)].shape != there.shape:  # an empty `out` was given its shape
-            _take(written[id(there)], _on_device(there))
-    return pytree.tree_map(lambda value: written[id(value)] if id(value) in written else _on_device(value), result)
+    for here, there in grown:
+        if here.shape == there.shape:
+            _on_host(here).copy_(there)
+        else:
+            _take(here, _on_device(there))
+    of_host = {id(there): here for here, there in pairs if _is_ours(here)}
+    return _each(lambda value: of_host[id(value)] if id(value) in of_host else _on_device(value), result)
 
 
 def _take(tensor: torch.Tensor, other: torch.Tensor) -> None:
@@ -169,7 +191,7 @@ def _take(tensor: torch.Tensor, other: torch.Tensor) -> None:
     )
 
 
-def _refuse_mixture(name: str, given: list[object]) -> None:
+def _refuse_mixture(name: str, given: list[Any]) -> None:
     tensors = [value for value in given if isinstance(value, torch.Tensor)]
     ours = [tensor for tensor in tensors if _is_ours(tensor)]
     if not ours or (name in _INDEXING and _is_ours(tensors[0])):
@@ -182,7 +204,7 @@ def _refuse_mixture(name: str, given: list[object]) -> None:
             )
 
 
-def _counts_a_mask(given: list[object]) -> bool:
+def _counts_a_mask(given: list[Any]) -> bool:
     """Whether `tensor[mask] = values` asks how many entries the mask has; for one value it fills instead."""
     _, *indices, values = [value for value in given if isinstance(value, torch.Tensor)]
     return values.numel() > 1 and any(index.dtype in (torch.bool, torch.uint8) for index in indices)
@@ -230,11 +252,11 @@ def _set_storage(tensor: torch.Tensor, *source: object) -> torch.Tensor:
 def _in_lower_precision(op: torch._ops.OpOverload):
     """The operation under `torch.autocast`."""
 
-    def run(*args: object, **kwargs: object) -> object:
-        dtype = torch.get_autocast_dtype(NAME)
-        args, kwargs = pytree.tree_map(
-            lambda value: value.to(dtype) if _is_ours(value) and value.dtype == torch.float32 else value, (args, kwargs)
-        )
+    def lower(value: Any) -> Any:
+        return value.to(torch.get_autocast_dtype(NAME)) if _is_ours(value) and value.dtype == torch.float32 else value
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _each(lower, args), {key: _each(lower, value) for key, value in kwargs.items()}
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
             return op(*args, **kwargs)
 
