@@ -65,7 +65,10 @@ def model_card(recipe: Recipe, result: Result, comparison: Comparison | None) ->
 
 def _settings(recipe: Recipe) -> list[tuple[str, str]]:
     sections = [("low_rank", recipe.low_rank), ("lora", recipe.lora), ("sampling", recipe.sampling)]
-    rows = [("dtype", recipe.dtype), *((f"training.{key}", json.dumps(v)) for key, v in recipe.training.items())]
+    rows: list[tuple[str, str]] = [("dtype", recipe.dtype)]
+    if recipe.dtype != "float32":
+        rows.append(("rounding", recipe.rounds))
+    rows += [(f"training.{key}", json.dumps(v)) for key, v in recipe.training.items()]
     for name, section in sections:
         if section is not None:
             rows += [(f"{name}.{key}", json.dumps(value)) for key, value in vars(section).items() if value is not None]

@@ -65,6 +65,8 @@ def check_sharding(recipe: Recipe, arguments: Any) -> None:
             f"method: {recipe.method} needs the model's own matrices, and DeepSpeed's ZeRO flattens them: take DDP or "
             "FSDP2"
         )
+    if stage and recipe.rounding is not None:
+        raise UsageError("rounding: DeepSpeed's ZeRO keeps weights in float32 beside the narrow ones; leave it out")
     if recipe.method == "qlora" and (stage == 3 or arguments.fsdp):
         raise UsageError("method: qlora keeps a copy of the model in 4 bits on each process: take DDP or ZeRO-2")
     if stage == 3:

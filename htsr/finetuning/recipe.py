@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from htsr.errors import UsageError
 from htsr.training.lora import HILL
+from htsr.training.lowrank.rounding import Rounding
 from htsr.training.sampling.probabilities import Strategy
 from htsr.training.sampling.sampler import Embedding, FrozenState
 
@@ -172,6 +173,11 @@ class Recipe:
         layerwise: policy of `htsr.layerwise`, or ``none``.
         revision: branch, tag or commit of a hub id.
         dtype: dtype of the weights.
+        rounding: what becomes of that part of a trained weight which bfloat16 or float16 cannot hold, see
+            `LowRankAdamW`; without effect on weights that train in float32, such as adapters. None is ``stochastic``,
+            and the rounding of the optimizer that ``training.optim`` names. Under methods without low_rank
+            ``nearest`` is transformers' optimizer, and with another rounding the optimizer is htsr's AdamW, with
+            moments in bfloat16.
         seed: seed of everything random.
         spectra: whether the model is analyzed before and after.
         sampling: section of lisa and owlore, and of lora and qlora where adapters are sampled by block.
@@ -198,6 +204,7 @@ class Recipe:
     layerwise: LayerwisePolicy = "none"
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    rounding: Rounding | None = None
     seed: int = 0
     spectra: bool = True
     sampling: Sampling | None = None
@@ -232,3 +239,13 @@ class Recipe:
                 raise UsageError(
                     f"training.{key} has no meaning for the method {self.method}, whose optimizer is htsr's"
                 )
+            if self.rounding not in (None, "nearest") and key in self.training:
+                raise UsageError(
+                    f"rounding: {self.rounding} is for htsr's AdamW, and training.{key} asks for another optimizer: "
+                    "leave one of them out"
+                )
+
+    @property
+    def rounds(self) -> Rounding:
+        """The rounding of narrow weights that train: `rounding`, or what None stands for."""
+        return self.rounding or ("nearest" if "optim" in self.training else "stochastic")

@@ -17,7 +17,8 @@ class Result(Tabular):
         output: folder of the model.
         metrics: ``train_loss`` (mean over all steps, those before a resume included) and ``eval_loss`` (nats per
             token), ``accuracy`` and ``before_accuracy`` …, ``seconds_per_step`` (of the steps since a resume),
-            ``steps``, ``peak_mib`` (of ``peak_of``), ``trainable_parameters``.
+            ``steps``, ``peak_mib`` (of ``peak_of``), ``trainable_parameters``, and ``rounding`` where the weights that
+            train are in bfloat16 or float16.
         coverage: how often each block trained, where blocks were sampled.
     """
 

@@ -139,6 +139,8 @@ def _train(
     if trained:
         metrics["seconds_per_step"] = seconds / trained
     metrics["trainable_parameters"] = sum(prod(whole_shape(p)) for p in trainer.model.parameters() if p.requires_grad)
+    if trainer.rounding is not None:
+        metrics["rounding"] = trainer.rounding
     metrics |= _peak()
     say("saving")
     save_model(recipe, trainer, prepared.tokenizer, output, ranks)

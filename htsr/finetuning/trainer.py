@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from htsr.training.callbacks import LayerSamplerCallback, LayerwiseCallback
 from htsr.training.layerwise.wrapper import layerwise
 from htsr.training.lowrank.groups import low_rank_groups
 from htsr.training.lowrank.optimizer import LowRankAdamW
+from htsr.training.lowrank.rounding import NARROW, Rounding, share_lost
 
 if TYPE_CHECKING:
     import torch
@@ -20,12 +22,14 @@ if TYPE_CHECKING:
     from htsr.finetuning.recipe import Recipe
     from htsr.training.sampling.sampler import LayerSampler
 
+logger = logging.getLogger(__name__)
+
 
 class FinetuneTrainer(SFTTrainer):
     """SFTTrainer that makes the optimizer of a recipe: low-rank for owlore and galore, with layerwise rates if wanted.
 
     Args:
-        recipe: recipe, of which method, low_rank, layerwise and seed are read.
+        recipe: recipe, of which method, rounding, low_rank, layerwise and seed are read.
         sampler: sampler of the model's blocks, where they are sampled.
         checkpoint: checkpoint from which training will go on.
         arguments: arguments of SFTTrainer.
@@ -33,6 +37,7 @@ class FinetuneTrainer(SFTTrainer):
     Attributes:
         losses: sum of the training loss, over the pieces of an interrupted run.
         epoch_steps: number of optimizer steps of one epoch, known when training begins.
+        rounding: how narrow weights are rounded, known when training begins; None where none train.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class FinetuneTrainer(SFTTrainer):
         self.recipe, self.sampler, self.checkpoint = recipe, sampler, checkpoint
         self.losses = LossSum(checkpoint, count_processes(arguments["args"]))
         self.epoch_steps: int | None = None
+        self.rounding: Rounding | None = None
         callbacks = [self.losses, *([LayerSamplerCallback(sampler)] if sampler else [])]
         super().__init__(callbacks=callbacks, **arguments)
         if recipe.method == "qlora":  # TRL has put adapters in bfloat16, where small updates are lost
@@ -93,8 +99,11 @@ class FinetuneTrainer(SFTTrainer):
         if self.optimizer is not None:
             return self.optimizer
         inner: Any = self.model if model is None else model
+        self.rounding = self._rounding(inner)
         if self.recipe.low_rank is not None:
             self.optimizer = self._low_rank_optimizer(inner)
+        elif self.rounding not in (None, "nearest"):  # with the groups that the Trainer makes for its own
+            self.optimizer_cls_and_kwargs = LowRankAdamW, self._options() | {"state_dtype": "bfloat16"}
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.recipe.layerwise != "none":
             changes: dict[str, Any] = {"interval": self.epoch_steps} if self.recipe.layerwise == "tempbalance" else {}
@@ -109,15 +118,31 @@ class FinetuneTrainer(SFTTrainer):
         groups = low_rank_groups(
             model, low_rank.rank, embeddings=sampling is not None and sampling.embedding == "lowrank"
         )
-        return LowRankAdamW(
-            groups,
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-            seed=self.recipe.seed,
-            **{name: value for name, value in asdict(low_rank).items() if name != "rank"},
-        )
+        own = {name: value for name, value in asdict(low_rank).items() if name != "rank"}
+        return LowRankAdamW(groups, weight_decay=args.weight_decay, **self._options(), **own)
+
+    def _options(self) -> dict[str, Any]:
+        """Options of `LowRankAdamW` that all methods share."""
+        args = self.args
+        betas = (args.adam_beta1, args.adam_beta2)
+        options = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "seed": self.recipe.seed}
+        return options | {"rounding": self.recipe.rounds}
+
+    def _rounding(self, model: torch.nn.Module) -> Rounding | None:
+        """How narrow weights that train are rounded, None where there are none; what that loses goes to the log."""
+        narrow = [p for p in model.parameters() if p.requires_grad and p.dtype in NARROW]
+        if not narrow or self.is_deepspeed_enabled:  # which has a float32 master of its own
+            return None
+        lr, rounding = self.args.learning_rate, self.recipe.rounds
+        if rounding == "nearest" and self.is_world_process_zero():
+            logger.warning(
+                "rounding: nearest. Weights train in %s, and an update as large as the learning rate %g is lost on "
+                "%.0f %% of them, at every step; rounding: stochastic keeps it on average and takes no memory",
+                str(narrow[0].dtype).removeprefix("torch."),
+                lr,
+                100 * share_lost(narrow, lr),
+            )
+        return rounding
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the state; that of blocks that were frozen is in no checkpoint, and FSDP2 has to be told."""

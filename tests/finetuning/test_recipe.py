@@ -78,6 +78,11 @@ def test_defaults_and_numbers(tmp_path):
         ({"method": "lora", "layerwise": "llr"}, "which the method lora does not train"),
         ({"training": {"learning_rat": 1}}, "training.learning_rat is no argument of SFTConfig; did you mean learning"),
         ({"training": {"seed": 1}}, "training.seed is set by seed"),
+        ({"rounding": "up"}, "rounding is one of stochastic, kahan, master, nearest, not 'up'"),
+        (
+            {"method": "lisa", "rounding": "kahan", "training": {"optim": "sgd"}},
+            "rounding: kahan is for htsr's AdamW, and training.optim asks for another optimizer",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(tmp_path, change, message):

@@ -95,6 +95,64 @@ def test_killed_and_resumed_is_uninterrupted(work, tmp_path, method, layerwise):
     assert logged == (layerwise != "none")
 
 
+@pytest.mark.parametrize(
+    ("method", "rounding", "more"),
+    [
+        ("full", "kahan", {}),
+        ("lisa", "master", {"sampling": {"active": 1, "interval": 2, "frozen_state": "offload"}}),
+        ("galore", "stochastic", {"layerwise": "llr"}),
+    ],
+)
+def test_weights_in_bfloat16_are_rounded_as_the_recipe_says_also_after_a_resume(work, tmp_path, method, rounding, more):
+    more = {"dtype": "bfloat16", "rounding": rounding, **more}
+    assert main(["finetune", "--quiet", "--config", recipe_file(work, tmp_path / "whole", method, **more)]) == 0
+    broken = recipe_file(work, tmp_path / "broken", method, **more)
+    with killed_after(5):
+        main(["finetune", "--quiet", "--config", broken])
+    assert main(["finetune", "--quiet", "--config", broken, "--resume"]) == 0
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    saved = torch.load(next((tmp_path / "whole").glob("checkpoint-7")) / "optimizer.pt", weights_only=True)
+    assert {group["rounding"] for group in saved["param_groups"]} == {rounding}
+    kept = {"master": "master", "kahan": "compensation"}.get(rounding)
+    assert all(kept in one for one in saved["state"].values() if kept)
+    if method != "galore":
+        assert all(one["exp_avg"].dtype == torch.bfloat16 for one in saved["state"].values())
+    assert json.loads((tmp_path / "whole" / "results.json").read_text())["metrics"]["rounding"] == rounding
+    assert f"| rounding | {rounding} |" in (tmp_path / "whole" / "README.md").read_text()
+
+
+def test_what_rounding_to_nearest_loses_is_said_once(work, tmp_path, caplog):
+    """The weights of the small model are about 0.02: their half unit in the last place is above 1e-5, nearly all."""
+    for name, more, said in (
+        ("nearest", {"rounding": "nearest"}, True),
+        ("optim", {"training": {"optim": "adamw_torch"}}, True),
+        ("default", {}, False),
+        ("wide", {"dtype": "float32", "rounding": "nearest"}, False),
+    ):
+        more = {"dtype": "bfloat16", **more}
+        more["training"] = {"learning_rate": 1e-5, "max_steps": 1, **more.get("training", {})}
+        caplog.clear()
+        assert main(["finetune", "--config", recipe_file(work, tmp_path / name, "full", **more)]) == 0
+        words = [line for line in caplog.messages if line.startswith("rounding: nearest")]
+        assert len(words) == said
+        metrics = json.loads((tmp_path / name / "results.json").read_text())["metrics"]
+        assert metrics.get("rounding") == ("nearest" if said else None if name == "wide" else "stochastic")
+        state = torch.load(next((tmp_path / name).glob("checkpoint-1")) / "optimizer.pt", weights_only=True)
+        assert ("rounding" in state["param_groups"][0]) == (name == "default")
+        if said:
+            share = float(words[0].split(" % of them")[0].rsplit(" ", 1)[1])
+            assert 50 < share <= 100
+
+
+def test_adapters_train_in_float32_whatever_the_rounding(work, tmp_path):
+    path = recipe_file(work, tmp_path / "run", "lora", dtype="bfloat16", rounding="kahan", training={"max_steps": 1})
+    assert main(["finetune", "--quiet", "--config", path]) == 0
+    assert "rounding" not in json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
+    state = torch.load(tmp_path / "run" / "checkpoint-1" / "optimizer.pt", weights_only=True)
+    assert all(one["exp_avg"].dtype == torch.float32 for one in state["state"].values())
+
+
 @pytest.mark.parametrize("bars", [True, False])
 def test_data_are_alone_on_stdout_and_quiet_is_quiet(work, tmp_path, capsys, bars):
     training = {"disable_tqdm": None if bars else True, "logging_steps": 1, "max_steps": 2}

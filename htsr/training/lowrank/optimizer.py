@@ -307,7 +307,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         """Restore a copy; `load_state_dict` calls it, too."""
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("rounding", self.defaults["rounding"])  # from before 0.2
+            for name, value in self.defaults.items():  # a state from before an option, or of torch.optim.AdamW
+                group.setdefault(name, value)
         if "_places" not in self.__dict__:
             self._begin()
             self._hook()

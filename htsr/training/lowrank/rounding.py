@@ -25,6 +25,7 @@ whichever part of the tensor a process holds, and no random state of torch is re
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -36,6 +37,7 @@ Rounding: TypeAlias = Literal["stochastic", "kahan", "master", "nearest"]
 
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 NARROW = (torch.bfloat16, torch.float16)
+_LOOKED_AT = 2**14  # about so many entries of a parameter, evenly spaced, tell what is lost of it
 STATE = {"kahan": "compensation", "master": "master"}  # what a rounding keeps for each parameter
 
 _FLOAT16_NORMAL, _FLOAT16_QUANTUM = 2.0**-14, 2.0**-24  # least normal number, distance of those below it
@@ -122,6 +124,33 @@ def write(
         local(state["compensation"])[rows] = new.sub_(W[rows])
     elif rounding == "master":
         local(state["master"])[rows] = new
+
+
+def share_lost(parameters: Iterable[Tensor], lr: float) -> float:
+    """Share of narrow weights that no update as large as the learning rate changes if it is rounded to nearest.
+
+    Adam's update of a weight is about the learning rate while its gradients agree, and less where they do not.
+
+    Args:
+        parameters: parameters of any shape; those in wider dtypes do not count, and of a large one some entries do.
+        lr: learning rate.
+
+    Examples:
+        Half a unit in the last place is 2⁻⁸ just above 1, and 2⁻⁹ just below:
+
+        >>> import torch
+        >>> from htsr.training.lowrank.rounding import share_lost
+        >>> share_lost([torch.tensor([1.5, 0.75], dtype=torch.bfloat16)], lr=0.003)
+        0.5
+    """
+    lost = looked_at = 0
+    for parameter in parameters:
+        if parameter.dtype in NARROW and parameter.numel():
+            W = local(parameter.detach()).flatten()
+            W = W[:: max(W.numel() // _LOOKED_AT, 1)]
+            lost += int(((W.float() - lr).to(W.dtype) == W).sum())
+            looked_at += W.numel()
+    return lost / max(looked_at, 1)
 
 
 def stochastically_rounded(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
