@@ -53,7 +53,7 @@ def create(state: dict[str, Any], like: Tensor, dtype: StateDtype) -> None:
 def read(state: dict[str, Any], name: str, rows: Any = ...) -> Tensor:
     """A moment in float32 (or float64); of a DTensor, this process's part.
 
-    It lies in the state's own memory where that has this dtype.
+    It lies in the state's own memory where that has this dtype, and need not be written back.
 
     Args:
         state: state of one parameter, from `create`.
@@ -76,6 +76,8 @@ def read(state: dict[str, Any], name: str, rows: Any = ...) -> Tensor:
         (torch.bfloat16, torch.float32)
     """
     moment = local(state[name])
+    if moment.dtype == torch.float32 and rows is ...:
+        return moment
     if moment.dtype == torch.uint8:
         code = _code(_SIGNED[name], moment.device)
         scale = state[f"{name}_scale"][_blocks(moment, rows)]
@@ -117,7 +119,7 @@ def write(state: dict[str, Any], name: str, value: Tensor, rows: Any = ..., keys
         state[f"{name}_scale"][_blocks(moment, rows)] = how.absmax
     elif keys is not None:
         moment[rows] = stochastically_rounded(value, moment.dtype, entry_noise(keys, rows).view(value.shape))
-    elif value.data_ptr() != moment[rows].data_ptr():
+    else:
         moment[rows] = value
 
 

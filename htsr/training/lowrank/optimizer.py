@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from htsr.errors import HtsrError, UsageError
-from htsr.training.lowrank import moments
+from htsr.errors import UsageError
 from htsr.training.lowrank.groups import check_group
 from htsr.training.lowrank.moments import StateDtype
+from htsr.training.lowrank.projection import coordinates, insist_on_finite, is_due, without_autocast
 from htsr.training.lowrank.released import ReleasedGradient
 from htsr.training.lowrank.rounding import Rounding
-from htsr.training.lowrank.subspace import Method, is_distributed, local, project, projector, rotated
-from htsr.training.lowrank.update import Group, apply_update, seed_of
+from htsr.training.lowrank.subspace import Method, is_distributed, local
+from htsr.training.lowrank.update import Constants, Group, Pending, in_batches, update
 
 Gradients: TypeAlias = Literal["keep", "project", "update"]
 
@@ -173,6 +173,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         self._places.clear()
         self._hook()
 
+    @torch._disable_dynamo  # type: ignore[attr-defined,untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -191,11 +192,12 @@ class LowRankAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, parameter, index in self._members():
-            if (R := self._take(group, parameter, index)) is not None:
-                apply_update(parameter, self.state[parameter], group, R, index)
-            if isinstance(parameter.grad, ReleasedGradient):
-                parameter.grad.spent = True
+        _refuse_capture()
+        pending = self._pending()
+        with without_autocast(one.parameter for one in pending):
+            self._check(pending)
+            for batch in in_batches(map(self._projected, pending)):
+                update(batch)
         self._places.clear()
         self._hook()
         return loss
@@ -223,12 +225,13 @@ class LowRankAdamW(torch.optim.Optimizer):
         if self.gradients == "update":
             raise UsageError("a global norm cannot be known while updating during backward; take gradients='project'")
         kept, norms = list[Tensor](), list[Tensor]()
-        for group, parameter, index in self._members():
-            R = self._take(group, parameter, index, steps=False)
-            if R is None or parameter.grad is None:
-                continue
-            kept.append(R if isinstance(parameter.grad, ReleasedGradient) else parameter.grad)
-            norms.append(torch.linalg.vector_norm(R, dtype=torch.promote_types(R.dtype, torch.float32)))
+        pending = self._pending(steps=False)
+        with without_autocast(one.parameter for one in pending):
+            self._check(pending)
+            for one in pending:
+                R = self._projected(one, steps=False).R
+                kept.append(R if isinstance(one.R, ReleasedGradient) else one.R)
+                norms.append(torch.linalg.vector_norm(R, dtype=torch.promote_types(R.dtype, torch.float32)))
         if not norms:
             return torch.zeros(())
         norms = [norm.full_tensor() if is_distributed(norm) else norm for norm in norms]  # type: ignore[attr-defined]
@@ -255,13 +258,13 @@ class LowRankAdamW(torch.optim.Optimizer):
         Args:
             state_dict: state dict of an optimizer with the same groups.
         """
-        super().load_state_dict(state_dict)
+        # sealed after all other hooks, and opened before those that come after loading
+        sealing = self.register_load_state_dict_pre_hook(lambda _, given: {**given, "state": _sealed(given["state"])})
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            sealing.remove()
         self._places.clear()
-        identifiers = (identifier for group in state_dict["param_groups"] for identifier in group["params"])
-        for identifier, (_, parameter, _) in zip(identifiers, self._members(), strict=True):
-            for name, value in state_dict["state"].get(identifier, {}).items():
-                if torch.is_tensor(value) and name != "step":
-                    self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
 
     def take_up(self, parameter: Tensor, released: ReleasedGradient, G: Tensor) -> None:
         """Take a full gradient into its subspace, or use it up, during backward; `ReleasedGradient` calls it.
@@ -275,23 +278,27 @@ class LowRankAdamW(torch.optim.Optimizer):
             HtsrError: the gradient has NaN or Inf where a projector is due.
             UsageError: ``update`` has had a gradient of this parameter since the last step, or there are step hooks.
         """
+        _refuse_capture()
         if not self._places:  # groups may have been split or loaded since the last step
             self._places = {member: (group, index) for group, member, index in self._members()}
         group, index = self._places[parameter]
-        if self.gradients == "project":
-            R = self._project(group, parameter, index, G, first=released.spent)
-            released.R = R if released.spent or released.R is None else released.R.add_(R)
-        else:
-            if not released.spent:
-                raise UsageError(
-                    "gradients='update' takes one backward a step, and this is the second since step or zero_grad was "
-                    "called: take gradients='project' to accumulate gradients"
-                )
-            if self._optimizer_step_pre_hooks:
-                raise UsageError("step hooks do not act on updates during backward; take gradients='project'")
-            R = self._average(self._gradient(group, parameter, index, G))
-            apply_update(parameter, self.state[parameter], group, R, index)
-            released.used = torch.linalg.vector_norm(R)
+        one = self._one(group, parameter, index, G)
+        with without_autocast([parameter]):
+            if self.gradients == "project":
+                anew = is_due(one) and (released.spent or "projector" not in one.state)  # of the step's first backward
+                R = coordinates(one, self._average, anew=anew, checked=False)
+                released.R = R if released.spent or released.R is None else released.R.add_(R)
+            else:
+                if not released.spent:
+                    raise UsageError(
+                        "gradients='update' takes one backward a step, and this is the second since step or zero_grad "
+                        "was called: take gradients='project' to accumulate gradients"
+                    )
+                if self._optimizer_step_pre_hooks:
+                    raise UsageError("step hooks do not act on updates during backward; take gradients='project'")
+                one = self._projected(one)
+                update([one])
+                released.used = torch.linalg.vector_norm(one.R)
         released.spent = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -305,6 +312,10 @@ class LowRankAdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy; `load_state_dict` calls it, too."""
+        for parameter, values in state["state"].items():
+            for name, value in values.items():
+                if isinstance(value, _Sealed):
+                    values[name] = value.opened(name, parameter)
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():  # a state from before an option, or of torch.optim.AdamW
@@ -357,23 +368,61 @@ class LowRankAdamW(torch.optim.Optimizer):
         self.take_up(parameter, released, G)
         parameter.grad = released
 
-    def _take(self, group: Group, parameter: Tensor, index: int, steps: bool = True) -> Tensor | None:
-        """The gradient of the coming step, in its subspace, averaged over the processes.
+    def _pending(self, steps: bool = True) -> list[Pending]:
+        """The parameters that have a gradient, which stands there as backward left it.
 
-        `steps`: whether the step is made with it.
+        `steps`: whether they are about to make a step.
         """
-        G = parameter.grad
-        if G is None:
-            return None
-        if isinstance(G, ReleasedGradient):
-            return None if G.spent or G.R is None else self._average(G.R)
-        return self._average(self._gradient(group, parameter, index, G, steps))
+        constants = {id(group): Constants.of(group) for group in self.param_groups}
+        found = []
+        for group, parameter, index in self._members():
+            G = parameter.grad
+            if G is None:
+                continue
+            if not isinstance(G, ReleasedGradient) or not (G.spent or G.R is None):
+                found.append(self._one(group, parameter, index, G, constants[id(group)], steps))
+            elif steps:
+                G.spent = True
+        return found
 
-    def _gradient(self, group: Group, parameter: Tensor, index: int, G: Tensor, steps: bool = True) -> Tensor:
-        """What Adam will see of the parameter's gradient."""
+    def _one(
+        self,
+        group: Group,
+        parameter: Tensor,
+        index: int,
+        G: Tensor,
+        constants: Constants | None = None,
+        steps: bool = True,
+    ) -> Pending:
         if G.is_sparse:
             raise UsageError(f"parameter {index} has a sparse gradient; make its embedding with sparse=False")
-        return G if group["rank"] is None else self._project(group, parameter, index, G, steps=steps)
+        state = self.state[parameter] if steps else self.state.get(parameter, {})
+        done = int(state["step"].item()) if "step" in state else 0
+        return Pending(parameter, state, group, constants or Constants.of(group), index, done, G)
+
+    def _check(self, pending: list[Pending]) -> None:
+        insist_on_finite(
+            one
+            for one in pending
+            if one.group["rank"] is not None and not isinstance(one.R, ReleasedGradient) and is_due(one)
+        )
+
+    def _projected(self, one: Pending, steps: bool = True) -> Pending:
+        """With the gradient in its subspace, averaged over the processes.
+
+        Without `steps` the state stays as it is: the gradient may change until the step, and the new subspace with it.
+        """
+        G = one.R
+        if isinstance(G, ReleasedGradient):
+            assert G.R is not None  # `_pending` passes over the others
+            R, G.spent = G.R, G.spent or steps
+        elif one.group["rank"] is None:
+            R = G
+        else:
+            kept = self.gradients == "keep"
+            R = coordinates(one, self._average, anew=is_due(one), checked=kept and not is_distributed(G), keeps=steps)
+        R = self._average(R)
+        return one if R is G else Pending(*one[:-1], R)
 
     def _average(self, gradient: Tensor) -> Tensor:
         if self.process_group is None:
@@ -381,36 +430,30 @@ class LowRankAdamW(torch.optim.Optimizer):
         torch.distributed.all_reduce(gradient, group=self.process_group)
         return gradient.div_(self.process_group.size())
 
-    def _project(
-        self, group: Group, parameter: Tensor, index: int, G: Tensor, first: bool = True, steps: bool = True
-    ) -> Tensor:
-        """A gradient in its subspace, which is computed anew where that is due and this is the step's first.
 
-        Without `steps` the state stays as it is: the gradient may change until the step, and the new subspace with it.
-        """
-        state = self.state[parameter] if steps else self.state.get(parameter, {})
-        if G.ndim < 2:
-            raise UsageError(
-                f"parameter {index} of a group with rank has become flat, {tuple(G.shape)}: DeepSpeed's ZeRO and FSDP1 "
-                "leave no matrix to project; take DDP or FSDP2"
-            )
-        step = int(state["step"].item()) if "step" in state else 0
-        old = state.get("projector")
-        if old is None or (step % group["refresh_every"] == 0 and first):
-            G = self._average(G)
-            generator = torch.Generator().manual_seed(seed_of(group["seed"], index, step))
-            try:
-                new = projector(G, group["rank"], group["method"], old, generator)
-            except HtsrError as error:
-                where = f"parameter {index} ({'×'.join(map(str, G.shape))}) at step {step + 1}"
-                raise type(error)(f"{where}: {error}") from error
-            if not steps:
-                return project(G, new)
-            state["projector"] = new
-            if group["moments"] == "rotate" and old is not None and "exp_avg" in state:
-                old_moments = moments.read(state, "exp_avg"), moments.read(state, "exp_avg_sq")
-                for name, value in zip(
-                    ("exp_avg", "exp_avg_sq"), rotated(*old_moments, old, new, G.shape), strict=True
-                ):
-                    moments.write(state, name, value)
-        return project(G, state["projector"])
+def _refuse_capture() -> None:
+    """Refuse to be captured in a CUDA graph, which would repeat one step's corrections, rounding and subspace."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise UsageError(
+            "LowRankAdamW cannot be captured in a CUDA graph, since no two of its steps are alike: capture forward and "
+            "backward with gradients='keep', and call step outside"
+        )
+
+
+class _Sealed:
+    """A tensor of a loaded state, which torch would cast to the parameter's dtype and device."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+
+    def opened(self, name: str, parameter: Any) -> Tensor:
+        """A copy where the optimizer wants it: the step on the CPU, so that no device is waited for to read it."""
+        step = name == "step" or not torch.is_tensor(parameter)
+        return self.tensor.to("cpu" if step else parameter.device, copy=True)
+
+
+def _sealed(state: dict[Any, Any]) -> dict[Any, Any]:
+    return {
+        key: {name: _Sealed(value) if torch.is_tensor(value) else value for name, value in values.items()}
+        for key, values in state.items()
+    }

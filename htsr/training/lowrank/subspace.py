@@ -8,6 +8,8 @@ for a DTensor gradient, P is sharded like the side of G that it multiplies, and 
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -18,6 +20,7 @@ from htsr.errors import HtsrError, UsageError
 Method: TypeAlias = Literal["svd", "randomized"]
 
 OVERSAMPLING = 8  # directions beyond r, which take up what the iteration has not yet told apart from the top r
+NOT_FINITE = "a gradient has NaN or Inf, so it has no singular vectors; lower the learning rate or clip"
 _COLD_ITERATIONS, _WARM_ITERATIONS = 3, 1  # the subspace of the last refresh is near, so one from there will do
 
 
@@ -32,6 +35,7 @@ def projector(
     method: Method = "svd",
     previous: Tensor | None = None,
     generator: torch.Generator | None = None,
+    checked: bool = False,
 ) -> Tensor:
     """Orthonormal basis of the top singular subspace of a gradient, best direction first.
 
@@ -45,6 +49,7 @@ def projector(
         method: ``svd`` or ``randomized``.
         previous: the last basis, (min(m, n), any rank) or a stack of them, for a warm start of ``randomized``.
         generator: generator of the Gaussian numbers of ``randomized``, on the CPU.
+        checked: whether G is known to be finite; to look costs the wait for a device.
 
     Returns:
         Basis P, (min(m, n), r) or (E, min(m, n), r), in the dtype of G. Computed in float32 at least, but for the
@@ -65,10 +70,10 @@ def projector(
     Source: GaLore (arXiv 2403.03507), §3; Halko, Martinsson & Tropp (SIAM Rev. 53, 2011), algorithm 4.4.
     """
     if G.ndim == 3:
-        return _projectors(G, rank, method, previous, generator)
+        return _projectors(G, rank, method, previous, generator, checked)
     whole = _whole(G)
-    if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(whole)):
-        raise HtsrError("a gradient has NaN or Inf, so it has no singular vectors; lower the learning rate or clip")
+    if not checked and first_not_finite([whole]) is not None:
+        raise HtsrError(NOT_FINITE)
     right = projects_right(G.shape)
     rank = min(rank, *G.shape)
     if method == "svd":
@@ -83,8 +88,32 @@ def projector(
     return _sharded_like(P.to(G.dtype).contiguous(), G, side=1 if right else 0)
 
 
+def first_not_finite(tensors: Sequence[Tensor]) -> int | None:
+    """The place of the first tensor that has NaN or Inf; a device is waited for once.
+
+    Args:
+        tensors: tensors of any shapes, which may lie on several devices.
+
+    Examples:
+        >>> import torch
+        >>> from htsr.training.lowrank.subspace import first_not_finite
+        >>> first_not_finite([torch.ones(2, 3), torch.tensor([1.0, torch.inf])])
+        1
+    """
+    by_device = defaultdict[torch.device, list[int]](list)
+    for i, tensor in enumerate(tensors):
+        if tensor.numel():
+            by_device[tensor.device].append(i)
+    found = []
+    for places in by_device.values():
+        # without a copy of a tensor: NaN goes through both
+        finite = torch.stack([torch.isfinite(torch.stack(torch.aminmax(tensors[i]))).all() for i in places])
+        found += [i for i, good in zip(places, finite.tolist(), strict=True) if not good]
+    return min(found, default=None)
+
+
 def _projectors(
-    G: Tensor, rank: int, method: Method, previous: Tensor | None, generator: torch.Generator | None
+    G: Tensor, rank: int, method: Method, previous: Tensor | None, generator: torch.Generator | None, checked: bool
 ) -> Tensor:
     """Bases of a stack. Noise depends on the place in the stack alone, not on how it is sharded."""
     seed = None if generator is None else int(torch.randint(2**62, (1,), generator=generator))
@@ -98,6 +127,7 @@ def _projectors(
             method,
             None if known is None else known[i],
             None if seed is None else torch.Generator().manual_seed(seed + i + (first or 0)),
+            checked,
         )
         for i, matrix in enumerate(slices)
     ]
@@ -134,7 +164,7 @@ def _subspace_iteration(A: Tensor, rank: int, previous: Tensor | None, generator
     width = min(A.shape[1], rank + OVERSAMPLING)
     known = torch.empty(A.shape[1], 0, dtype=dtype) if previous is None else previous[:, :width]
     noise = torch.randn(A.shape[1], width - known.shape[1], generator=generator, dtype=dtype)
-    Q = torch.linalg.qr(torch.cat([known.to(A.device), noise.to(A.device)], 1))[0]
+    Q = torch.linalg.qr(torch.cat([known.to(A.device), noise.to(A.device, non_blocking=True)], 1))[0]
     for _ in range(_COLD_ITERATIONS if previous is None else _WARM_ITERATIONS):
         # without QR all columns would turn into the top direction, and the others drown in rounding
         Q = torch.linalg.qr((A.mT @ (A @ Q.to(A.dtype))).to(dtype))[0]
@@ -180,21 +210,32 @@ def project_back(R: Tensor, P: Tensor, shape: torch.Size) -> Tensor:
     return R @ P.mT if projects_right(shape) else P @ R
 
 
-def add_projected_back(W: Tensor, R: Tensor, P: Tensor, factor: float) -> None:
-    """W += factor · (R projected back), in place, without a matrix of W's size in between.
+def add_projected_back(W: Tensor, R: Tensor, P: Tensor, right: bool, kept: float, factor: float) -> None:
+    """W ← kept·W + factor · (R projected back), in place, without a matrix of W's size in between.
 
     The sum runs over r, which is never sharded, so every process does its own part.
 
     Args:
-        W: (m, n) matrix, changed.
-        R: (m, r) coordinates where m ≥ n, else (r, n), in the dtype of W.
-        P: (min(m, n), r) basis.
+        W: (m, n) matrix or (E, m, n) stack, changed; these and the others may be some rows, or a process's part.
+        R: (m, r) coordinates where `right`, else (r, n), in the dtype of W.
+        P: (n, r) basis where `right`, else (m, r).
+        right: whether the whole gradient is multiplied by its basis on the right, `projects_right`.
+        kept: factor of what was in W.
         factor: factor of what is added.
+
+    Examples:
+        >>> import torch
+        >>> from htsr.training.lowrank.subspace import add_projected_back
+        >>> W = torch.ones(3, 2)
+        >>> R, P = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[0.0], [1.0]])
+        >>> add_projected_back(W, R, P, right=True, kept=0.5, factor=-1.0)
+        >>> W
+        tensor([[ 0.5000, -0.5000],
+                [ 0.5000, -1.5000],
+                [ 0.5000, -2.5000]])
     """
-    right = projects_right(W.shape)
-    W, R, P = local(W), local(R), local(P)
     add = W.addmm_ if W.ndim == 2 else W.baddbmm_
-    add(*((R, P.mT) if right else (P, R)), alpha=factor)
+    add(*((R, P.mT) if right else (P, R)), beta=kept, alpha=factor)
 
 
 def rotated(exp_avg: Tensor, exp_avg_sq: Tensor, old: Tensor, new: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -231,7 +272,7 @@ def rotated(exp_avg: Tensor, exp_avg_sq: Tensor, old: Tensor, new: Tensor, shape
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a `tensor` of any shape if it is a DTensor, on the same memory; else the tensor itself."""
-    return tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if hasattr(tensor, "device_mesh") else tensor  # type: ignore[attr-defined]
 
 
 def is_distributed(tensor: Tensor) -> bool:
@@ -263,7 +304,7 @@ def _sharded_like(P: Tensor, G: Tensor, side: int) -> Tensor:
 def _product(A: Tensor, B: Tensor) -> Tensor:
     """A·B, summed over the processes where the inner side is sharded."""
     C = A @ B
-    if not is_distributed(C):
+    if not hasattr(C, "device_mesh"):
         return C
     from torch.distributed.tensor import Replicate
 

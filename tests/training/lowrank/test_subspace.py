@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from htsr.errors import HtsrError, UsageError
-from htsr.training.lowrank.subspace import add_projected_back, project, project_back, projector, rotated
+from htsr.training.lowrank.subspace import (
+    add_projected_back,
+    project,
+    project_back,
+    projector,
+    projects_right,
+    rotated,
+)
 
 
 def gradient(rows, columns, seed=0, decay=0.7, dtype=torch.float64):
@@ -41,7 +48,7 @@ def test_a_projector_is_orthonormal_and_loses_what_lies_outside_only(rows, colum
     if r == min(rows, columns):
         torch.testing.assert_close(back, G)
     W = torch.ones_like(G)
-    add_projected_back(W, R, P, -0.5)
+    add_projected_back(W, R, P, projects_right(W.shape), 1.0, -0.5)
     torch.testing.assert_close(W, 1 - 0.5 * back)
 
 
