@@ -6,6 +6,7 @@
 `live_scores` scores of a model in training, its matrices shared among the processes
 `groups`      param groups, split one per unit; they carry all state
 `engine`      which multiplier each group has at each step
+`together`    one step of Adam or AdamW for all groups at once
 `hooks`       how an engine is attached to its optimizer
 `wrapper`     `htsr.layerwise`, which does it all
 `schedulers`  the same as a scheduler of torch, `htsr.LayerwiseLR`

@@ -150,8 +150,7 @@ class Layerwise:
     def multiplier(self, group: dict[str, Any], step: int) -> float:
         """m_i(t) of a `group` at the optimizer step `step`, counted from 1."""
         start, target, ramp = group["htsr_start"], group["htsr_target"], self.policy.ramp
-        elapsed = step - group["htsr_event"]
-        if start == target or elapsed >= ramp:
+        if start == target or (elapsed := step - group["htsr_event"]) >= ramp:
             return float(target)
         return float(start + (target - start) * (elapsed / ramp))
 
@@ -235,14 +234,15 @@ class Layerwise:
         groups = self._stepped(optimizer)
         if not groups or skipped_by_scaler(optimizer):
             return
-        if later := sum(len(group["params"]) for group in optimizer.param_groups if "htsr_step" not in group):
+        if later := sum([len(group["params"]) for group in optimizer.param_groups if "htsr_step" not in group]):
             self._tell("later", f"{later} parameters came to the optimizer after htsr.layerwise, and stay at 1")
         self.advance(optimizer, groups, groups[0][1]["htsr_step"] + 1)
+        sets, decouples = self.policy.sets, self.policy.decouple_weight_decay
         for _, group in groups:
             if (m := group["multiplier"]) == 1.0:
                 continue
-            self._scale(group, self.policy.sets, m)
-            if self.policy.decouple_weight_decay and m > 0 and group.get("weight_decay"):
+            self._scale(group, sets, m)
+            if decouples and m > 0 and group.get("weight_decay"):
                 self._scale(group, "weight_decay", 1 / m)
 
     def after_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -257,9 +257,9 @@ class Layerwise:
 
     def restore(self) -> None:
         """Put the user's own values back, exactly; tensors stay the objects that they were."""
-        while self._saved:
-            group, key, value = self._saved.pop()
-            if isinstance(group[key], torch.Tensor):
+        saved, self._saved = self._saved, []
+        for group, key, value in reversed(saved):
+            if isinstance(value, torch.Tensor):
                 group[key].copy_(value)
             else:
                 group[key] = value
@@ -285,7 +285,8 @@ class Layerwise:
 
         DeepSpeed's ZeRO calls a step for each: stages 1 and 2 show the optimizer one group, stage 3 empties the others.
         """
-        return [(i, group) for i, group in self.groups(optimizer) if group["params"]]
+        of_group = self.of_group
+        return [(of_group[g["htsr_place"]], g) for g in optimizer.param_groups if "htsr_step" in g and g["params"]]
 
     def before_state_dict(self, optimizer: torch.optim.Optimizer) -> None:
         """Have the user's own values saved; and warn of an `optimizer` that has trained without calling its hooks."""

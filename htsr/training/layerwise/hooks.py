@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from htsr.training.layerwise.engine import Layerwise
+from htsr.training.layerwise.together import together
 
 _ENGINE = "_htsr_layerwise"
 
@@ -52,12 +53,14 @@ def engine_of(optimizer: Any) -> Layerwise | None:
 
 
 def _restore_when_step_raises(engine: Layerwise, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the rates when a step raises: torch runs no hook then, and a scheduler would go on from wrong ones."""
+    """Have groups stepped together, and the rates restored when a step raises: torch runs no hook then, and a scheduler
+    would go on from wrong ones."""
     step: Any = optimizer.step
     inner: Callable[..., Any] | None = getattr(step, "__func__", None)
     if inner is None:  # something else steps in its place
         return
     me = weakref.ref(optimizer)
+    inner = together(optimizer, inner)
 
     @wraps(inner)
     def guarded(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
