@@ -12,6 +12,7 @@ from htsr.calibration.outlier_scores import measure_outliers
 from htsr.calibration.outliers import Outliers
 from htsr.calibration.records import Record, text_of
 from htsr.errors import UsageError
+from htsr.finetuning.placing import on_device
 from htsr.ranks import Ranks
 from htsr.training.lora import lora_config
 from htsr.training.sampling.probabilities import Strategy
@@ -31,6 +32,7 @@ def prepare(
     before: Analysis | None,
     output: Path,
     say: Callable[[str], None],
+    device: torch.device,
 ) -> tuple[torch.nn.Module, LayerSampler | None]:
     """The model with its adapters, and the sampler of blocks or None, as the recipe's method has them.
 
@@ -42,6 +44,7 @@ def prepare(
         before: analysis of the model, for what depends on spectra.
         output: folder in which ``outliers.json`` is kept.
         say: function that is told, in one sentence, what takes a while.
+        device: device on which outliers are measured.
 
     Raises:
         UsageError: the recipe needs spectra and has none.
@@ -51,7 +54,7 @@ def prepare(
     strategy = (given.strategy or default) if given else None
     scores: Outliers | Analysis | None = None
     if strategy in ("owlore", "reverse"):
-        scores = _outliers(recipe, model, tokenizer, train, output / "outliers.json", say)
+        scores = _outliers(recipe, model, tokenizer, train, output / "outliers.json", say, device)
     elif strategy in ("alpha", "erg", "snr"):
         if before is None:
             raise UsageError(f"the strategy {strategy} needs spectra: true")
@@ -82,6 +85,7 @@ def _outliers(
     train: Sequence[Record],
     path: Path,
     say: Callable[[str], None],
+    device: torch.device,
 ) -> Outliers:
     """Outliers from the recipe's file, from the run's own when resuming, or measured by the first process for all."""
     given = recipe.sampling
@@ -96,7 +100,8 @@ def _outliers(
         texts = [text_of(record, tokenizer) for record in train[: given.calibration_samples]]
         length = recipe.training.get("max_length") or 512
         thresholds = sorted({3.0, 5.0, 7.0, 10.0, given.threshold})
-        found = measure_outliers(model, tokenizer, texts, thresholds=thresholds, length=length)
+        with on_device(model, device):
+            found = measure_outliers(model, tokenizer, texts, thresholds=thresholds, length=length)
         found = replace(found, label=recipe.model)
         found.save(path)
         return found

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from htsr.analysis.analyze import analyze
 from htsr.analysis.result import Analysis
-from htsr.calibration.loading import load_model, resolve
+from htsr.calibration.loading import resolve
 from htsr.calibration.multiple_choice import multiple_choice_accuracy
 from htsr.calibration.record_forms import Record, as_dataset
 from htsr.finetuning.recipe import Recipe
@@ -73,6 +73,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
         check_same_run(recipe, output, say)
 
     from htsr.finetuning.arguments import training_arguments
+    from htsr.finetuning.placing import load_placed, on_device
     from htsr.finetuning.preflight import agree, check_sharding, prepare_data
     from htsr.finetuning.saving import finished_result, write_reports
 
@@ -91,8 +92,9 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
     before, accuracy, metrics, coverage = _train(recipe, arguments, prepared, output, ranks, say)
     gc.collect()  # model, optimizer and trainer hold each other, and the saved model is loaded next
     if prepared.questions:
-        trained = load_model(str(output), **_how(recipe)).to(arguments.device)
-        found = multiple_choice_accuracy(trained, prepared.tokenizer, prepared.questions)
+        trained = load_placed(arguments, str(output), **_how(recipe))
+        with on_device(trained, arguments.device):
+            found = multiple_choice_accuracy(trained, prepared.tokenizer, prepared.questions)
         metrics |= {f"before_{key}": value for key, value in (accuracy or {}).items()} | asdict(found)
         del trained
     after = _spectra(recipe, str(output), output / "spectra_after.npz", ranks, say)
@@ -107,16 +109,18 @@ def _train(
     """Spectra and accuracy before, metrics, and coverage of a training whose model is saved and let go."""
     from htsr.finetuning.labels import insist_on_labels
     from htsr.finetuning.methods import prepare
+    from htsr.finetuning.placing import load_placed, on_device
     from htsr.finetuning.saving import save_model
     from htsr.finetuning.trainer import FinetuneTrainer
 
     train, held_out, checkpoint = prepared.train, prepared.held_out, prepared.checkpoint
-    model = load_model(recipe.model, revision=recipe.revision, **_how(recipe)).to(arguments.device)
+    model = load_placed(arguments, recipe.model, revision=recipe.revision, **_how(recipe))
     # adapters are merged into the weights as they are stored
     whole = resolve(recipe.model) if recipe.method == "qlora" else model
     before = _spectra(recipe, whole, output / "spectra_before.npz", ranks, say)
-    accuracy = _accuracy(model, prepared.tokenizer, prepared.questions, output / "accuracy_before.json", ranks, say)
-    model, sampler = prepare(recipe, model, prepared.tokenizer, train, before, output, say)
+    with on_device(model, arguments.device):
+        accuracy = _accuracy(model, prepared.tokenizer, prepared.questions, output / "accuracy_before.json", ranks, say)
+    model, sampler = prepare(recipe, model, prepared.tokenizer, train, before, output, say, arguments.device)
     trainer: Any = FinetuneTrainer(
         recipe=recipe,
         sampler=sampler,
