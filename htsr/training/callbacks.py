@@ -31,6 +31,7 @@ class LayerwiseCallback(TrainerCallback):
     Args:
         trainer: Trainer that the callback is added to, before `train`.
         policy: policy that `htsr.layerwise` takes: a name, a `Policy` or fixed multipliers.
+        distributed: whether the ranks of a process group train one model, as in `htsr.layerwise`.
         **changes: fields of `htsr.Policy` to be changed.
 
     Raises:
@@ -38,13 +39,15 @@ class LayerwiseCallback(TrainerCallback):
             refuses.
     """
 
-    def __init__(self, trainer: Trainer, policy: PolicyLike = "llr", **changes: Any) -> None:
+    def __init__(
+        self, trainer: Trainer, policy: PolicyLike = "llr", *, distributed: bool = True, **changes: Any
+    ) -> None:
         if not callable(getattr(trainer, "create_optimizer", None)):
             raise UsageError(
                 "LayerwiseCallback needs its Trainer: make the Trainer first, then "
                 "trainer.add_callback(htsr.LayerwiseCallback(trainer, 'llr'))"
             )
-        self.trainer, self.policy = trainer, make_policy(policy, **changes)
+        self.trainer, self.policy, self.distributed = trainer, make_policy(policy, **changes), distributed
         self._create: Callable[..., Any] = trainer.create_optimizer
         setattr(trainer, "create_optimizer", self._create_layerwise)  # noqa: B010 - on this trainer, whatever its class
 
@@ -53,7 +56,7 @@ class LayerwiseCallback(TrainerCallback):
         optimizer = self._create() if model is None else self._create(model)
         if engine_of(optimizer) is None:
             inner: Any = self.trainer.model if model is None else model
-            layerwise(optimizer, inner, self.policy)
+            layerwise(optimizer, inner, self.policy, distributed=self.distributed)
         return optimizer
 
     def on_train_begin(

@@ -34,3 +34,9 @@ def skipped_by_scaler(optimizer: Any) -> bool:
     """
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found.item())
+
+
+def is_captured() -> bool:
+    """Whether what runs now is captured into a CUDA graph, which will repeat it with the numbers of this moment."""
+    begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return begun and torch.cuda.is_current_stream_capturing()

@@ -39,7 +39,7 @@ from htsr.training.layerwise.units import (
     require_patterns,
     unit_of,
 )
-from htsr.training.steps import running_steps, skipped_by_scaler
+from htsr.training.steps import is_captured, running_steps, skipped_by_scaler
 
 if TYPE_CHECKING:
     from torch import nn
@@ -230,6 +230,11 @@ class Layerwise:
         if self._outermost in running[1:]:
             return  # the step of a subclass has called its parent's, and torch runs the hooks for both
         self.restore()  # where the last step raised
+        if is_captured():
+            raise UsageError(
+                "a layerwise step cannot be captured into a CUDA graph, which would repeat this step's multipliers for "
+                "ever: capture forward and backward, and call optimizer.step() after the replay"
+            )
         self._outermost = running[0]
         groups = self._stepped(optimizer)
         if not groups or skipped_by_scaler(optimizer):

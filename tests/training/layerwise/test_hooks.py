@@ -105,6 +105,22 @@ class TestRaisingSteps:
         assert {g["htsr_step"] for g in optimizer.param_groups} == {5}
 
 
+def test_a_step_cannot_be_captured(monkeypatch):
+    """A CUDA graph would repeat the multipliers of its capture."""
+    model, optimizer = made()
+    train(model, optimizer, [0])
+    before = [p.detach().clone() for p in model.parameters()]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(UsageError, match="captured into a CUDA graph"):
+        train(model, optimizer, [1])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    monkeypatch.undo()
+    train(model, optimizer, [1])
+    assert {group["lr"] for group in optimizer.param_groups} == {LR}
+    assert optimizer.param_groups[0]["htsr_step"] == 2
+
+
 class SAM(torch.optim.Optimizer):
     """Two steps a batch, of which the base optimizer does the second."""
 

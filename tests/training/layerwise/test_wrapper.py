@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -494,6 +495,12 @@ class TestRefusals:
     def test_a_callback_without_its_trainer(self):
         with pytest.raises(UsageError, match="make the Trainer first"):
             htsr.LayerwiseCallback("llr")
+
+    def test_the_callback_hands_on_whether_ranks_share_a_model(self):
+        model = TinyLM()
+        trainer = SimpleNamespace(model=model, create_optimizer=lambda: torch.optim.AdamW(model.parameters()))
+        htsr.LayerwiseCallback(trainer, distributed=False)
+        assert engine_of(trainer.create_optimizer()).distributed is False
 
     def test_relative_step(self):
         from transformers.optimization import Adafactor
