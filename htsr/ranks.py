@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -123,7 +124,7 @@ class Ranks:
         except Exception as error:
             failure = error
         if (store := _default_store()) is not None:
-            _wait_for_all(store, self.rank, self.size)
+            _wait_for_all(store, _ARRIVALS, self.rank, self.size, partial(_unfinished, self.rank))
         found: list[Any] = [None] * self.size
         distributed.all_gather_object(found, (mine, _said(failure, self.rank)))
         if failure is not None:
@@ -227,27 +228,50 @@ def _default_store() -> Store | None:
     return store
 
 
-def _wait_for_all(store: Store, rank: int, size: int) -> None:
-    """Wait until all ranks have called this as often as this one. `store` counts the calls of each, and of all.
+def _wait_for_all(
+    store: Store, place: str, rank: int, size: int, late: Callable[[Sequence[str]], str], patience: float | None = None
+) -> None:
+    """Wait until all ranks have come to a place as often as this one.
 
-    No rank calls it again before the others have come, so that the calls of all tell whether they have.
+    The `store` counts how often each came there, and all together. No rank comes again before the others have come, so
+    that the number of all tells whether they have.
+
+    Args:
+        store: store of all ranks.
+        place: name of the place, under which the store counts.
+        rank: index of this process.
+        size: number of processes.
+        late: function that makes a sentence of the ranks that have not come; it is logged once.
+        patience: seconds after which they are given up; None for never.
+
+    Raises:
+        UsageError: ranks have not come; it says the sentence.
     """
-    own = f"{_ARRIVALS}/{rank}"
+    own = f"{place}/{rank}"
     turn = store.add(own, 1)
+    come = store.add(place, 1)
+
+    def said() -> str:
+        return late([str(other) for other in range(size) if store.add(f"{place}/{other}", 0) < turn])
+
+    started, worried = time.monotonic(), False
     try:
-        come = store.add(_ARRIVALS, 1)
-        started, worried = time.monotonic(), False
         while come < size * turn:
             waited = time.monotonic() - started
+            if patience is not None and waited > patience:
+                if store.add(place, -1) < size * turn - 1:  # from now on nobody counts on this rank
+                    sentence = said()
+                    store.add(own, -1)
+                    raise UsageError(sentence)
+                store.add(place, 1)  # the last one came this moment
             if waited > _WORRY and not worried:
-                late = [str(other) for other in range(size) if store.add(f"{_ARRIVALS}/{other}", 0) < turn]
-                logger.warning("rank %d has done its part and waits for rank %s to do the same", rank, _some(late))
+                logger.warning("%s", said())
                 worried = True
             time.sleep(min(0.25, max(0.001, waited / 8)))
-            come = store.add(_ARRIVALS, 0)
+            come = store.add(place, 0)
     except KeyboardInterrupt:
         store.add(own, -1)
-        store.add(_ARRIVALS, -1)
+        store.add(place, -1)
         raise
 
 
@@ -262,28 +286,12 @@ def _said(failure: Exception | None, rank: int) -> tuple[type[HtsrError], str] |
 
 
 def _meet(store: Store, rank: int, size: int, call: str, advice: str) -> None:
-    """Wait until all ranks have come here as often as this one; every rank counts in the `store` how often it came."""
-    meeting = store.add(_place(rank), 1)
-    gate = f"htsr/meeting/{meeting}"
-    come = store.add(gate, 1)
-    started, worried = time.monotonic(), False
-    while come < size:
-        waited = time.monotonic() - started
-        if waited > PATIENCE and store.add(gate, -1) < size - 1:
-            store.add(_place(rank), -1)
-            raise UsageError(_late(store, rank, size, meeting, call, advice))
-        if waited > PATIENCE:  # the last one came this moment
-            store.add(gate, 1)
-        if waited > _WORRY and not worried:
-            logger.warning("%s", _late(store, rank, size, meeting, call, advice))
-            worried = True
-        time.sleep(0.01 if waited < 1 else 0.25)
-        come = store.add(gate, 0)
+    """Wait until all ranks have come to a meeting as often as this one, and give up those that do not."""
+    _wait_for_all(store, "htsr/meetings", rank, size, lambda late: _absent(rank, late, call, advice), PATIENCE)
 
 
-def _late(store: Store, rank: int, size: int, meeting: int, call: str, advice: str) -> str:
-    late = [str(other) for other in range(size) if other != rank and store.add(_place(other), 0) < meeting]
-    return _absent(rank, late, call, advice)
+def _unfinished(rank: int, late: Sequence[str]) -> str:
+    return f"rank {rank} has done its part and waits for rank {_some(late)} to do the same"
 
 
 def _absent(rank: int, late: Sequence[str], call: str, advice: str) -> str:
@@ -295,10 +303,6 @@ def _absent(rank: int, late: Sequence[str], call: str, advice: str) -> str:
 
 def _some(ranks: Sequence[str]) -> str:
     return ", ".join(ranks[:8]) + ", …" * (len(ranks) > 8)
-
-
-def _place(rank: int) -> str:
-    return f"htsr/{rank}"
 
 
 def _store_of_launcher(call: str, advice: str) -> Store | None:

@@ -1,6 +1,7 @@
 """Two gloo processes share an analysis of one model, and of nothing else."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from types import SimpleNamespace
@@ -267,3 +268,29 @@ def test_checksums_tell_one_entry(dtype):
     assert checksum(broken) is None
     assert checksum(matrices[0], 16) is not None
     assert np.unique([checksum(matrix, 16) for matrix in matrices]).size == 2
+
+
+def test_those_that_have_given_up_are_not_counted_and_meetings_leave_no_keys(monkeypatch):
+    """Three ranks, two of which come at first; each rank is a thread, all have one store."""
+    monkeypatch.setattr(ranks, "PATIENCE", 0.2)
+    store, size = distributed.HashStore(), 3
+
+    def meet(present):
+        def one(rank):
+            try:
+                ranks._meet(store, rank, size, "work", "")
+            except htsr.UsageError as error:
+                return str(error).partition(":")[0]
+            return "met"
+
+        with ThreadPoolExecutor(size) as pool:
+            return list(pool.map(one, present))
+
+    missed = [f"rank {rank} is in work and waits for rank" for rank in range(size)]
+    assert all(said.startswith(missed[rank]) for rank, said in enumerate(meet([0, 1])))
+    assert meet([2])[0].startswith(missed[2])  # it finds nobody who still waits
+    monkeypatch.setattr(ranks, "PATIENCE", 60.0)
+    assert meet([0, 1, 2]) == ["met"] * size
+    keys = store.num_keys()
+    assert [meet([2, 0, 1]) for _ in range(3)] == [["met"] * size] * 3
+    assert store.num_keys() == keys
