@@ -109,7 +109,6 @@ def test_a_step_waits_no_more_than_torchs_adamw(device, synchronisations):
         assert step_by_gradients(model, optimizer, range(3), synchronisations) == [[], [], []]
 
 
-@pytest.mark.xfail(reason="to come")
 def test_new_subspaces_wait_a_few_times(device, synchronisations):
     model = model_on(device)
     waited = step_by_gradients(model, optimizer_of(model), range(1), synchronisations)
@@ -165,7 +164,6 @@ def test_resume_of_narrow_weights(device, rounding):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
 
 
-@pytest.mark.xfail(reason="to come")
 @pytest.mark.parametrize("gradients", ["keep", "project"])
 def test_autocast(device, gradients):
     """Projections are not taken in the precision of the products."""

@@ -48,7 +48,6 @@ def test_steps(device, synchronisations, frozen_state, embedding):
         assert frozen_state != "drop" or parameter.requires_grad or id(parameter) in active
 
 
-@pytest.mark.xfail(reason="to come")
 def test_offloaded_state_lies_in_pinned_memory(device):
     model = model_on(device)
     _, optimizer = sampled(model, frozen_state="offload")
@@ -82,7 +81,6 @@ def test_with_narrow_weights(device, rounding, frozen_state):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.xfail(reason="to come")
 @pytest.mark.parametrize("optimizer", [None, low_rank()], ids=["AdamW", "LowRankAdamW"])
 @pytest.mark.parametrize("frozen_state", ["drop", "keep", "offload"])
 def test_resume(device, memory, synchronisations, frozen_state, optimizer):

@@ -12,35 +12,22 @@ without a rank get torch.optim.AdamW's update.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from htsr.errors import UsageError
+from htsr.training.lowrank import sealing
 from htsr.training.lowrank.groups import check_group
 from htsr.training.lowrank.moments import StateDtype
-from htsr.training.lowrank.projection import coordinates, insist_on_finite, is_due, without_autocast
-from htsr.training.lowrank.released import ReleasedGradient
+from htsr.training.lowrank.projection import coordinates, insist_on_finite, is_due, refuse_capture, without_autocast
+from htsr.training.lowrank.released import Gradients, ReleasedGradient, release_in_backward
 from htsr.training.lowrank.rounding import Rounding
 from htsr.training.lowrank.subspace import Method, is_distributed, local
 from htsr.training.lowrank.update import Constants, Group, Pending, in_batches, update
-
-Gradients: TypeAlias = Literal["keep", "project", "update"]
-
-_PROJECTED = (
-    "gradients='project' has projected it during backward. Clip by the 2-norm (with process_group by the optimizer's "
-    "clip_grad_norm_), run DDP under no_sync() and pass process_group; a GradScaler, or whatever else reads whole "
-    "gradients, wants gradients='keep'"
-)
-_USED = (
-    "gradients='update' has used it up during backward, and nothing can clip, scale or average it any more. Set "
-    "max_grad_norm to 0 (transformers' Trainer clips by default), or take gradients='project', or for a GradScaler and "
-    "DDP 'keep'"
-)
 
 
 class LowRankAdamW(torch.optim.Optimizer):
@@ -192,7 +179,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _refuse_capture()
+        refuse_capture()
         pending = self._pending()
         with without_autocast(one.parameter for one in pending):
             self._check(pending)
@@ -258,12 +245,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         Args:
             state_dict: state dict of an optimizer with the same groups.
         """
-        # sealed after all other hooks, and opened before those that come after loading
-        sealing = self.register_load_state_dict_pre_hook(lambda _, given: {**given, "state": _sealed(given["state"])})
-        try:
+        with sealing.sealed(self):
             super().load_state_dict(state_dict)
-        finally:
-            sealing.remove()
         self._places.clear()
 
     def take_up(self, parameter: Tensor, released: ReleasedGradient, G: Tensor) -> None:
@@ -278,7 +261,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             HtsrError: the gradient has NaN or Inf where a projector is due.
             UsageError: ``update`` has had a gradient of this parameter since the last step, or there are step hooks.
         """
-        _refuse_capture()
+        refuse_capture()
         if not self._places:  # groups may have been split or loaded since the last step
             self._places = {member: (group, index) for group, member, index in self._members()}
         group, index = self._places[parameter]
@@ -312,10 +295,7 @@ class LowRankAdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy; `load_state_dict` calls it, too."""
-        for parameter, values in state["state"].items():
-            for name, value in values.items():
-                if isinstance(value, _Sealed):
-                    values[name] = value.opened(name, parameter)
+        sealing.open_all(state["state"])
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():  # a state from before an option, or of torch.optim.AdamW
@@ -339,34 +319,10 @@ class LowRankAdamW(torch.optim.Optimizer):
         """Release gradients during backward; parameters that were exchanged since (FSDP) are found at the next step."""
         if self.gradients == "keep":
             return
-        optimizer = weakref.ref(self)  # parameters outlive an optimizer, and its hooks are then idle
-
-        def hook(parameter: Tensor) -> None:
-            if (alive := optimizer()) is not None:
-                alive._release(parameter)
-
         for group, parameter, _ in self._members():
             if parameter not in self._hooked and (self.gradients == "update" or group["rank"] is not None):
-                trains = parameter.requires_grad
-                parameter.requires_grad_(True)  # torch hooks no frozen tensor; the hook outlives freezing
-                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-                parameter.requires_grad_(trains)
+                release_in_backward(parameter, self)
                 self._hooked.add(parameter)
-
-    @torch.no_grad()
-    def _release(self, parameter: Tensor) -> None:
-        """Release a gradient; runs as soon as backward has the whole of it."""
-        G = parameter.grad
-        if isinstance(G, ReleasedGradient) and G.is_of(self):
-            return  # it has taken up this gradient
-        if G is None or isinstance(G, ReleasedGradient):
-            raise UsageError("a parameter's gradient is released during backward by another optimizer, too; delete one")
-        parameter.grad = None
-        sentence = _PROJECTED if self.gradients == "project" else _USED
-        averaged = self.process_group is None or self.gradients == "update"
-        released = ReleasedGradient(parameter, self, sentence, clips=averaged)
-        self.take_up(parameter, released, G)
-        parameter.grad = released
 
     def _pending(self, steps: bool = True) -> list[Pending]:
         """The parameters that have a gradient, which stands there as backward left it.
@@ -429,31 +385,3 @@ class LowRankAdamW(torch.optim.Optimizer):
             return gradient
         torch.distributed.all_reduce(gradient, group=self.process_group)
         return gradient.div_(self.process_group.size())
-
-
-def _refuse_capture() -> None:
-    """Refuse to be captured in a CUDA graph, which would repeat one step's corrections, rounding and subspace."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise UsageError(
-            "LowRankAdamW cannot be captured in a CUDA graph, since no two of its steps are alike: capture forward and "
-            "backward with gradients='keep', and call step outside"
-        )
-
-
-class _Sealed:
-    """A tensor of a loaded state, which torch would cast to the parameter's dtype and device."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach()
-
-    def opened(self, name: str, parameter: Any) -> Tensor:
-        """A copy where the optimizer wants it: the step on the CPU, so that no device is waited for to read it."""
-        step = name == "step" or not torch.is_tensor(parameter)
-        return self.tensor.to("cpu" if step else parameter.device, copy=True)
-
-
-def _sealed(state: dict[Any, Any]) -> dict[Any, Any]:
-    return {
-        key: {name: _Sealed(value) if torch.is_tensor(value) else value for name, value in values.items()}
-        for key, values in state.items()
-    }

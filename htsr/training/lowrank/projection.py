@@ -95,5 +95,18 @@ def without_autocast(parameters: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
+def refuse_capture() -> None:
+    """Refuse to be captured in a CUDA graph, which would repeat one step's corrections, rounding and subspace.
+
+    Raises:
+        UsageError: a graph is being captured.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise UsageError(
+            "LowRankAdamW cannot be captured in a CUDA graph, since no two of its steps are alike: capture forward and "
+            "backward with gradients='keep', and call step outside"
+        )
+
+
 def _place(one: Pending) -> str:
     return f"parameter {one.number} ({'×'.join(map(str, one.R.shape))}) at step {one.done + 1}"

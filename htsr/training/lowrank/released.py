@@ -9,18 +9,41 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from htsr.errors import UsageError
 
 _aten: Any = torch.ops.aten
 
 
+Gradients: TypeAlias = Literal["keep", "project", "update"]
+
+_PROJECTED = (
+    "gradients='project' has projected it during backward. Clip by the 2-norm (with process_group by the optimizer's "
+    "clip_grad_norm_), run DDP under no_sync() and pass process_group; a GradScaler, or whatever else reads whole "
+    "gradients, wants gradients='keep'"
+)
+_USED = (
+    "gradients='update' has used it up during backward, and nothing can clip, scale or average it any more. Set "
+    "max_grad_norm to 0 (transformers' Trainer clips by default), or take gradients='project', or for a GradScaler and "
+    "DDP 'keep'"
+)
+
+
 class Owner(Protocol):
-    """An optimizer that releases gradients during backward."""
+    """An optimizer that releases gradients during backward.
+
+    Attributes:
+        gradients: what it does with them, ``project`` or ``update``.
+        process_group: processes over which it averages what it has projected.
+    """
+
+    gradients: Gradients
+    process_group: ProcessGroup | None
 
     def take_up(self, parameter: Tensor, released: ReleasedGradient, G: Tensor) -> None:
         """Take a full gradient into the subspace, or use it up.
@@ -113,6 +136,40 @@ class ReleasedGradient(Tensor):
         flat = (leaf for arg in args for leaf in (arg if isinstance(arg, (list, tuple)) else [arg]))
         mine = next(leaf for leaf in flat if isinstance(leaf, ReleasedGradient))
         raise UsageError(f"{func.overloadpacket.__name__} asks for a gradient that is gone: {mine.sentence}")
+
+
+def release_in_backward(parameter: Tensor, owner: Owner) -> None:
+    """Have the owner take up a parameter's gradient, in every backward to come, as soon as it is whole.
+
+    Args:
+        parameter: parameter of any shape, frozen or not.
+        owner: optimizer; once it is gone, gradients stay.
+    """
+    reference = weakref.ref(owner)  # parameters outlive an optimizer, and its hooks are then idle
+
+    def hook(parameter: Tensor) -> None:
+        if (alive := reference()) is not None:
+            _release(parameter, alive)
+
+    trains = parameter.requires_grad
+    parameter.requires_grad_(True)  # torch hooks no frozen tensor; the hook outlives freezing
+    parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    parameter.requires_grad_(trains)
+
+
+@torch.no_grad()
+def _release(parameter: Tensor, owner: Owner) -> None:
+    G = parameter.grad
+    if isinstance(G, ReleasedGradient) and G.is_of(owner):
+        return  # it has taken up this gradient
+    if G is None or isinstance(G, ReleasedGradient):
+        raise UsageError("a parameter's gradient is released during backward by another optimizer, too; delete one")
+    parameter.grad = None
+    sentence = _PROJECTED if owner.gradients == "project" else _USED
+    averaged = owner.process_group is None or owner.gradients == "update"
+    released = ReleasedGradient(parameter, owner, sentence, clips=averaged)
+    owner.take_up(parameter, released, G)
+    parameter.grad = released
 
 
 def _asks_for_the_norm_alone() -> bool:

@@ -162,7 +162,7 @@ def _subspace_iteration(A: Tensor, rank: int, previous: Tensor | None, generator
     """Basis of the top right singular subspace of A: products in A's dtype, bases in float32 at least."""
     dtype = torch.promote_types(A.dtype, torch.float32)
     width = min(A.shape[1], rank + OVERSAMPLING)
-    known = torch.empty(A.shape[1], 0, dtype=dtype) if previous is None else previous[:, :width]
+    known = A.new_empty(A.shape[1], 0, dtype=dtype) if previous is None else previous[:, :width]
     noise = torch.randn(A.shape[1], width - known.shape[1], generator=generator, dtype=dtype)
     Q = torch.linalg.qr(torch.cat([known.to(A.device), noise.to(A.device, non_blocking=True)], 1))[0]
     for _ in range(_COLD_ITERATIONS if previous is None else _WARM_ITERATIONS):

@@ -9,7 +9,7 @@ from htsr.results import Column, Record, Table, Tabular
 
 if TYPE_CHECKING:
     from htsr.training.lowrank.moments import StateDtype
-    from htsr.training.lowrank.optimizer import Gradients
+    from htsr.training.lowrank.released import Gradients
 
 TrainingMethod: TypeAlias = Literal["full", "lora", "qlora", "galore", "lisa", "owlore"]
 Embeddings: TypeAlias = Literal["train", "lowrank", "freeze"]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from htsr.training.lowrank.moments import StateDtype
-    from htsr.training.lowrank.optimizer import Gradients
+    from htsr.training.lowrank.released import Gradients
 
 
 Source: TypeAlias = Union[str, "os.PathLike[str]", "torch.nn.Module"]

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 
 import numpy as np
@@ -682,6 +683,100 @@ def test_bad_parameters_and_gradients_are_a_sentence():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(UsageError, match="sparse=False"):
         optimizer.step()
+
+
+def test_a_gradient_with_nan_stops_the_step_before_anything_is_changed():
+    params = parameters()
+    optimizer = LowRankAdamW(groups(params, refresh_every=2), lr=0.1)
+    for grads in gradients(2):
+        take(optimizer, params, grads)
+    before = copy.deepcopy([params, list(optimizer.state.values())])
+    grads = gradients(3)[2]
+    grads[2][0, 5] = float("inf")
+    for parameter, grad in zip(params, grads, strict=True):
+        parameter.grad = grad
+    with pytest.raises(HtsrError, match=r"parameter 2 \(16×16\) at step 3: a gradient has NaN or Inf"):
+        optimizer.clip_grad_norm_(1.0)
+    with pytest.raises(HtsrError, match=r"parameter 2 \(16×16\) at step 3: a gradient has NaN or Inf"):
+        optimizer.step()
+    torch.testing.assert_close([params, list(optimizer.state.values())], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["keep", "project", "update"])
+def test_backward_and_step_under_autocast_project_in_the_precision_of_the_gradient(mode):
+    """In autocast's bfloat16 a projection is 1 % off, and a basis of randomised iteration no basis."""
+    models = make(), make()
+    states = []
+    for model, autocast in zip(models, (False, True), strict=True):
+        optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients=mode)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(model, batch(0))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            (loss + sum(1e-3 * parameter.square().sum() for parameter in model.parameters())).backward()
+            if mode != "update":
+                optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+        states.append([optimizer.state[parameter] for parameter in optimizer.param_groups[0]["params"]])
+    for right, ours in zip(*states, strict=True):
+        P = ours["projector"]
+        torch.testing.assert_close(P.mT @ P, torch.eye(4), rtol=0, atol=1e-5)
+        torch.testing.assert_close(right["exp_avg"], ours["exp_avg"], rtol=1e-4, atol=1e-7)
+
+
+def test_hooks_of_loading_are_heeded_and_find_the_state_as_it_stays():
+    """A sampler's, that keep some of it on the host; all was moved to the device after them."""
+    model = make(dtype=torch.bfloat16)
+    optimizer = LowRankAdamW(low_rank_groups(model, 4))
+    train(model, optimizer, 2)
+    saved = optimizer.state_dict()
+    resumed = LowRankAdamW(low_rank_groups(model, 4))
+    seen = []
+
+    def before(_, state_dict):
+        return {**state_dict, "state": {key: value for key, value in state_dict["state"].items() if key}}
+
+    def after(loaded):
+        state = loaded.state[loaded.param_groups[0]["params"][1]]
+        seen.append({name: value.dtype for name, value in state.items()})
+        state["exp_avg"] = state["exp_avg"].clone()
+        seen.append(state["exp_avg"].data_ptr())
+
+    resumed.register_load_state_dict_pre_hook(before)
+    resumed.register_load_state_dict_post_hook(after)
+    resumed.load_state_dict(saved)
+    first, second = resumed.param_groups[0]["params"][:2]
+    assert first not in resumed.state
+    assert seen[0] == {"step": torch.float32, "exp_avg": torch.float32, "exp_avg_sq": torch.float32} | {
+        "projector": torch.bfloat16
+    }
+    assert resumed.state[second]["exp_avg"].data_ptr() == seen[1]
+    for mine, name in itertools.product([second], resumed.state[second]):
+        assert torch.equal(resumed.state[mine][name], optimizer.state[mine][name])
+        assert resumed.state[mine][name].data_ptr() != optimizer.state[mine][name].data_ptr()
+
+
+@pytest.mark.parametrize("mode", ["keep", "update"])
+def test_a_compiled_step_is_the_step(mode):
+    models = make(), make()
+    for model in models:
+        optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients=mode, refresh_every=2)
+        step = torch.compile(optimizer.step, backend="eager") if model is models[0] else optimizer.step
+        for number in range(5):
+            loss_of(model, batch(number)).backward()
+            step()
+            optimizer.zero_grad()
+    assert same(*models)
+
+
+@pytest.mark.parametrize("mode", ["keep", "update"])
+def test_capture_in_a_cuda_graph_is_refused(mode, monkeypatch):
+    """It would repeat one step's bias correction, noise and subspace without a word."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    model = make()
+    optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients=mode)
+    with pytest.raises(UsageError, match="cannot be captured in a CUDA graph"):
+        train(model, optimizer, 1)
 
 
 def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned():
