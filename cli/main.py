@@ -417,6 +417,7 @@ def project(
 def main(args: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     from htsr.errors import HtsrError, UsageError, reason_of
+    from htsr.ranks import is_first_to_say
     from htsr.reporting.text import visible
 
     for stream in (sys.stdout, sys.stderr):
@@ -427,10 +428,12 @@ def main(args: list[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1 if end.code else 0
     except HtsrError as error:
-        typer.echo("\n".join(visible(line) for line in f"htsr: {error}".splitlines()), err=True)
+        if is_first_to_say(str(error)):
+            typer.echo("\n".join(visible(line) for line in f"htsr: {error}".splitlines()), err=True)
         return 2 if isinstance(error, UsageError) else 1
     except OSError as error:  # a name that the file system does not take, a folder that may not be read
-        typer.echo(f"htsr: {visible(reason_of(error))}", err=True)
+        if is_first_to_say(reason_of(error)):
+            typer.echo(f"htsr: {visible(reason_of(error))}", err=True)
         return 1
     except KeyboardInterrupt:
         typer.echo("htsr: interrupted", err=True)

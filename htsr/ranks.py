@@ -187,6 +187,27 @@ def is_first() -> bool:
     return Ranks.running().is_first if _is_initialized() else not _is_launched() or os.environ.get("RANK", "0") == "0"
 
 
+def is_first_to_say(sentence: str) -> bool:
+    """Whether no other process that was launched with this one has said the `sentence`; true where none can be asked.
+
+    What all ranks refuse, they refuse alike, and it is enough to read it once.
+
+    Examples:
+        >>> from htsr.ranks import is_first_to_say
+        >>> is_first_to_say("there is no such file")
+        True
+    """
+    if not (_is_launched() or _is_initialized()):
+        return True
+    round_ = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    digest = hashlib.sha256(f"{round_} {sentence}".encode("utf-8", "surrogatepass")).hexdigest()
+    try:
+        store = _default_store() if _is_initialized() else _store_of_agent()
+        return store is None or int(store.add(f"htsr/said/{digest}", 1)) == 1
+    except (RuntimeError, ValueError, KeyError):  # the process that held the store has ended
+        return True
+
+
 @contextmanager
 def all_launched(call: str, advice: str = "") -> Iterator[bool]:
     """Within it all processes of the launcher have come, and begin a process group; torch would wait half an hour.
@@ -303,6 +324,16 @@ def _absent(rank: int, late: Sequence[str], call: str, advice: str) -> str:
 
 def _some(ranks: Sequence[str]) -> str:
     return ", ".join(ranks[:8]) + ", …" * (len(ranks) > 8)
+
+
+def _store_of_agent() -> Store | None:
+    """The store that torchrun and accelerate keep while processes come and go; None where there is no such agent."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is there
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_WORRY), wait_for_workers=False)
 
 
 def _store_of_launcher(call: str, advice: str) -> Store | None:

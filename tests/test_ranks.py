@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from htsr_cli.main import main
 from torch import distributed
 
 import htsr
@@ -294,3 +295,22 @@ def test_those_that_have_given_up_are_not_counted_and_meetings_leave_no_keys(mon
     keys = store.num_keys()
     assert [meet([2, 0, 1]) for _ in range(3)] == [["met"] * size] * 3
     assert store.num_keys() == keys
+
+
+@pytest.mark.parametrize("agent", [True, False])
+def test_what_all_ranks_refuse_is_said_once_and_by_all_where_they_cannot_tell(monkeypatch, capsys, agent):
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    launched |= {"TORCHELASTIC_USE_AGENT_STORE": str(agent)}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    codes = []
+    for rank in (1, 0, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        codes.append(main(["compare", "no/such.safetensors", "no/other.safetensors"]))
+    assert codes == [1, 1, 1]
+    said = capsys.readouterr().err
+    assert said.count("htsr: no/such.safetensors") == (1 if agent else 3)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    main(["compare", "no/such.safetensors", "no/other.safetensors"])
+    assert "htsr: no/such.safetensors" in capsys.readouterr().err
