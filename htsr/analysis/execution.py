@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from htsr.errors import UsageError
 from htsr.matrices.models import WeightMatrix
 from htsr.spectra.device import BATCHED_UP_TO, solving_device
 from htsr.spectra.esd import BATCH_UP_TO
-from htsr.spectra.measure import Measured, measure_batch
+from htsr.spectra.measure import Decomposed, Measured, decompose_batch, measure_batch
 from htsr.spectra.metrics import LayerMetrics, Options
 from htsr.spectra.tridiagonal import load_solver
 
@@ -42,9 +43,14 @@ def measure_all(
 ) -> list[Measured]:
     """Measure `matrices`; results in their order, `on_measured(index, result)` in the order of completion."""
     results: dict[int, Measured] = {}
+    found: Iterator[tuple[int, Measured]]
+    if solving_device(options.device) != "cpu":
+        found = _described(for_each(matrices, partial(_decompose, options), options.device), options)
+    else:
+        found = for_each(matrices, partial(_measure, options))
     if options.dtype == "float32" or options.permuted:
         load_solver()  # before threads are limited
-    for index, result in for_each(matrices, partial(_measure, options), options.device):
+    for index, result in found:
         results[index] = result
         if result.row.status != "ok":
             logger.info("%s: %s", result.row.name, result.row.warning)
@@ -97,6 +103,28 @@ def unmeasured_row(matrix: WeightMatrix) -> LayerMetrics:
 
 def _measure(options: Options, matrices: Sequence[WeightMatrix]) -> list[Measured]:
     return measure_batch([(matrix.opened, unmeasured_row(matrix)) for matrix in matrices], options)
+
+
+def _decompose(options: Options, matrices: Sequence[WeightMatrix]) -> list[Decomposed]:
+    return decompose_batch([(matrix.opened, unmeasured_row(matrix)) for matrix in matrices], options)
+
+
+def _described(decomposed: Iterator[tuple[int, Decomposed]], options: Options) -> Iterator[tuple[int, Measured]]:
+    """Rows of spectra, computed in threads of the host while the device is at work on the next matrices."""
+    with ThreadPoolExecutor(workers()) as host:
+        waiting: deque[tuple[int, Future[Measured]]] = deque()
+        try:
+            for index, spectrum in decomposed:
+                waiting.append((index, host.submit(spectrum.measured, options)))
+                while waiting and waiting[0][1].done():
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        except BaseException:
+            host.shutdown(cancel_futures=True)
+            raise
 
 
 def _footprint(matrix: WeightMatrix) -> int:

@@ -7,19 +7,21 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from htsr.arrays import Array, Difference, Product, Vector, as_numpy
 from htsr.errors import MatrixError, UsageError
-from htsr.spectra.attempts import attempted
+from htsr.spectra.attempts import Result, attempted
 from htsr.spectra.certainty import fit_is_certain, is_single, is_unresolved, relative_errors
 from htsr.spectra.density import ESD
 from htsr.spectra.esd import Route, esd, esd_batch
 from htsr.spectra.metrics import LayerMetrics, Options
 from htsr.spectra.permutation import permute_entries
 from htsr.spectra.statistics import permuted_statistics, statistics
+
+Described: TypeAlias = tuple[dict[str, Any], list[str]]
 
 _WITHIN = 1e-4  # relative error of an eigenvalue that a row shows
 
@@ -72,7 +74,7 @@ def measure_batch(
         options: options that say what to compute.
 
     Returns:
-        One result for each of `jobs`, in their order; the time of all is shared evenly among their rows.
+        One result for each of `jobs`, in their order; the time that they took together is shared evenly among them.
 
     Examples:
         >>> import numpy as np
@@ -84,23 +86,78 @@ def measure_batch(
         >>> [(measured.row.status, measured.row.matrix_rank) for measured in measure_batch(jobs, Options())]
         [('ok', 40), ('zero', 0)]
     """
+    return [decomposed.measured(options) for decomposed in decompose_batch(jobs, options)]
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """A matrix that is no longer needed: its row follows from these eigenvalues, in any thread.
+
+    Attributes:
+        unmeasured: row whose numbers are still empty.
+        change: whether the matrix is the change of a model (`htsr.spectra.statistics.statistics`).
+        spectrum: spectrum of the matrix; None where there is none.
+        problem: why there is none.
+        described: statistics of the spectrum where they are known already, or why there are none.
+        permuted: spectrum of the permuted matrix, (K,); None where it was not asked for.
+        beside: numbers that compare the two.
+        note: word of caution that belongs to them; empty where there is none.
+        seconds: time that it took so far.
+    """
+
+    unmeasured: LayerMetrics
+    change: bool = False
+    spectrum: ESD | None = None
+    problem: MatrixError | None = None
+    described: Described | MatrixError | None = None
+    permuted: Vector | None = None
+    beside: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+    seconds: float = 0.0
+
+    def measured(self, options: Options) -> Measured:
+        """The row with its numbers.
+
+        Args:
+            options: options that the matrix was decomposed with.
+        """
+        started = time.perf_counter()
+        found: Described | MatrixError | None = self.problem or self.described
+        if found is None and self.spectrum is not None:
+            found = _attempt(partial(statistics, self.spectrum, options, self.change))
+        if self.spectrum is None or found is None or isinstance(found, MatrixError):
+            assert isinstance(found, MatrixError)  # what has no spectrum has a problem
+            row = replace(self.unmeasured, status=found.status, warning=str(found))
+            return Measured(replace(row, seconds=self.seconds + time.perf_counter() - started))
+        numbers, warnings = _finite(found[0] | self.beside, found[1])
+        sentence = "; ".join(filter(None, [self.unmeasured.warning, *warnings, self.note]))
+        numbers |= {"warning": sentence, "seconds": self.seconds + time.perf_counter() - started}
+        return Measured(replace(self.unmeasured, **numbers), self.spectrum.eigenvalues, self.permuted)
+
+
+def decompose_batch(
+    jobs: Sequence[tuple[Callable[[], Array | Product], LayerMetrics]], options: Options
+) -> list[Decomposed]:
+    """The first half of `measure_batch`: all that needs the matrices, and the device that `options` name.
+
+    Args:
+        jobs: `load` and `unmeasured` of `measure` for each matrix, all of one shape.
+        options: options that say what to compute.
+
+    Returns:
+        One for each of `jobs`, in their order.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.spectra.measure import decompose_batch
+        >>> from htsr.spectra.metrics import LayerMetrics, Options
+        >>> (decomposed,) = decompose_batch([(lambda: np.eye(20), LayerMetrics(name="identity"))], Options())
+        >>> decomposed.measured(Options()).row.status
+        'degenerate'
+    """
     started = time.perf_counter()
-    results: dict[int, Measured] = {}
-
-    def attempt(index: int, step: Callable[[], Any]) -> Any:
-        """The step's value; None where it fails, and then a row that says so."""
-        try:
-            value = attempted(step)
-        except UsageError as problem:  # options are checked before; this one is about the matrix
-            value = MatrixError("failed", str(problem))
-        if isinstance(value, MatrixError):
-            results[index] = Measured(replace(jobs[index][1], status=value.status, warning=str(value)))
-            return None
-        return value
-
-    def described(index: int, spectrum: ESD) -> Any:
-        return attempt(index, partial(statistics, spectrum, options, _is_change(matrices[index])))
-
+    problems: dict[int, MatrixError] = {}
+    attempt = _recording(problems)
     matrices: dict[int, Array | Product] = {
         i: W for i, (load, _) in enumerate(jobs) if (W := attempt(i, load)) is not None
     }
@@ -112,33 +169,64 @@ def measure_batch(
     resolved = {i: spectrum for i, spectrum in spectra.items() if i not in unresolved}
     spectra = resolved | _decompose(unresolved, stored, attempt, double)
     others: dict[int, ESD] = {}
+    lost: dict[int, MatrixError] = {}
     if options.permuted:
         noise: dict[int, Array | Product] = {
             i: _noise(W, jobs[i][1].name, options) for i, W in matrices.items() if i in spectra
         }
         route: Route = "lanczos" if any(s.error is not None for s in spectra.values()) else "gram"
         # float32 will do: there is no tail to fit
-        others = _decompose(noise, stored, attempt, replace(options, route=route, dtype="float32"))
-    for i, first in spectra.items():
-        if (found := described(i, first)) is None:
-            continue
-        spectrum = first
-        if not _is_certain(first, found[0], options):
-            again = _decompose({i: matrices[i]}, stored, attempt, double).get(i)
-            if again is None or (found := described(i, again)) is None:
-                continue
-            spectrum = again
-        numbers, warnings = found
-        other = others.get(i)
-        if other is not None and numbers["status"] != "zero":
-            numbers |= permuted_statistics(matrices[i], spectrum, other, whole=options.windows is None)
-        numbers, warnings = _finite(numbers, warnings)
-        unmeasured = jobs[i][1]
-        sentence = "; ".join([unmeasured.warning, *warnings] if unmeasured.warning else warnings)
-        row = replace(unmeasured, **numbers, warning=sentence)
-        results[i] = Measured(row, spectrum.eigenvalues, None if other is None else other.eigenvalues)
+        others = _decompose(noise, stored, _recording({}), replace(options, route=route, dtype="float32"))
+        small = {i: W for i, W in noise.items() if i not in others}  # whose squares float32 does not hold
+        others |= _decompose(small, stored, _recording(lost), replace(double, route=route))
+    described: dict[int, Described | MatrixError] = {}
+    for i, spectrum in list(spectra.items()):
+        if is_single(spectrum):  # whether that will do is seen from what follows from it
+            found = _attempt(partial(statistics, spectrum, options, _is_change(matrices[i])))
+            if isinstance(found, MatrixError) or _is_certain(spectrum, found[0], options):
+                described[i] = found
+            elif (again := _decompose({i: matrices[i]}, stored, attempt, double).get(i)) is not None:
+                spectra[i] = again
+    beside: dict[int, dict[str, Any]] = {}
+    for i, other in others.items():
+        if i not in problems and spectra[i].positive.size:
+            compared = partial(permuted_statistics, matrices[i], spectra[i], other, whole=options.windows is None)
+            beside[i] = attempt(i, compared) or {}
     seconds = (time.perf_counter() - started) / len(jobs)
-    return [replace(results[i], row=replace(results[i].row, seconds=seconds)) for i in range(len(jobs))]
+    return [
+        Decomposed(
+            unmeasured,
+            i in matrices and _is_change(matrices[i]),
+            None if i in problems else spectra[i],
+            problems.get(i),
+            described.get(i),
+            others[i].eigenvalues if i in others else None,
+            beside.get(i, {}),
+            f"no permuted weights: {lost[i]}" if i in lost else "",
+            seconds,
+        )
+        for i, (_, unmeasured) in enumerate(jobs)
+    ]
+
+
+def _recording(problems: dict[int, MatrixError]) -> Callable[[int, Callable[[], Any]], Any]:
+    """A function that gives what the step of a matrix gives, and None where it fails, which is then its problem."""
+
+    def attempt(index: int, step: Callable[[], Any]) -> Any:
+        value = _attempt(step)
+        if isinstance(value, MatrixError):
+            problems[index] = value
+            return None
+        return value
+
+    return attempt
+
+
+def _attempt(step: Callable[[], Result]) -> Result | MatrixError:
+    try:
+        return attempted(step)
+    except UsageError as problem:  # options are checked before; this one is about the matrix
+        return MatrixError("failed", str(problem))
 
 
 def _finite(numbers: dict[str, Any], warnings: list[str]) -> tuple[dict[str, Any], list[str]]:

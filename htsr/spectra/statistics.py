@@ -18,7 +18,7 @@ from htsr.spectra.notes import notes
 from htsr.spectra.null import alpha_null
 from htsr.spectra.quality import quality
 from htsr.spectra.resampling import bootstrap_alpha, goodness_of_fit
-from htsr.spectra.tail import PowerLawFit, fit_power_law
+from htsr.spectra.tail import PowerLawFit, fit_power_law, fit_rows
 
 
 def statistics(spectrum: ESD, options: Options, change: bool = False) -> tuple[dict[str, Any], list[str]]:
@@ -183,7 +183,9 @@ def _low_rank(spectrum: ESD) -> int | None:
 
 
 def _jackknife(replicates: Vector, options: Options) -> float:
-    alphas = np.array([fit_power_law(v, options.fit, xmin=options.xmin, xmax=options.xmax).alpha for v in replicates])
+    most = np.inf if options.xmax is None else options.xmax
+    tails = np.sort(np.where((replicates > 0) & (replicates <= most), replicates, np.inf), axis=1)
+    alphas = fit_rows(tails, options.fit, xmin=options.xmin).alpha
     n = alphas.size
     return float(((n - 1) / n * ((alphas - alphas.mean()) ** 2).sum()) ** 0.5)
 

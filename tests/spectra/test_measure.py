@@ -322,3 +322,20 @@ class TestFailures:
         assert row.status in ("ok", "underflow", "tiny", "degenerate", "zero")
         assert (row.status == "underflow") == (tiny == 1e-200)
         assert all(np.isfinite(v) for v in vars(row).values() if isinstance(v, float))
+
+    def test_of_the_permuted_matrix(self, monkeypatch):
+        """The rest of the row stands, and it says what it lacks."""
+        W = heavy(0, (20, 30)).astype(np.float64)
+        solve = np.linalg.eigvalsh
+
+        def failing(grams):
+            if not np.allclose(grams, W @ W.T):
+                raise np.linalg.LinAlgError("Eigenvalues did not converge")
+            return solve(grams)
+
+        monkeypatch.setattr(np.linalg, "eigvalsh", failing)
+        monkeypatch.setattr("htsr.spectra.eigenvalues.float32_eigenvalues", failing)
+        row = measure(lambda: W, LayerMetrics(name="w"), Options(permuted=True, null=False)).row
+        assert (row.status, row.num_traps) == ("ok", None)
+        assert row.alpha > 1
+        assert row.warning.endswith("no permuted weights: LinAlgError: Eigenvalues did not converge")
