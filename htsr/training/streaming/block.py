@@ -11,20 +11,26 @@ from htsr.errors import HtsrError, UsageError
 from htsr.training.streaming.homes import Home
 
 
-def shared_parameters(model: nn.Module, blocks: Iterable[nn.Module]) -> set[int]:
-    """Identities of the parameters of blocks that other parts of the model have, too: they stay on the device.
+def resident(model: nn.Module, blocks: Iterable[nn.Module]) -> set[int]:
+    """Identities of the parameters of blocks that stay on the device.
+
+    They are those that other parts of the model have, too, and those that a block has itself and not in one of its
+    parts: checkpointing may compute the inside of a block again without calling the block, and only a call is seen.
 
     Args:
         model: model with these blocks.
         blocks: its blocks.
     """
-    inside = {id(part): index for index, block in enumerate(blocks) for part in block.modules()}
+    blocks = tuple(blocks)
+    lists = (nn.ParameterList, nn.ParameterDict)
+    own = {id(part) for block in blocks for part in (block, *block.children()) if part is block or type(part) in lists}
+    inside = {id(part): index for index, block in enumerate(blocks) for part in block.modules() if id(part) not in own}
     found: dict[int, set[int | None]] = {}
     for part in model.modules():
         for parameter in part._parameters.values():
             if parameter is not None:
                 found.setdefault(id(parameter), set()).add(inside.get(id(part)))
-    return {parameter for parameter, places in found.items() if len(places) > 1}
+    return {parameter for parameter, places in found.items() if len(places) > 1 or None in places}
 
 
 class StreamedBlock:
@@ -33,32 +39,31 @@ class StreamedBlock:
     Args:
         name: name of the block.
         module: the block; its weights move into host memory of the home.
-        shared: identities of parameters that stay on the device.
+        stays: identities of parameters that stay on the device, see `resident`.
         device: device that the block visits.
 
     Attributes:
-        parameters: its parameters, without the shared ones.
+        parameters: its parameters, without those that stay.
         home: home of their values.
         away: indices of those that are away from the device.
-        depth: how many forwards of the block and of its parts run, one in another.
-        saved: context of `saved_weights` while it runs.
+        begun: forwards of the block and of its parts that run, one in another, each with its context of
+            `saved_weights` if it has one.
     """
 
-    def __init__(self, name: str, module: nn.Module, shared: set[int], device: torch.device) -> None:
+    def __init__(self, name: str, module: nn.Module, stays: set[int], device: torch.device) -> None:
         self.name, self.module, self._device = name, module, device
         found = {
             id(parameter): (owner, key, parameter)
             for owner in module.modules()
             for key, parameter in owner._parameters.items()
-            if parameter is not None and id(parameter) not in shared
+            if parameter is not None and id(parameter) not in stays
         }
         self._owners = [(owner, key) for owner, key, _ in found.values()]
         self.parameters = [parameter for _, _, parameter in found.values()]
-        self._rest = [parameter for parameter in module.parameters() if id(parameter) in shared]
+        self._rest = [parameter for parameter in module.parameters() if id(parameter) in stays]
         self.home = Home(self.parameters, device)
         self.away = list(range(len(self.parameters)))
-        self.depth = 0
-        self.saved: torch.autograd.graph.saved_tensors_hooks | None = None
+        self.begun: list[torch.autograd.graph.saved_tensors_hooks | None] = []
         self.go_home()
         module._apply = self._moved  # type: ignore[method-assign]
 
@@ -113,7 +118,7 @@ class StreamedBlock:
         del self.module._apply
 
     def _moved(self, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """What ``module.to`` does: move buffers and shared parameters, and leave the block's own where they are."""
+        """What ``module.to`` does: move buffers and what stays on the device, and leave the others where they are."""
         for parameter in self.parameters:
             like = convert(torch.empty(0, dtype=parameter.dtype, device=self._device))
             if like.dtype != parameter.dtype or like.device != self._device:

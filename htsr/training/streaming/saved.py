@@ -27,33 +27,47 @@ class _Weight:
         return memory[self.start :].view(self.dtype).as_strided(self.shape, self.stride)
 
 
-def saved_weights(slots: Slots) -> torch.autograd.graph.saved_tensors_hooks:
+@dataclass(frozen=True)
+class _Pack:
+    """What autograd keeps of a tensor: the place of a weight, and whatever the hooks outside keep of either."""
+
+    slots: Slots
+    keep: Callable[[Tensor], Any]
+    counts: bool
+
+    def __call__(self, tensor: Tensor) -> tuple[_Weight | None, Any]:
+        found = self.slots.find(tensor)
+        if found is None:
+            return None, self.keep(tensor)
+        weight = _Weight(*found, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        # not the parameter itself, which will have gone home when the hooks outside look at it
+        return weight, self.keep(tensor.detach()) if self.counts else None
+
+
+def saved_weights(slots: Slots) -> torch.autograd.graph.saved_tensors_hooks | None:
     """A context in which autograd keeps the place of a weight that lies in a buffer, and asks for it again in backward.
 
     A linear layer keeps a view of its weight, which would read whatever has come into the buffer since. What hooks
-    outside of this context do with a tensor (activation checkpointing counts them and computes again what is asked for)
-    they do in it, too.
+    outside of this context do with a tensor (activation checkpointing counts them, and computes again what is asked
+    for) they do in it, too.
 
     Args:
         slots: the buffers.
-    """
-    outside: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None
-    outside = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    keep, give = outside or (Tensor.detach, _same)
 
-    def pack(tensor: Tensor) -> tuple[_Weight | None, Any]:
-        found = slots.find(tensor)
-        if found is None:
-            return None, keep(tensor)
-        weight = _Weight(*found, tensor.dtype, tuple(tensor.shape), tensor.stride())
-        return weight, keep(tensor) if outside else None
+    Returns:
+        The context; None where the innermost hooks are such ones already.
+    """
+    outside: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if outside and isinstance(outside[0], _Pack):
+        return None
+    keep, give = outside or (Tensor.detach, _same)
 
     def unpack(kept: tuple[_Weight | None, Any]) -> Any:
         weight, rest = kept
         given = give(rest) if weight is None or outside else None
         return given if weight is None else weight.again(slots)
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    return torch.autograd.graph.saved_tensors_hooks(_Pack(slots, keep, outside is not None), unpack)
 
 
 def _same(kept: Any) -> Any:

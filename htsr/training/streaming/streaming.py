@@ -22,8 +22,7 @@ from torch import nn
 
 from htsr.errors import UsageError
 from htsr.matrices.sharded import refuse_flat
-from htsr.training.sampling.freezing import called_inside
-from htsr.training.streaming.block import StreamedBlock, shared_parameters
+from htsr.training.streaming.block import StreamedBlock, resident
 from htsr.training.streaming.saved import saved_weights
 from htsr.training.streaming.slots import Slots
 
@@ -88,16 +87,16 @@ class Streaming:
         if device is None:
             device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         self.model, self.device = model, torch.empty(0, device=device).device  # with its index
-        shared = shared_parameters(model, blocks.modules)
+        stays = resident(model, blocks.modules)
         self._blocks = [
-            StreamedBlock(name, module, shared, self.device)
+            StreamedBlock(name, module, stays, self.device)
             for name, module in zip(blocks.names, blocks.modules, strict=True)
         ]
         self._sampler: LayerSampler | None = None
         self._slots = Slots({i: block.home for i, block in enumerate(self._blocks)}, self.device)
         self._handles: list[Any] = [model.register_forward_pre_hook(_Hook(self._slots.forget), prepend=True)]
         for index, block in enumerate(self._blocks):
-            for part in (block.module, *called_inside(block.module)):  # checkpointing may compute a part alone again
+            for part in block.module.modules():  # checkpointing may compute the inside of a block again without it
                 enter, leave = _Hook(self._enter, index), _Hook(self._leave, index)
                 self._handles.append(part.register_forward_pre_hook(enter))
                 self._handles.append(part.register_forward_hook(leave, always_call=True))
@@ -145,9 +144,16 @@ class Streaming:
 
     def _enter(self, index: int) -> None:
         block = self._blocks[index]
-        block.depth += 1
-        if block.depth > 1 or not block.away:
+        block.begun.append(None)
+        if not block.away:
             return
+        if len(block.begun) == 1:
+            self._bring(block, index)
+        if (context := saved_weights(self._slots)) is not None:  # checkpointing may have put its own on top
+            context.__enter__()
+            block.begun[-1] = context
+
+    def _bring(self, block: StreamedBlock, index: int) -> None:
         if torch.compiler.is_compiling():
             raise UsageError(f"{block.name} is streamed, and code that is compiled cannot be: compile nothing of it")
         if torch.is_grad_enabled() and any(block.parameters[i].requires_grad for i in block.away):
@@ -159,15 +165,14 @@ class Streaming:
             if block.adopt():
                 self._slots.forget()
             block.visit(self._slots.fetch(index))
-        block.saved = saved_weights(self._slots)
-        block.saved.__enter__()
 
     def _leave(self, index: int) -> None:
         block = self._blocks[index]
-        block.depth = max(0, block.depth - 1)
-        if block.depth == 0 and block.saved is not None:
-            block.saved.__exit__()
-            block.saved = None
+        if not block.begun:  # another hook raised before it was entered
+            return
+        if (context := block.begun.pop()) is not None:
+            context.__exit__()
+        if not block.begun:
             with torch.no_grad(), torch.inference_mode(False):
                 block.go_home()
 

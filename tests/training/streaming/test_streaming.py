@@ -1,7 +1,10 @@
 """Training with frozen blocks in host memory is training with them on the device, bit for bit."""
 
+import io
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import htsr
 from tests.training.runs import batches, loss_of
@@ -75,8 +78,8 @@ def test_streamed_is_resident_over_several_draws(how):
     assert_same(found[0][1], found[1][1])
 
 
-class Odd(torch.nn.Module):
-    """A block of which autograd keeps views of weights, and that has a weight of its neighbour and a buffer."""
+class Mixer(torch.nn.Module):
+    """Autograd keeps views of its weight, and of its neighbours' weight of which it has the half."""
 
     def __init__(self, common):
         super().__init__()
@@ -89,12 +92,26 @@ class Odd(torch.nn.Module):
         return x + (x * self.weight[0]) @ self.weight[2:4].t() @ self.weight[4:6] + self.shift
 
 
+class Block(torch.nn.Module):
+    """A block with a weight of its own, parts of which are computed again in backward if wanted."""
+
+    def __init__(self, common, again):
+        super().__init__()
+        self.mixer, self.gain, self.again = Mixer(common), torch.nn.Parameter(torch.ones(8)), again
+
+    def forward(self, x):
+        def inside(x):
+            return self.gain * self.mixer(x)
+
+        return checkpoint(inside, x, use_reentrant=False) if self.again else inside(x)
+
+
 class Oddities(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, again):
         super().__init__()
         torch.manual_seed(0)
         common = torch.nn.Parameter(torch.tensor(0.1))
-        self.layers = torch.nn.ModuleList(Odd(common) for _ in range(5))
+        self.layers = torch.nn.ModuleList(Block(common, again) for _ in range(5))
         self.head = torch.nn.Linear(8, 1)
 
     def forward(self, x):
@@ -103,10 +120,11 @@ class Oddities(torch.nn.Module):
         return self.head(x)
 
 
-def test_backward_reads_the_weights_of_its_block_and_not_what_is_in_the_buffer_by_then():
+@pytest.mark.parametrize("again", [False, True], ids=["", "checkpointing"])
+def test_backward_reads_the_weights_of_its_block_and_not_what_is_in_the_buffer_by_then(again):
     gradients = []
     for streams in (False, True):
-        net = Oddities()
+        net = Oddities(again)
         sampler = htsr.LayerSampler(net, [1, 0, 0, 0, 0], active=1)
         streaming = htsr.stream_frozen(net, sampler) if streams else None
         sampler.attach(torch.optim.SGD(net.parameters(), lr=1e-2))
@@ -114,6 +132,121 @@ def test_backward_reads_the_weights_of_its_block_and_not_what_is_in_the_buffer_b
         gradients.append([p.grad for p in net.parameters() if p.requires_grad])
         if streaming is not None:
             assert streaming.streamed == (1, 2, 3, 4)
-            assert net.layers[1].weight.stride() == net.layers[0].weight.stride() == (1, 8)
+            assert net.layers[1].mixer.weight.stride() == net.layers[0].mixer.weight.stride() == (1, 8)
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one():
+    net, sampler, optimizer, _ = make(True, frozen_state="offload")
+    whole = train(net, optimizer, batches(9))
+    first, _, its, _ = make(True, frozen_state="offload")
+    losses = train(first, its, batches(9)[:5])
+    kept = io.BytesIO()
+    torch.save({"model": first.state_dict(), "optimizer": its.state_dict()}, kept)
+    for streams in (True, False):  # a checkpoint is the same wherever weights lived
+        kept.seek(0)
+        state = torch.load(kept, weights_only=True)
+        second, resumed, its, _ = make(streams, frozen_state="offload", seed=2)
+        train(second, its, batches(1))
+        second.load_state_dict(state["model"])
+        its.load_state_dict(state["optimizer"])
+        assert losses + train(second, its, batches(9)[5:]) == whole
+        assert_same(weights(second), weights(net))
+        assert resumed.coverage() == sampler.coverage()
+
+
+def test_whoever_reads_the_model_finds_it_whole(tmp_path):
+    resident, _, its, _ = make(False)
+    net, sampler, optimizer, streaming = make(True)
+    for model, mine in ((resident, its), (net, optimizer)):
+        train(model, mine, batches(3))
+    prompt = batches(1)[0][:, :3]
+    generated = [m.eval().generate(prompt, max_new_tokens=6, do_sample=False) for m in (resident, net)]
+    assert torch.equal(*generated)
+    with torch.inference_mode():
+        assert torch.equal(resident(prompt).logits, net(prompt).logits)
+    net.save_pretrained(tmp_path)
+    assert_same(weights(type(net).from_pretrained(tmp_path)), weights(resident))
+    assert [row.entropy for row in htsr.analyze(net)] == [row.entropy for row in htsr.analyze(resident)]
+    train(resident, its, batches(5)[3:])
+    assert_same(weights(resident), (train(net, optimizer, batches(5)[3:]), weights(net))[1])
+    streaming.stop()
+    sampler.detach()
+    assert torch.equal(resident.eval()(prompt).logits, net.eval()(prompt).logits)
+    assert streaming.streamed == ()
+
+
+def test_weights_that_others_set_count_from_the_next_pass_on():
+    net, _, _, streaming = make(True, active=1)
+    frozen = net.model.layers[streaming.streamed[0]].mlp.up_proj.weight
+    tokens = batches(1)[0]
+    before = net(tokens).logits
+    for change in (
+        lambda: frozen.data.mul_(2),
+        lambda: setattr(frozen, "data", frozen.data * 2),
+        lambda: net.model.layers[streaming.streamed[1]].mlp.float(),
+    ):
+        change()
+        twin = type(net)(net.config)
+        twin.load_state_dict(net.state_dict())
+        now = net(tokens).logits
+        assert torch.equal(now, twin(tokens).logits)
+    assert not torch.equal(now, before)
+
+
+def test_what_cannot_be_streamed_is_refused_in_one_sentence():
+    net = llama(3)
+    sampler = htsr.LayerSampler(net, active=1)
+    for wrong, sentence in (
+        (torch.nn.DataParallel(net), "one that is wrapped"),
+        (llama(3).to("meta"), "on the meta device"),
+        (llama(3), "of another model"),
+    ):
+        with pytest.raises(htsr.UsageError, match=sentence):
+            htsr.stream_frozen(wrong, sampler)
+    streaming = htsr.stream_frozen(net, sampler)
+    with pytest.raises(htsr.UsageError, match="attach the sampler before training"):
+        net(input_ids=batches(1)[0])
+    net.to("cpu")
+    layer = net.model.layers[streaming.streamed[0]]
+    layer.mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(96, 32))
+    with torch.no_grad(), pytest.raises(htsr.HtsrError, match=r"weight of model.layers.\d has been replaced"):
+        net(input_ids=batches(1)[0])
+    with pytest.raises(htsr.UsageError, match="stop that before the model is moved elsewhere or cast"):
+        net.double()
+
+
+def test_an_error_in_a_block_leaves_everything_at_home():
+    net, _, optimizer, streaming = make(True, active=1)
+    resident, _, its, _ = make(False, active=1)
+    layer = net.model.layers[streaming.streamed[0]]
+
+    def fail(*_):
+        raise RuntimeError("stop here")
+
+    handle = layer.mlp.register_forward_pre_hook(fail)
+    homes = {id(p): p.data_ptr() for p in layer.parameters()}
+    with pytest.raises(RuntimeError, match="stop here"):
+        net(input_ids=batches(1)[0])
+    assert {id(p): p.data_ptr() for p in layer.parameters()} == homes
+    handle.remove()
+    assert train(net, optimizer, batches(3)) == train(resident, its, batches(3))
+
+
+def test_the_next_block_is_on_its_way_while_one_computes(monkeypatch):
+    net, sampler, _, streaming = make(True, active=1, blocks=6, gradients="update", checkpointing=True)
+    sent = []
+    for block in streaming._blocks:
+        monkeypatch.setattr(
+            block.home, "send", lambda memory, h=block.home, s=block.home.send: (sent.append(h), s(memory))
+        )
+    homes = {block.home: index for index, block in enumerate(streaming._blocks)}
+    for _ in range(2):  # the order is learned in the first pass
+        sent.clear()
+        loss_of(net.train(), batches(1)[0]).backward()
+        for parameter in net.parameters():
+            parameter.grad = None
+    lowest = sampler.active[0]
+    forward = [i for i in range(6) if i != lowest]
+    assert [homes[home] for home in sent] == forward + [i for i in reversed(forward) if lowest < i < forward[-2]]
