@@ -62,11 +62,13 @@ def applied(
         if tensor.device == other.device or not compatible(tensor, other):
             _data.__set__(tensor, other)
             return
-        new = other.detach().requires_grad_(tensor.requires_grad)
-        torch._C._swap_tensor_impl(tensor, new)
-        hooks = new._post_accumulate_grad_hooks
-        if hooks:
-            tensor._post_accumulate_grad_hooks = hooks
+        moved = other.detach().requires_grad_(tensor.requires_grad)
+        if tensor.grad is not None and tensor.grad.shape == moved.shape:
+            moved.grad = tensor.grad.to(moved.device, moved.dtype)
+        torch._C._swap_tensor_impl(tensor, moved)
+        for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            if getattr(tensor, hooks):  # they stay with the parameter
+                setattr(tensor, hooks, getattr(tensor, hooks))
 
     def pin_memory(tensor: torch.Tensor, device: object = None) -> torch.Tensor:
         if is_pinned(tensor):

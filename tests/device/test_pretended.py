@@ -39,8 +39,12 @@ def test_views_and_data_share_memory(device):
 
 def test_a_module_keeps_its_parameters_when_it_moves(device):
     module = torch.nn.Linear(3, 2)
-    before = list(module.parameters())
+    before, hooked = list(module.parameters()), []
+    module.weight.register_post_accumulate_grad_hook(hooked.append)
     module.to(device)
+    module(torch.ones(1, 3, device=device)).sum().backward()
+    assert len(hooked) == 1
+    assert hooked[0] is module.weight
     assert all(a is b for a, b in zip(before, module.parameters(), strict=True))
     assert all(parameter.device == device for parameter in before)
     assert copy.deepcopy(module).weight.device == device
