@@ -82,7 +82,9 @@ def test_with_narrow_weights(device, rounding, frozen_state):
 
 
 @pytest.mark.parametrize("optimizer", [None, low_rank()], ids=["AdamW", "LowRankAdamW"])
-@pytest.mark.parametrize("frozen_state", ["drop", "keep", "offload"])
+@pytest.mark.parametrize(
+    "frozen_state", ["drop", "keep", pytest.param("offload", marks=pytest.mark.xfail(reason="to come"))]
+)
 def test_resume(device, memory, synchronisations, frozen_state, optimizer):
     whole, first, second = model_on(device), model_on(device), model_on(device)
     train(whole, sampled(whole, optimizer, frozen_state=frozen_state)[1], range(10))
