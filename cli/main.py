@@ -277,6 +277,10 @@ def memory(
     gradients: Annotated[
         str, typer.Option(help="Gradients of galore and owlore, as in a recipe: keep, project, update.")
     ] = "keep",
+    rounding: Annotated[
+        str | None,
+        typer.Option(help="Rounding of narrow weights, as in a recipe: stochastic (default), kahan, master, nearest."),
+    ] = None,
     revision: Revision = None,
     format: Format = None,
     output: Output = None,
@@ -300,6 +304,7 @@ def memory(
         "state_dtype": state_dtype,
         "embeddings": embeddings,
         "gradients": gradients,
+        "rounding": rounding,
         "revision": revision,
     }
     run.memory(model, method, options, Words(quiet, verbose), Target.of(context))

@@ -13,6 +13,7 @@ import torch
 
 from htsr.training.lowrank.groups import low_rank_groups
 from htsr.training.lowrank.optimizer import LowRankAdamW
+from htsr.training.lowrank.rounding import NARROW
 
 STEPS = "training steps"
 
@@ -56,13 +57,19 @@ def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, war
         frozen = () if options.get("embeddings") else (model.get_input_embeddings(), model.get_output_embeddings())
         for module in (*frozen, *model.model.layers[options["active_blocks"] :]):
             module.requires_grad_(False)
+    rounding = options.get("rounding") or "stochastic"
     if method in ("galore", "owlore"):
         low = options.get("embeddings") == "lowrank"
         groups = low_rank_groups(model, rank, embeddings=low, refresh_every=1)
         state_dtype = options.get("state_dtype", "float32")
-        optimizer: Any = LowRankAdamW(groups, gradients=options.get("gradients", "keep"), state_dtype=state_dtype)
+        gradients = options.get("gradients", "keep")
+        optimizer: Any = LowRankAdamW(groups, gradients=gradients, state_dtype=state_dtype, rounding=rounding)
     else:
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if rounding == "nearest" or not any(p.dtype in NARROW for p in trained):
+            optimizer = torch.optim.AdamW(trained, fused=True)
+        else:
+            optimizer = LowRankAdamW(trained, state_dtype="bfloat16", rounding=rounding)
     generator = torch.Generator().manual_seed(0)
     with torch.profiler.record_function(STEPS):
         for shape in ((1, min(warm_up, sequence)), (batch, sequence)):  # the first makes the optimizer's states

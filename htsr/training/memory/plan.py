@@ -10,6 +10,7 @@ from htsr.results import Column, Record, Table, Tabular
 if TYPE_CHECKING:
     from htsr.training.lowrank.moments import StateDtype
     from htsr.training.lowrank.released import Gradients
+    from htsr.training.lowrank.rounding import Rounding
 
 TrainingMethod: TypeAlias = Literal["full", "lora", "qlora", "galore", "lisa", "owlore"]
 Embeddings: TypeAlias = Literal["train", "lowrank", "freeze"]
@@ -36,6 +37,7 @@ class Setting:
         state_dtype: dtype of Adam's moments; None for the parameter's own.
         embeddings: what becomes of embedding and head.
         gradients: when gradients are released.
+        rounding: how narrow weights are rounded.
     """
 
     method: TrainingMethod
@@ -48,6 +50,7 @@ class Setting:
     state_dtype: StateDtype | None
     embeddings: Embeddings
     gradients: Gradients
+    rounding: Rounding
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class MemoryPlan(Tabular):
         total: bytes of all parts.
         weights: bytes of parameters and buffers, adapters included.
         gradients: bytes of the gradients that wait for the optimizer at that moment.
-        optimizer: bytes of Adam's moments.
+        optimizer: bytes of Adam's moments, and of what the rounding keeps.
         projectors: bytes of the bases of the low-rank subspaces.
         activations: bytes of what backward needs, and of what forward and backward are working on.
         logits: bytes of tensors of batch × sequence × vocabulary: logits, their logarithms and gradients.

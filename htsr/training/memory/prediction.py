@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from htsr.training.lowrank.moments import StateDtype
     from htsr.training.lowrank.released import Gradients
+    from htsr.training.lowrank.rounding import Rounding
 
 
 Source: TypeAlias = Union[str, "os.PathLike[str]", "torch.nn.Module"]
@@ -48,6 +49,7 @@ def predict_memory(
     state_dtype: StateDtype | None = None,
     embeddings: Embeddings | None = None,
     gradients: Gradients = "keep",
+    rounding: Rounding | None = None,
     revision: str | None = None,
 ) -> MemoryPlan:
     """Peak memory of training a causal language model, without loading it.
@@ -65,12 +67,14 @@ def predict_memory(
         active_blocks: number γ of blocks that ``lisa`` and ``owlore`` train at a time; 2 by default, or the only one.
         dtype: dtype of the weights; by default the configuration's.
         checkpointing: whether activations are checkpointed, non-reentrant, per block.
-        state_dtype: dtype of Adam's moments; by default the parameter's own with torch's (fused) AdamW, float32 with
-            `LowRankAdamW`.
+        state_dtype: dtype of Adam's moments; by default float32 under ``galore`` and ``owlore``, else the parameter's
+            own.
         embeddings: what becomes of embedding and head: under ``lisa`` and ``owlore`` ``freeze``, the default as in
             `LayerSampler`, or ``train`` as in the papers; under ``galore`` and ``owlore`` also ``lowrank``, with
             low-rank states.
         gradients: what ``galore`` and ``owlore`` do with gradients, see `LowRankAdamW`.
+        rounding: how weights that train in bfloat16 or float16 are rounded, see `LowRankAdamW`; by default
+            ``stochastic``, as in a recipe. ``nearest`` is torch's fused AdamW under the methods without low-rank state.
         revision: branch, tag or commit of a hub id.
 
     Returns:
@@ -94,6 +98,8 @@ def predict_memory(
         >>> lisa.total < full.total
         True
     """
+    from htsr.training.lowrank.rounding import ROUNDINGS
+
     if method not in METHODS:
         raise UsageError(f"unknown method {method!r}: one of {', '.join(METHODS)}")
     for name, value, known in (
@@ -101,6 +107,7 @@ def predict_memory(
         ("state_dtype", state_dtype, ("float32", "bfloat16", "8bit")),
         ("embeddings", embeddings, ("train", "lowrank", "freeze")),
         ("gradients", gradients, ("keep", "project", "update")),
+        ("rounding", rounding, ROUNDINGS),
     ):
         if value is not None and value not in known:
             raise UsageError(f"unknown {name} {value!r}: one of {', '.join(known)}")
@@ -125,15 +132,15 @@ def predict_memory(
         state_dtype=state_dtype or ("float32" if method in LOW_RANK else None),
         embeddings=embeddings or ("freeze" if method in SAMPLED else "train"),
         gradients=gradients,
+        rounding=rounding or "stochastic",
     )
-    from htsr.training.memory.simulation import simulate
+    from htsr.training.memory.simulation import possible_rank, simulate
 
     label, config = _configuration(source, revision)
     try:
+        if given is None and method in LOW_RANK:
+            setting = replace(setting, rank=possible_rank(label, config, setting))
         plan = simulate(label, config, setting)
-        while given is None and method in LOW_RANK and not plan.projectors and setting.rank > 1:
-            setting = replace(setting, rank=setting.rank // 2)
-            plan = simulate(label, config, setting)
     except HtsrError:
         raise
     except Exception as error:  # whatever transformers' code for a model raises on sizes that do not go together

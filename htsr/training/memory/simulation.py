@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections import Counter
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from htsr.errors import SourceError, UsageError
 from htsr.matrices.blocks import find_blocks
 from htsr.training.lowrank.groups import is_low_rank
 from htsr.training.lowrank.moments import BLOCK
+from htsr.training.lowrank.rounding import NARROW
 from htsr.training.lowrank.subspace import OVERSAMPLING
 from htsr.training.memory.plan import LOW_RANK, PARTS, SAMPLED, MemoryPlan, Setting
 from htsr.training.sampling.members import trainable
@@ -95,9 +97,7 @@ def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
         SourceError: transformers knows no causal language model of this configuration.
         UsageError: torch cannot simulate its experts in this dtype, or it has fewer blocks than shall be active.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on the names of transformers' and peft's own options
-        model = _model(label, config, setting)
+    model = _quietly(_model, label, config, setting)
     with FakeTensorMode():
         _materialise(model)
         vocabulary = int(model.config.get_text_config().vocab_size)
@@ -144,6 +144,25 @@ def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
     )
 
 
+def possible_rank(label: str, config: Any, setting: Setting) -> int:
+    """The rank of a `setting`, halved until one of the matrices that train can have it; 1 if none can have more.
+
+    Args:
+        label: name of the model.
+        config: the model's transformers configuration.
+        setting: what decides about memory beside the model.
+
+    Raises:
+        SourceError: transformers knows no causal language model of this configuration.
+        UsageError: it has fewer blocks than shall be active.
+    """
+    model = _quietly(_model, label, config, setting)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    while setting.rank > 1 and not any(_is_low_rank(name, p, setting) for name, p in trained):
+        setting = replace(setting, rank=setting.rank // 2)
+    return setting.rank
+
+
 class _Arrived:
     """Hook for a parameter's complete gradient: it waits for the optimizer, or is used up at once."""
 
@@ -159,6 +178,12 @@ class _Arrived:
             parameter.grad = None
             if self.setting.gradients == "project":
                 self.ledger.live["gradients"] += _projected_size(parameter, self.setting) * parameter.element_size()
+
+
+def _quietly(make: Any, *arguments: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on the names of transformers' and peft's own options
+        return make(*arguments)
 
 
 def _model(label: str, config: Any, setting: Setting) -> Any:
@@ -222,7 +247,7 @@ def _is_low_rank(name: str, parameter: Tensor, setting: Setting) -> bool:
 
 
 def _states(trained: dict[str, Tensor], low_rank: set[str], setting: Setting) -> dict[str, int]:
-    """Bytes of moments and projectors."""
+    """Bytes of moments, of what rounding keeps, and of projectors."""
     moments = projectors = 0
     for name, parameter in trained.items():
         entries = _projected_size(parameter, setting) if name in low_rank else parameter.numel()
@@ -231,6 +256,8 @@ def _states(trained: dict[str, Tensor], low_rank: set[str], setting: Setting) ->
         else:
             dtype = getattr(torch, setting.state_dtype) if setting.state_dtype else parameter.dtype
             moments += 2 * entries * dtype.itemsize
+        if parameter.dtype in NARROW:
+            moments += {"kahan": 2, "master": 4}.get(setting.rounding, 0) * parameter.numel()
         if name in low_rank:
             projectors += parameter.numel() // max(parameter.shape[-2:]) * setting.rank * parameter.element_size()
     return {"optimizer": moments, "projectors": projectors}
@@ -266,15 +293,17 @@ def _to_update(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
     """Adam's direction, float32 copies of what is narrower, and what rounds it: moments, then the weights."""
     from htsr.training.lowrank.update import PIECE
 
-    if setting.method not in LOW_RANK:
+    narrow = parameter.dtype in NARROW
+    if setting.method not in LOW_RANK and (not narrow or setting.rounding == "nearest"):
         return 0
-    narrow = parameter.dtype not in (torch.float32, torch.float64)
-    copies = 4 * (1 + narrow + 2 * (setting.state_dtype != "float32")) + 13 * (setting.state_dtype == "bfloat16")
+    dtype = setting.state_dtype or str(parameter.dtype).removeprefix("torch.")
+    copies = 4 * (1 + narrow + 2 * (dtype != "float32")) + 13 * (dtype != "float32" and dtype != "8bit")
+    rounded = {"stochastic": 17, "master": 11}.get(setting.rounding, 4)
     piece = min(parameter.numel(), PIECE)
     if not low_rank:
-        return max((copies + 4 * narrow) * piece, 17 * narrow * piece)
+        return max((copies + 4 * narrow) * piece, rounded * narrow * piece)
     projected = _projected_size(parameter, setting)
-    return max(copies * projected, narrow * (17 * piece + 4 * projected))
+    return max(copies * projected, narrow * (rounded * piece + 4 * projected))
 
 
 def _quantised(model: Any) -> list[Tensor]:

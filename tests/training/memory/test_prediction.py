@@ -51,6 +51,10 @@ def weights(config, bytes_each=4):
         ("owlore", {"active_blocks": 2, "state_dtype": "8bit"}),
         ("lisa", {"active_blocks": 1, "embeddings": "train"}),
         ("lisa", {"active_blocks": 1}),
+        ("full", {"dtype": "bfloat16", "rounding": "kahan"}),
+        ("lisa", {"dtype": "bfloat16", "rounding": "master", "active_blocks": 3}),
+        ("full", {"dtype": "bfloat16", "rounding": "nearest"}),
+        ("owlore", {"dtype": "bfloat16", "rounding": "master", "active_blocks": 3, "state_dtype": "bfloat16"}),
     ],
 )
 @pytest.mark.parametrize(("batch", "sequence"), [(1, 32), (4, 128)])
@@ -118,6 +122,34 @@ def test_parts_are_what_arithmetic_says(folder):
     assert plans["owlore"].weights == plans["lisa"].weights == full.weights
 
 
+def test_what_rounding_keeps_is_of_the_narrow_weights_that_train(tmp_path):
+    config = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 99}
+    LlamaConfig(**config, num_hidden_layers=1).save_pretrained(tmp_path)
+    for method, dtype, kept in (
+        ("lisa", "bfloat16", {"stochastic": 0, "kahan": 2, "master": 4}),
+        ("galore", "bfloat16", {"master": 4}),
+        ("full", "float32", {"master": 0}),
+        ("lora", "bfloat16", {"master": 0}),  # adapters are in float32
+    ):
+        options = {"sequence": 16, "rank": 16, "dtype": dtype}
+        least = predict_memory(tmp_path, method, rounding="nearest", **options)
+        for rounding, each in kept.items():
+            plan = predict_memory(tmp_path, method, rounding=rounding, **options)
+            assert plan.optimizer == least.optimizer + each * least.trainable
+
+
+def test_the_rank_of_a_small_model_takes_no_second_simulation(tmp_path, monkeypatch):
+    from htsr.training.memory import simulation
+
+    config = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "vocab_size": 99}
+    LlamaConfig(**config, num_hidden_layers=1).save_pretrained(tmp_path)
+    simulated = []
+    original = simulation.simulate
+    monkeypatch.setattr(simulation, "simulate", lambda *args: simulated.append(args) or original(*args))
+    assert predict_memory(tmp_path, "galore", sequence=8).rank == 16
+    assert len(simulated) == 1
+
+
 def test_more_of_anything_takes_more(folder):
     def total(method="galore", **options):
         low = {"gradients": "update"} if method == "galore" else {}
@@ -156,6 +188,7 @@ def test_sources(folder, tmp_path):
         (["{folder}", "--method", "lora", "--embeddings", "freeze"], 2, "embeddings='freeze' is for lisa and owlore"),
         (["{folder}", "--dtype", "int8"], 2, "unknown dtype 'int8'"),
         (["{folder}", "--gradients", "drop"], 2, "unknown gradients 'drop'"),
+        (["{folder}", "--rounding", "up"], 2, "unknown rounding 'up': one of stochastic, kahan, master, nearest"),
         (["{folder}", "--method", "full", "--gradients", "update"], 2, "is for galore and owlore, not for full"),
         (["{folder}", "--method", "galore", "--rank", "999999"], 2, "can have rank 999999: none has both sides larger"),
         (["{folder}", "--method", "lisa", "--active-blocks", "9"], 2, "active_blocks is 9, and {folder} has 4 blocks"),
