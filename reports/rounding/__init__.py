@@ -1,0 +1,1 @@
+"""What rounding narrow weights costs, and what it saves."""
