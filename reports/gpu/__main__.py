@@ -2,7 +2,7 @@
 
     python -m reports.gpu                     all stages, at most eight minutes; --output FOLDER for the results
     python -m reports.gpu --stage analysis    one of tests, analysis, layerwise, methods, hosts, rounding; repeatable
-    python -m reports.gpu --dry               the same code in miniature on the CPU, under a minute; also --quick
+    python -m reports.gpu --dry               the same code in miniature on the pretended device of the tests; also --quick
     python -m reports.gpu --predict           only the predictions of memory again, which need no device
     python -m reports.gpu --write-up          only the page again
 
@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ HERE = Path(__file__).parent
 STAGES = {"tests": 90, "analysis": 90, "layerwise": 60, "methods": 90, "hosts": 40, "rounding": 60}  # seconds
 GRACE = 5  # seconds for which a stage may go on with what it is doing
 TOTAL = 470
-NO_DEVICE = "there is no accelerator here; --dry runs the same code in miniature on the CPU"
+NO_DEVICE = "there is no accelerator here; --dry runs the same code in miniature on a pretended one"
 
 
 def main() -> None:
@@ -44,7 +45,9 @@ def main() -> None:
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of time.monotonic
     args = parser.parse_args()
     if args.rows_of:
-        for row in rows_of(args.rows_of, False, args.until):
+        from reports.gpu.card import find_device
+
+        for row in rows_of(args.rows_of, find_device(), False, args.until):
             print(json.dumps(row), flush=True)
         return
     if args.dry:
@@ -67,7 +70,7 @@ def run(stages: list[str], results: dict[str, Any], file: Path) -> None:
     """Run the stages one after the other, each in a process of its own; every row is kept at once."""
     from reports.gpu.card import find_device
 
-    if find_device(small=False) is None:
+    if find_device() is None:
         sys.exit(NO_DEVICE)
     ends = time.monotonic() + TOTAL
     results["machine"] = common.machine()
@@ -124,13 +127,10 @@ def in_process(stage: str, seconds: float) -> Iterator[dict[str, Any]]:
         yield {"failed": "".join(errors)[-1500:]}
 
 
-def rows_of(stage: str, small: bool, until: float) -> Iterator[dict[str, Any]]:
+def rows_of(stage: str, device: Any, small: bool, until: float) -> Iterator[dict[str, Any]]:
     """What a stage finds, in this process; first the device."""
     from reports.gpu import card
 
-    device = card.find_device(small)
-    if device is None:
-        sys.exit(NO_DEVICE)
     yield {"device": card.describe(device)}
     yield from work_of(stage)(card.Bench(device, small, until))
 
@@ -149,14 +149,31 @@ def dry(stages: list[str]) -> int:
     from reports.gpu.training import predictions
 
     failed = 0
-    for stage in stages:
-        started = time.monotonic()
-        for row in rows_of(stage, True, started + STAGES[stage]):
-            failed += "failed" in row
-            print(json.dumps({"stage": stage, **row}), flush=True)
-        print(f"{stage}: {time.monotonic() - started:.1f} s", flush=True)
+    with pretended() as device:
+        for stage in stages:
+            started = time.monotonic()
+            for row in rows_of(stage, device, True, started + STAGES[stage]):
+                failed += "failed" in row
+                print(json.dumps({"stage": stage, **row}), flush=True)
+            print(f"{stage}: {time.monotonic() - started:.1f} s", flush=True)
     print(json.dumps(predictions(small=True)))
     return int(failed > 0)
+
+
+@contextmanager
+def pretended() -> Iterator[Any]:
+    """The device that the tests pretend; the CPU where this torch cannot."""
+    import torch
+
+    from tests.device import pretended as device
+
+    try:
+        device.install()
+    except (ImportError, AttributeError):
+        yield torch.device("cpu")
+        return
+    with device.switched_on() as found:
+        yield found
 
 
 if __name__ == "__main__":

@@ -32,10 +32,8 @@ class Bench:
         return self.ends - time.monotonic()
 
 
-def find_device(small: bool) -> torch.device | None:
-    """This machine's accelerator; in miniature the CPU."""
-    if small:
-        return torch.device("cpu")
+def find_device() -> torch.device | None:
+    """This machine's accelerator."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
@@ -75,16 +73,16 @@ def forget(device: torch.device) -> int:
     """Give cached memory back and count the peak from here; returns the bytes that are still held."""
     gc.collect()
     common.wait_for(device)
-    if device.type != "cuda":
+    if device.type == "cpu":
         return 0
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
+    torch.accelerator.empty_cache()
+    torch.accelerator.reset_peak_memory_stats(device)
+    return torch.accelerator.memory_allocated(device)
 
 
 def peak(device: torch.device) -> int:
     """The most bytes that tensors held since `forget`."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return torch.accelerator.max_memory_allocated(device) if device.type != "cpu" else 0
 
 
 def fastest(work: Callable[[], Any], device: torch.device, times: int = 3) -> float:
@@ -104,9 +102,9 @@ def heavy(
     rows: int, columns: int, seed: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
     """A (rows, columns) matrix whose columns have heavy-tailed scales on a floor of noise, made on the device."""
-    generator = torch.Generator(device).manual_seed(seed)
-    scale = (1 - torch.rand(columns, generator=generator, device=device)) ** -0.35
-    return (0.02 * torch.randn(rows, columns, generator=generator, device=device) * scale).to(dtype)
+    torch.manual_seed(seed)
+    scale = (1 - torch.rand(columns, device=device)) ** -0.35
+    return (0.02 * torch.randn(rows, columns, device=device) * scale).to(dtype)
 
 
 def said(error: BaseException) -> str:

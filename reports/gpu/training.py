@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -119,7 +118,7 @@ def step(bench: Bench, method: str, options: dict[str, Any]) -> dict[str, Any]:
         "step_ms": 1e3 * later,
         "tokens_per_second": batch * sequence / later,
         "peak_gib": peak(device) / 2**30,
-        "reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0,
+        "reserved_gib": torch.accelerator.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0,
     }
 
 
@@ -191,7 +190,7 @@ def rounding(bench: Bench) -> Iterator[dict[str, Any]]:
             lambda model: torch.optim.AdamW(model.parameters(), lr=LR, fused=True),
         ),
     }
-    for how in ROUNDINGS if "rounding" in inspect.signature(htsr.LowRankAdamW).parameters else ():
+    for how in ROUNDINGS:
         arms[f"bfloat16, {how}"] = (
             torch.bfloat16,
             lambda model, how=how: htsr.LowRankAdamW(model.parameters(), lr=LR, rounding=how),

@@ -25,7 +25,7 @@ def write_up(results: dict[str, Any], predicted: dict[str, Any], folder: Path) -
         text += (
             ". **Nothing here is measured yet: no card was at hand.** What stands below is predicted. The command runs on a "
             "machine with a GPU where nothing can be downloaded, takes at most eight minutes, and keeps every row as it "
-            "comes; `--dry` runs the same code in miniature on a CPU, in CI too.\n"
+            "comes; `--dry` runs the same code in miniature on the pretended device of the tests, in CI too.\n"
         )
     else:
         device = results["device"]

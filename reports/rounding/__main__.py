@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {  # learning rates as in the recipes that 
     "lisa": {"lr": 1e-5, "active": 4},
     "full": {"lr": 1e-5},
 }
-SIZE = {"steps": 20, "interval": 10, "batch": 2, "tokens": 64, "evaluation": 16}
+SIZE = {"steps": 16, "interval": 8, "batch": 1, "tokens": 48, "evaluation": 12}
 QUICK = {"steps": 4, "interval": 2, "batch": 2, "tokens": 16, "evaluation": 4}
 TINY = {
     "hidden_size": 64,

@@ -8,10 +8,12 @@ from unittest import mock
 import torch
 import torch._dynamo  # it reads what is replaced here, so it comes before
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._device import _device_constructors
 
 _data = torch._C.TensorBase.data
 _compatible = torch._has_compatible_shallow_copy_type
 _empty, _empty_like = torch.empty, torch.empty_like
+_device_constructors()  # remembers which functions `with torch.device(...)` changes: before they are replaced
 _new_storage = torch.UntypedStorage.__new__
 
 

@@ -137,3 +137,10 @@ def test_autocast_multiplies_in_lower_precision(device):
 def test_the_process_has_the_accelerator_within_a_test_only(device):
     assert torch.accelerator.is_available()
     assert torch.accelerator.current_accelerator().type == device.type
+
+
+def test_a_context_of_the_device_is_where_tensors_are_made(device):
+    with device:
+        made = [torch.empty(2), torch.zeros(2), torch.nn.Linear(2, 2).weight, torch.nn.Embedding(3, 2).weight]
+    assert {tensor.device.type for tensor in made} == {device.type}
+    assert torch.empty(2).device.type == "cpu"
