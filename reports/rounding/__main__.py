@@ -5,10 +5,9 @@
     python -m reports.rounding --write-up                      only the page again
 
 FOLDER of the data holds arc_easy_train.jsonl, openbookqa_train.jsonl and arc_easy_test.jsonl: question, choices, answer.
-Weights are kept in bfloat16, but forward and backward run in float32 on copies of them, and only the gradient is given
-to the optimizer in bfloat16: the arms differ in how weights are rounded and in nothing else, and a CPU without units for
-bfloat16 can do it. All arms start from the same bfloat16 numbers; seeds differ in the order of the data and in the draws
-of blocks. "float32" is the same with weights and gradients in float32.
+Weights are kept in bfloat16, but forward and backward run in float32 on copies of them, and so do gradients: the arms
+differ in how weights are rounded and in nothing else, and a CPU without units for bfloat16 can do it. All arms start from the same bfloat16 numbers; seeds differ in the order of the data and in the draws
+of blocks. "float32" is the same with weights in float32.
 """
 
 from __future__ import annotations
@@ -144,6 +143,8 @@ def train(
     if "active" in options:
         sampler = htsr.LayerSampler(kept, active=options["active"], interval=size["interval"], seed=seed)
         sampler.attach(optimizer)
+    for parameter in kept.parameters():
+        parameter.grad_dtype = torch.float32
     pairs = [(name, p, q) for (name, p), q in zip(model.named_parameters(), kept.parameters(), strict=True)]
     order = torch.randperm(len(text.train), generator=torch.Generator().manual_seed(seed))
     reached: set[str] = set()
@@ -154,7 +155,7 @@ def train(
         loss_on(model, text.train[order[at]]).backward()
         for name, wide, narrow in pairs:
             if wide.grad is not None:
-                narrow.grad, wide.grad = wide.grad.to(narrow.dtype), None
+                narrow.grad, wide.grad = wide.grad, None
                 reached.add(name)
         optimizer.step()
         optimizer.zero_grad()

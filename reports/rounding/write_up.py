@@ -26,7 +26,7 @@ def write_up(results: dict[str, Any], folder: Path) -> None:
 
 SmolLM2-135M-Instruct on questions of ARC-Easy and OpenBookQA with their answers, {size["steps"]} steps of {size["batch"]} × {size["tokens"]} tokens at a constant
 learning rate, that of the recipes; loss on {size["evaluation"]} held-out questions. LISA and OwLore train {results["methods"]["lisa"]["active"]} of 30 blocks for {size["interval"]} steps at a
-time. Weights and gradients are bfloat16, products float32, so that arms differ in nothing but how weights are rounded.
+time. Weights are bfloat16, products and gradients float32, so that arms differ in nothing but how weights are rounded.
 That is **short**: a few steps of one small model. It tells which arm follows float32; it does not tell how models trained to
 the end compare.
 """
