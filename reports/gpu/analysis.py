@@ -11,9 +11,8 @@ import torch
 import htsr
 from reports import common
 from reports.gpu.card import Bench, clocked, fastest, heavy, said
+from reports.gpu.shapes import SHAPES, SMALL_SHAPES
 
-SHAPES = {"attn.q/k/v/o": (4096, 4096, 128), "mlp.gate/up": (11008, 4096, 64), "mlp.down": (4096, 11008, 32)}
-SMALL_SHAPES = {"attn.q/k/v/o": (96, 96, 8), "mlp.gate/up": (256, 96, 4), "mlp.down": (96, 256, 2)}
 ROUTES: dict[str, dict[str, Any]] = {
     "default": {},
     "lanczos": {"route": "lanczos"},
@@ -25,6 +24,7 @@ def analysis(bench: Bench) -> Iterator[dict[str, Any]]:
     """Rows: one matrix of each shape by part; the whole model; the baseline; the other routes; several at a time."""
     shapes = SMALL_SHAPES if bench.small else SHAPES
     htsr.analyze({"warm.up.weight": heavy(128, 96, 0, bench.device)}, device=str(bench.device))
+    yield from attempted("ceilings", lambda: ceilings(bench))
     yield from attempted("parts", lambda: parts(bench, shapes))
     yield from attempted("default", lambda: whole(bench, shapes, "default"))
     yield from attempted("svdvals", lambda: baseline(bench, shapes))
@@ -41,10 +41,12 @@ def attempted(what: str, rows: Callable[[], Iterator[dict[str, Any]]]) -> Iterat
         yield {"what": what, "failed": said(error)}
 
 
-def flops(rows: int, columns: int) -> dict[str, float]:
-    """Multiplications and additions of one matrix's Gram product (one triangle) and of its reduction to three diagonals."""
-    M, N = sorted((rows, columns))
-    return {"gram": float(M) * M * N, "eigenvalues": 4 / 3 * float(M) ** 3}
+def ceilings(bench: Bench) -> Iterator[dict[str, Any]]:
+    """What the card gives: a float64 product's operations, and bytes read and written by a copy, in a second."""
+    side = 64 if bench.small else 4096
+    A = torch.randn(side, side, device=bench.device, dtype=torch.float64)
+    product, copy = fastest(lambda: A @ A, bench.device), fastest(A.clone, bench.device)
+    yield {"what": "ceilings", "flops_per_second": 2 * side**3 / product, "bytes_per_second": 16 * side**2 / copy}
 
 
 def parts(bench: Bench, shapes: dict[str, tuple[int, int, int]]) -> Iterator[dict[str, Any]]:
@@ -69,8 +71,6 @@ def parts(bench: Bench, shapes: dict[str, tuple[int, int, int]]) -> Iterator[dic
             state = {"w.weight": W}
             measured = clocked(lambda s=state, name=name: htsr.analyze(s, device=str(device), dtype=name), device)
             row["analyze"] = measured.seconds
-            if dtype == torch.float64:
-                row |= {f"flops_{k}": v for k, v in flops(rows, columns).items()}
             yield row
 
 

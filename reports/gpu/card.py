@@ -129,21 +129,3 @@ def llama_config(dtype: torch.dtype = torch.bfloat16, **sizes: int) -> Any:
     from transformers import LlamaConfig
 
     return LlamaConfig(**sizes, max_position_embeddings=2048, tie_word_embeddings=False, dtype=dtype)
-
-
-SEVEN_B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32000,
-}
-SMALL = {
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 300,
-}

@@ -11,16 +11,11 @@ import torch
 
 import htsr
 from reports import common
-from reports.gpu.card import SEVEN_B, SMALL, Bench, fastest, forget, llama, llama_config, peak, said
+from reports.gpu.card import Bench, fastest, forget, llama, llama_config, peak, said
+from reports.gpu.shapes import LAYERED, SEVEN_B, SMALL
 from reports.step_time.host import host_times
 
 # --- layerwise
-
-LAYERED = {
-    "60M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 32000},
-    "135M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 32000},
-    "1B": {"hidden_size": 2048, "intermediate_size": 5461, "num_hidden_layers": 24, "num_attention_heads": 32, "vocab_size": 32000},
-}  # fmt: skip
 
 
 def layerwise(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -128,6 +123,8 @@ def prepared(device: torch.device, config: dict[str, int], method: str, options:
     if streamed and not hasattr(htsr, "stream_frozen"):
         raise NotImplementedError("this htsr streams no frozen weights")
     model = llama(device, **config)
+    if streamed:
+        model.to("cpu")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     if method == "lora":
         import peft
@@ -142,9 +139,9 @@ def prepared(device: torch.device, config: dict[str, int], method: str, options:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     if method in ("lisa", "owlore"):
         sampler = htsr.LayerSampler(model, active=options["active_blocks"], interval=100)
-        sampler.attach(optimizer)
         if streamed:
-            htsr.stream_frozen(model, sampler, where=options["frozen_weights"], device=device)
+            htsr.stream_frozen(model, sampler, device=device)
+        sampler.attach(optimizer)
     return model, optimizer
 
 

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from reports import common
+from reports.gpu import floor
+from reports.gpu.shapes import SHAPES
 
+H100 = {"flops_per_second": 67e12, "bytes_per_second": 3.35e12, "of": "an H100's data sheet"}
 TITLES = {
     "tests": "The same numbers as on the CPU",
     "analysis": "Analysis of LLaMA-2-7B's shapes",
@@ -19,7 +22,7 @@ TITLES = {
 
 def write_up(results: dict[str, Any], predicted: dict[str, Any], folder: Path) -> None:
     """README.md: one section per stage that ran; predictions stand there all the same."""
-    results = {"methods": {"rows": []}} | results
+    results = {"analysis": {"rows": []}, "methods": {"rows": []}} | results
     text = "# On an accelerator\n\n`python -m reports.gpu` makes this page"
     if "device" not in results:
         text += (
@@ -56,28 +59,53 @@ def tests(rows: list[dict[str, Any]]) -> str:
 def analysis(rows: list[dict[str, Any]]) -> str:
     """The whole model by route, one matrix by part, several at a time."""
     base = next((r["seconds"] for r in rows if r.get("what") == "svdvals" and r.get("role") == "all"), None)
-    cells = [["`torch.linalg.svdvals` as WeightWatcher calls it, one of each shape", base or "", "", ""]]
+    cells = [["`torch.linalg.svdvals` as WeightWatcher calls it, one of each shape", base, "", ""]] if base else []
     for row in rows:
         if row.get("what") == "whole" and "seconds" in row:
             name = row["route"] + (f" (from {row['measured']} matrices)" if row["estimated"] else "")
             cells.append([name, row["seconds"], base / row["seconds"] if base else "", row.get("beyond_model_mib", "")])
-    text = "Seconds for the default metrics of all matrices of the blocks, bfloat16, which lie on the device.\n\n"
-    text += common.table(["route", "seconds", "× faster", "MiB beyond the model"], cells)
+    text = ""
+    if cells:
+        text += "Seconds for the default metrics of all matrices of the blocks, bfloat16, which lie on the device.\n\n"
+        text += common.table(["route", "seconds", "× faster", "MiB beyond the model"], cells)
+    text += floors(rows)
     part = [r for r in rows if r.get("what") == "parts" and "gram" in r]
     if part:
-        text += "\nSeconds of one matrix: torch's product and solver alone, `htsr.esd`, `htsr.analyze`; and how far the product is from a peak.\n\n"
+        text += "\nSeconds of one matrix: torch's product and solver alone, `htsr.esd`, `htsr.analyze`.\n\n"
         keys = ("role", "dtype", "gram", "eigenvalues", "esd", "analyze", "peak_mib")
-        text += common.table(
-            ["matrices", "precision", "Gram product", "eigenvalues", "esd", "analyze", "peak MiB", "Gram, Tflop/s", "eigenvalues, Tflop/s"],
-            [[*(r[k] for k in keys), *(r[f"flops_{k}"] / r[k] / 1e12 if f"flops_{k}" in r else "" for k in ("gram", "eigenvalues"))] for r in part],
-        )  # fmt: skip
-        total = sum(r["count"] * (r["flops_gram"] + r["flops_eigenvalues"]) for r in part if "flops_gram" in r)
-        text += f"\nAll of it is {total:.2g} flops (one triangle of each Gram matrix).\n"
+        head = ["matrices", "precision", "Gram product", "eigenvalues", "esd", "analyze", "peak MiB"]
+        text += common.table(head, [[r[k] for k in keys] for r in part])
     several = [r for r in rows if r.get("what") == "several" and "seconds" in r]
     if several:
         text += "\nAn experiment: eight float64 Gram matrices of one side.\n\n"
         text += common.table(["how", "side", "seconds"], [[r["how"], r["side"], r["seconds"]] for r in several])
     return text + failures(rows)
+
+
+def floors(rows: list[dict[str, Any]]) -> str:
+    """The least that this card needs by stage, beside what was measured of one matrix times their number."""
+    card = next((r for r in rows if r.get("what") == "ceilings" and "flops_per_second" in r), H100)
+    shapes = list(SHAPES.values())
+    text = f"\nThe floor, stage by stage, at {card['flops_per_second'] / 1e12:.3g} Tflop/s in float64 and {card['bytes_per_second'] / 1e12:.3g} TB/s ({card.get('of', 'measured on this card')}):\n\n"
+    measured = {
+        name: sum(
+            r["count"] * r[key] for r in rows if r.get("what") == "parts" and r.get("dtype") == "float64" and key in r
+        )
+        for name, key in (("Gram product", "gram"), ("reduction to three diagonals", "eigenvalues"))
+    }
+    cells = [
+        [
+            stage.name,
+            stage.flops,
+            stage.bytes,
+            stage.seconds(card["flops_per_second"], card["bytes_per_second"]),
+            measured.get(stage.name) or "",
+        ]
+        for stage in floor.model(shapes, [floor.exact(m, n) for m, n, _ in shapes])
+    ]
+    return text + common.table(
+        ["stage of all 224 matrices", "operations", "bytes", "least seconds", "torch alone, seconds"], cells
+    )
 
 
 def layerwise(rows: list[dict[str, Any]]) -> str:
