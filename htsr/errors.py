@@ -72,4 +72,5 @@ def is_out_of_memory(error: BaseException) -> bool:
         (True, False)
     """
     said = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in said for words in _NO_MEMORY)
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    return named or any(words in said for words in _NO_MEMORY)

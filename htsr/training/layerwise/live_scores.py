@@ -14,11 +14,12 @@ import numpy as np
 from htsr.analysis.execution import device_of, for_each
 from htsr.analysis.sharing import described, entries_difference, results_of_all, shared_out
 from htsr.arrays import Array
-from htsr.errors import HtsrError, MatrixError
+from htsr.errors import HtsrError, MatrixError, is_out_of_memory
 from htsr.matrices.models import WeightMatrix
 from htsr.matrices.roles import whole_name
 from htsr.matrices.sharded import LiveModel, open_live
 from htsr.ranks import Ranks
+from htsr.spectra.attempts import give_back_memory
 from htsr.spectra.esd import esd_batch
 from htsr.spectra.scores import null_of_shape, score
 from htsr.training.layerwise.policy import Policy, Spectrum, name_of
@@ -196,6 +197,8 @@ def _together(policy: Policy, matrices: Sequence[WeightMatrix]) -> list[float | 
         except MatrixError as problem:
             if isinstance(problem.__cause__, _PASSING):
                 results[i] = _failure(problem.__cause__, passing=True)
+                if is_out_of_memory(problem.__cause__):
+                    give_back_memory()
             else:
                 logger.warning("%s keeps a multiplier of 1: %s", matrix.name, problem)
     if loaded:
@@ -206,7 +209,10 @@ def _together(policy: Policy, matrices: Sequence[WeightMatrix]) -> list[float | 
                     raise spectrum
                 results[i] = score(spectrum, policy.score, policy.fit)
             except MatrixError as problem:
-                logger.warning("%s keeps a multiplier of 1: %s", matrices[i].name, problem)
+                if problem.status == "failed":  # of the computation, not of the weights
+                    results[i] = Failure(str(problem), passing=True)
+                else:
+                    logger.warning("%s keeps a multiplier of 1: %s", matrices[i].name, problem)
             except Exception as error:
                 if not callable(policy.score):
                     raise

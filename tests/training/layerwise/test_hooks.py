@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler as schedulers
 
 import htsr
 from htsr.errors import HtsrError, UsageError
+from htsr.spectra import esd as spectra
 from htsr.training.layerwise import live_scores
 from htsr.training.layerwise.hooks import engine_of
 from tests.training.models import MATRICES, Spying, SpyingSGD, TinyLM, decay_groups, loss, train
@@ -353,19 +354,28 @@ class TestEventsThatFail:
     """An event is no reason to end a training."""
 
     @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), torch.linalg.LinAlgError("no convergence")])
-    def test_the_matrix_keeps_its_multiplier(self, error, monkeypatch, caplog):
+    @pytest.mark.parametrize("where", ["around the solver", "in the solver"])
+    def test_the_matrix_keeps_its_multiplier(self, error, where, monkeypatch, caplog):
         model, optimizer = made(SpyingSGD, ramp=0)
         victim, before = "layers.0.mlp.up_proj", {}
-        original = live_scores.esd_batch
 
-        def failing(matrices, **how):
-            if before and any(
-                torch.equal(torch.as_tensor(W), model.get_parameter(f"{victim}.weight")) for W in matrices
-            ):
-                raise error
-            return original(matrices, **how)
+        def failing(original):
+            def instead(matrices, *how, **more):
+                if before and any(
+                    torch.equal(torch.as_tensor(W), model.get_parameter(f"{victim}.weight")) for W in matrices
+                ):
+                    raise error
+                return original(matrices, *how, **more)
 
-        monkeypatch.setattr(live_scores, "esd_batch", failing)
+            return instead
+
+        room, functions = (
+            (live_scores, ["esd_batch"])
+            if where == "around the solver"
+            else (spectra, ["batch_eigenvalues", "piece_eigenvalues"])
+        )
+        for function in functions:
+            monkeypatch.setattr(room, function, failing(getattr(room, function)))
         train(model, optimizer, [0])
         before = htsr.multipliers(optimizer)
         with torch.no_grad():  # so that every α is another one
@@ -377,7 +387,7 @@ class TestEventsThatFail:
         after = htsr.multipliers(optimizer)
         assert after[victim] == before[victim] != 1.0
         status = {g["name"]: g["status"] for g in optimizer.param_groups}
-        assert str(error) in status[victim]
+        assert ("memory" if isinstance(error, torch.OutOfMemoryError) else str(error)) in status[victim]
         assert {value for name, value in status.items() if name != victim} == {"ok"}
         assert f"{victim} keeps its multiplier" in caplog.text
         assert sum(after[name] != before[name] for name in MATRICES) >= 3
