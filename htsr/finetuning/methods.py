@@ -17,6 +17,7 @@ from htsr.ranks import Ranks
 from htsr.training.lora import lora_config
 from htsr.training.sampling.probabilities import Strategy
 from htsr.training.sampling.sampler import LayerSampler
+from htsr.training.streaming.streaming import stream_frozen
 
 if TYPE_CHECKING:
     import torch
@@ -36,15 +37,17 @@ def prepare(
 ) -> tuple[torch.nn.Module, LayerSampler | None]:
     """The model with its adapters, and the sampler of blocks or None, as the recipe's method has them.
 
+    Where frozen blocks live in host memory, they are streamed to the device from then on.
+
     Args:
-        recipe: recipe, of which method, lora, sampling, seed and max_length are read.
+        recipe: recipe, of which method, frozen_weights, lora, sampling, seed and max_length are read.
         model: model, not yet wrapped.
         tokenizer: tokenizer of the model.
         train: training records, on which outliers are measured where the method asks for them.
         before: analysis of the model, for what depends on spectra.
         output: folder in which ``outliers.json`` is kept.
         say: function that is told, in one sentence, what takes a while.
-        device: device on which outliers are measured.
+        device: device on which outliers are measured, and the model trains.
 
     Raises:
         UsageError: the recipe needs spectra and has none.
@@ -75,6 +78,8 @@ def prepare(
         seed=recipe.seed,
         threshold=given.threshold,
     )
+    if recipe.frozen_weights != "device":
+        stream_frozen(model, sampler, device=device)
     return model, sampler
 
 

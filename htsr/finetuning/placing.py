@@ -1,8 +1,9 @@
 """Where the model of a run lies before it is trained.
 
 A whole model lies on the device of its process. One that FSDP2 will shard is loaded into host memory, and accelerate
-brings it to the devices block by block, sharded: no device ever holds it whole. What runs before (outliers, questions)
-runs on the device all the same, one block of the model at a time (`on_device`).
+brings it to the devices block by block, sharded: no device ever holds it whole. So is one whose frozen blocks live
+there. What runs before (outliers, questions) runs on the device all the same, one block of the model at a time
+(`on_device`).
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ if TYPE_CHECKING:
     import torch
 
 
-def load_placed(arguments: Any, name: str, **how: Any) -> torch.nn.Module:
+def load_placed(arguments: Any, name: str, *, streamed: bool = False, **how: Any) -> torch.nn.Module:
     """The model in its place: on the device of this process, or in host memory where FSDP will shard it.
 
     Args:
         arguments: arguments of TRL.
         name: folder, hub id or .gguf file.
+        streamed: whether the model's frozen blocks live in host memory.
         how: arguments of `load_model`.
 
     Raises:
         SourceError: it cannot be loaded.
     """
+    if streamed:
+        return load_model(name, **how)
     if not is_to_be_sharded(arguments):
         return load_model(name, **how).to(arguments.device)
     with _whole_on_every_rank():

@@ -17,6 +17,7 @@ from htsr.calibration.records import read_records, split
 from htsr.errors import UsageError
 from htsr.finetuning.checkpoints import Checkpoint, count_processes, last_checkpoint
 from htsr.finetuning.labels import check_labels, check_tokenizer, check_vocabulary, count_labels, take_own
+from htsr.finetuning.placing import is_to_be_sharded
 from htsr.finetuning.run_folder import leaves, plain
 from htsr.matrices.blocks import find_blocks
 from htsr.ranks import Ranks
@@ -67,6 +68,12 @@ def check_sharding(recipe: Recipe, arguments: Any) -> None:
         )
     if stage and recipe.rounding is not None:
         raise UsageError("rounding: DeepSpeed's ZeRO keeps weights in float32 beside the narrow ones; leave it out")
+    alone = count_processes(arguments) == 1 and not stage and not is_to_be_sharded(arguments)
+    if recipe.frozen_weights != "device" and not alone:
+        raise UsageError(
+            f"frozen_weights: {recipe.frozen_weights} is for one process on one device: make others invisible "
+            "(CUDA_VISIBLE_DEVICES=0), or take FSDP2 with frozen_weights: device"
+        )
     if recipe.method == "qlora" and (stage == 3 or arguments.fsdp):
         raise UsageError("method: qlora keeps a copy of the model in 4 bits on each process: take DDP or ZeRO-2")
     if stage == 3:

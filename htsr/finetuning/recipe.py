@@ -15,6 +15,7 @@ from htsr.training.sampling.sampler import Embedding, FrozenState
 
 Method = Literal["full", "lora", "qlora", "lisa", "owlore", "galore"]
 LayerwisePolicy = Literal["none", "llr", "tempbalance", "alphadecay"]
+FrozenWeights = Literal["device", "host"]
 
 
 SECTIONS_OF: Mapping[str, tuple[str, ...]] = {
@@ -178,6 +179,8 @@ class Recipe:
             and the rounding of the optimizer that ``training.optim`` names. Under methods without low_rank
             ``nearest`` is transformers' optimizer, and with another rounding the optimizer is htsr's AdamW, with
             moments in bfloat16.
+        frozen_weights: where the weights of blocks live that do not train now: on the ``device``, or in memory of the
+            ``host``, from which they are streamed through two buffers (`htsr.stream_frozen`), in one process.
         seed: seed of everything random.
         spectra: whether the model is analyzed before and after.
         sampling: section of lisa and owlore, and of lora and qlora where adapters are sampled by block.
@@ -205,6 +208,7 @@ class Recipe:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     rounding: Rounding | None = None
+    frozen_weights: FrozenWeights = "device"
     seed: int = 0
     spectra: bool = True
     sampling: Sampling | None = None
@@ -228,6 +232,9 @@ class Recipe:
         if not self.spectra and (by_spectra or (self.lora is not None and self.lora.score is not None)):
             what = f"sampling.strategy {self.sampling.strategy}" if self.sampling and by_spectra else "lora.score"
             raise UsageError(f"{what} needs spectra: true")
+        if self.frozen_weights != "device" and (self.sampling is None or self.method == "qlora"):
+            which = "lora with the section sampling, lisa and owlore"
+            raise UsageError(f"frozen_weights: {self.frozen_weights} is for blocks that are sampled, by {which}")
         if self.layerwise != "none" and self.lora is not None:
             raise UsageError(
                 f"layerwise sets learning rates of whole matrices, which the method {self.method} does not train"

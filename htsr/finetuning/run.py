@@ -92,7 +92,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None]
     before, accuracy, metrics, coverage = _train(recipe, arguments, prepared, output, ranks, say)
     gc.collect()  # model, optimizer and trainer hold each other, and the saved model is loaded next
     if prepared.questions:
-        trained = load_placed(arguments, str(output), **_how(recipe))
+        trained = load_placed(arguments, str(output), streamed=recipe.frozen_weights != "device", **_how(recipe))
         with on_device(trained, arguments.device):
             found = multiple_choice_accuracy(trained, prepared.tokenizer, prepared.questions)
         metrics |= {f"before_{key}": value for key, value in (accuracy or {}).items()} | asdict(found)
@@ -114,7 +114,8 @@ def _train(
     from htsr.finetuning.trainer import FinetuneTrainer
 
     train, held_out, checkpoint = prepared.train, prepared.held_out, prepared.checkpoint
-    model = load_placed(arguments, recipe.model, revision=recipe.revision, **_how(recipe))
+    streamed = recipe.frozen_weights != "device"
+    model = load_placed(arguments, recipe.model, streamed=streamed, revision=recipe.revision, **_how(recipe))
     # adapters are merged into the weights as they are stored
     whole = resolve(recipe.model) if recipe.method == "qlora" else model
     before = _spectra(recipe, whole, output / "spectra_before.npz", ranks, say)

@@ -122,6 +122,38 @@ def test_weights_in_bfloat16_are_rounded_as_the_recipe_says_also_after_a_resume(
     assert f"| rounding | {rounding} |" in (tmp_path / "whole" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("owlore", {"low_rank": {"rank": 8, "gradients": "project"}, "dtype": "bfloat16", "rounding": "master"}),
+        ("lisa", {"training": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}}),
+        ("lora", {"sampling": {"active": 1, "interval": 2}, "lora": {"rank": 4}}),
+    ],
+)
+def test_frozen_weights_in_host_memory_train_alike_also_after_a_resume(work, tmp_path, method, more):
+    outcomes = []
+    for where in ("device", "host"):
+        path = recipe_file(work, tmp_path / where, method, frozen_weights=where, **json.loads(json.dumps(more)))
+        if where == "host":
+            with killed_after(5):
+                main(["finetune", "--quiet", "--config", path])
+        assert main(["finetune", "--quiet", "--config", path, *["--resume"][: where == "host"]]) == 0
+        results = json.loads((tmp_path / where / "results.json").read_text())
+        outcomes.append((load_file(tmp_path / where / "model.safetensors"), results["metrics"], results["coverage"]))
+    (a, metrics, coverage), (b, its_metrics, its_coverage) = outcomes
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert metrics["eval_loss"] == its_metrics["eval_loss"]
+    assert coverage == its_coverage
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "galore"])
+def test_frozen_weights_are_those_of_sampled_blocks(work, tmp_path, capsys, method):
+    path = recipe_file(work, tmp_path / "run", method, frozen_weights="host")
+    assert main(["finetune", "--config", path]) == 2
+    assert "frozen_weights: host is for blocks that are sampled" in capsys.readouterr().err
+
+
 def test_what_rounding_to_nearest_loses_is_said_once(work, tmp_path, caplog):
     """The weights of the small model are about 0.02: their half unit in the last place is above 1e-5, nearly all."""
     for name, more, said in (
@@ -206,8 +238,9 @@ def test_evaluating_leaves_the_gradients_of_qlora_alone(work):
     assert all(gradient.abs().max() > 0 for gradient in before)
 
 
-def test_the_shipped_recipe_for_one_gpu_runs(work, tmp_path):
-    content = yaml.safe_load((FOLDER / "one_gpu_24gb.yaml").read_text())
+@pytest.mark.parametrize("size", [24, 8])
+def test_the_shipped_recipe_for_one_gpu_runs(work, tmp_path, size):
+    content = yaml.safe_load((FOLDER / f"one_gpu_{size}gb.yaml").read_text())
     del content["training"]["num_train_epochs"]
     content["training"] |= {"max_steps": 5, "eval_steps": 2, "max_length": 32, "gradient_accumulation_steps": 2}
     content["training"] |= {"learning_rate": 1e-2, "warmup_steps": 0, "disable_tqdm": True}
