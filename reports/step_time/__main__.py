@@ -1,6 +1,7 @@
 """Time of a whole training step by method: OwLore beside LISA.
 
     python -m reports.step_time            the whole study, about 30 minutes on one core
+    python -m reports.step_time --hosts    only the host's time of the optimizers, a minute
     python -m reports.step_time --quick    two blocks, one round
 
 One thread, float32, processor time of the process (which other work on the machine does not change much): forward,
@@ -46,11 +47,22 @@ def main() -> None:
     """Run the study."""
     import torch
 
-    args = common.arguments(str(__doc__))
+    from reports.step_time.host import host_times
+
+    args = common.arguments(
+        str(__doc__), ("--hosts", {"action": "store_true", "help": "only the optimizers' host time"})
+    )
     torch.set_num_threads(1)
     if args.quick:
         small = common.SMOLLM2 | {"num_hidden_layers": 2, "vocab_size": 2000}
         print(json.dumps(compare(small, ARMS[:2], 1, 32, 2, 64, rounds=1), indent=1))
+        print(json.dumps(list(host_times(torch.device("cpu"), blocks=4, rounds=3)), indent=1))
+        return
+    hosts = {"machine": common.machine(), "rows": list(host_times(torch.device("cpu")))}
+    if args.hosts:
+        kept = json.loads((HERE / "results.json").read_text()) | {"hosts": hosts}
+        (HERE / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
+        write_up(kept)
         return
     results = []
     for name, active, rank, batch, sequence in SETTINGS:
@@ -58,7 +70,7 @@ def main() -> None:
         row["arms"] = compare(MODELS[name], ARMS, active, rank, batch, sequence, rounds=3)
         results.append(row)
         print(json.dumps(row), flush=True)
-    common.keep(HERE, {"settings": results})
+    common.keep(HERE, {"settings": results, "hosts": hosts})
     write_up(json.loads((HERE / "results.json").read_text()))
 
 
@@ -140,7 +152,25 @@ frozen unless said otherwise.
 
 OwLore's step against LISA's: {min(ratios.values()):.2f} to {max(ratios.values()):.2f} (target 1.1; {over} of {len(ratios)} lines above).
 
-{common.table(["model", "method", "first of an interval", "later", *heads], rows)}""")
+{common.table(["model", "method", "first of an interval", "later", *heads], rows)}{host_page(results["hosts"])}""")
+
+
+def host_page(hosts: dict[str, Any]) -> str:
+    """The section on the host's time."""
+    bases = ("AdamW foreach", "AdamW fused")
+    rows = [
+        [r["arm"], r["ms"], *(f"{r[f'of {base}']:.2f}×" for base in bases), r["groups"]]
+        for r in hosts["rows"]
+        if "ms" in r
+    ]
+    return f"""
+## What a step costs the host
+
+{common.facts(hosts["machine"])} One thread, float32 unless said. {hosts["rows"][-1]["parameters"]} parameters as SmolLM2-135M has, sides a 24th of the model's,
+so that Python and the calls of operations are what is timed; least milliseconds of processor time of `step`, arms take turns; no
+refresh of projectors, no event. Stochastic rounding is `LowRankAdamW`'s default for bfloat16; torch's AdamW rounds to nearest.
+
+{common.table(["optimizer", "ms", *(f"of {base}" for base in bases), "groups"], rows)}"""
 
 
 def _milliseconds(seconds: float | None) -> str:

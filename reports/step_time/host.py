@@ -61,8 +61,8 @@ def arms(blocks: int) -> dict[str, Callable[[torch.device], Any]]:
             parameter.grad = torch.randn(parameter.shape).to(device, dtype)
         return made
 
-    def adamw(**how: bool) -> Callable[[torch.device], Any]:
-        return lambda device: torch.optim.AdamW(model(device).parameters(), lr=1e-6, **how)
+    def adamw(dtype: torch.dtype = torch.float32, **how: bool) -> Callable[[torch.device], Any]:
+        return lambda device: torch.optim.AdamW(model(device, dtype).parameters(), lr=1e-6, **how)
 
     def layered(**how: bool) -> Callable[[torch.device], Any]:
         def make(device: torch.device) -> Any:
@@ -91,7 +91,9 @@ def arms(blocks: int) -> dict[str, Callable[[torch.device], Any]]:
         f"LowRankAdamW, rank {RANK}": low_rank(),
         f"LowRankAdamW, rank {RANK}, bfloat16": low_rank(torch.bfloat16),
         "LowRankAdamW, no rank": without_rank(),
+        "AdamW foreach, bfloat16": adamw(torch.bfloat16, foreach=True),
         "LowRankAdamW, no rank, bfloat16": without_rank(torch.bfloat16),
+        "LowRankAdamW, no rank, bfloat16, nearest": without_rank(torch.bfloat16, rounding="nearest"),
     }
 
 
@@ -120,6 +122,7 @@ def host_times(device: torch.device, blocks: int = 30, rounds: int = _ROUNDS) ->
     common.wait_for(device)
     for name, seconds in least.items():
         row: dict[str, Any] = {"arm": name, "ms": 1e3 * seconds, "groups": len(made[name].param_groups)}
+        row["parameters"] = sum(len(group["params"]) for group in made[name].param_groups)
         for baseline in BASELINES[:2]:
             if baseline in least:
                 row[f"of {baseline}"] = seconds / least[baseline]
