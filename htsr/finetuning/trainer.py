@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -146,13 +147,13 @@ class FinetuneTrainer(SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the state; that of blocks that were frozen is in no checkpoint, and FSDP2 has to be told."""
-        if checkpoint is None or self.sampler is None or not self.is_fsdp_enabled:
+        if checkpoint is None or self.sampler is None:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[no-untyped-call]
             return
         assert self.optimizer is not None
         assert self.checkpoint is not None
-        self.sampler.attach(self.optimizer)
-        with self.sampler.loading(self.checkpoint.step):
+        self.sampler.attach(self.optimizer)  # before state comes, which stays in host memory where it is offloaded
+        with self.sampler.loading(self.checkpoint.step) if self.is_fsdp_enabled else nullcontext():
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[no-untyped-call]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -40,3 +40,24 @@ def is_captured() -> bool:
     """Whether what runs now is captured into a CUDA graph, which will repeat it with the numbers of this moment."""
     begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return begun and torch.cuda.is_current_stream_capturing()
+
+
+def counters_to_host(optimizer: torch.optim.Optimizer) -> None:
+    """Put the step counters of a loaded state on the CPU, where torch makes them and reads them at each step.
+
+    A checkpoint that was loaded onto a device leaves them there, and each step would wait for the device as often as
+    there are parameters. Fused and capturable optimizers want them on the device.
+
+    Args:
+        optimizer: optimizer of any class; only those of torch are looked at, ASGD apart, which computes with them.
+    """
+    of_torch = (kind for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch.optim."))
+    if next(of_torch, torch.optim.Optimizer) in (torch.optim.Optimizer, torch.optim.ASGD):
+        return
+    for group in optimizer.param_groups:
+        if group.get("fused") or group.get("capturable"):
+            continue
+        for parameter in group["params"]:
+            step = optimizer.state.get(parameter, {}).get("step")
+            if torch.is_tensor(step) and step.device.type != "cpu":
+                optimizer.state[parameter]["step"] = step.cpu()

@@ -115,6 +115,27 @@ def test_resume(device, memory, synchronisations, frozen_state, optimizer):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("attached", ["LayerSampler", "layerwise"])
+def test_step_counters_come_back_to_the_cpu(device, synchronisations, attached):
+    """A checkpoint that was loaded onto the device, as several processes load it, has them there."""
+
+    def made(model):
+        if attached == "LayerSampler":
+            return sampled(model, frozen_state="keep", interval=100)[1]
+        return htsr.layerwise(torch.optim.AdamW(model.parameters(), lr=1e-3), model, interval=None)
+
+    model, second = model_on(device), model_on(device)
+    optimizer = made(model)
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["step"] = state["step"].to(device)
+    resumed = made(second)
+    resumed.load_state_dict(saved)
+    assert {state["step"].device.type for state in state_of(resumed) if state} == {"cpu"}
+    assert not any(train(second, resumed, range(3, 5), synchronisations))
+
+
 def test_resume_of_a_fused_optimizer(device, synchronisations):
     """Torch puts the step counters of a fused optimizer on the device; that is no reason to wait at each step."""
 

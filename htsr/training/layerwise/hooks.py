@@ -16,6 +16,7 @@ import torch
 
 from htsr.training.layerwise.engine import Layerwise
 from htsr.training.layerwise.together import together
+from htsr.training.steps import counters_to_host
 
 _ENGINE = "_htsr_layerwise"
 
@@ -28,6 +29,7 @@ def attach(engine: Layerwise, optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_step_post_hook(untraced(engine.after_step)),
         optimizer.register_state_dict_pre_hook(engine.before_state_dict),
         optimizer.register_load_state_dict_pre_hook(engine.before_load),
+        optimizer.register_load_state_dict_post_hook(counters_to_host),
     ]
     setattr(optimizer, _ENGINE, engine)
     me = weakref.ref(optimizer)  # not the optimizer itself, which would then outlive its last use

@@ -147,27 +147,6 @@ def set_up_anew(model: torch.nn.Module, thawed: set[str]) -> None:
         module.reshard()
 
 
-def move_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, device: Any) -> None:
-    """Move the tensors of one parameter's state; its step count stays where the optimizer wants it.
-
-    Args:
-        optimizer: optimizer that may hold the parameter.
-        parameter: parameter of any shape.
-        device: device to move to.
-
-    Raises:
-        UsageError: the state is sharded.
-    """
-    import torch
-
-    state = optimizer.state.get(parameter, {})
-    for key, value in state.items():
-        if torch.is_tensor(value) and value.ndim > 0 and value.device != torch.device(device):
-            if type(value).__name__ == "DTensor":
-                raise UsageError("sharded optimizer state cannot be offloaded block by block: take drop or keep")
-            state[key] = value.to(device)
-
-
 def _is_reentrant(module: torch.nn.Module) -> bool:
     keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
     return bool(getattr(module, "gradient_checkpointing", False) and keywords.get("use_reentrant"))

@@ -15,7 +15,7 @@ Sources: LISA (arXiv 2403.17919), OwLore (arXiv 2405.18380), Spectrum (arXiv 240
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -32,13 +32,13 @@ from htsr.training.sampling.freezing import (
     HeldFlags,
     called_inside,
     insist_on_unused_parameters,
-    move_state,
     set_up_anew,
     stop_input_gradients,
 )
 from htsr.training.sampling.members import trainable, what_else_trains
+from htsr.training.sampling.offload import Arrivals, Place, State, frozen_entries, loaded, to_host
 from htsr.training.sampling.probabilities import Scores, Strategy, block_probabilities, inclusion_probabilities
-from htsr.training.steps import skipped_by_scaler
+from htsr.training.steps import counters_to_host, skipped_by_scaler
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,9 @@ Embedding: TypeAlias = Literal["freeze", "train", "lowrank", "sampled"]
 FrozenState: TypeAlias = Literal["drop", "keep", "offload"]
 
 EMBEDDING = "embedding and head"
+_ATTACHED = (
+    "_optimizers", "_parameters", "_flags", "_handles", "_stopped", "_stepped", "_placing", "_arrivals", "_kept_back",
+)  # fmt: skip
 _KEY = "layer_sampler"  # of the state in the optimizer's first group
 
 
@@ -128,6 +131,8 @@ class LayerSampler:
     _handles: list[Any]
     _stopped: list[Any]
     _stepped: set[int]  # optimizers since the last step
+    _arrivals: Arrivals
+    _kept_back: list[tuple[torch.nn.Parameter, State]]  # of a state dict that is being loaded
     _placing: list[Callable[[], None]]  # functions that put what is drawn on the device, and the rest elsewhere
 
     def __init__(
@@ -253,6 +258,8 @@ class LayerSampler:
         if self.embedding == "freeze":
             for name in self._embedding:
                 self._freeze(by_name[name])
+                if self.frozen_state == "offload":
+                    to_host((optimizer, by_name[name]) for optimizer in given)
             self._stopped = stop_input_gradients(self.model)
         for optimizer in given:
             self._watch(optimizer)
@@ -269,7 +276,7 @@ class LayerSampler:
     def __getstate__(self) -> dict[str, Any]:
         """State for copies, which stand where this one does and are attached to nothing: hooks are not copied."""
         state = self.__dict__.copy()
-        for name in ("_optimizers", "_parameters", "_flags", "_handles", "_stopped", "_stepped", "_placing"):
+        for name in _ATTACHED:
             del state[name]
         if self._optimizers:
             logger.warning(
@@ -287,16 +294,17 @@ class LayerSampler:
         self._optimizers, self._parameters = (), []
         self._flags, self._handles, self._stopped = HeldFlags(), [], []
         self._stepped, self._placing = set(), []
+        self._arrivals, self._kept_back = Arrivals(), []
 
     def detach(self) -> None:
         """End: all that took part trains again, and the optimizers and the model are as they were before `attach`.
 
         State that was moved to host memory comes back. The sampler can be attached again, and goes on where it stood.
         """
+        self._arrivals.fetch(self._places(range(len(self._parameters))))
+        self._arrivals.arrive()
         for optimizer in self._optimizers:
             optimizer.param_groups[0].pop(_KEY, None)
-            for parameter in (parameter for members in self._parameters for parameter in members):
-                move_state(optimizer, parameter, parameter.device)
         for handle in self._handles:
             handle.remove()
         for module in self._stopped:
@@ -372,13 +380,31 @@ class LayerSampler:
         if getattr(optimizer, "gradients", None) != "update":  # which steps during backward, and refuses such hooks
             self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._before_step()))
         self._handles.append(optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped)))
-        self._handles.append(
-            optimizer.register_load_state_dict_post_hook(
-                lambda loaded: self.load_state_dict(loaded.param_groups[0].get(_KEY, {}))
-            )
-        )
+        self._handles.append(optimizer.register_load_state_dict_pre_hook(self._before_load))
+        self._handles.append(optimizer.register_load_state_dict_post_hook(self._after_load))
+        self._handles.append(optimizer.register_state_dict_pre_hook(lambda _: self._arrivals.arrive()))
+
+    def _before_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        """Take out of a state dict what is to stay in host memory: torch brings all that it finds to the device."""
+        self._arrivals.arrive()
+        active = state_dict["param_groups"][0].get(_KEY, {}).get("active")
+        if self.frozen_state != "offload" or active is None:
+            return None
+        frozen = [p for index, own in enumerate(self._parameters) if index not in active for p in own]
+        entries = frozen_entries(optimizer, state_dict, frozen)
+        states = {key: value for key, value in state_dict["state"].items() if key not in entries}
+        self._kept_back = [(parameter, state_dict["state"][key]) for key, parameter in entries.items()]
+        return {**state_dict, "state": states}
+
+    def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
+        counters_to_host(optimizer)
+        for parameter, saved in self._kept_back:
+            optimizer.state[parameter] = loaded(optimizer, parameter, saved)
+        self._kept_back = []
+        self.load_state_dict(optimizer.param_groups[0].get(_KEY, {}))
 
     def _before_step(self) -> None:
+        self._arrivals.arrive()
         if not self._loading:
             self._flags.restore()
             self._flags.drop_gradients()
@@ -408,24 +434,32 @@ class LayerSampler:
     def _apply(self) -> None:
         for place in self._placing:
             place()
-        for index, parameters in enumerate(self._parameters):
-            for parameter in parameters:
-                if index in self._active:
-                    self._flags.want(parameter, True)
-                    for optimizer in self._optimizers:  # also what was kept, whose parameter may come from elsewhere
-                        move_state(optimizer, parameter, parameter.device)
-                else:
-                    self._freeze(parameter)
+        frozen = [index for index in range(len(self._parameters)) if index not in self._active]
+        for index in frozen:
+            for parameter in self._parameters[index]:
+                self._freeze(parameter)
+        if self.frozen_state == "offload":
+            to_host(self._places(frozen))
+        for index in self._active:
+            for parameter in self._parameters[index]:
+                self._flags.want(parameter, True)
+        self._arrivals.fetch(self._places(self._active))  # also what was kept, whose parameter may come from elsewhere
+        if any(getattr(optimizer, "gradients", "keep") != "keep" for optimizer in self._optimizers):
+            self._arrivals.arrive()  # which read their state during backward
         self._write_state()
+
+    def _places(self, members: Iterable[int]) -> Iterator[Place]:
+        """The parameters of these `members` with each of the optimizers."""
+        for index in members:
+            for parameter in self._parameters[index]:
+                yield from ((optimizer, parameter) for optimizer in self._optimizers)
 
     def _freeze(self, parameter: torch.nn.Parameter) -> None:
         self._flags.want(parameter, False)
         parameter.grad = None
-        for optimizer in self._optimizers:
-            if self.frozen_state == "drop":
+        if self.frozen_state == "drop":
+            for optimizer in self._optimizers:
                 optimizer.state.pop(parameter, None)
-            elif self.frozen_state == "offload":
-                move_state(optimizer, parameter, "cpu")
 
     def _hold(self) -> None:
         """Set all flags before the forward of the model, and a block's before that of the block and of its parts.
