@@ -25,7 +25,7 @@ def update(W, state, group, R, number):
     narrow, how = W.dtype in rounding.NARROW, group["rounding"]
     if narrow:
         rounding.create(state, W, how)
-        new = rounding.read(W, state, how)
+        new = rounding.read([W], [state], how)[0]
     else:
         new = W.clone()
     new = new * (1 - lr * group["weight_decay"])
@@ -40,7 +40,7 @@ def update(W, state, group, R, number):
         keys = None
         if how == "stochastic":
             keys = rounding.axis_keys(W, seed_of("rounding", group["seed"], number, t))
-        rounding.write(W, state, how, new, keys)
+        rounding.write([W], [state], how, new[None], keys)
     else:
         W.copy_(new)
 

@@ -66,38 +66,46 @@ def create(state: dict[str, Any], parameter: Tensor, rounding: Rounding) -> None
             state[name] = torch.zeros_like(parameter, dtype=torch.float32 if rounding == "master" else None)
 
 
-def read(W: Tensor, state: dict[str, Any], rounding: Rounding, rows: Any = ...) -> Tensor:
-    """The number that a narrow weight stands for, in float32 and memory of its own: what an update is added to.
+def read(weights: list[Tensor], states: list[dict[str, Any]], rounding: Rounding, rows: Any = ...) -> Tensor:
+    """The numbers that narrow weights stand for, in float32 and memory of their own: what updates are added to.
 
     Args:
-        W: weight of any shape; of a DTensor this process's part.
-        state: state of its parameter, from `create`.
-        rounding: how its group rounds.
+        weights: B weights of one shape and dtype; of DTensors this process's parts.
+        states: states of their parameters, from `create`.
+        rounding: how their groups round.
         rows: a slice of the first axis, or all.
 
     Returns:
-        float32 numbers in the shape of these rows.
+        (B, …) float32 numbers, those of each weight in the shape of these rows.
     """
-    wide = W[rows].float()
+    parts = _parts(weights, rows)
+    wide = weights[0].new_empty((len(parts), *parts[0].shape), dtype=torch.float32)
+    own = list(wide.unbind(0))
+    torch._foreach_copy_(own, parts)
     if rounding == "kahan":
-        wide += local(state["compensation"])[rows]
+        torch._foreach_add_(own, _parts([local(state["compensation"]) for state in states], rows))
     elif rounding == "master":
-        master = local(state["master"])[rows]
-        wide = torch.where(master.to(W.dtype) == W[rows], master, wide)
+        for new, W, master in zip(own, parts, _parts([local(state["master"]) for state in states], rows), strict=True):
+            new.copy_(torch.where(master.to(W.dtype) == W, master, new))
     return wide
 
 
 def write(
-    W: Tensor, state: dict[str, Any], rounding: Rounding, new: Tensor, keys: list[Tensor] | None = None, rows: Any = ...
+    weights: list[Tensor],
+    states: list[dict[str, Any]],
+    rounding: Rounding,
+    new: Tensor,
+    keys: list[Tensor] | None = None,
+    rows: Any = ...,
 ) -> None:
-    """Store what `read` gave, updated, in a narrow weight and in what its rounding keeps.
+    """Store what `read` gave, updated, in narrow weights and in what their rounding keeps.
 
     Args:
-        W: weight of any shape, changed; of a DTensor this process's part.
-        state: state of its parameter, from `create`, changed.
-        rounding: how its group rounds.
-        new: float32 numbers in the shape of these rows.
-        keys: numbers from `axis_keys`, which ``stochastic`` needs.
+        weights: B weights of one shape and dtype, changed; of DTensors this process's parts.
+        states: states of their parameters, from `create`, changed.
+        rounding: how their groups round.
+        new: (B, …) float32 numbers in the shape of these rows; changed.
+        keys: numbers from `axis_keys` for B seeds, which ``stochastic`` needs.
         rows: a slice of the first axis, or all.
 
     Examples:
@@ -109,21 +117,28 @@ def write(
         ...     W, state = torch.ones((), dtype=torch.bfloat16), {}
         ...     create(state, W, rounding)
         ...     for step in range(4):
-        ...         write(W, state, rounding, read(W, state, rounding) + 2**-7 / 5)
-        ...     print(rounding, W.item(), round(read(W, state, rounding).item(), 4))
+        ...         write([W], [state], rounding, read([W], [state], rounding) + 2**-7 / 5)
+        ...     print(rounding, W.item(), round(read([W], [state], rounding).item(), 4))
         nearest 1.0 1.0
         kahan 1.0078125 1.0062
         master 1.0078125 1.0062
     """
+    parts = _parts(weights, rows)
     if rounding == "stochastic":
         assert keys is not None
-        W[rows] = stochastically_rounded(new, W.dtype, entry_noise(keys, rows).view(new.shape))
+        rounded = stochastically_rounded(new, weights[0].dtype, entry_noise(keys, rows).view(new.shape))
+        torch._foreach_copy_(parts, list(rounded.unbind(0)))
         return
-    W[rows] = new
+    own = list(new.unbind(0))
+    torch._foreach_copy_(parts, own)
     if rounding == "kahan":
-        local(state["compensation"])[rows] = new.sub_(W[rows])
-    elif rounding == "master":
-        local(state["master"])[rows] = new
+        torch._foreach_sub_(own, parts)
+    if rounding in STATE:
+        torch._foreach_copy_(_parts([local(state[STATE[rounding]]) for state in states], rows), own)
+
+
+def _parts(tensors: list[Tensor], rows: Any) -> list[Tensor]:
+    return tensors if rows is ... else [tensor[rows] for tensor in tensors]
 
 
 def share_lost(parameters: Iterable[Tensor], lr: float) -> float:
@@ -192,27 +207,37 @@ def stochastically_rounded(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tens
     return torch.where(x.isfinite(), rounded, x).to(dtype)
 
 
-def axis_keys(tensor: Tensor, seed: int) -> list[Tensor]:
+def axis_keys(tensor: Tensor, seed: int | list[int]) -> list[Tensor]:
     """Random numbers, one for each index of each axis of a tensor, from which `entry_noise` makes those of its entries.
+
+    They are the first of the stream that SplitMix64 begins at the seed.
 
     Args:
         tensor: tensor of any shape; of a DTensor the keys are those of this process's part.
-        seed: seed of the numbers, the same on all processes.
+        seed: seed of the numbers, the same on all processes; or seeds of several tensors of this shape.
 
     Returns:
         One int32 vector for each axis, of its length, uniform over all of int32, on the tensor's device; for a scalar
-        one number.
+        one number. For B seeds (B, n_i) of them.
+
+    Source: SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), with the multipliers of its reference implementation.
     """
-    generator = torch.Generator().manual_seed(seed)
     shape = tuple(tensor.shape) or (1,)
-    keys = [torch.randint(-(2**31), 2**31, (n,), dtype=torch.int32, generator=generator) for n in shape]
+    begin = torch.tensor(seed, dtype=torch.int64).to(tensor.device, non_blocking=True)
+    x = torch.arange(1, sum(shape) + 1, device=tensor.device) * -0x61C8864680B583EB + begin.unsqueeze(-1)  # int64 wraps
+    x ^= (x >> 30).bitwise_and_((1 << 34) - 1)  # a shift without the sign
+    x *= -0x40A7B892E31B1A47
+    x ^= (x >> 27).bitwise_and_((1 << 37) - 1)
+    x *= -0x6B2FB644ECCEEE15
+    x ^= (x >> 31).bitwise_and_((1 << 33) - 1)
+    keys = list(torch.split((x >> 32).to(torch.int32), list(shape), -1))
     if is_distributed(tensor):
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
         sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-        keys = [key[start : start + size] for key, size, start in zip(keys, sizes, offsets, strict=True)]
-    return [key.to(tensor.device, non_blocking=True) for key in keys]
+        keys = [key[..., start : start + size] for key, size, start in zip(keys, sizes, offsets, strict=True)]
+    return keys
 
 
 def entry_noise(keys: list[Tensor], rows: Any = ...) -> Tensor:
@@ -222,11 +247,11 @@ def entry_noise(keys: list[Tensor], rows: Any = ...) -> Tensor:
     multipliers of MurmurHash3's finalizer), which leaves nothing of the sum's structure.
 
     Args:
-        keys: numbers from `axis_keys`, (n_1,), (n_2,) …
+        keys: numbers from `axis_keys`, (n_1,), (n_2,) …, or (B, n_1), (B, n_2) …
         rows: a slice of the first axis, or all.
 
     Returns:
-        (n_1, n_2, …) int32 numbers in [0, 2¹⁶).
+        (n_1, n_2, …) or (B, n_1, n_2, …) int32 numbers in [0, 2¹⁶).
 
     Examples:
         Rows of the noise are the noise of these rows, whichever part of the tensor a process holds:
@@ -237,9 +262,9 @@ def entry_noise(keys: list[Tensor], rows: Any = ...) -> Tensor:
         >>> torch.equal(entry_noise(keys)[2:], entry_noise(keys, slice(2, 4)))
         True
     """
-    x = keys[0][rows]
-    for key in keys[1:]:
-        x = x.unsqueeze(-1) + key
+    x = keys[0] if rows is ... else keys[0][..., rows]
+    for axis, key in enumerate(keys[1:], 1):
+        x = x.unsqueeze(-1) + key.view(*key.shape[:-1], *[1] * axis, key.shape[-1])
     x = x * -2048144789  # int32 wraps
     x ^= (x >> 13).bitwise_and_(0x7FFFF)
     x *= -1028477387

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Self, TypeAlias
 
@@ -21,6 +22,9 @@ from htsr.training.lowrank.subspace import add_projected_back, local, projects_r
 Group: TypeAlias = dict[str, Any]
 
 PIECE = 2**22  # entries that are updated at a time, so that temporaries stay small beside an embedding
+STACK = (
+    2**18
+)  # entries of narrow weights of one shape that are rounded at a time: beyond, a call costs less than its work
 
 
 class Constants(NamedTuple):
@@ -187,49 +191,52 @@ def seed_of(*parts: object) -> int:
 
 
 def _update_full(batch: list[Pending], steps: list[int]) -> None:
-    sizes, keys, moment_keys = _step_sizes(batch, steps), _noise_keys(batch, steps), _moment_keys(batch, steps)
+    sizes, moment_keys, narrow = _step_sizes(batch, steps), _moment_keys(batch, steps), _narrow(batch, steps)
     for rows in _pieces(local(batch[0].parameter), BLOCK) if len(batch) == 1 else [...]:
         exp_avg, denominators = _adam(batch, steps, moment_keys, rows)
-        W = [_part(one.parameter, rows) if keys is None else _wide(one, rows) for one in batch]
-        if any(one.constants.weight_decay for one in batch):
-            torch._foreach_mul_(W, [_kept(one) for one in batch])
-        torch._foreach_addcdiv_(W, exp_avg, denominators, sizes)
-        if keys is not None:
-            for one, new, own in zip(batch, W, keys, strict=True):
-                _round(one, new, own, rows)
+        for some in narrow:
+            wide = some.read(rows)
+            values = zip(*((batch[i], exp_avg[i], denominators[i], sizes[i]) for i in some.places), strict=True)
+            _add_full(list(wide.unbind(0)), *map(list, values))  # type: ignore[arg-type]
+            some.write(wide, rows)
+        if not narrow:
+            _add_full([_part(one.parameter, rows) for one in batch], batch, exp_avg, denominators, sizes)
+
+
+def _add_full(
+    W: list[Tensor], batch: list[Pending], exp_avg: list[Tensor], denominators: list[Tensor], sizes: list[float]
+) -> None:
+    """W ← (1 - lr·weight_decay)·W + size·exp_avg/denominator, with the operations of torch.optim.AdamW."""
+    if any(one.constants.weight_decay for one in batch):
+        torch._foreach_mul_(W, [_kept(one) for one in batch])
+    torch._foreach_addcdiv_(W, exp_avg, denominators, sizes)
 
 
 def _update_low_rank(batch: list[Pending], steps: list[int]) -> None:
     exp_avg, denominators = _adam(batch, steps, _moment_keys(batch, steps))
-    sizes, keys = _step_sizes(batch, steps), _noise_keys(batch, steps)
-    for i, (one, m, d) in enumerate(zip(batch, exp_avg, denominators, strict=True)):
-        D, kept, factor = torch.div(m, d, out=d), _kept(one), sizes[i] * one.constants.scale
-        W, P, right = local(one.parameter), local(one.state["projector"]), projects_right(one.parameter.shape)
-        if keys is not None:
-            _add_rounded(one, D.float(), P.float(), right, kept, factor, keys[i])
-        else:
-            add_projected_back(W, D if D.dtype == W.dtype else D.to(W.dtype), P, right, kept, factor)
+    sizes, narrow = _step_sizes(batch, steps), _narrow(batch, steps)
+    directions = [torch.div(m, d, out=d) for m, d in zip(exp_avg, denominators, strict=True)]
+    factors = [size * one.constants.scale for one, size in zip(batch, sizes, strict=True)]
+    for some in narrow:
+        for rows in _pieces(local(batch[some.places[0]].parameter), 1) if len(some.places) == 1 else [...]:
+            wide = some.read(rows)
+            for i, W in zip(some.places, wide.unbind(0), strict=True):
+                _add_low_rank(batch[i], W, directions[i], factors[i], rows)
+            some.write(wide, rows)
+    if not narrow:
+        for one, D, factor in zip(batch, directions, factors, strict=True):
+            _add_low_rank(one, local(one.parameter), D, factor)
 
 
-def _add_rounded(
-    one: Pending, D: Tensor, P: Tensor, right: bool, kept: float, factor: float, keys: list[Tensor] | None
-) -> None:
-    """What `add_projected_back` does, in float32 and rows at a time, to weights that are rounded."""
-    stacked = D.ndim == 3
-    for rows in _pieces(local(one.parameter), 1):
-        new = _wide(one, rows)
-        R = D[rows] if right or stacked else D
-        add_projected_back(new, R, P if right and not stacked else P[rows], right, kept, factor)
-        _round(one, new, keys, rows)
-
-
-def _wide(one: Pending, rows: Any) -> Tensor:
-    """These rows of a narrow weight in float32, to be updated."""
-    return rounding.read(local(one.parameter), one.state, one.group["rounding"], rows)
-
-
-def _round(one: Pending, new: Tensor, keys: list[Tensor] | None, rows: Any) -> None:
-    rounding.write(local(one.parameter), one.state, one.group["rounding"], new, keys, rows)
+def _add_low_rank(one: Pending, W: Tensor, D: Tensor, factor: float, rows: Any = ...) -> None:
+    """W ← (1 - lr·weight_decay)·W + factor·(D projected back), for these rows of both."""
+    right, P = projects_right(one.parameter.shape), local(one.state["projector"])
+    if rows is not ...:
+        D = D[rows] if right or D.ndim == 3 else D
+        P = P if right and P.ndim == 2 else P[rows]
+    if D.dtype != W.dtype:
+        D = D.to(W.dtype)
+    add_projected_back(W, D, P if P.dtype == W.dtype else P.to(W.dtype), right, _kept(one), factor)
 
 
 def _adam(
@@ -260,17 +267,44 @@ def _moment_keys(batch: list[Pending], steps: list[int]) -> list[list[Tensor] | 
     ]
 
 
-def _noise_keys(batch: list[Pending], steps: list[int]) -> list[list[Tensor] | None] | None:
-    """None for wide weights. Else what their roundings keep is made, and the keys of the noise of stochastic ones."""
+class _Narrow(NamedTuple):
+    """Weights of one shape and rounding in a batch: those at `places`."""
+
+    places: list[int]
+    weights: list[Tensor]
+    states: list[dict[str, Any]]
+    how: rounding.Rounding
+    keys: list[Tensor] | None
+
+    def read(self, rows: Any) -> Tensor:
+        return rounding.read(self.weights, self.states, self.how, rows)
+
+    def write(self, new: Tensor, rows: Any) -> None:
+        rounding.write(self.weights, self.states, self.how, new, self.keys, rows)
+
+
+def _narrow(batch: list[Pending], steps: list[int]) -> list[_Narrow]:
+    """The weights of a batch by shape and rounding, at most `STACK` entries or one weight each; none if they are wide.
+
+    What their roundings keep is in their states then.
+    """
     if batch[0].parameter.dtype not in rounding.NARROW:
-        return None
-    keys = list[list[Tensor] | None]()
-    for one, step in zip(batch, steps, strict=True):
-        how = one.group["rounding"]
-        rounding.create(one.state, one.parameter, how)
-        seed = seed_of("rounding", one.group["seed"], one.number, step)
-        keys.append(rounding.axis_keys(one.parameter, seed) if how == "stochastic" else None)
-    return keys
+        return []
+    alike = defaultdict[Any, list[int]](list)
+    for place, one in enumerate(batch):
+        rounding.create(one.state, one.parameter, one.group["rounding"])
+        alike[one.parameter.shape, one.group["rounding"]].append(place)
+    found = []
+    for (_, how), places in alike.items():
+        each = max(STACK // max(local(batch[places[0]].parameter).numel(), 1), 1)
+        for some in (places[i : i + each] for i in range(0, len(places), each)):
+            keys = None
+            if how == "stochastic":
+                seeds = [seed_of("rounding", batch[i].group["seed"], batch[i].number, steps[i]) for i in some]
+                keys = rounding.axis_keys(batch[some[0]].parameter, seeds)
+            weights, states = [local(batch[i].parameter) for i in some], [batch[i].state for i in some]
+            found.append(_Narrow(some, weights, states, how, keys))
+    return found
 
 
 def _step_sizes(batch: list[Pending], steps: list[int]) -> list[float]:

@@ -66,6 +66,20 @@ def test_noise_is_uniform_without_structure_and_a_function_of_the_seed():
     assert float(torch.linalg.matrix_norm(errors, 2)) < 1.1 * 2 * 512**0.5 * (0.25 * 0.75) ** 0.5
 
 
+def test_keys_are_splitmix64_and_those_of_many_seeds_are_those_of_each():
+    """The stream of seed 1234567 as Rosetta Code gives it; the upper halves, as signed numbers."""
+    stream = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    upper = (torch.tensor([number >> 32 for number in stream]) + 2**31) % 2**32 - 2**31
+    rows, columns = axis_keys(torch.empty(2, 3), seed=1234567)
+    assert torch.cat([rows, columns]).tolist() == upper.tolist()
+    for shape in ((4, 3), (2, 5, 3), (6,), ()):
+        together = axis_keys(torch.empty(shape), [1, 2**62, 3])
+        noise = entry_noise(together)
+        for i, seed in enumerate((1, 2**62, 3)):
+            assert torch.equal(noise[i], entry_noise(axis_keys(torch.empty(shape), seed)))
+        assert torch.equal(entry_noise(together, slice(1, 2)), noise[:, 1:2])
+
+
 @pytest.mark.parametrize("rank", [None, 32])
 def test_small_updates_move_bfloat16_weights_as_far_as_they_should(rank):
     """Case: lr 2e-5 for 50 steps, where rounding to nearest leaves 9 of 10 entries where they were."""

@@ -51,6 +51,7 @@ def test_together_is_one_after_the_other(dtype, state_dtype, rounding, piece, mo
     if state_dtype == "8bit":
         pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(update, "PIECE", piece)
+    monkeypatch.setattr(update, "STACK", piece // 2)
     together, apart = parameters(dtype), parameters(dtype)
     optimizers = [
         LowRankAdamW(groups(params), lr=0.02, weight_decay=0.1, state_dtype=state_dtype, rounding=rounding)
