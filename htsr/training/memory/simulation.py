@@ -127,9 +127,10 @@ def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
             loss.backward()
         del loss
         ledger.now = "step"
-        needed = [_workspace(p, name in low_rank, setting) for name, p in trained.items() if p.grad is not None]
-        if setting.gradients == "project":
-            needed += [_to_update(trained[name], True, setting) for name in low_rank]
+        waiting = {name: p for name, p in trained.items() if p.grad is not None or setting.gradients == "project"}
+        needed = [_to_project(p, name in low_rank, setting) for name, p in waiting.items() if p.grad is not None]
+        for low in (False, True):
+            needed.append(_to_update([p for name, p in waiting.items() if (name in low_rank) == low], low, setting))
         ledger.check(max(needed, default=0))
         count = sum(p.numel() for p in model.parameters())
     return MemoryPlan(
@@ -269,7 +270,7 @@ def _projected_size(parameter: Tensor, setting: Setting) -> int:
 
 def _workspace(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
     """Temporaries of projecting and updating one parameter by `LowRankAdamW`; torch's fused AdamW has none."""
-    return max(_to_project(parameter, low_rank, setting), _to_update(parameter, low_rank, setting))
+    return max(_to_project(parameter, low_rank, setting), _to_update([parameter], low_rank, setting))
 
 
 def _to_project(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
@@ -289,21 +290,28 @@ def _to_project(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
     return refresh if stack == 1 else bases + refresh
 
 
-def _to_update(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
-    """Adam's direction, float32 copies of what is narrower, and what rounds it: moments, then the weights."""
+def _to_update(parameters: list[Tensor], low_rank: bool, setting: Setting) -> int:
+    """Temporaries of updating parameters together, at most `PIECE` entries at a time, by `LowRankAdamW`.
+
+    Gradients in float32, moments in float32 where they are narrower, and Adam's denominators; then new weights in
+    float32, of low-rank matrices one after the other. What rounds is of one parameter at a time.
+    """
     from htsr.training.lowrank.update import PIECE
 
-    narrow = parameter.dtype in NARROW
-    if setting.method not in LOW_RANK and (not narrow or setting.rounding == "nearest"):
+    narrow = any(parameter.dtype in NARROW for parameter in parameters)
+    if not parameters or (setting.method not in LOW_RANK and (not narrow or setting.rounding == "nearest")):
         return 0
-    dtype = setting.state_dtype or str(parameter.dtype).removeprefix("torch.")
-    copies = 4 * (1 + narrow + 2 * (dtype != "float32")) + 13 * (dtype != "float32" and dtype != "8bit")
-    rounded = {"stochastic": 17, "master": 11}.get(setting.rounding, 4)
-    piece = min(parameter.numel(), PIECE)
+    sizes = [_projected_size(p, setting) if low_rank else p.numel() for p in parameters]
+    batch, one = min(sum(sizes), PIECE), min(max(sizes), PIECE)
+    state = setting.state_dtype or str(parameters[0].dtype).removeprefix("torch.")
+    own, noise = 2 * (state != "float32"), 13 * (state in ("bfloat16", "float16"))
+    moments = 4 * (1 + own + narrow) * batch + noise * one
+    rounded = narrow * {"stochastic": 13, "master": 7}.get(setting.rounding, 0)
     if not low_rank:
-        return max((copies + 4 * narrow) * piece, rounded * narrow * piece)
-    projected = _projected_size(parameter, setting)
-    return max(copies * projected, narrow * (rounded * piece + 4 * projected))
+        return max(moments, 4 * (1 + own // 2 + narrow) * batch + rounded * one)
+    projected = parameters[0].element_size() * batch
+    wide = narrow * (4 + rounded) * min(max(p.numel() for p in parameters), PIECE)
+    return projected + max(moments, 4 * (1 + own // 2) * batch + wide)
 
 
 def _quantised(model: Any) -> list[Tensor]:
