@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from htsr_cli.output import Target, Words
 
-from htsr.analysis.execution import pick_device
+from htsr.analysis.devices import pick_device
 from htsr.calibration.loading import load_model, load_tokenizer
 from htsr.calibration.outlier_scores import checked_thresholds, measure_outliers
 from htsr.calibration.records import read_records, text_of

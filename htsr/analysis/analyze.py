@@ -20,7 +20,8 @@ from types import MappingProxyType
 from typing import Any
 
 from htsr._version import __version__
-from htsr.analysis.execution import measure_all, pick_device
+from htsr.analysis.devices import pick_device
+from htsr.analysis.execution import measure_all
 from htsr.analysis.journal import Journal
 from htsr.analysis.result import Analysis
 from htsr.analysis.sharing import agree, launched_ranks, results_of_all, shared_out

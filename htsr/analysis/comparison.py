@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from htsr.analysis.analyze import FULL, analyze_model, make_options
+from htsr.analysis.devices import device_of
 from htsr.analysis.distance import Distance, distance
-from htsr.analysis.execution import device_of
 from htsr.analysis.matching import match, of_one_shape
 from htsr.analysis.result import Analysis
 from htsr.analysis.saving import is_saved

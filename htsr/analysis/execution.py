@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
 
 from htsr.arrays import Array, Product
-from htsr.errors import UsageError
 from htsr.matrices.models import WeightMatrix
 from htsr.spectra.device import BATCHED_UP_TO, solving_device
 from htsr.spectra.esd import BATCH_UP_TO
@@ -202,13 +199,13 @@ def _as_read(matrix: WeightMatrix, future: Future[Any]) -> WeightMatrix:
 def _staged(matrix: WeightMatrix, read: Callable[[WeightMatrix], Array | Product]) -> Array | Product:
     """The matrix, in memory that the device copies from at the speed of the bus, where that can be had."""
     found = read(matrix)
-    if type(found) is not np.ndarray or found.size < _PINNED_FROM:
+    if type(found) is not np.ndarray or found.size < _PINNED_FROM or not found.flags.writeable:
         return found
     import torch
 
     try:
         return torch.from_numpy(found).pin_memory()
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         logger.debug("%s is copied from plain memory: %s", matrix.name, error)
         return found
 
@@ -240,63 +237,3 @@ def _one_blas_thread() -> Iterator[None]:
 
     with threadpool_limits(limits=1):
         yield
-
-
-def pick_device(device: str, source: object = None) -> str:
-    """`device`, with ``auto`` as where a live model lies, else as this process's accelerator where there is one.
-
-    Args:
-        device: device as torch names it, or ``auto``.
-        source: model that is analyzed: a module, a state dict, or what is read from files.
-
-    Raises:
-        UsageError: this machine has no such device.
-    """
-    if device == "cpu":
-        return device
-    if device == "auto":
-        return device_of(source) or own_accelerator() or "cpu"
-    import torch
-
-    try:
-        if torch.zeros(1, device=device).is_meta:
-            raise UsageError("device 'meta' computes nothing")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def device_of(source: object) -> str | None:
-    """The accelerator that a module or a state dict lies on, the first of several; None where it lies on none."""
-    if "torch" not in sys.modules:
-        return None
-    from torch import Tensor, nn
-
-    tensors: Iterable[object] = ()
-    if isinstance(source, nn.Module):
-        tensors = chain(source.parameters(), source.buffers())
-    elif isinstance(source, Mapping):
-        tensors = source.values()
-    devices = (tensor.device for tensor in tensors if isinstance(tensor, Tensor))
-    return next((str(device) for device in devices if device.type not in ("cpu", "meta")), None)
-
-
-def own_accelerator() -> str | None:
-    """This process's accelerator with float64, on a machine with several that of its rank; None where there is none.
-
-    torch is asked only where a driver shows: a machine without an accelerator needs it for nothing else here, and
-    importing it takes longer than many an analysis.
-    """
-    drivers = ("/proc/driver/nvidia/version", "/dev/kfd", "/dev/nvidiactl", "/dev/dxg", "/dev/dri/renderD128")
-    if "torch" not in sys.modules and sys.platform != "win32" and not any(map(os.path.exists, drivers)):
-        return None
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or accelerator.type == "mps":
-        return None
-    rank = os.environ.get("LOCAL_RANK", "")
-    own = int(rank) if rank.isdecimal() else torch.accelerator.current_device_index()
-    if own >= torch.accelerator.device_count():  # the launcher shows each process its own only
-        own = torch.accelerator.current_device_index()
-    return f"{accelerator.type}:{own}"

@@ -58,6 +58,8 @@ def on_device(matrix: Array, device: str) -> torch.Tensor:
     """
     import torch
 
+    if isinstance(matrix, np.ndarray):  # torch warns of those nobody may write to, and takes none that run backwards
+        matrix = np.ascontiguousarray(matrix if matrix.flags.writeable else matrix.copy())
     return torch.as_tensor(matrix).detach().to(device, non_blocking=torch.device(device).type != "cpu")
 
 

@@ -15,7 +15,8 @@ import torch
 import htsr
 from htsr.analysis import execution
 from htsr.analysis.analyze import analyze_model
-from htsr.analysis.execution import _batches, measure_all, pick_device
+from htsr.analysis.devices import pick_device
+from htsr.analysis.execution import _batches, measure_all
 from htsr.analysis.journal import Journal
 from htsr.analysis.sharing import share
 from tests.models import save_folder, state_dict

@@ -11,6 +11,7 @@ import torch
 import htsr
 from htsr.analysis import execution
 from htsr.analysis.analyze import make_options
+from htsr.analysis.devices import own_accelerator
 from htsr.analysis.execution import measure_all
 from htsr.analysis.journal import Journal
 from htsr.spectra import device as solver
@@ -56,7 +57,7 @@ def test_the_own_accelerator_is_that_of_the_rank_and_no_journal_depends_on_which
     journals[1].close()
     assert list(journals[0].load()) == [model.matrices[0].name]
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)  # each process sees its own only
-    assert execution.own_accelerator() == f"{device.type}:0"
+    assert own_accelerator() == f"{device.type}:0"
 
 
 @pytest.mark.parametrize("where", ["host", "device"])

@@ -58,6 +58,15 @@ def test_auto_is_float64_on_every_device(random, device):
     assert esd(random.standard_normal((20, 30)).astype(np.float32), device=device).route == "gram/float64"
 
 
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_torch_does_not_take_as_they_are(random):
+    W = random.standard_normal((20, 30))
+    W.flags.writeable = False
+    for array in (W, W[::-1, ::-2]):
+        expected = esd(np.array(array), device="cpu").eigenvalues
+        assert esd(array, device="cpu:0").eigenvalues == pytest.approx(expected, rel=1e-9)
+
+
 def test_products_are_exact_within_training(random):
     """TF32 and autocast are for the training around: no digit of a Gram matrix is lost to them."""
     W = torch.from_numpy(random.standard_normal((40, 60))).float()

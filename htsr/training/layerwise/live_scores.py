@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from htsr.analysis.execution import device_of, for_each
+from htsr.analysis.devices import device_of
+from htsr.analysis.execution import for_each
 from htsr.analysis.sharing import described, entries_difference, results_of_all, shared_out
 from htsr.arrays import Array
 from htsr.errors import HtsrError, MatrixError, is_out_of_memory

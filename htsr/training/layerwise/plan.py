@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from htsr.analysis.execution import device_of
+from htsr.analysis.devices import device_of
 from htsr.errors import UsageError
 from htsr.matrices.roles import whole_name
 from htsr.matrices.sources import Source, open_model
