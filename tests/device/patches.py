@@ -65,7 +65,7 @@ def applied(
             _data.__set__(tensor, other)
             return
         moved = other.detach().requires_grad_(tensor.requires_grad)
-        if tensor.grad is not None and tensor.grad.shape == moved.shape:
+        if type(tensor.grad) is torch.Tensor and tensor.grad.shape == moved.shape:  # others cannot be told of the move
             moved.grad = tensor.grad.to(moved.device, moved.dtype)
         torch._C._swap_tensor_impl(tensor, moved)
         for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
