@@ -6,6 +6,8 @@ This folder needs nothing of the others: with torch, transformers, accelerate, p
 """
 
 import contextlib
+import gc
+import warnings
 
 import pytest
 import torch
@@ -36,8 +38,14 @@ def device(request):
 
 @pytest.fixture
 def synchronisations(device):
-    """`with synchronisations() as counted: ...`, then `counted.count`; on a real device the count stays None."""
-    return pretended.synchronisations if device.type == pretended.NAME else lambda: contextlib.nullcontext(_Uncounted())
+    """`with synchronisations() as counted: ...`, and afterwards `counted.names`: what waited for the device, in order.
+
+    `counted.count` is their number. It is None on a real device, where libraries wait by themselves; CUDA names what
+    torch waits for, so that where nothing should wait, `not counted.names` is asked of it as well.
+    """
+    if device.type == pretended.NAME:
+        return pretended.synchronisations
+    return _warned_of if device.type == "cuda" else lambda: contextlib.nullcontext(_Uncounted())
 
 
 @pytest.fixture
@@ -50,11 +58,25 @@ class _Uncounted:
     count, names = None, ()
 
 
+@contextlib.contextmanager
+def _warned_of():
+    counted, before = _Uncounted(), torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield counted
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    counted.names = [f"{w.filename}:{w.lineno}" for w in seen if "synchronizing CUDA operation" in str(w.message)]
+
+
 class _Unmetered:
     """The same numbers of a real device."""
 
     def __init__(self, device):
         self._device = device
+        gc.collect()
         torch.accelerator.reset_peak_memory_stats(device)
         self._before = self.now_at_all
 

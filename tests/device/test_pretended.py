@@ -59,7 +59,7 @@ def test_what_waits_is_counted(device, synchronisations):
         here[1] = 0
         torch.where(here > 0, here, 0)
         here.to("cpu", non_blocking=True)
-    assert not counted.count, counted.names
+    assert not counted.names, counted.names
     with synchronisations() as counted:
         here.sum().item()
         here.cpu()
@@ -95,7 +95,7 @@ def test_an_optimizer_steps_without_waiting(device, synchronisations, options):
             model(batch.to(next(model.parameters()).device)).square().mean().backward()
             with synchronisations() as counted:
                 optimizer.step()
-            assert not counted.count, counted.names
+            assert not counted.names, counted.names
     for a, b in zip(here.parameters(), there.parameters(), strict=True):
         torch.testing.assert_close(a, b.cpu())
 

@@ -8,6 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 import htsr
 from tests.device.agree import assert_agree
+from tests.device.runs import within
 from tests.transformer import llama
 
 
@@ -80,7 +81,7 @@ def test_callbacks(device, at_place, tmp_path, callbacks):
     for place in ("cpu", device):
         at_place(place)
         runs.append(trained(tmp_path / str(torch.device(place).type), place, 5, callbacks))
-    assert_agree(*(dict(run.model.named_parameters()) for run in runs), 1e-5)
+    assert_agree(*(dict(run.model.named_parameters()) for run in runs), within(device, 1e-5))
     losses = [[log["loss"] for log in run.state.log_history if "loss" in log] for run in runs]
     assert_agree(*losses, 1e-4)
     at_place(device)
@@ -96,4 +97,4 @@ def test_low_rank(device, at_place, tmp_path):
     for place in ("cpu", device):
         at_place(place)
         runs.append(trained(tmp_path / str(torch.device(place).type), place, 3, (), optimizer=optimizer))
-    assert_agree(*(dict(run.model.named_parameters()) for run in runs), 1e-5)
+    assert_agree(*(dict(run.model.named_parameters()) for run in runs), within(device, 1e-5))
