@@ -22,7 +22,7 @@ def checksum(matrix: WeightMatrix, entries: int | None = None) -> str | None:
         entries: number of entries, evenly spread, that the digest is made of; all by default.
 
     Returns:
-        24 hexadecimal digits; None where the matrix cannot be read.
+        24 hexadecimal digits; None where the matrix cannot be read, or a device has no memory left for it.
 
     Examples:
         >>> import htsr, torch
@@ -36,7 +36,7 @@ def checksum(matrix: WeightMatrix, entries: int | None = None) -> str | None:
         values = matrix.read()
         for part in (values.left, values.right) if isinstance(values, Product) else (values,):
             _update(digest, part, entries)
-    except MatrixError:
+    except (MatrixError, RuntimeError, MemoryError):
         return None
     return digest.hexdigest()
 

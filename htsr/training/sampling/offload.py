@@ -56,10 +56,18 @@ class Arrivals:
         Raises:
             UsageError: the state is sharded.
         """
+        begun: set[torch.device] = set()
         for optimizer, parameter in places:
-            state = optimizer.state.get(parameter, {})
-            for name, value in _away_from(parameter.device, state):
-                state[name] = self._sent(value, parameter.device)
+            state, device = optimizer.state.get(parameter, {}), parameter.device
+            for name, value in _away_from(device, state):
+                if not has_streams(device):
+                    state[name] = value.to(device)
+                    continue
+                if device not in begun:  # after whatever still reads the memory that this takes over
+                    self._stream(device).wait_stream(torch.accelerator.current_stream(device))
+                    begun.add(device)
+                state[name] = self._sent(value, device)
+        self._coming |= begun
 
     def arrive(self) -> None:
         """Have what is computed from here on wait for what is on its way."""
@@ -67,20 +75,16 @@ class Arrivals:
             torch.accelerator.current_stream(device).wait_stream(self._streams[device])
         self._coming.clear()
 
-    def _sent(self, value: Tensor, device: torch.device) -> Tensor:
-        if not has_streams(device):
-            return value.to(device)
+    def _stream(self, device: torch.device) -> torch.Stream:
         if device not in self._streams:
             self._streams[device] = torch.Stream(device)
-        stream = self._streams[device]
-        # allocated on the stream that computes, whose freed memory it takes
-        found = torch.empty_like(value, device=device)
-        if device not in self._coming:
-            stream.wait_stream(torch.accelerator.current_stream(device))
-            self._coming.add(device)
-        with stream:
+        return self._streams[device]
+
+    def _sent(self, value: Tensor, device: torch.device) -> Tensor:
+        found = torch.empty_like(value, device=device)  # of the stream that computes, whose freed memory it takes
+        with self._stream(device):
             found.copy_(value, non_blocking=True)
-        found.record_stream(stream)
+        found.record_stream(self._stream(device))
         return found
 
 
