@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
@@ -29,14 +29,17 @@ def exact_products(device: str) -> Iterator[None]:
     switches: Any = torch.backends
     cuda, onednn = switches.cuda.matmul, switches.mkldnn.matmul
     newer = cuda.fp32_precision, onednn.fp32_precision
-    try:
-        older = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the newer switches say what this older one cannot
-        older = "highest"
-    torch.set_float32_matmul_precision("highest")
+    lowered = not {*newer} <= {"ieee", "none"}
+    older = "highest"
+    if lowered:  # torch has two sets of switches, and refuses to say what holds where they contradict each other
+        with suppress(RuntimeError):
+            older = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        cuda.fp32_precision = onednn.fp32_precision = "ieee"
     try:
         with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(older)
-        cuda.fp32_precision, onednn.fp32_precision = newer
+        if lowered:
+            torch.set_float32_matmul_precision(older)
+            cuda.fp32_precision, onednn.fp32_precision = newer
