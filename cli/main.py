@@ -281,6 +281,10 @@ def memory(
         str | None,
         typer.Option(help="Rounding of narrow weights, as in a recipe: stochastic (default), kahan, master, nearest."),
     ] = None,
+    frozen_weights: Annotated[
+        str,
+        typer.Option(help="Where frozen blocks of lora, lisa and owlore live: device, or host, to be streamed from."),
+    ] = "device",
     revision: Revision = None,
     format: Format = None,
     output: Output = None,
@@ -305,6 +309,7 @@ def memory(
         "embeddings": embeddings,
         "gradients": gradients,
         "rounding": rounding,
+        "frozen_weights": frozen_weights,
         "revision": revision,
     }
     run.memory(model, method, options, Words(quiet, verbose), Target.of(context))

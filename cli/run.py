@@ -20,7 +20,7 @@ from htsr.matrices.models import Filter
 from htsr.matrices.sources import open_model
 from htsr.ranks import is_first
 from htsr.spectra.windows import Windows
-from htsr.training.memory.plan import LOW_RANK, METHODS, MemoryPlans, TrainingMethod
+from htsr.training.memory.plan import LOW_RANK, METHODS, STREAMED, MemoryPlans, TrainingMethod
 from htsr.training.memory.prediction import embeddings_fit, predict_memory
 
 if TYPE_CHECKING:
@@ -157,6 +157,8 @@ def memory(name: str, methods: list[str] | None, options: dict[str, Any], words:
             mine["embeddings"] = None
         if len(asked) > 1 and method in METHODS and method not in LOW_RANK:
             mine["gradients"] = "keep"
+        if len(asked) > 1 and method in METHODS and method not in STREAMED:
+            mine["frozen_weights"] = "device"
         with words.of_others():
             plans.append(predict_memory(name, method, **mine))
     target.write(MemoryPlans(name, tuple(plans)), words)

@@ -21,16 +21,36 @@ def _model():
     return LlamaForCausalLM(config)
 
 
-def _train(model, sampler, gradients, steps, checkpointing):
+def test_the_peak_is_the_predicted_one(device, memory):
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        vocab_size=500,
+        attn_implementation="eager",
+        use_cache=False,
+    )
+    options = {"active_blocks": 1, "rank": 8, "sequence": 64, "checkpointing": True, "gradients": "project"}
+    plan = htsr.predict_memory(LlamaForCausalLM(config), "owlore", frozen_weights="host", **options)
+    model = LlamaForCausalLM(config)
+    sampler = htsr.LayerSampler(model, [1, 0, 0, 0, 0, 0], active=1)
+    with memory() as used:
+        htsr.stream_frozen(model, sampler, device=device)
+        _train(model, sampler, "project", 2, True, rank=8, shape=(1, 64))
+    assert used.peak == pytest.approx(plan.total, rel=0.1)
+
+
+def _train(model, sampler, gradients, steps, checkpointing, rank=4, shape=(2, 9)):
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    groups = htsr.low_rank_groups(model, rank=4)
+    groups = htsr.low_rank_groups(model, rank=rank)
     optimizer = htsr.LowRankAdamW(groups, lr=1e-2, refresh_every=3, method="svd", gradients=gradients)
     sampler.attach(optimizer)
     device, losses = model.lm_head.weight.device, []
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        tokens = torch.randint(0, 64, (2, 9), generator=generator).to(device)
+        tokens = torch.randint(0, 64, shape, generator=generator).to(device)
         loss = model.train()(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
 TrainingMethod: TypeAlias = Literal["full", "lora", "qlora", "galore", "lisa", "owlore"]
 Embeddings: TypeAlias = Literal["train", "lowrank", "freeze"]
+FrozenWeights: TypeAlias = Literal["device", "host"]
 
 METHODS: tuple[TrainingMethod, ...] = ("full", "lora", "qlora", "galore", "lisa", "owlore")
 DTYPES = ("float32", "bfloat16", "float16")
 LOW_RANK = ("galore", "owlore")
 SAMPLED = ("lisa", "owlore")
+STREAMED = ("lora", "lisa", "owlore")  # methods whose frozen blocks may live in host memory
 PARTS = ("weights", "gradients", "optimizer", "projectors", "activations", "logits", "workspace")
 
 
@@ -38,6 +40,7 @@ class Setting:
         embeddings: what becomes of embedding and head.
         gradients: when gradients are released.
         rounding: how narrow weights are rounded.
+        frozen_weights: where the weights of frozen blocks live.
     """
 
     method: TrainingMethod
@@ -51,6 +54,7 @@ class Setting:
     embeddings: Embeddings
     gradients: Gradients
     rounding: Rounding
+    frozen_weights: FrozenWeights = "device"
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class MemoryPlan(Tabular):
         parameters: number of the model's parameters, adapters included.
         trainable: number of the parameters that train.
         rank: rank of the adapters, or dimension of the gradients' subspaces; None for a method that has none.
+        host: bytes of weights in host memory, where frozen blocks live there; no part of `total`.
+        bus: bytes of frozen blocks that are copied to the device for one forward and backward pass; no part of `total`.
     """
 
     model: str
@@ -88,6 +94,8 @@ class MemoryPlan(Tabular):
     parameters: int
     trainable: int
     rank: int | None = None
+    host: int = 0
+    bus: int = 0
 
     @property
     def label(self) -> str:  # type: ignore[override]
@@ -151,6 +159,9 @@ class MemoryPlans(Tabular):
             (label, *(f"+{record[part] / size:.2f}" if record[part] else "" for record in records))
             for label, part in extra.items()
         ]
+        for label, part in (("in host memory", "host"), ("to the device, a pass", "bus")):
+            if any(record[part] for record in records):
+                rows.append((label, *(f"{record[part] / size:.2f}" if record[part] else "" for record in records)))
         if any(record["rank"] for record in records):
             rows.append(("rank", *(str(record["rank"] or "") for record in records)))
         rows.append(("peak in", *(record["moment"] for record in records)))

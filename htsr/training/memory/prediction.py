@@ -19,7 +19,9 @@ from htsr.training.memory.plan import (
     LOW_RANK,
     METHODS,
     SAMPLED,
+    STREAMED,
     Embeddings,
+    FrozenWeights,
     MemoryPlan,
     Setting,
     TrainingMethod,
@@ -50,6 +52,7 @@ def predict_memory(
     embeddings: Embeddings | None = None,
     gradients: Gradients = "keep",
     rounding: Rounding | None = None,
+    frozen_weights: FrozenWeights = "device",
     revision: str | None = None,
 ) -> MemoryPlan:
     """Peak memory of training a causal language model, without loading it.
@@ -75,6 +78,8 @@ def predict_memory(
         gradients: what ``galore`` and ``owlore`` do with gradients, see `LowRankAdamW`.
         rounding: how weights that train in bfloat16 or float16 are rounded, see `LowRankAdamW`; by default
             ``stochastic``, as in a recipe. ``nearest`` is torch's fused AdamW under the methods without low-rank state.
+        frozen_weights: where the weights of blocks live that do not train now: on the ``device``, or in memory of the
+            ``host``, from which they are streamed (`stream_frozen`); for ``lora``, ``lisa`` and ``owlore``.
         revision: branch, tag or commit of a hub id.
 
     Returns:
@@ -108,6 +113,7 @@ def predict_memory(
         ("embeddings", embeddings, ("train", "lowrank", "freeze")),
         ("gradients", gradients, ("keep", "project", "update")),
         ("rounding", rounding, ROUNDINGS),
+        ("frozen_weights", frozen_weights, ("device", "host")),
     ):
         if value is not None and value not in known:
             raise UsageError(f"unknown {name} {value!r}: one of {', '.join(known)}")
@@ -116,6 +122,8 @@ def predict_memory(
         raise UsageError(f"embeddings={embeddings!r} is for {where}, not for {method}")
     if gradients != "keep" and method not in LOW_RANK:
         raise UsageError(f"gradients={gradients!r} is for {' and '.join(LOW_RANK)}, not for {method}")
+    if frozen_weights != "device" and method not in STREAMED:
+        raise UsageError(f"frozen_weights={frozen_weights!r} is for {', '.join(STREAMED)}, not for {method}")
     given = rank
     rank = rank if rank is not None else 128 if method in LOW_RANK else 8
     for name, number in (("batch", batch), ("sequence", sequence), ("rank", rank), ("active_blocks", active_blocks)):
@@ -133,6 +141,7 @@ def predict_memory(
         embeddings=embeddings or ("freeze" if method in SAMPLED else "train"),
         gradients=gradients,
         rounding=rounding or "stochastic",
+        frozen_weights=frozen_weights,
     )
     from htsr.training.memory.simulation import possible_rank, simulate
 

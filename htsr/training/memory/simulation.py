@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections import Counter
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from htsr.training.lowrank.rounding import NARROW
 from htsr.training.lowrank.subspace import OVERSAMPLING
 from htsr.training.memory.plan import LOW_RANK, PARTS, SAMPLED, MemoryPlan, Setting
 from htsr.training.sampling.members import trainable
+from htsr.training.streaming.block import resident
+from htsr.training.streaming.layout import Layout
 
 # NF4 in blocks of 64 with doubly quantised scales (QLoRA, arXiv 2305.14314, §3): bytes per weight
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -109,6 +111,9 @@ def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
         fixed["weights"] = round(sum(p.numel() for p in quantised) * _NF4) - dense
         ledger = Ledger({setting.batch * (setting.sequence - cut) * vocabulary for cut in (0, 1)}, fixed)
         ledger.dense = {p.untyped_storage()._cdata: p.numel() * p.element_size() for p in quantised}
+        streamed = _Streamed.of(model) if setting.frozen_weights != "device" else None
+        if streamed is not None:
+            fixed["weights"] += streamed.buffers - streamed.frozen
         for tensor in (*model.parameters(), *model.buffers()):
             ledger.enter(tensor, "weights")
         for name, parameter in trained.items():
@@ -141,8 +146,28 @@ def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
         parameters=count,
         trainable=sum(p.numel() for p in trained.values()),
         rank=setting.rank if setting.method not in ("full", "lisa") else None,
+        host=streamed.blocks if streamed else 0,
+        bus=2 * streamed.frozen if streamed else 0,
         **ledger.parts,
     )
+
+
+@dataclass(frozen=True)
+class _Streamed:
+    """Bytes of blocks that live in host memory, of what is frozen of them, and of two buffers on the device."""
+
+    blocks: int
+    frozen: int
+    buffers: int
+
+    @classmethod
+    def of(cls, model: Any) -> _Streamed:
+        modules = find_blocks(model).modules
+        stays = resident(model, modules)
+        weights = [[p for p in module.parameters() if id(p) not in stays] for module in modules]
+        sizes = [Layout.of(block).size for block in weights]
+        frozen = sum(p.numel() * p.element_size() for block in weights for p in block if not p.requires_grad)
+        return cls(sum(sizes), frozen, 2 * max(sizes))
 
 
 def possible_rank(label: str, config: Any, setting: Setting) -> int:

@@ -150,6 +150,34 @@ def test_the_rank_of_a_small_model_takes_no_second_simulation(tmp_path, monkeypa
     assert len(simulated) == 1
 
 
+@pytest.mark.parametrize("method", ["lisa", "owlore", "lora"])
+def test_frozen_weights_in_host_memory_are_two_buffers_on_the_device(folder, method):
+    plans = [
+        predict_memory(
+            folder,
+            method,
+            sequence=16,
+            rank=16,
+            frozen_weights=where,
+            **({"active_blocks": 1} if method != "lora" else {}),
+        )
+        for where in ("device", "host")
+    ]
+    resident, streamed = plans
+    h, f = 256, 688
+    block = 4 * (3 * h * h + 3 * h * f + 2 * h)
+    adapters = 4 * 16 * (2 * (h + h) + 2 * (h + h // 2) + 3 * (h + f)) if method == "lora" else 0
+    frozen = 4 if method == "lora" else 3
+    assert streamed.host == 4 * (block + adapters)
+    assert streamed.bus == 2 * frozen * block
+    assert resident.host == resident.bus == 0
+    assert resident.weights - streamed.weights == frozen * block - 2 * (block + adapters)
+    assert resident.total - streamed.total == resident.weights - streamed.weights
+    rows = {row[0]: row[1:] for row in streamed.tables()[0].rows}
+    assert rows["in host memory"] == (f"{streamed.host / 2**20:.2f}",)
+    assert set(rows) - {row[0] for row in resident.tables()[0].rows} == {"in host memory", "to the device, a pass"}
+
+
 def test_more_of_anything_takes_more(folder):
     def total(method="galore", **options):
         low = {"gradients": "update"} if method == "galore" else {}
@@ -186,6 +214,8 @@ def test_sources(folder, tmp_path):
     [
         (["{folder}", "--method", "adapters"], 2, "unknown method 'adapters'"),
         (["{folder}", "--method", "lora", "--embeddings", "freeze"], 2, "embeddings='freeze' is for lisa and owlore"),
+        (["{folder}", "--frozen-weights", "tape"], 2, "unknown frozen_weights 'tape': one of device, host"),
+        (["{folder}", "--method", "full", "--frozen-weights", "host"], 2, "is for lora, lisa, owlore, not for full"),
         (["{folder}", "--dtype", "int8"], 2, "unknown dtype 'int8'"),
         (["{folder}", "--gradients", "drop"], 2, "unknown gradients 'drop'"),
         (["{folder}", "--rounding", "up"], 2, "unknown rounding 'up': one of stochastic, kahan, master, nearest"),
