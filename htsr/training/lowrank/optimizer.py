@@ -25,9 +25,9 @@ from htsr.training.lowrank.groups import check_group
 from htsr.training.lowrank.moments import StateDtype
 from htsr.training.lowrank.projection import coordinates, insist_on_finite, is_due, refuse_capture, without_autocast
 from htsr.training.lowrank.released import Gradients, ReleasedGradient, release_in_backward
-from htsr.training.lowrank.rounding import Rounding
+from htsr.training.lowrank.rounding import STATE, Rounding, settle
 from htsr.training.lowrank.subspace import Method, is_distributed, local
-from htsr.training.lowrank.update import Constants, Group, Pending, in_batches, update
+from htsr.training.lowrank.update import Constants, Group, Pending, in_batches, seed_of, update
 
 
 class LowRankAdamW(torch.optim.Optimizer):
@@ -249,6 +249,21 @@ class LowRankAdamW(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         self._places.clear()
 
+    @torch.no_grad()
+    def drop_state(self, parameter: Tensor) -> None:
+        """Forget the state of a parameter that trains no more for now, as `LayerSampler` does.
+
+        What ``kahan`` or ``master`` have kept of it is put into the weight, rounded stochastically, so that it is not
+        lost on average.
+
+        Args:
+            parameter: parameter of any shape, with a state or without.
+        """
+        state = self.state.pop(parameter, None)
+        if state and any(name in state for name in STATE.values()):
+            group, number = self._place(parameter)
+            settle(parameter, state, seed_of("settled", group["seed"], number, int(state["step"].item())))
+
     def take_up(self, parameter: Tensor, released: ReleasedGradient, G: Tensor) -> None:
         """Take a full gradient into its subspace, or use it up, during backward; `ReleasedGradient` calls it.
 
@@ -262,9 +277,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             UsageError: ``update`` has had a gradient of this parameter since the last step, or there are step hooks.
         """
         refuse_capture()
-        if not self._places:  # groups may have been split or loaded since the last step
-            self._places = {member: (group, index) for group, member, index in self._members()}
-        group, index = self._places[parameter]
+        group, index = self._place(parameter)
         one = self._one(group, parameter, index, G)
         with without_autocast([parameter]):
             if self.gradients == "project":
@@ -307,6 +320,12 @@ class LowRankAdamW(torch.optim.Optimizer):
     def _begin(self) -> None:
         self._hooked = set()
         self._places = {}
+
+    def _place(self, parameter: Tensor) -> tuple[Group, int]:
+        """The group of a parameter, and its number among all."""
+        if not self._places:  # groups may have been split or loaded since the last step
+            self._places = {member: (group, index) for group, member, index in self._members()}
+        return self._places[parameter]
 
     def _members(self) -> Iterator[tuple[Group, Tensor, int]]:
         index = 0

@@ -137,6 +137,35 @@ def write(
         torch._foreach_copy_(_parts([local(state[STATE[rounding]]) for state in states], rows), own)
 
 
+def settle(parameter: Tensor, state: dict[str, Any], seed: int) -> None:
+    """Put what a rounding has kept of a narrow parameter into it, rounded stochastically, before its state is dropped.
+
+    To nearest, all would be lost that has not yet moved a weight by half a unit in the last place.
+
+    Args:
+        parameter: parameter of any shape, changed.
+        state: state of the parameter; what a rounding keeps goes.
+        seed: seed of the rounding, the same on all processes.
+
+    Examples:
+        >>> import torch
+        >>> from htsr.training.lowrank.rounding import create, read, settle, write
+        >>> W, state = torch.ones(100_000, dtype=torch.bfloat16), {}
+        >>> create(state, W, "kahan")
+        >>> write([W], [state], "kahan", read([W], [state], "kahan") + 0.001)
+        >>> before = W.float().mean().item()
+        >>> settle(W, state, seed=0)
+        >>> before, round(W.float().mean().item(), 4), state
+        (1.0, 1.001, {})
+    """
+    for rounding, name in STATE.items():
+        if parameter.dtype in NARROW and name in state:
+            W = local(parameter)
+            new = read([W], [state], rounding)  # type: ignore[arg-type]
+            write([W], [state], "stochastic", new, axis_keys(parameter, [seed]))
+            del state[name]
+
+
 def _parts(tensors: list[Tensor], rows: Any) -> list[Tensor]:
     return tensors if rows is ... else [tensor[rows] for tensor in tensors]
 

@@ -257,6 +257,7 @@ class LayerSampler:
         self._optimizers, self._parameters = given, parameters
         if self.embedding == "freeze":
             for name in self._embedding:
+                self._drop_state(by_name[name])
                 self._freeze(by_name[name])
                 if self.frozen_state == "offload":
                     to_host((optimizer, by_name[name]) for optimizer in given)
@@ -432,9 +433,12 @@ class LayerSampler:
             self._write_state()
 
     def _apply(self) -> None:
+        frozen = [index for index in range(len(self._parameters)) if index not in self._active]
+        for index in frozen:
+            for parameter in self._parameters[index]:
+                self._drop_state(parameter)  # while the weight is where its state is, of which some may go into it
         for place in self._placing:
             place()
-        frozen = [index for index in range(len(self._parameters)) if index not in self._active]
         for index in frozen:
             for parameter in self._parameters[index]:
                 self._freeze(parameter)
@@ -457,9 +461,14 @@ class LayerSampler:
     def _freeze(self, parameter: torch.nn.Parameter) -> None:
         self._flags.want(parameter, False)
         parameter.grad = None
+
+    def _drop_state(self, parameter: torch.nn.Parameter) -> None:
         if self.frozen_state == "drop":
             for optimizer in self._optimizers:
-                optimizer.state.pop(parameter, None)
+                if hasattr(optimizer, "drop_state"):  # LowRankAdamW, whose rounding may have kept some of the weight
+                    optimizer.drop_state(parameter)
+                else:
+                    optimizer.state.pop(parameter, None)
 
     def _hold(self) -> None:
         """Set all flags before the forward of the model, and a block's before that of the block and of its parts.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import htsr
 from htsr.training.lowrank.optimizer import LowRankAdamW
 from htsr.training.lowrank.rounding import ROUNDINGS, axis_keys, entry_noise, stochastically_rounded
 
@@ -223,6 +224,38 @@ def test_a_weight_that_was_changed_from_outside_is_where_the_next_step_begins(ro
         assert torch.equal(master[5], kept["master"][5])
         changed = outside[6:] != before[6:]
         assert torch.equal(master[6:][changed], outside[6:][changed].float())
+
+
+@pytest.mark.parametrize("rounding", ["kahan", "master"])
+def test_a_block_that_is_frozen_keeps_what_rounding_has_kept_of_it(rounding):
+    """Three steps of 1e-5 are a hundredth of a unit at 1: dropped with the state, nothing would be left of any."""
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Linear(300, 300) for _ in range(2))})
+    model = model.bfloat16()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    sampler = htsr.LayerSampler(model, [0.5, 0.5], active=1, interval=3, blocks="layers")
+    optimizer = LowRankAdamW(model.parameters(), lr=1e-5, rounding=rounding, seed=1)
+    sampler.attach(optimizer)
+    steps = [0, 0]
+    for _ in range(12):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        (active,) = sampler.active
+        steps[active] += 1
+        optimizer.step()
+    assert min(steps) > 0
+    frozen = model["layers"][1 - sampler.active[0]]
+    assert not optimizer.state.keys() & set(frozen.parameters())
+    sampler.detach()
+    for parameter in model.parameters():
+        optimizer.drop_state(parameter)  # that of the block that was drawn last, too
+    assert not optimizer.state
+    unit = 2.0**-8
+    for block, moved in enumerate(steps):
+        W = model["layers"][block].weight.detach()
+        chance = moved * 1e-5 / unit  # of an entry, to be a unit lower
+        assert abs(float((1 - W.double()).mean()) - moved * 1e-5) < 5 * unit * (chance / W.numel()) ** 0.5 + 1e-7
 
 
 def test_another_rounding_takes_over_between_steps_and_leaves_nothing_of_the_last():
