@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from htsr.arrays import Array, Product
+from htsr.arrays import Array, Difference, Product
 from htsr.matrices.models import WeightMatrix
-from htsr.spectra.device import BATCHED_UP_TO, solving_device
+from htsr.spectra.device import BATCHED_UP_TO, on_device, solving_device
 from htsr.spectra.esd import BATCH_UP_TO
 from htsr.spectra.measure import Decomposed, Measured, decompose_batch, measure_batch
 from htsr.spectra.metrics import LayerMetrics, Options
@@ -199,13 +199,12 @@ def _as_read(matrix: WeightMatrix, future: Future[Any]) -> WeightMatrix:
 def _staged(matrix: WeightMatrix, read: Callable[[WeightMatrix], Array | Product]) -> Array | Product:
     """The matrix, in memory that the device copies from at the speed of the bus, where that can be had."""
     found = read(matrix)
-    if type(found) is not np.ndarray or found.size < _PINNED_FROM or not found.flags.writeable:
+    if isinstance(found, (Product, Difference)) or matrix.parameters < _PINNED_FROM:
         return found
-    import torch
-
     try:
-        return torch.from_numpy(found).pin_memory()
-    except (RuntimeError, TypeError, ValueError) as error:
+        tensor = on_device(found, "cpu") if isinstance(found, np.ndarray) else found
+        return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
+    except (RuntimeError, TypeError) as error:
         logger.debug("%s is copied from plain memory: %s", matrix.name, error)
         return found
 

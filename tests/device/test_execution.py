@@ -99,6 +99,22 @@ def test_one_thread_computes_and_another_reads_ahead(device, monkeypatch):
     assert reading.isdisjoint(solving)
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_what_is_read_lies_in_pinned_memory(device, monkeypatch, tmp_path, stored):
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(execution, "_PINNED_FROM", 1)
+    save_file(weights(3, dtype=stored), tmp_path / "model.safetensors")
+    model, pinned = htsr.describe(tmp_path), []
+
+    def work(batch):
+        pinned.append(batch[0].opened().is_pinned())
+        return [None]
+
+    list(execution.for_each(model.matrices, work, str(device)))
+    assert pinned == [True] * 3
+
+
 def test_a_matrix_waits_for_the_device_three_times(device, synchronisations):
     """For the size of its squares, in the solver, and for the eigenvalues."""
     state = weights(4, device=device)
