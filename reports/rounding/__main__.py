@@ -1,6 +1,7 @@
 """How bfloat16 weights are rounded, against float32: SmolLM2-135M by full training, LISA and OwLore.
 
     python -m reports.rounding --data FOLDER --work FOLDER     half an hour of one core and more; taken up where it was stopped
+    python -m reports.rounding --longer                        a small model for 300 steps, a few minutes
     python -m reports.rounding --quick                         a tiny model, a few steps
     python -m reports.rounding --write-up                      only the page again
 
@@ -34,6 +35,8 @@ METHODS: dict[str, dict[str, Any]] = {  # learning rates as in the recipes that 
     "lisa": {"lr": 1e-5, "active": 4},
     "full": {"lr": 1e-5},
 }
+LONGER: dict[str, dict[str, Any]] = {"full": {"lr": 3e-5}, "lisa": {"lr": 3e-5, "active": 2}}
+LONGER_SIZE = {"steps": 300, "interval": 50, "batch": 4, "tokens": 24, "evaluation": 16}
 SIZE = {"steps": 16, "interval": 8, "batch": 1, "tokens": 48, "evaluation": 12}
 QUICK = {"steps": 4, "interval": 2, "batch": 2, "tokens": 16, "evaluation": 4}
 TINY = {
@@ -60,6 +63,7 @@ def main() -> None:
         ("--data", {"type": Path, "help": "folder of the questions"}),
         ("--work", {"type": Path, "help": "where the model and the runs are kept"}),
         ("--methods", {"default": ",".join(METHODS), "help": "only these, with commas"}),
+        ("--longer", {"action": "store_true", "help": "only the small model that is trained for longer"}),
         ("--write-up", {"action": "store_true", "help": "only write README.md anew"}),
     )
     torch.set_num_threads(1)
@@ -71,7 +75,17 @@ def main() -> None:
             ):
                 print(json.dumps(row), flush=True)
         return
-    if not args.write_up:
+    if args.longer:
+        model, text = tiny(200), chain(17, 3, 512, LONGER_SIZE)
+        kept = json.loads((HERE / "results.json").read_text())
+        kept["longer"] = {"size": LONGER_SIZE, "methods": LONGER, "machine": common.machine(), "runs": []}
+        for seed in range(3):
+            for method, options in LONGER.items():
+                for row in compare(model, text, method, options, seed, LONGER_SIZE, ARMS):
+                    kept["longer"]["runs"].append(row)
+                    print(json.dumps(row), flush=True)
+                    (HERE / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
+    elif not args.write_up:
         if not (args.data and args.work):
             sys.exit("this study needs its questions and a folder for its runs: --data FOLDER --work FOLDER")
         args.work.mkdir(parents=True, exist_ok=True)
@@ -213,24 +227,31 @@ def questions(data: Path, folder: Path, size: dict[str, int]) -> Text:
     return Text(encode(("arc_easy_train", "openbookqa_train"), most), encode(("arc_easy_test",), size["evaluation"]))
 
 
-def tiny() -> Any:
-    """A small LLaMA with random weights, which are bfloat16 numbers."""
+def tiny(steps: int) -> Any:
+    """A small LLaMA that has been trained a little in float32; its weights are bfloat16 numbers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(LlamaConfig(**TINY)).bfloat16().float()
+    model: Any = LlamaForCausalLM(LlamaConfig(**TINY))
     model.config.use_cache = False
-    return model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    text = chain(31, 7, 8 * steps, LONGER_SIZE).train
+    for step in range(steps):
+        loss_on(model, text[step * 4 : step * 4 + 4]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.bfloat16().float().train()
 
 
-def chain() -> Text:
-    """Sequences in which each token is a fixed function of the one before."""
-    first = torch.randint(0, 200, (16, 1), generator=torch.Generator().manual_seed(0))
-    rows = [first]
-    for _ in range(QUICK["tokens"] - 1):
-        rows.append((31 * rows[-1] + 7) % 200)
-    tokens = torch.cat(rows, 1)
-    return Text(tokens[:12], tokens[12:])
+def chain(factor: int, shift: int, count: int, size: dict[str, int]) -> Text:
+    """Sequences in which each token is a fixed function of the one before, but for one in five."""
+    draw = torch.Generator().manual_seed(factor)
+    words = TINY["vocab_size"]
+    tokens = torch.randint(0, words, (count + size["evaluation"], size["tokens"]), generator=draw)
+    free = torch.rand(tokens.shape, generator=draw) < 0.2
+    for i in range(1, size["tokens"]):
+        tokens[:, i] = torch.where(free[:, i], tokens[:, i], (factor * tokens[:, i - 1] + shift) % words)
+    return Text(tokens[:count], tokens[count:])
 
 
 if __name__ == "__main__":
