@@ -68,45 +68,55 @@ def main() -> None:
     )
     torch.set_num_threads(1)
     if args.quick:
-        model = tiny()
-        for method, options in METHODS.items():
-            for row in compare(
-                model, chain(), method, options | {"rank": 8} if "rank" in options else options, 0, QUICK, ARMS
-            ):
-                print(json.dumps(row), flush=True)
+        small(METHODS | {"owlore": METHODS["owlore"] | {"rank": 8}}, QUICK, seeds=1)
         return
+    file = HERE / "results.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     if args.longer:
-        model, text = tiny(200), chain(17, 3, 512, LONGER_SIZE)
-        kept = json.loads((HERE / "results.json").read_text())
-        kept["longer"] = {"size": LONGER_SIZE, "methods": LONGER, "machine": common.machine(), "runs": []}
-        for seed in range(3):
-            for method, options in LONGER.items():
-                for row in compare(model, text, method, options, seed, LONGER_SIZE, ARMS):
-                    kept["longer"]["runs"].append(row)
-                    print(json.dumps(row), flush=True)
-                    (HERE / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
+        results["longer"] = {"size": LONGER_SIZE, "methods": LONGER, "runs": small(LONGER, LONGER_SIZE, seeds=3)}
     elif not args.write_up:
         if not (args.data and args.work):
             sys.exit("this study needs its questions and a folder for its runs: --data FOLDER --work FOLDER")
-        args.work.mkdir(parents=True, exist_ok=True)
-        file = args.work / "runs.jsonl"
-        runs = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        folder = common.smollm2(args.work)
-        text = questions(args.data, folder, SIZE)
-        for seed in range(3):
-            for method in args.methods.split(","):
-                done = {r["arm"] for r in runs if (r["method"], r["seed"]) == (method, seed)}
-                arms = [arm for arm in ARMS if arm not in done]
-                if not arms:
-                    continue
-                arms = ["float32", *(arm for arm in arms if arm != "float32")]  # the others are held against it
-                for row in compare(load(folder), text, method, METHODS[method], seed, SIZE, arms):
-                    if row["arm"] not in done:
-                        runs.append(row)
-                        print(json.dumps(row), flush=True)
-                        file.write_text("".join(json.dumps(r) + "\n" for r in runs))
-        common.keep(HERE, {"size": SIZE, "methods": METHODS, "runs": runs})
-    write_up(json.loads((HERE / "results.json").read_text()), HERE)
+        results |= {"size": SIZE, "methods": METHODS, "runs": smollm2(args.data, args.work, args.methods.split(","))}
+    if not args.write_up:
+        common.keep(HERE, {key: value for key, value in results.items() if key != "machine"})
+    write_up(json.loads(file.read_text()), HERE)
+
+
+def smollm2(data: Path, work: Path, methods: list[str]) -> list[dict[str, Any]]:
+    """All runs of SmolLM2, those that are done taken from `work`."""
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "runs.jsonl"
+    runs = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    folder = common.smollm2(work)
+    text = questions(data, folder, SIZE)
+    for seed in range(3):
+        for method in methods:
+            done = {r["arm"] for r in runs if (r["method"], r["seed"]) == (method, seed)}
+            if done.issuperset(ARMS):
+                continue
+            arms = [
+                "float32",
+                *(arm for arm in ARMS if arm not in done | {"float32"}),
+            ]  # the others are held against it
+            for row in compare(load(folder), text, method, METHODS[method], seed, SIZE, arms):
+                if row["arm"] not in done:
+                    runs.append(row)
+                    print(json.dumps(row), flush=True)
+                    file.write_text("".join(json.dumps(r) + "\n" for r in runs))
+    return runs
+
+
+def small(methods: dict[str, dict[str, Any]], size: dict[str, int], seeds: int) -> list[dict[str, Any]]:
+    """All runs of a small model."""
+    model, text = tiny(size["steps"] * 2 // 3), chain(17, 3, 512, size)
+    runs = []
+    for seed in range(seeds):
+        for method, options in methods.items():
+            for row in compare(model, text, method, options, seed, size, ARMS):
+                runs.append(row)
+                print(json.dumps(row), flush=True)
+    return runs
 
 
 def compare(
