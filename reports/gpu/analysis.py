@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -164,8 +164,5 @@ def threaded(grams: list[torch.Tensor], threads: int) -> None:
                 torch.linalg.eigvalsh(A)
 
     torch.cuda.synchronize()
-    running = [threading.Thread(target=work, args=(grams[i::threads],)) for i in range(threads)]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, [grams[i::threads] for i in range(threads)]))

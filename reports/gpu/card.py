@@ -34,7 +34,8 @@ class Bench:
 
 def find_device() -> torch.device | None:
     """This machine's accelerator."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device(found.type, torch.accelerator.current_device_index()) if found is not None else None
 
 
 def describe(device: torch.device) -> dict[str, Any]:

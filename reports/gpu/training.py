@@ -34,6 +34,7 @@ def layerwise(bench: Bench) -> Iterator[dict[str, Any]]:
 def layered(bench: Bench, config: dict[str, int]) -> Iterator[tuple[str, Any]]:
     """Milliseconds by what was done."""
     device = bench.device
+    forget(device)
     model = llama(device, torch.float32, **config)
     tokens = torch.randint(0, config["vocab_size"], (1, 32) if bench.small else (8, 512), device=device)
 
@@ -89,7 +90,7 @@ def methods(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def step(bench: Bench, method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Six steps, of which the first has the projectors and the states to make; the last four are timed."""
+    """Six steps, of which the first has the projectors and the states to make; the median of the last four."""
     device, config = bench.device, SMALL if bench.small else SEVEN_B
     batch, sequence = (1, 32) if bench.small else (BATCH, SEQUENCE)
     start = time.perf_counter()
