@@ -7,7 +7,7 @@ SHAPES = {  # the matrices of LLaMA-2-7B's blocks: rows, columns, how many
     "mlp.gate/up": (11008, 4096, 64),
     "mlp.down": (4096, 11008, 32),
 }
-SMALL_SHAPES = {"attn.q/k/v/o": (96, 96, 8), "mlp.gate/up": (256, 96, 4), "mlp.down": (96, 256, 2)}
+SMALL_SHAPES = {"attn.q/k/v/o": (96, 96, 2), "mlp.gate/up": (256, 96, 2), "mlp.down": (96, 256, 1)}
 
 SEVEN_B = {
     "hidden_size": 4096,
