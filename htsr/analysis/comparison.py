@@ -29,6 +29,7 @@ from htsr.matrices.models import Filter, Model, WeightMatrix, as_filter
 from htsr.matrices.positions import Position
 from htsr.matrices.sources import Source, open_model
 from htsr.results import Record, Table, Tabular, column_types
+from htsr.spectra.attempts import attempted
 from htsr.spectra.bulk import jensen_shannon_distance
 from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
 
@@ -333,7 +334,7 @@ def compare_analyses(
     pairs = []
     for x, y in alike:
         esd_distance = _esd_distance(a.eigenvalues.get(x.name), b.eigenvalues.get(y.name))
-        weight_distance = _distance_of(weights[0].get(x.name), weights[1].get(y.name))
+        weight_distance = _distance_of(weights[0].get(x.name), weights[1].get(y.name), a.options.device)
         pairs.append(Pair(x.name, replace(x, **unlike), replace(y, **unlike), weight_distance, esd_distance))
     seen_a, seen_b = {x.name for x, _ in matches}, {y.name for _, y in matches}
     paired = {x.name for x, _ in alike}
@@ -367,14 +368,15 @@ def _esd_distance(a: Vector | None, b: Vector | None) -> float | None:
     return jensen_shannon_distance(a, b)
 
 
-def _distance_of(a: WeightMatrix | None, b: WeightMatrix | None) -> Distance | None:
+def _distance_of(a: WeightMatrix | None, b: WeightMatrix | None, device: str) -> Distance | None:
+    """Distances, computed where the spectra of both have just been."""
     if a is None or b is None or (a.shape, a.pieces) != (b.shape, b.pieces):
         return None
-    try:
-        return distance(a.read(), b.read())
-    except (MatrixError, MemoryError) as problem:
-        logger.warning("%s has no distance: %s", a.name, problem or "not enough memory")
+    found = attempted(lambda: distance(a.read(), b.read(), device))
+    if isinstance(found, MatrixError):
+        logger.warning("%s has no distance: %s", a.name, found)
         return None
+    return found
 
 
 def _of_both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

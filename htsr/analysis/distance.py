@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from htsr.arrays import Array, as_numpy
+from htsr.spectra.device import on_device
+from htsr.spectra.exact_products import exact_products
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,13 @@ class Distance:
     cka: float
 
 
-def distance(a: Array, b: Array) -> Distance | None:
+def distance(a: Array, b: Array, device: str = "cpu") -> Distance | None:
     """Distances between two matrices, computed in float32, or float64 where one is stored so, with sums in float64.
 
     Args:
         a: first matrix, (m, n) or (pieces, m, n), any float dtype.
         b: second matrix, in the shape of `a`.
+        device: device that multiplies the two, as torch names it.
 
     Returns:
         The distances; None where a matrix is zero or not finite.
@@ -57,7 +60,7 @@ def distance(a: Array, b: Array) -> Distance | None:
     inner, norm_a, norm_b = float(np.einsum("pij,pij->", A, B, dtype=np.float64)), _norm(A), _norm(B)
     relative = frobenius / float(np.ldexp(norm_a, _exponent(largest[0])))
     cosine = min(max(inner / (norm_a * norm_b), -1.0), 1.0)
-    return Distance(frobenius, relative, cosine, cka(A, B))
+    return Distance(frobenius, relative, cosine, cka(A, B, device))
 
 
 def _exponent(*numbers: float) -> int:
@@ -72,12 +75,13 @@ def _norm(x: Any) -> float:
     return float(np.ldexp(np.sqrt(np.square(np.ldexp(x, -exponent), dtype=np.float64).sum()), exponent))
 
 
-def cka(A: Any, B: Any) -> float:
+def cka(A: Any, B: Any, device: str = "cpu") -> float:
     """Linear CKA, ‖AᵀB‖_F² / (‖AᵀA‖_F ‖BᵀB‖_F) for centred columns, summed over pieces; the long side is contracted.
 
     Args:
         A: first matrix, (pieces, m, n), NumPy, of any scale.
         B: second matrix, in the shape of `A`.
+        device: device that multiplies the two, as torch names it.
 
     Returns:
         A number in [0, 1]; NaN where a matrix is constant along its long side.
@@ -99,8 +103,19 @@ def cka(A: Any, B: Any) -> float:
     for x, y in zip(A, B, strict=True):
         x, y = (z if z.shape[0] >= z.shape[1] else z.T for z in (x, y))
         x, y = x - x.mean(axis=0), y - y.mean(axis=0)
-        cross += float(np.square(x.T @ y, dtype=np.float64).sum())
-        own_a += float(np.square(x.T @ x, dtype=np.float64).sum())
-        own_b += float(np.square(y.T @ y, dtype=np.float64).sum())
+        cross += _squared_product(x, y, device)
+        own_a += _squared_product(x, x, device)
+        own_b += _squared_product(y, y, device)
     scale = (own_a * own_b) ** 0.5
     return min(cross / scale, 1.0) if scale > 0 else float("nan")
+
+
+def _squared_product(x: Any, y: Any, device: str) -> float:
+    """‖xᵀy‖_F²."""
+    if device == "cpu":
+        return float(np.square(x.T @ y, dtype=np.float64).sum())
+    import torch
+
+    with exact_products(device):
+        product = on_device(x, device).mT @ on_device(y, device)
+        return float(torch.linalg.vector_norm(product, dtype=torch.float64)) ** 2
