@@ -222,7 +222,8 @@ class Layerwise:
                 group["score"] = self._event.outcome.scores[i]
                 group["status"] = self._event.kept.get(i, "ok")
         for _, group in groups:
-            group["multiplier"] = self.multiplier(group, step)
+            target = group["htsr_target"]
+            group["multiplier"] = target if group["htsr_start"] == target else self.multiplier(group, step)
 
     def before_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         """Set the multiplied values in the groups of `optimizer`. The step pre-hook."""
@@ -257,8 +258,9 @@ class Layerwise:
         self._outermost = None
         self.restore()
         if not skipped_by_scaler(optimizer):
-            for _, group in self._stepped(optimizer):
-                group["htsr_step"] += 1
+            for group in optimizer.param_groups:
+                if "htsr_step" in group and group["params"]:
+                    group["htsr_step"] += 1
 
     def restore(self) -> None:
         """Put the user's own values back, exactly; tensors stay the objects that they were."""

@@ -80,9 +80,9 @@ def _collected(optimizer: Any) -> dict[Options, dict[Rates, Lists]] | None:
         for parameter in group["params"]:
             if (gradient := parameter.grad) is None:
                 continue
-            if gradient.is_sparse or not states[parameter]:
-                optimizer._init_group(group, [], [], [], [], [], [])
             state = states[parameter]
+            if not state or gradient.is_sparse:
+                optimizer._init_group(group, [], [], [], [], [], [])
             lists[0].append(parameter)
             lists[1].append(gradient)
             lists[2].append(state["exp_avg"])
