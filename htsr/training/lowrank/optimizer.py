@@ -276,7 +276,8 @@ class LowRankAdamW(torch.optim.Optimizer):
             HtsrError: the gradient has NaN or Inf where a projector is due.
             UsageError: ``update`` has had a gradient of this parameter since the last step, or there are step hooks.
         """
-        refuse_capture()
+        if parameter.is_cuda:
+            refuse_capture()
         group, index = self._place(parameter)
         one = self._one(group, parameter, index, G)
         with without_autocast([parameter]):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor
@@ -81,18 +81,19 @@ def coordinates(
     return project(G, new)
 
 
-@contextmanager
-def without_autocast(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Compute in the precision of the operands, also where backward or step runs under ``torch.autocast``.
+def without_autocast(parameters: Iterable[Tensor]) -> AbstractContextManager[object]:
+    """Within, compute in the precision of the operands, also where backward or step runs under ``torch.autocast``.
 
     Args:
         parameters: tensors on all devices that compute.
     """
-    with ExitStack() as stack:
-        for device in {parameter.device.type for parameter in parameters}:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+    devices = [device for device in {p.device.type for p in parameters} if torch.is_autocast_enabled(device)]
+    if not devices:
+        return nullcontext()
+    stack = ExitStack()
+    for device in devices:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def refuse_capture() -> None:

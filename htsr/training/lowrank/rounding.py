@@ -252,7 +252,7 @@ def axis_keys(tensor: Tensor, seed: int | list[int]) -> list[Tensor]:
     Source: SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), with the multipliers of its reference implementation.
     """
     shape = tuple(tensor.shape) or (1,)
-    begin = torch.tensor(seed, dtype=torch.int64).to(tensor.device, non_blocking=True)
+    begin = torch.tensor(seed, dtype=torch.int64, device="cpu").to(tensor.device, non_blocking=True)
     x = torch.arange(1, sum(shape) + 1, device=tensor.device) * -0x61C8864680B583EB + begin.unsqueeze(-1)  # int64 wraps
     x ^= (x >> 30).bitwise_and_((1 << 34) - 1)  # a shift without the sign
     x *= -0x40A7B892E31B1A47

@@ -116,7 +116,7 @@ def _projectors(
     G: Tensor, rank: int, method: Method, previous: Tensor | None, generator: torch.Generator | None, checked: bool
 ) -> Tensor:
     """Bases of a stack. Noise depends on the place in the stack alone, not on how it is sharded."""
-    seed = None if generator is None else int(torch.randint(2**62, (1,), generator=generator))
+    seed = None if generator is None else int(torch.randint(2**62, (1,), generator=generator, device="cpu"))
     first = _first_slice(G)
     read = _whole if first is None else local
     slices, known = read(G), None if previous is None else read(previous)
@@ -163,7 +163,7 @@ def _subspace_iteration(A: Tensor, rank: int, previous: Tensor | None, generator
     dtype = torch.promote_types(A.dtype, torch.float32)
     width = min(A.shape[1], rank + OVERSAMPLING)
     known = A.new_empty(A.shape[1], 0, dtype=dtype) if previous is None else previous[:, :width]
-    noise = torch.randn(A.shape[1], width - known.shape[1], generator=generator, dtype=dtype)
+    noise = torch.randn(A.shape[1], width - known.shape[1], generator=generator, dtype=dtype, device="cpu")
     Q = torch.linalg.qr(torch.cat([known.to(A.device), noise.to(A.device, non_blocking=True)], 1))[0]
     for _ in range(_COLD_ITERATIONS if previous is None else _WARM_ITERATIONS):
         # without QR all columns would turn into the top direction, and the others drown in rounding

@@ -1,7 +1,7 @@
 """Adam's update of many parameters together, low-rank or not: whole or of the part that this process holds.
 
 Parameters that agree in device, dtypes, betas and eps go through each operation in one call (``torch._foreach_*``), at
-most `PIECE` entries of gradients at a time; learning rate, decay, scale and step may differ between them.
+most `BATCH` entries of gradients at a time; learning rate, decay, scale and step may differ between them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
@@ -22,9 +23,8 @@ from htsr.training.lowrank.subspace import add_projected_back, local, projects_r
 Group: TypeAlias = dict[str, Any]
 
 PIECE = 2**22  # entries that are updated at a time, so that temporaries stay small beside an embedding
-STACK = (
-    2**18
-)  # entries of narrow weights of one shape that are rounded at a time: beyond, a call costs less than its work
+BATCH = 2**20  # entries of gradients of several parameters that are taken together; more leave a processor's cache
+STACK = 2**18  # entries of narrow weights of one shape that are rounded together; with more, calls cost nothing
 
 
 class Constants(NamedTuple):
@@ -44,8 +44,9 @@ class Constants(NamedTuple):
         Args:
             group: parameter group of `LowRankAdamW`.
         """
-        names = ("eps", "weight_decay", "scale")
-        return cls(float(group["lr"]), *map(float, group["betas"]), *(float(group[name]) for name in names))
+        beta1, beta2 = group["betas"]
+        lr, eps, decay, scale = group["lr"], group["eps"], group["weight_decay"], group["scale"]
+        return cls(float(lr), float(beta1), float(beta2), float(eps), float(decay), float(scale))
 
 
 class Pending(NamedTuple):
@@ -72,7 +73,7 @@ class Pending(NamedTuple):
 
 
 def in_batches(pending: Iterable[Pending]) -> Iterator[list[Pending]]:
-    """Those that `update` can take together, with at most `PIECE` entries of gradients, or one larger gradient.
+    """Those that `update` can take together, with at most `BATCH` entries of gradients, or one larger gradient.
 
     Args:
         pending: parameters in any order. They are taken one by one, so gradients may be projected as late as then.
@@ -86,12 +87,12 @@ def in_batches(pending: Iterable[Pending]) -> Iterator[list[Pending]]:
         adam = (constants.beta1, constants.beta2, constants.eps)
         key = (one.parameter.dtype, R.dtype, R.device, group["rank"] is None, adam)
         batch, entries = waiting.pop(key, ([], 0))
-        if batch and entries + R.numel() > PIECE:
+        if batch and entries + R.numel() > BATCH:
             yield batch
             batch, entries = [], 0
         batch.append(one)
         entries += R.numel()
-        if entries < PIECE:
+        if entries < BATCH:
             waiting[key] = batch, entries
         else:
             yield batch
@@ -120,10 +121,9 @@ def update(batch: list[Pending]) -> None:
     """
     for one in batch:
         if "exp_avg" not in one.state:
-            one.state["step"] = torch.zeros(())
+            one.state["step"] = torch.zeros((), device="cpu")
             moments.create(one.state, one.R, one.group["state_dtype"])
-    # a tensor, since a number would be made one for each counter
-    torch._foreach_add_([one.state["step"] for one in batch], torch.ones(()), alpha=1.0)
+    torch._foreach_add_([one.state["step"] for one in batch], _unit(), alpha=1.0)
     steps = [one.done + 1 for one in batch]
     (_update_full if batch[0].group["rank"] is None else _update_low_rank)(batch, steps)
 
@@ -305,6 +305,12 @@ def _narrow(batch: list[Pending], steps: list[int]) -> list[_Narrow]:
             weights, states = [local(batch[i].parameter) for i in some], [batch[i].state for i in some]
             found.append(_Narrow(some, weights, states, how, keys))
     return found
+
+
+@cache
+def _unit() -> Tensor:
+    """1 as a tensor: a number would be made one for each step counter."""
+    return torch.ones((), device="cpu")
 
 
 def _step_sizes(batch: list[Pending], steps: list[int]) -> list[float]:

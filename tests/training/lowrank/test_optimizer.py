@@ -768,15 +768,29 @@ def test_a_compiled_step_is_the_step(mode):
     assert same(*models)
 
 
-@pytest.mark.parametrize("mode", ["keep", "update"])
-def test_capture_in_a_cuda_graph_is_refused(mode, monkeypatch):
+def test_capture_in_a_cuda_graph_is_refused(monkeypatch):
     """It would repeat one step's bias correction, noise and subspace without a word."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     model = make()
-    optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients=mode)
+    optimizer = LowRankAdamW(low_rank_groups(model, 4))
     with pytest.raises(UsageError, match="cannot be captured in a CUDA graph"):
         train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("method", ["svd", "randomized"])
+def test_a_default_device_is_not_that_of_steps_and_noise(method):
+    """As after torch.set_default_device("cuda"): step counters, generators and keys have a place of their own."""
+    models = make(dtype=torch.bfloat16), make(dtype=torch.bfloat16)
+    for model in models:
+        optimizer = LowRankAdamW(low_rank_groups(model, 4), method=method, refresh_every=2)
+        for number in range(3):
+            loss_of(model, batch(number)).backward()
+            with torch.device("meta" if model is models[0] else "cpu"):
+                optimizer.step()
+            optimizer.zero_grad()
+        assert all(state["step"].device.type == "cpu" for state in optimizer.state.values())
+    assert same(*models)
 
 
 def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned():

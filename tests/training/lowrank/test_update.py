@@ -51,6 +51,7 @@ def test_together_is_one_after_the_other(dtype, state_dtype, rounding, piece, mo
     if state_dtype == "8bit":
         pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(update, "PIECE", piece)
+    monkeypatch.setattr(update, "BATCH", piece)
     monkeypatch.setattr(update, "STACK", piece // 2)
     together, apart = parameters(dtype), parameters(dtype)
     optimizers = [
@@ -111,7 +112,7 @@ def test_a_batch_is_bounded_and_its_gradients_are_projected_as_late_as_it():
     ]
     optimizer = LowRankAdamW(params)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(update, "PIECE", 10)
+        patch.setattr(update, "BATCH", 10)
         sizes = []
         for batch in update.in_batches(pending()):
             assert len({(one.parameter.dtype, one.R.device) for one in batch}) == 1
