@@ -29,6 +29,7 @@ RECIPES = {
     "lora": {"method": "lora", "lora": {"rank": 4}},
     "lisa": {"method": "lisa", "layerwise": "llr", "sampling": SAMPLING},
     "lisa, state kept": {"method": "lisa", "sampling": SAMPLING | {"frozen_state": "keep"}},
+    "lisa, narrow": {"method": "lisa", "sampling": SAMPLING, "dtype": "bfloat16", "rounding": "master"},
     "owlore": {"method": "owlore", "low_rank": LOW_RANK, "sampling": SAMPLING},
     "galore": {"method": "galore", "low_rank": LOW_RANK},
 }
