@@ -4,6 +4,10 @@ import sys
 
 import pytest
 import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import htsr
 from htsr.training.layerwise import together
@@ -114,6 +118,27 @@ def test_a_scaler_that_finds_an_overflow():
         runs.append((model, optimizer))
     assert_same_bits(*runs)
     assert {int(state["step"]) for state in runs[0][1].state.values()} == {3}
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("how", ["fused", "foreach"])
+def test_shards_of_fsdp2(one_process, how):
+    runs = []
+    for kind in CLASSES["AdamW"]:
+        model = TinyLM()
+        for module in (*model.layers, model):
+            fully_shard(module, mesh=one_process)
+        optimizer = run(kind, model, range(4), **{how: True})
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        runs.append((model, optimizer))
+    assert_same_bits(*runs)
 
 
 def test_no_gradient_at_all():
