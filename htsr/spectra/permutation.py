@@ -13,6 +13,8 @@ _DEAL_FROM = 1 << 22  # smaller matrices are shuffled whole
 def permute_entries(matrix: npt.NDArray[np.floating], seed: int | tuple[int, ...]) -> npt.NDArray[np.floating]:
     """The entries of a matrix in random order.
 
+    It is drawn and applied on the CPU, so that one seed gives one permutation whatever device then decomposes it.
+
     Args:
         matrix: (m, n); or (pieces, m, n), each piece permuted within itself.
         seed: seed of the permutation; the same seed and shape give the same permutation.

@@ -61,7 +61,7 @@ def remove_traps(matrix: Array, *, seed: int | tuple[int, ...] = 0) -> CleanedMa
 
     Args:
         matrix: (m, n), or (pieces, m, n) with one mean and σ of all pieces; NumPy or torch, any float dtype. It is
-            changed in float64, and permuted and decomposed in float32.
+            changed in float64, and permuted and decomposed in float32, on a CPU wherever it lies.
         seed: seed of the permutation, the same before and after.
 
     Returns:
