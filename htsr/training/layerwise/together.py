@@ -73,7 +73,10 @@ def _collected(optimizer: Any) -> dict[Options, dict[Rates, Lists]] | None:
     last: Options | None = None
     states = optimizer.state
     for group in optimizer.param_groups:
-        if (options := _options(group)) != last:
+        options = _options(group)
+        if type(options[0]) is list:  # betas, as a distributed checkpoint gives them back
+            options = (tuple(options[0]), *options[1:])
+        if options != last:
             by_rates, last = found.setdefault(options, {}), options
         if (lists := by_rates.get(rates := (group["lr"], group["weight_decay"]))) is None:
             lists = by_rates[rates] = ([], [], [], [], [], [])

@@ -54,7 +54,7 @@ def assert_same_bits(first, second):
 
 
 @pytest.mark.parametrize("policy", ["llr", "alphadecay"])
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True, "betas": (0.5, 0.9)}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True, "betas": [0.5, 0.9]}], ids=str)
 @pytest.mark.parametrize("how", ["fused", "foreach"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_steps_as_torch_does_group_by_group(torch_steps, monkeypatch, name, how, options, policy):
