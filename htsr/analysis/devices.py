@@ -35,7 +35,11 @@ def pick_device(device: str, source: object = None) -> str:
 
 
 def device_of(source: object) -> str | None:
-    """The accelerator that a module or a state dict lies on, the first of several; None where it lies on none."""
+    """The accelerator that a module or a state dict lies on, the first of several; None where it lies on none.
+
+    Args:
+        source: model in any form; what is read from files lies on none.
+    """
     if "torch" not in sys.modules:
         return None
     from torch import Tensor, nn
