@@ -283,7 +283,9 @@ def memory(
     ] = None,
     frozen_weights: Annotated[
         str,
-        typer.Option(help="Where frozen blocks of lora, lisa and owlore live: device, or host, to be streamed from."),
+        typer.Option(
+            help="Where frozen blocks of lora, lisa and owlore live: device; host or disk to stream them from."
+        ),
     ] = "device",
     revision: Revision = None,
     format: Format = None,

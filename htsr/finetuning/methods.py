@@ -79,7 +79,7 @@ def prepare(
         threshold=given.threshold,
     )
     if recipe.frozen_weights != "device":
-        stream_frozen(model, sampler, device=device)
+        stream_frozen(model, sampler, device=device, where=recipe.frozen_weights)
     return model, sampler
 
 

@@ -15,7 +15,7 @@ from htsr.training.sampling.sampler import Embedding, FrozenState
 
 Method = Literal["full", "lora", "qlora", "lisa", "owlore", "galore"]
 LayerwisePolicy = Literal["none", "llr", "tempbalance", "alphadecay"]
-FrozenWeights = Literal["device", "host"]
+FrozenWeights = Literal["device", "host", "disk"]
 
 
 SECTIONS_OF: Mapping[str, tuple[str, ...]] = {
@@ -179,8 +179,9 @@ class Recipe:
             and the rounding of the optimizer that ``training.optim`` names. Under methods without low_rank
             ``nearest`` is transformers' optimizer, and with another rounding the optimizer is htsr's AdamW, with
             moments in bfloat16.
-        frozen_weights: where the weights of blocks live that do not train now: on the ``device``, or in memory of the
-            ``host``, from which they are streamed through two buffers (`htsr.stream_frozen`), in one process.
+        frozen_weights: where the weights of blocks live that do not train now: on the ``device``; or in memory of the
+            ``host`` or on ``disk``, in the checkpoint's files in their own dtype, from which they are streamed through
+            two buffers (`htsr.stream_frozen`), in one process.
         seed: seed of everything random.
         spectra: whether the model is analyzed before and after.
         sampling: section of lisa and owlore, and of lora and qlora where adapters are sampled by block.

@@ -67,7 +67,7 @@ def test_streamed_to_the_device_is_resident_on_the_cpu(device, gradients, checkp
         model = _model()
         sampler = htsr.LayerSampler(model, active=2, interval=2, seed=1, frozen_state="offload")
         if streams:
-            streaming = htsr.stream_frozen(model, sampler)
+            streaming = htsr.stream_frozen(model, sampler, where="disk" if gradients == "update" else "host")
             assert streaming.device == device
         losses.append(_train(model, sampler, gradients, 5, checkpointing))
         weights.append({name: value.cpu() for name, value in model.state_dict().items()})

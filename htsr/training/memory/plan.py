@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 TrainingMethod: TypeAlias = Literal["full", "lora", "qlora", "galore", "lisa", "owlore"]
 Embeddings: TypeAlias = Literal["train", "lowrank", "freeze"]
-FrozenWeights: TypeAlias = Literal["device", "host"]
+FrozenWeights: TypeAlias = Literal["device", "host", "disk"]
 
 METHODS: tuple[TrainingMethod, ...] = ("full", "lora", "qlora", "galore", "lisa", "owlore")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -76,7 +76,8 @@ class MemoryPlan(Tabular):
         parameters: number of the model's parameters, adapters included.
         trainable: number of the parameters that train.
         rank: rank of the adapters, or dimension of the gradients' subspaces; None for a method that has none.
-        host: bytes of weights in host memory, where frozen blocks live there; no part of `total`.
+        host: bytes of weights in host memory, where frozen blocks live there; with ``disk`` at most, as training
+            changes them. No part of `total`.
         bus: bytes of frozen blocks that are copied to the device for one forward and backward pass; no part of `total`.
     """
 

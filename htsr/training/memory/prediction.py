@@ -79,7 +79,7 @@ def predict_memory(
         rounding: how weights that train in bfloat16 or float16 are rounded, see `LowRankAdamW`; by default
             ``stochastic``, as in a recipe. ``nearest`` is torch's fused AdamW under the methods without low-rank state.
         frozen_weights: where the weights of blocks live that do not train now: on the ``device``, or in memory of the
-            ``host``, from which they are streamed (`stream_frozen`); for ``lora``, ``lisa`` and ``owlore``.
+            ``host`` or on ``disk``, from which they are streamed (`stream_frozen`); for ``lora``, ``lisa``, ``owlore``.
         revision: branch, tag or commit of a hub id.
 
     Returns:
@@ -113,7 +113,7 @@ def predict_memory(
         ("embeddings", embeddings, ("train", "lowrank", "freeze")),
         ("gradients", gradients, ("keep", "project", "update")),
         ("rounding", rounding, ROUNDINGS),
-        ("frozen_weights", frozen_weights, ("device", "host")),
+        ("frozen_weights", frozen_weights, ("device", "host", "disk")),
     ):
         if value is not None and value not in known:
             raise UsageError(f"unknown {name} {value!r}: one of {', '.join(known)}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from htsr.errors import HtsrError, UsageError
-from htsr.training.streaming.homes import Home
+from htsr.training.streaming.homes import Home, Where
 
 
 def resident(model: nn.Module, blocks: Iterable[nn.Module]) -> set[int]:
@@ -41,6 +41,7 @@ class StreamedBlock:
         module: the block; its weights move into host memory of the home.
         stays: identities of parameters that stay on the device, see `resident`.
         device: device that the block visits.
+        where: where the weights live, see `Home`.
 
     Attributes:
         parameters: its parameters, without those that stay.
@@ -50,7 +51,7 @@ class StreamedBlock:
             `saved_weights` if it has one.
     """
 
-    def __init__(self, name: str, module: nn.Module, stays: set[int], device: torch.device) -> None:
+    def __init__(self, name: str, module: nn.Module, stays: set[int], device: torch.device, where: Where) -> None:
         self.name, self.module, self._device = name, module, device
         found = {
             id(parameter): (owner, key, parameter)
@@ -61,7 +62,7 @@ class StreamedBlock:
         self._owners = [(owner, key) for owner, key, _ in found.values()]
         self.parameters = [parameter for _, _, parameter in found.values()]
         self._rest = [parameter for parameter in module.parameters() if id(parameter) in stays]
-        self.home = Home(self.parameters, device)
+        self.home = Home(self.parameters, device, where)
         self.away = list(range(len(self.parameters)))
         self.begun: list[torch.autograd.graph.saved_tensors_hooks | None] = []
         self.go_home()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,7 @@ class _Slot:
     holds: int | None = None
     filled: Any = None  # event after which its content is there
     waited: bool = True  # whether computing waits for it already
+    reading: Future[Any] | None = None  # the event in another thread, which reads what the slot holds
 
 
 class Slots:
@@ -84,6 +86,7 @@ class Slots:
         size = max((home.layout.size for home in homes.values()), default=0)
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(2)]
         self._stream = torch.Stream(device) if has_streams(device) else None
+        self._reader = ThreadPoolExecutor(1) if any(home.reads for home in homes.values()) else None
         self._order = Order(sorted(homes))
 
     def expect(self, members: list[int]) -> None:
@@ -94,6 +97,7 @@ class Slots:
         """
         self.forget()
         for slot in self._slots:
+            self._take(slot)
             if slot.filled is not None:
                 slot.filled.synchronize()  # whoever asks will change the homes
         self._order = Order(members)
@@ -116,6 +120,7 @@ class Slots:
         slot, other = self._slots if self._slots[1].holds != block else reversed(self._slots)
         if slot.holds != block:
             self._fill(slot, block)
+        self._take(slot)
         if not slot.waited:
             torch.accelerator.current_stream(self._device).wait_event(slot.filled)
             slot.waited = True
@@ -133,12 +138,29 @@ class Slots:
         return None
 
     def _fill(self, slot: _Slot, block: int) -> None:
-        slot.holds = None
-        if self._stream is None:
-            self._homes[block].send(slot.memory)
-        else:
+        home = self._homes[block]
+        if self._stream is not None:
             self._stream.wait_stream(torch.accelerator.current_stream(self._device))
-            with self._stream:
-                self._homes[block].send(slot.memory)
-                slot.filled, slot.waited = self._stream.record_event(), False
+        self._take(slot)
+        if home.reads and self._reader is not None:
+            slot.reading = self._reader.submit(self._send, home, slot.memory)
+        else:
+            slot.filled = self._send(home, slot.memory)
+            slot.waited = slot.filled is None
         slot.holds = block
+
+    def _send(self, home: Home, memory: Tensor) -> Any:
+        """Copy a block into a buffer; the event after which it is there, None where it is."""
+        if self._stream is None:
+            home.send(memory)
+            return None
+        with self._stream:
+            home.send(memory)
+            return self._stream.record_event()
+
+    def _take(self, slot: _Slot) -> None:
+        """Wait until another thread has read what a slot holds."""
+        if slot.reading is not None:
+            reading, slot.reading = slot.reading, None
+            slot.filled = reading.result()
+            slot.waited = slot.filled is None

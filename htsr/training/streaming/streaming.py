@@ -14,8 +14,9 @@ model (``state_dict``, ``save_pretrained``, `htsr.analyze`) finds it whole.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from torch import nn
 from htsr.errors import UsageError
 from htsr.matrices.sharded import refuse_flat
 from htsr.training.streaming.block import StreamedBlock, resident
+from htsr.training.streaming.homes import Where, are_mapped
 from htsr.training.streaming.saved import saved_weights
 from htsr.training.streaming.slots import Slots
 
@@ -30,8 +32,12 @@ if TYPE_CHECKING:
     from htsr.matrices.blocks import Blocks
     from htsr.training.sampling.sampler import LayerSampler
 
+logger = logging.getLogger(__name__)
 
-def stream_frozen(model: nn.Module, sampler: LayerSampler, *, device: torch.device | str | None = None) -> Streaming:
+
+def stream_frozen(
+    model: nn.Module, sampler: LayerSampler, *, device: torch.device | str | None = None, where: Where = "host"
+) -> Streaming:
     """Keep the frozen blocks of a layer-sampled model in host memory, and stream them through two buffers on a device.
 
     The model comes in host memory, and with its block's weights alone on the device trains as if it were there as a
@@ -42,12 +48,15 @@ def stream_frozen(model: nn.Module, sampler: LayerSampler, *, device: torch.devi
         model: model in host memory, not wrapped (DDP and FSDP keep weights elsewhere).
         sampler: sampler of its blocks, attached to an optimizer or not yet.
         device: device that computes; by default this process's accelerator, or the CPU where there is none.
+        where: where frozen weights live: in ``host`` memory, or on ``disk``, in the files of the checkpoint from which
+            transformers has just loaded the model (in their own dtype, else they are in host memory, which the log
+            says). What training changes of them lives in host memory, and the files stay as they are.
 
     Returns:
         The `Streaming`, which works until its `stop` is called, kept or not.
 
     Raises:
-        UsageError: the model's weights cannot be moved one block at a time.
+        UsageError: the model's weights cannot be moved one block at a time, or `where` has no meaning.
 
     Examples:
         >>> import htsr, torch
@@ -65,7 +74,7 @@ def stream_frozen(model: nn.Module, sampler: LayerSampler, *, device: torch.devi
         >>> sampler.active, streaming.streamed
         ((2,), (0, 1, 3))
     """
-    streaming = Streaming(model, sampler.blocks, device)
+    streaming = Streaming(model, sampler.blocks, device, where)
     streaming.follow(sampler)
     return streaming
 
@@ -77,19 +86,30 @@ class Streaming:
         model: model in host memory, not wrapped.
         blocks: its blocks.
         device: device that computes; by default this process's accelerator, or the CPU where there is none.
+        where: where frozen weights live, see `stream_frozen`.
 
     Raises:
         UsageError: the model's weights cannot be moved one block at a time.
     """
 
-    def __init__(self, model: nn.Module, blocks: Blocks, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Blocks, device: torch.device | str | None = None, where: Where = "host"
+    ) -> None:
+        if where not in get_args(Where):
+            raise UsageError(f"frozen weights live in one of {', '.join(get_args(Where))}, not in {where!r}")
         _check(model)
         if device is None:
             device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         self.model, self.device = model, torch.empty(0, device=device).device  # with its index
         stays = resident(model, blocks.modules)
+        inside = (p for module in blocks.modules for p in module.parameters() if id(p) not in stays)
+        if where == "disk" and not are_mapped(inside):
+            logger.warning(
+                "weights that are to live on disk are in host memory: transformers maps files of safetensors when it "
+                "is asked for the dtype that they have"
+            )
         self._blocks = [
-            StreamedBlock(name, module, stays, self.device)
+            StreamedBlock(name, module, stays, self.device, where)
             for name, module in zip(blocks.names, blocks.modules, strict=True)
         ]
         self._sampler: LayerSampler | None = None

@@ -214,7 +214,7 @@ def test_sources(folder, tmp_path):
     [
         (["{folder}", "--method", "adapters"], 2, "unknown method 'adapters'"),
         (["{folder}", "--method", "lora", "--embeddings", "freeze"], 2, "embeddings='freeze' is for lisa and owlore"),
-        (["{folder}", "--frozen-weights", "tape"], 2, "unknown frozen_weights 'tape': one of device, host"),
+        (["{folder}", "--frozen-weights", "tape"], 2, "unknown frozen_weights 'tape': one of device, host, disk"),
         (["{folder}", "--method", "full", "--frozen-weights", "host"], 2, "is for lora, lisa, owlore, not for full"),
         (["{folder}", "--dtype", "int8"], 2, "unknown dtype 'int8'"),
         (["{folder}", "--gradients", "drop"], 2, "unknown gradients 'drop'"),

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+import transformers
 from torch.utils.checkpoint import checkpoint
 
 import htsr
@@ -250,3 +251,30 @@ def test_the_next_block_is_on_its_way_while_one_computes(monkeypatch):
     lowest = sampler.active[0]
     forward = [i for i in range(6) if i != lowest]
     assert [homes[home] for home in sent] == forward + [i for i in reversed(forward) if lowest < i < forward[-2]]
+
+
+def test_weights_on_disk_train_alike_and_leave_the_file_as_it_is(tmp_path, caplog):
+    llama(5).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    content, outcomes = file.read_bytes(), []
+    for where in (None, "disk"):
+        net = transformers.LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+        sampler = htsr.LayerSampler(net, active=2, interval=2, seed=1)
+        if where:
+            homes = [p.data_ptr() for p in net.model.layers.parameters()]
+            streaming = htsr.stream_frozen(net, sampler, where=where)
+            assert [p.data_ptr() for i in streaming.streamed for p in net.model.layers[i].parameters()] == [
+                home for i in streaming.streamed for home in homes[9 * i : 9 * i + 9]
+            ]
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        sampler.attach(optimizer)
+        outcomes.append((train(net, optimizer, batches(7)), weights(net)))
+    assert outcomes[0][0] == outcomes[1][0]
+    assert_same(outcomes[0][1], outcomes[1][1])
+    assert file.read_bytes() == content
+    assert "are in host memory" not in caplog.text
+    htsr.stream_frozen(net := llama(3), htsr.LayerSampler(net, active=1), where="disk")
+    assert "are in host memory" in caplog.text
+    with pytest.raises(htsr.UsageError, match="one of host, disk, not in 'tape'"):
+        htsr.stream_frozen(net, htsr.LayerSampler(net, active=1), where="tape")
