@@ -316,27 +316,29 @@ def _to_project(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
 
 
 def _to_update(parameters: list[Tensor], low_rank: bool, setting: Setting) -> int:
-    """Temporaries of updating parameters together, at most `PIECE` entries at a time, by `LowRankAdamW`.
+    """Temporaries of updating parameters in batches, of a large one in pieces, by `LowRankAdamW`.
 
     Gradients in float32, moments in float32 where they are narrower, and Adam's denominators; then new weights in
-    float32, of low-rank matrices one after the other. What rounds is of one parameter at a time.
+    float32, a stack at a time, and what rounds them.
     """
-    from htsr.training.lowrank.update import PIECE
+    from htsr.training.lowrank.update import BATCH, PIECE, STACK
 
     narrow = any(parameter.dtype in NARROW for parameter in parameters)
     if not parameters or (setting.method not in LOW_RANK and (not narrow or setting.rounding == "nearest")):
         return 0
-    sizes = [_projected_size(p, setting) if low_rank else p.numel() for p in parameters]
-    batch, one = min(sum(sizes), PIECE), min(max(sizes), PIECE)
+
+    def at_once(sizes: list[int], most: int) -> int:
+        return max(min(sum(sizes), most), min(max(sizes), PIECE))
+
+    whole = [parameter.numel() for parameter in parameters]
+    sizes = [_projected_size(parameter, setting) for parameter in parameters] if low_rank else whole
+    batch, one, stack = at_once(sizes, BATCH), min(max(sizes), PIECE), at_once(whole, STACK)
     state = setting.state_dtype or str(parameters[0].dtype).removeprefix("torch.")
     own, noise = 2 * (state != "float32"), 13 * (state in ("bfloat16", "float16"))
     moments = 4 * (1 + own + narrow) * batch + noise * one
-    rounded = narrow * {"stochastic": 13, "master": 7}.get(setting.rounding, 0)
-    if not low_rank:
-        return max(moments, 4 * (1 + own // 2 + narrow) * batch + rounded * one)
-    projected = parameters[0].element_size() * batch
-    wide = narrow * (4 + rounded) * min(max(p.numel() for p in parameters), PIECE)
-    return projected + max(moments, 4 * (1 + own // 2) * batch + wide)
+    rounded = narrow * {"stochastic": 17, "master": 11}.get(setting.rounding, 4) * stack
+    projected = low_rank * parameters[0].element_size() * batch
+    return projected + max(moments, 4 * (1 + own // 2) * batch + rounded)
 
 
 def _quantised(model: Any) -> list[Tensor]:
