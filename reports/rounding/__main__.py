@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {  # learning rates as in the recipes that 
     "full": {"lr": 1e-5},
 }
 LONGER: dict[str, dict[str, Any]] = {"full": {"lr": 3e-5}, "lisa": {"lr": 3e-5, "active": 2}}
-LONGER_SIZE = {"steps": 300, "interval": 50, "batch": 4, "tokens": 24, "evaluation": 16}
+LONGER_SIZE = {"steps": 240, "interval": 50, "batch": 4, "tokens": 24, "evaluation": 16}
 SIZE = {"steps": 16, "interval": 8, "batch": 1, "tokens": 48, "evaluation": 12}
 QUICK = {"steps": 4, "interval": 2, "batch": 2, "tokens": 16, "evaluation": 4}
 TINY = {

@@ -48,8 +48,8 @@ have moved.
 - Stochastic rounding is far in norm, since it moves single entries by a whole unit where float32 moves all of them by a part of one, and
   right on average, which is what the loss sees.
 - A remainder (`kahan`) or a master holds every update, but the model computes with the rounded weights: until an update has come to
-  half a unit, it is not there. LISA and OwLore drop the state of a block at the end of its interval, and with it what has not
-  come so far; so the shorter an interval and the smaller the learning rate, the more is lost. In float32 nothing is.
+  half a unit, it is not there. Where LISA and OwLore drop the state of a block, what they hold is rounded stochastically into the
+  weight. So a short run with short intervals shows less of them than a long one.
 """
     (folder / "README.md").write_text(text)
 
