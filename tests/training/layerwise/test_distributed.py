@@ -52,7 +52,7 @@ def _worker(rank, folder):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     decomposed = []
     inner = live_scores.scores
-    live_scores.scores = lambda matrices, policy: decomposed.extend(m.name for m in matrices) or inner(matrices, policy)
+    live_scores.scores = lambda matrices, *how: decomposed.extend(m.name for m in matrices) or inner(matrices, *how)
     results = {}
     for kind, wrap in {"ddp": _data_parallel, "fsdp2": _sharded, "tp": _tensor_parallel}.items():
         decomposed.clear()
@@ -76,7 +76,7 @@ def _run_that_fails_on_one_rank(rank):
             raise torch.OutOfMemoryError("no memory")
         return decompose(*args, **kwargs)
 
-    live_scores.scores = lambda matrices, policy: events.append(0) or inner(matrices, policy)
+    live_scores.scores = lambda matrices, *how: events.append(0) or inner(matrices, *how)
     live_scores.esd_batch = out_of_memory
     model = TinyLM()
     optimizer = SpyingAdamW(_data_parallel(model).parameters(), lr=3e-3)
