@@ -54,6 +54,24 @@ def memory(device):
     return pretended.memory if device.type == pretended.NAME else lambda: contextlib.nullcontext(_Unmetered(device))
 
 
+@pytest.fixture
+def at_place(device, monkeypatch):
+    """Accelerate, which decides once in a process where to train, decides anew."""
+
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    def reset(place):
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state() if hasattr(state, "_reset_state") else state._shared_state.clear()
+        if place == "cpu":
+            monkeypatch.delenv("ACCELERATE_TORCH_DEVICE", raising=False)
+        else:
+            monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", str(place))
+
+    yield reset
+    reset("cpu")
+
+
 class _Uncounted:
     count, names = None, ()
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -19,22 +18,6 @@ class Texts(Dataset):
     def __getitem__(self, index):
         tokens = torch.randint(4, 64, (9,), generator=torch.Generator().manual_seed(index))
         return {"input_ids": tokens, "labels": tokens.clone()}
-
-
-@pytest.fixture
-def at_place(device, monkeypatch):
-    """Accelerate, which decides once in a process where to train, decides anew."""
-
-    def reset(place):
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state() if hasattr(state, "_reset_state") else state._shared_state.clear()
-        if place == "cpu":
-            monkeypatch.delenv("ACCELERATE_TORCH_DEVICE", raising=False)
-        else:
-            monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", str(place))
-
-    yield reset
-    reset("cpu")
 
 
 def trained(folder, place, steps, callbacks, resume=None, optimizer=None):
