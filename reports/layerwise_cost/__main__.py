@@ -74,9 +74,9 @@ rough = [score(esd(m.load().detach(), route="lanczos"), "alpha") for m in body[:
 out["float32_error"] = float(np.abs(np.subtract(single, exact)).max())
 out["lanczos_error"] = float(np.abs(np.subtract(rough, exact)).max())
 policy = htsr.Policy()
-out["side_by_side"] = clock(lambda: scoring.scores(body, policy), times)
+out["side_by_side"] = clock(lambda: scoring.scores(body, policy, "cpu"), times)
 mine = [body[i] for i in share([m.cost for m in body], 8)[0]]
-out["one_of_eight_ranks"] = clock(lambda: scoring.scores(mine, policy), times)
+out["one_of_eight_ranks"] = clock(lambda: scoring.scores(mine, policy, "cpu"), times)
 optimizer = htsr.layerwise(torch.optim.SGD(model.parameters(), lr=1e-3), model)
 out["event"] = clock(lambda: engine_of(optimizer).event(optimizer, 1), times)
 out["opening"] = clock(lambda: open_live(model), times)
