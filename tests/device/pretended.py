@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -145,10 +146,20 @@ def _each(change: Callable[[Any], Any], value: Any) -> Any:
     return change(value)
 
 
+@cache
+def _known_of(op: torch._ops.OpOverload) -> tuple[str, bool, list[str], set[str]]:
+    """Name, whether it makes a view, the kinds of its arguments, and which of them are `out`."""
+    schema = op._schema
+    alias = schema.returns[0].alias_info if schema.returns else None
+    kinds = [argument.type.kind() for argument in schema.arguments]
+    outs = {argument.name for argument in schema.arguments if argument.is_out}
+    return schema.name.removeprefix("aten::"), alias is not None and not alias.is_write, kinds, outs
+
+
 def _run(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Any operation: the CPU's, on the same memory."""
-    schema, name = op._schema, op._schema.name.removeprefix("aten::")
-    if schema.returns and (alias := schema.returns[0].alias_info) is not None and not alias.is_write:
+    name, makes_a_view, kinds, outs = _known_of(op)
+    if makes_a_view:
         return op.redispatch(_HOST_KERNELS, *args, **kwargs)  # a view shares the storage, whoever makes it
     pairs: list[tuple[Any, Any]] = []
     grown: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -163,12 +174,10 @@ def _run(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
         grown.append(pairs[-1])
         return pairs[-1][1]
 
-    kinds = {argument.name: argument.type.kind() for argument in schema.arguments}
     args = tuple(  # torch hands over the number of `tensor & 3` as such, and does not take it for a tensor here
         torch.tensor(value) if type(value) is int and kind == "TensorType" else value
-        for value, kind in zip(args, kinds.values(), strict=False)
+        for value, kind in zip(args, kinds, strict=False)
     )
-    outs = {argument.name for argument in schema.arguments if argument.is_out}
     host_args = _each(on_host, args)
     host_kwargs = {key: _each(to_fill if key in outs else on_host, value) for key, value in kwargs.items()}
     _refuse_mixture(name, [given for given, _ in pairs])
