@@ -40,7 +40,10 @@ class LowRankAdamW(torch.optim.Optimizer):
     for bit.
 
     With exact SVD and kept moments the update is that of galore-torch's AdamW, but that weights decay before the update
-    and eps is added after the bias correction, both as in torch.optim.AdamW.
+    and eps is added after the bias correction, both as in torch.optim.AdamW. Wide parameters without a rank are
+    those of torch.optim.AdamW, bit for bit in float32.
+
+    A step waits for a device where a subspace is due, and at no other time. It cannot be captured in a CUDA graph.
 
     Parameters may be DTensors (FSDP2, tensor parallel): a gradient is gathered, one matrix at a time, when its
     projector is computed, and projected shard by shard otherwise; moments are sharded where the matrix side that they
