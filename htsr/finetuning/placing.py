@@ -44,7 +44,7 @@ def load_placed(arguments: Any, name: str, *, streamed: bool = False, **how: Any
 
 
 def is_to_be_sharded(arguments: Any) -> bool:
-    """Whether the arguments of TRL, or the configuration of the launcher, tell accelerate to use FSDP."""
+    """Whether the `arguments` of TRL, or the configuration of the launcher, tell accelerate to use FSDP."""
     from accelerate.utils import parse_flag_from_env
 
     return bool(arguments.fsdp) or bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))

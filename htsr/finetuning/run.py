@@ -205,16 +205,16 @@ def _accuracy(
 def _reset_peak() -> None:
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if torch.accelerator.is_available():
+        torch.accelerator.reset_peak_memory_stats()
 
 
 def _peak() -> dict[str, Any]:
     """Peak memory: what the accelerator allocated in training, or what this process ever had resident."""
     import torch
 
-    if torch.cuda.is_available():
-        return {"peak_mib": torch.cuda.max_memory_allocated() / 2**20, "peak_of": "accelerator, training"}
+    if torch.accelerator.is_available():
+        return {"peak_mib": torch.accelerator.max_memory_allocated() / 2**20, "peak_of": "accelerator, training"}
     unit = 2**10 if sys.platform != "darwin" else 2**20
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return {"peak_mib": resident, "peak_of": "resident, whole process"}

@@ -226,7 +226,12 @@ class Layerwise:
             group["multiplier"] = target if group["htsr_start"] == target else self.multiplier(group, step)
 
     def before_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        """Set the multiplied values in the groups of `optimizer`. The step pre-hook."""
+        """Set the multiplied values in the groups of `optimizer`. The step pre-hook.
+
+        Raises:
+            UsageError: the step is captured into a CUDA graph.
+            HtsrError: processes do not come, or hold other matrices; a score that is a function fails.
+        """
         running = running_steps()
         if self._outermost in running[1:]:
             return  # the step of a subclass has called its parent's, and torch runs the hooks for both

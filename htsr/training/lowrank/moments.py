@@ -88,7 +88,7 @@ def read(state: dict[str, Any], name: str, rows: Any = ...) -> Tensor:
 
 
 def keys_of(state: dict[str, Any], seed: int) -> list[Tensor] | None:
-    """Random numbers that `write` needs to round the second moment; None where its dtype needs none.
+    """Random numbers that `write` needs to round the second moment, (n_i,) for axis i; None where its dtype needs none.
 
     Args:
         state: state of one parameter, from `create`.
@@ -106,7 +106,7 @@ def write(state: dict[str, Any], name: str, value: Tensor, rows: Any = ..., keys
         name: ``exp_avg`` or ``exp_avg_sq``.
         value: moment in float32 or float64, in the shape that `read` gives.
         rows: rows that were given to `read`.
-        keys: numbers from `keys_of` for a second moment; without them it is rounded to nearest.
+        keys: numbers from `keys_of`, (n_i,) for axis i, for a second moment; without them it is rounded to nearest.
 
     Raises:
         MissingDependencyError: bitsandbytes, which 8 bits need, is not installed.

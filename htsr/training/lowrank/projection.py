@@ -85,7 +85,7 @@ def without_autocast(parameters: Iterable[Tensor]) -> AbstractContextManager[obj
     """Within, compute in the precision of the operands, also where backward or step runs under ``torch.autocast``.
 
     Args:
-        parameters: tensors on all devices that compute.
+        parameters: tensors of any shape, on all devices that compute.
     """
     devices = [device for device in {p.device.type for p in parameters} if torch.is_autocast_enabled(device)]
     if not devices:

@@ -105,7 +105,7 @@ def write(
         states: states of their parameters, from `create`, changed.
         rounding: how their groups round.
         new: (B, …) float32 numbers in the shape of these rows; changed.
-        keys: numbers from `axis_keys` for B seeds, which ``stochastic`` needs.
+        keys: numbers from `axis_keys` for B seeds, (B, n_i) for axis i, which ``stochastic`` needs.
         rows: a slice of the first axis, or all.
 
     Examples:

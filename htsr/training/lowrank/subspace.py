@@ -92,7 +92,7 @@ def first_not_finite(tensors: Sequence[Tensor]) -> int | None:
     """The place of the first tensor that has NaN or Inf; a device is waited for once.
 
     Args:
-        tensors: tensors of any shapes, which may lie on several devices.
+        tensors: tensors of any shape each, which may lie on several devices.
 
     Examples:
         >>> import torch

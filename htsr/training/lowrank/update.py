@@ -139,9 +139,9 @@ def adam_denominators(
     """Adam's moments after gradients R, in place, and √v̂ + eps: the direction is ``exp_avg``/(1 - β₁ᵗ) divided by it.
 
     Args:
-        R: gradients, of any shapes.
-        exp_avg: first moments before the step, in the shapes and dtypes of R; changed.
-        exp_avg_sq: second moments, in the same shapes and dtypes; changed.
+        R: gradients, of any shape each.
+        exp_avg: first moments before the step, in the shape and dtype of its gradient each; changed.
+        exp_avg_sq: second moments, in the same shape and dtype; changed.
         steps: number t of this step for each gradient, counted from 1.
         betas: decay rates β₁ and β₂ of the moments.
         eps: number that is added to the corrected root, as in torch.

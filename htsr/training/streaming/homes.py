@@ -29,7 +29,7 @@ class Home:
     the file as it is (a private mapping).
 
     Args:
-        weights: weights of the block.
+        weights: weights of the block, of any shape each.
         device: device that the block visits.
         where: ``host``: the weights are copied into memory of one piece; ``disk``: they stay where they are.
 
@@ -64,7 +64,7 @@ class Home:
 
 
 def are_mapped(weights: Iterable[Tensor]) -> bool:
-    """Whether all `weights` lie in files that are mapped into memory; True where the system does not tell."""
+    """Whether all `weights`, of any shape each, lie in files that are mapped; True where the system does not tell."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return True

@@ -39,7 +39,7 @@ class Order:
         self._last: tuple[int | None, int] | None = None
 
     def after(self, block: int) -> int | None:
-        """The block that is expected after this one, which is asked for now; None where none is."""
+        """The block that is expected after `block`, which is asked for now; None where none is."""
         if self._last is None or self._last[1] != block:
             self._note(block)
             self._last = (None if self._last is None else self._last[1], block)
