@@ -205,7 +205,7 @@ def _accuracy(
 def _reset_peak() -> None:
     import torch
 
-    if torch.accelerator.is_available():
+    if _counts_memory():
         torch.accelerator.reset_peak_memory_stats()
 
 
@@ -213,8 +213,16 @@ def _peak() -> dict[str, Any]:
     """Peak memory: what the accelerator allocated in training, or what this process ever had resident."""
     import torch
 
-    if torch.accelerator.is_available():
+    if _counts_memory():
         return {"peak_mib": torch.accelerator.max_memory_allocated() / 2**20, "peak_of": "accelerator, training"}
     unit = 2**10 if sys.platform != "darwin" else 2**20
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return {"peak_mib": resident, "peak_of": "resident, whole process"}
+
+
+def _counts_memory() -> bool:
+    """Whether there is an accelerator whose allocator keeps statistics; that of MPS does not."""
+    import torch
+
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return device is not None and device.type != "mps"

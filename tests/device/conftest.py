@@ -22,7 +22,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config):
-    """Make the pretended device known before any test runs: autograd counts devices at the first backward of a process."""
+    """Make the pretended device known before any test: autograd counts devices at the first backward of a process."""
     if config.getoption("--device", pretended.NAME) == pretended.NAME:
         with contextlib.suppress(ImportError, AttributeError):  # the fixture says so
             pretended.install()
