@@ -64,7 +64,7 @@ def assert_same(one, other):
         {"model": gpt2, "checkpointing": True},
         {"model": gpt2, "method": "lisa"},
     ],
-    ids=str,
+    ids=lambda how: " ".join(f"{key}={getattr(value, '__name__', value)}" for key, value in how.items()),
 )
 def test_streamed_is_resident_over_several_draws(how):
     found = []
