@@ -4,7 +4,7 @@ import torch
 
 from htsr.training.lowrank import moments, rounding
 from htsr.training.lowrank.subspace import projects_right
-from htsr.training.lowrank.update import seed_of
+from htsr.training.lowrank.update import noise_seed
 
 
 def step(optimizer):
@@ -21,7 +21,7 @@ def update(W, state, group, R, number):
         moments.create(state, R, group["state_dtype"])
     state["step"] += 1
     t, lr, low_rank = int(state["step"].item()), group["lr"], group["rank"] is not None
-    direction = adam(state, R, t, group, moments.keys_of(state, seed_of("moments", group["seed"], number, t)))
+    direction = adam(state, R, t, group, moments.keys_of(state, noise_seed("moments", group, number, t)))
     narrow, how = W.dtype in rounding.NARROW, group["rounding"]
     if narrow:
         rounding.create(state, W, how)
@@ -39,7 +39,7 @@ def update(W, state, group, R, number):
     if narrow:
         keys = None
         if how == "stochastic":
-            keys = rounding.axis_keys(W, seed_of("rounding", group["seed"], number, t))
+            keys = rounding.axis_keys(W, noise_seed("rounding", group, number, t))
         rounding.write([W], [state], how, new[None], keys)
     else:
         W.copy_(new)

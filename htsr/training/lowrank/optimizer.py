@@ -27,7 +27,7 @@ from htsr.training.lowrank.projection import coordinates, insist_on_finite, is_d
 from htsr.training.lowrank.released import Gradients, ReleasedGradient, release_in_backward
 from htsr.training.lowrank.rounding import STATE, Rounding, settle
 from htsr.training.lowrank.subspace import Method, is_distributed, local
-from htsr.training.lowrank.update import Constants, Group, Pending, in_batches, seed_of, update
+from htsr.training.lowrank.update import Constants, Group, Pending, in_batches, noise_seed, update
 
 
 class LowRankAdamW(torch.optim.Optimizer):
@@ -67,7 +67,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         state_dtype: dtype of the moments: ``float32``, ``bfloat16``, or ``8bit`` (bitsandbytes). The projector has the
             gradient's dtype.
         seed: seed of the randomised method and of the rounding; their numbers are functions of seed, parameter and
-            step.
+            step, and of the number of states that were dropped before (``drops`` in each group).
         gradients: what becomes of the gradients: ``keep`` them until the caller drops them, as torch does; ``project``
             each low-rank matrix's gradient as soon as backward has it and add it up in the subspace until `step`, so
             that no full gradient outlives its matrix and gradients accumulate at the size of one moment; ``update``
@@ -146,6 +146,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             "state_dtype": state_dtype,
             "seed": seed,
             "rounding": rounding,
+            "drops": 0,  # states that were dropped, see `noise_seed`
         }
         super().__init__(params, defaults)
 
@@ -263,9 +264,13 @@ class LowRankAdamW(torch.optim.Optimizer):
             parameter: parameter of any shape, with a state or without.
         """
         state = self.state.pop(parameter, None)
-        if state and any(name in state for name in STATE.values()):
+        if not state:
+            return
+        if any(name in state for name in STATE.values()):
             group, number = self._place(parameter)
-            settle(parameter, state, seed_of("settled", group["seed"], number, int(state["step"].item())))
+            settle(parameter, state, noise_seed("settled", group, number, int(state["step"])))
+        for group in self.param_groups:  # all, so that the number survives when groups are split or joined
+            group["drops"] += 1
 
     def take_up(self, parameter: Tensor, released: ReleasedGradient, G: Tensor) -> None:
         """Take a full gradient into its subspace, or use it up, during backward; `ReleasedGradient` calls it.

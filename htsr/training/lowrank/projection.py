@@ -11,7 +11,7 @@ from torch import Tensor
 from htsr.errors import HtsrError, UsageError
 from htsr.training.lowrank import moments
 from htsr.training.lowrank.subspace import NOT_FINITE, first_not_finite, is_distributed, project, projector, rotated
-from htsr.training.lowrank.update import Pending, seed_of
+from htsr.training.lowrank.update import Pending, noise_seed
 
 
 def is_due(one: Pending) -> bool:
@@ -67,7 +67,7 @@ def coordinates(
     if not anew:
         return project(G, state["projector"])
     old, G = state.get("projector"), average(G)
-    generator = torch.Generator().manual_seed(seed_of(group["seed"], one.number, one.done))
+    generator = torch.Generator().manual_seed(noise_seed("subspace", group, one.number, one.done))
     try:
         new = projector(G, group["rank"], group["method"], old, generator, checked)
     except HtsrError as error:

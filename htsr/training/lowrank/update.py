@@ -190,6 +190,21 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest) >> 1
 
 
+def noise_seed(kind: str, group: Group, number: int, step: int) -> int:
+    """The seed of one parameter's noise at one of its steps.
+
+    Steps begin anew where a state is dropped, so the drops are a part of it: the same noise in each life of a state
+    would round the same entries up every time, and others never.
+
+    Args:
+        kind: what the noise is for.
+        group: parameter group of `LowRankAdamW`, with its ``seed`` and ``drops``.
+        number: number of the parameter among all of the optimizer.
+        step: steps that its state has made.
+    """
+    return seed_of(kind, group["seed"], number, group["drops"], step)
+
+
 def _update_full(batch: list[Pending], steps: list[int]) -> None:
     sizes, moment_keys, narrow = _step_sizes(batch, steps), _moment_keys(batch, steps), _narrow(batch, steps)
     for rows in _pieces(local(batch[0].parameter), BLOCK) if len(batch) == 1 else [...]:
@@ -262,7 +277,7 @@ def _moment_keys(batch: list[Pending], steps: list[int]) -> list[list[Tensor] | 
     return [
         None
         if one.state["exp_avg_sq"].dtype != torch.bfloat16
-        else moments.keys_of(one.state, seed_of("moments", one.group["seed"], one.number, step))
+        else moments.keys_of(one.state, noise_seed("moments", one.group, one.number, step))
         for one, step in zip(batch, steps, strict=True)
     ]
 
@@ -300,7 +315,7 @@ def _narrow(batch: list[Pending], steps: list[int]) -> list[_Narrow]:
         for some in (places[i : i + each] for i in range(0, len(places), each)):
             keys = None
             if how == "stochastic":
-                seeds = [seed_of("rounding", batch[i].group["seed"], batch[i].number, steps[i]) for i in some]
+                seeds = [noise_seed("rounding", batch[i].group, batch[i].number, steps[i]) for i in some]
                 keys = rounding.axis_keys(batch[some[0]].parameter, seeds)
             weights, states = [local(batch[i].parameter) for i in some], [batch[i].state for i in some]
             found.append(_Narrow(some, weights, states, how, keys))

@@ -258,6 +258,59 @@ def test_a_block_that_is_frozen_keeps_what_rounding_has_kept_of_it(rounding):
         assert abs(float((1 - W.double()).mean()) - moved * 1e-5) < 5 * unit * (chance / W.numel()) ** 0.5 + 1e-7
 
 
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan", "master"])
+def test_a_state_that_is_dropped_takes_other_noise_the_next_time(rounding, every):
+    """The same noise in each life of a state moves the same entries each time, and the others never.
+
+    400 updates of 0.0064 units: rounded independently an entry stays with probability (1 - 0.0064)⁴⁰⁰ = 0.077, and
+    the number of its moves is binomial, with deviation 1.6. Dropping less often than at each step rounds less often.
+    """
+
+    def moved(drops, resumed=False):
+        W = nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
+        optimizer = LowRankAdamW([W], lr=5e-5, rounding=rounding)
+        for step in range(1, 401):
+            W.grad = -torch.ones_like(W)
+            optimizer.step()
+            if drops and step % every == 0:
+                optimizer.drop_state(W)
+            if resumed and step == 205:
+                saved = optimizer.state_dict()
+                optimizer = LowRankAdamW([W], lr=5e-5, rounding=rounding)
+                optimizer.load_state_dict(saved)
+        optimizer.drop_state(W)
+        return (W.detach() - 1).double() / 2.0**-7
+
+    units = moved(drops=True)
+    assert abs(float(units.mean()) - 2.56) < 5 * 1.6 / 4000**0.5
+    assert float((units == 0).double().mean()) < 0.077 + 5 * (0.077 * 0.923 / 4000) ** 0.5
+    assert float(units.std()) < 1.6 * (1 + 5 / 8000**0.5)
+    assert float(units.max()) <= 13  # of 4000 binomial numbers the largest exceeds it with probability 1e-2
+    if every == 10:  # step 205 is within a state's life
+        assert torch.equal(moved(drops=True, resumed=True), units)
+    elif rounding == "stochastic":  # which is the same process, dropped or not
+        assert abs(float(units.std()) / float(moved(drops=False).std()) - 1) < 0.1
+
+
+def test_second_moments_and_subspaces_take_other_noise_the_next_time_too():
+    """From the same weights and gradients; the randomised projector and the moments' rounding are all that differs."""
+    torch.manual_seed(0)
+    group, seen = {"params": [nn.Parameter(torch.randn(20, 12))], "rank": 3}, []
+    optimizer = LowRankAdamW([group], state_dtype="bfloat16")
+    G = torch.randn(20, 12)
+    (W,) = group["params"]
+    for _ in range(2):
+        W.grad = G
+        optimizer.step()
+        seen.append({name: value.clone() for name, value in optimizer.state[W].items()})
+        optimizer.drop_state(W)
+        optimizer.drop_state(W)  # of which there is none
+    assert optimizer.param_groups[0]["drops"] == 2
+    assert not torch.equal(seen[0]["projector"], seen[1]["projector"])
+    assert not torch.equal(seen[0]["exp_avg_sq"], seen[1]["exp_avg_sq"])
+
+
 def test_another_rounding_takes_over_between_steps_and_leaves_nothing_of_the_last():
     W, optimizer = trained(torch.bfloat16, 2, rounding="master")
     for rounding, kept in (("kahan", {"compensation"}), ("nearest", set()), ("master", {"master"})):
