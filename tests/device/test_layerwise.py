@@ -122,3 +122,15 @@ def test_weights_that_are_not_finite_keep_their_multiplier(device):
 
 def test_a_plan(device):
     assert_agree(htsr.layerwise_plan(model_on("cpu")).records(), htsr.layerwise_plan(model_on(device)).records())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
+def test_steps_under_a_default_device(device, optimizer, options):
+    """The number by which steps are counted was made on the device, and those lie on the host."""
+    models = [model_on(device), model_on(device)]
+    optimizers = [layered(model, optimizer=optimizer, options=options.items()) for model in models]
+    train(models[0], optimizers[0], range(4))
+    with torch.device(device):
+        train(models[1], optimizers[1], range(4))
+    assert_agree(*(model.state_dict() for model in models), 1e-6)

@@ -121,7 +121,7 @@ def _alike(lists: Lists) -> Iterable[Lists]:
 
 def _count(steps: list[Tensor]) -> None:
     if steps[0].is_cpu:  # where a number would be made a tensor for each of them
-        torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
+        torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
     else:
         torch._foreach_add_(steps, 1)
 
