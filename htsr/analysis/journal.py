@@ -17,7 +17,6 @@ import numpy.typing as npt
 from htsr._version import __version__
 from htsr.analysis.saving import check
 from htsr.analysis.schema import from_json
-from htsr.analysis.sharing import device_type
 from htsr.cache import cache_folder
 from htsr.errors import UsageError
 from htsr.matrices.checksums import checksum
@@ -31,8 +30,9 @@ logger = logging.getLogger(__name__)
 class Journal:
     """One JSON object a line, written as each matrix is done; every rank has a file of its own.
 
-    The first line says what is analyzed and how; rows of anything else are not taken over. Files are known by path,
-    size and date. Each row of a model in memory has a checksum of its matrix, and is taken over for that matrix only.
+    The first line says what is analyzed and how, but not on which device, which changes no number; rows of anything
+    else are not taken over. Files are known by path, size and date. Each row of a model in memory
+    has a checksum of its matrix, and is taken over for that matrix only.
 
     A journal is a convenience: where it cannot be written or read, the analysis goes on without it and warns.
 
@@ -52,7 +52,7 @@ class Journal:
             "htsr": __version__,
             "source": model.fingerprint or model.label,
             "names": names[:16],
-            "options": asdict(options) | {"device": device_type(options)},
+            "options": {name: value for name, value in asdict(options).items() if name != "device"},
         }
         self._header = json.dumps(header, sort_keys=True)
         self._matrices = {matrix.name: matrix for matrix in model}

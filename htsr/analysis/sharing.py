@@ -37,7 +37,7 @@ def agree(ranks: Ranks, model: Model, options: Options, shards: Collection[str] 
     Args:
         ranks: processes that share the work.
         model: model that this rank is about to analyze.
-        options: options of its analysis.
+        options: options of its analysis; no number depends on the device, which may differ.
         shards: names of the tensors of which each rank holds a part.
 
     Raises:
@@ -46,8 +46,7 @@ def agree(ranks: Ranks, model: Model, options: Options, shards: Collection[str] 
     if ranks.size == 1:
         return
     ranks.meet(CALL, ADVICE)
-    settings = vars(options) | {"device": device_type(options)}
-    differ = ranks.difference([f"{name} {value}" for name, value in settings.items()])
+    differ = ranks.difference([f"{name} {value}" for name, value in vars(options).items() if name != "device"])
     what = f"the options differ, {differ}" if differ else model_difference(ranks, model, shards)
     if what:
         raise UsageError(
@@ -97,11 +96,6 @@ def entries_difference(ranks: Ranks, matrices: Sequence[WeightMatrix], entries: 
 def described(matrices: Iterable[WeightMatrix]) -> list[str]:
     """Names, shapes and dtypes of `matrices`, one line for each."""
     return [f"{m.name} {m.pieces}×{m.shape[0]}×{m.shape[1]} {m.dtype}" for m in matrices]
-
-
-def device_type(options: Options) -> str:
-    """The kind of device that `options` name: which one of its kind changes no number."""
-    return options.device.partition(":")[0]
 
 
 def share(costs: Sequence[float], ranks: int) -> list[list[int]]:

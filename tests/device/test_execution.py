@@ -56,6 +56,8 @@ def test_the_own_accelerator_is_that_of_the_rank_and_no_journal_depends_on_which
     journals[1].add(measure_all(model.matrices[:1], replace(options[1], device="cpu"))[0])
     journals[1].close()
     assert list(journals[0].load()) == [model.matrices[0].name]
+    on_cpu = Journal(model, replace(options[0], device="cpu"), tmp_path / "journal.jsonl")
+    assert list(on_cpu.load()) == [model.matrices[0].name]
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)  # each process sees its own only
     assert own_accelerator() == f"{device.type}:0"
 
