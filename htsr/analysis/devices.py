@@ -7,31 +7,23 @@ import sys
 from collections.abc import Iterable, Mapping
 from itertools import chain
 
-from htsr.errors import UsageError
+from htsr.spectra.device import usable_device
 
 
-def pick_device(device: str, source: object = None) -> str:
+def pick_device(device: object, source: object = None) -> str:
     """`device`, with ``auto`` as where a live model lies, else as this process's accelerator where there is one.
 
     Args:
-        device: device as torch names it, or ``auto``.
+        device: device as torch names it, a `torch.device`, or ``auto``.
         source: model that is analyzed: a module, a state dict, or what is read from files.
 
     Raises:
-        UsageError: this machine has no such device.
+        UsageError: it is no name of a device, or this machine has no such device.
     """
-    if device == "cpu":
-        return device
-    if device == "auto":
-        return device_of(source) or own_accelerator() or "cpu"
-    import torch
-
-    try:
-        if torch.zeros(1, device=device).is_meta:
-            raise UsageError("device 'meta' computes nothing")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
+    name = usable_device(device)
+    if name.partition(":")[0] == "cpu":
+        return "cpu"  # "cpu:0" is no accelerator, whose matrices take their turns in one thread
+    return name if name != "auto" else device_of(source) or own_accelerator() or "cpu"
 
 
 def device_of(source: object) -> str | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from htsr.arrays import Array, Product, Vector
+from htsr.errors import UsageError, is_out_of_memory
 from htsr.spectra.checks import require_finite, require_squares
 from htsr.spectra.exact_products import exact_products
 
@@ -23,13 +24,47 @@ BATCHED_UP_TO = 32  # M up to which torch solves a stack of matrices in one call
 _CHUNK = 1 << 22  # entries that are up-cast at a time while a Gram matrix is accumulated
 
 
-def solving_device(device: str, matrix: Array | Product | None = None) -> str:
+def usable_device(device: object) -> str:
+    """The name of a device that computes here.
+
+    Args:
+        device: device as torch names it, or a `torch.device`; ``auto`` is left as it is.
+
+    Raises:
+        UsageError: it is no device's name, or this machine has no such device.
+
+    Examples:
+        >>> import torch
+        >>> from htsr.spectra.device import usable_device
+        >>> usable_device(torch.device("cpu")), usable_device("auto")
+        ('cpu', 'auto')
+    """
+    name = str(device)
+    if name in ("auto", "cpu"):
+        return name
+    import torch
+
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}: auto, cpu, cuda, cuda:1, mps, xpu") from error
+    try:
+        if torch.zeros(1, device=name).is_meta:
+            raise UsageError("device 'meta' computes nothing")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if is_out_of_memory(error):  # of one that is here
+            return name
+        raise UsageError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def solving_device(device: str | torch.device, matrix: Array | Product | None = None) -> str:
     """The device that computes where `device` is asked for.
 
     Apple's MPS has neither float64 nor an eigensolver: its matrices are solved on the CPU.
 
     Args:
-        device: device as torch names it; ``auto`` is where the matrix lies.
+        device: device as torch names it, or a `torch.device`; ``auto`` is where the matrix lies.
         matrix: matrix to be solved, (m, n) or (pieces, m, n).
 
     Examples:
@@ -38,6 +73,7 @@ def solving_device(device: str, matrix: Array | Product | None = None) -> str:
         >>> solving_device("auto", np.eye(2)), solving_device("mps:0"), solving_device("cuda:1")
         ('cpu', 'cpu', 'cuda:1')
     """
+    device = str(device)
     if device == "auto":
         device = "cpu" if matrix is None or isinstance(matrix, (np.ndarray, Product)) else str(matrix.device)
     return "cpu" if device.partition(":")[0] == "mps" else device
@@ -91,7 +127,8 @@ def device_eigenvalues(W: torch.Tensor, route: str, dtype: str) -> Vector:
         if route == "svd":
             values = W.to(kind)
             require_finite(float(values.sum(dtype=torch.float64)))
-            return np.sort(_on_host(torch.linalg.svdvals(values)) ** 2)
+            with np.errstate(over="ignore"):  # what overflows is refused, in words
+                return np.sort(_on_host(torch.linalg.svdvals(values)) ** 2)
         grams = device_gram(W, kind)
         require_squares(float(grams.max()), dtype, W.any)
         return _on_host(torch.linalg.eigvalsh(grams))

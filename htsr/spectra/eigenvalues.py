@@ -120,6 +120,7 @@ def resolved(
     )
 
 
+@np.errstate(over="ignore", invalid="ignore")  # `require_squares` says so
 def batch_eigenvalues(matrices: Sequence[Array], dtype: WorkingPrecision) -> Vector:
     """Eigenvalues of several matrices of one shape by the route ``gram`` on a CPU, in one call of LAPACK.
 
@@ -174,11 +175,13 @@ def gram(matrix: npt.NDArray[Any], dtype: WorkingPrecision = "float64") -> Float
     return total
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows is refused, in words
 def _solve_cpu(matrix: Array, route: str, dtype: WorkingPrecision) -> Vector:
     values = as_numpy(matrix)
     if route == "svd":
+        values = values.astype(dtype, copy=False)
         require_finite(values.sum(dtype=np.float64))
-        singular = np.linalg.svd(values.astype(dtype), compute_uv=False)
+        singular = np.linalg.svd(values, compute_uv=False)
         return np.sort(singular.astype(np.float64) ** 2)
     if values.ndim == 3:
         tall = values if values.shape[1] >= values.shape[2] else values.swapaxes(1, 2)

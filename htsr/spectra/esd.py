@@ -34,7 +34,7 @@ from htsr.errors import MatrixError, UsageError
 from htsr.spectra.attempts import Result, attempted
 from htsr.spectra.checks import require_finite
 from htsr.spectra.density import ESD
-from htsr.spectra.device import BATCHED_UP_TO, batch_on_device, on_device, solving_device
+from htsr.spectra.device import BATCHED_UP_TO, batch_on_device, on_device, solving_device, usable_device
 from htsr.spectra.eigenvalues import WorkingPrecision, batch_eigenvalues, piece_eigenvalues, resolved
 from htsr.spectra.lanczos import lanczos_esd
 from htsr.spectra.product import product_eigenvalues
@@ -79,7 +79,7 @@ def esd(
         MatrixError: the matrix is empty (status ``empty``), has NaN, infinite or overflowing entries (``nan``), or
             entries so small that their squares vanish (``underflow``); the route does not apply to it
             (``unsupported``); or the computation fails, as for lack of memory (``failed``).
-        UsageError: there is no such route, or the matrix is neither 2-D nor 3-D.
+        UsageError: there is no such route or device, or the matrix is neither 2-D nor 3-D.
 
     Examples:
         >>> import htsr, numpy as np
@@ -106,7 +106,11 @@ def esd(
         matrix = matrix.dense()
 
     if device != "cpu":
-        matrix = _value(attempted(partial(on_device, matrix, device)))  # once, for all windows and routes
+        moved = attempted(partial(on_device, matrix, device))  # once, for all windows and routes
+        if isinstance(moved, MatrixError):
+            usable_device(device)  # else the fault is no matrix's
+            raise moved
+        matrix = moved
     parts = _pieces(matrix, windows)
     M, N = sorted(parts[0].shape[-2:])
     refine = route == "auto"
@@ -182,7 +186,7 @@ def esd_batch(
         An `ESD`, or the `MatrixError` that `esd` would raise, for each matrix in their order.
 
     Raises:
-        UsageError: there is no such route, or the matrices are neither 2-D nor 3-D.
+        UsageError: there is no such route or device, or the matrices are neither 2-D nor 3-D.
 
     Examples:
         >>> import numpy as np

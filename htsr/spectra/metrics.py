@@ -91,6 +91,8 @@ class Options:
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} is True or False, not {getattr(self, name)!r}")
+        if not isinstance(self.device, str):
+            raise UsageError(f"device is a name such as 'cuda:1', not {self.device!r}")
         if not isinstance(self.windows, Windows | None):
             raise UsageError(f"windows is htsr.Windows(rows, count) or None, not {self.windows!r}")
 

@@ -123,3 +123,21 @@ def test_surgery_of_one_matrix(device):
     for change in (htsr.remove_traps, lambda matrix: htsr.project_tail(matrix, 8)):
         here, there = change(W), change(W.to(device))
         assert_agree(here, there, 1e-4)
+
+
+def test_a_constant_matrix_has_no_mean_shift(device):
+    """Its spread was a difference whose rounding each device had its own of: none on the CPU, 7e7 on another."""
+    state = {"layers.0.up.weight": torch.ones(60, 70), "layers.1.up.weight": torch.full((60, 70), 0.3)}
+    state["layers.2.up.weight"] = 1 + 1e-4 * torch.randn(60, 70, generator=torch.Generator().manual_seed(0))
+    for options in ({}, {"route": "svd"}, {"dtype": "float32"}, {"windows": htsr.Windows(30, 4)}):
+        for place in ("cpu", str(device)):
+            found = htsr.analyze(state, device=place, permuted=True, **options)
+            shifts = [row.mean_shift for row in found]
+            values = state["layers.2.up.weight"].double()
+            assert shifts == [None, None, pytest.approx(float(values.mean() / values.std(correction=0)), rel=1e-4)]
+
+
+def test_a_device_may_be_given_as_torch_has_it(device):
+    state = {"layers.0.up.weight": heavy_matrix(np.random.default_rng(0), 60, 70)}
+    assert htsr.analyze(state, device=device).options.device == str(device)
+    assert htsr.esd(torch.eye(3), device=device).route == "gram/float64"
