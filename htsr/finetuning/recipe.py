@@ -236,6 +236,12 @@ class Recipe:
         if self.frozen_weights != "device" and (self.sampling is None or self.method == "qlora"):
             which = "lora with the section sampling, lisa and owlore"
             raise UsageError(f"frozen_weights: {self.frozen_weights} is for blocks that are sampled, by {which}")
+        compiles = sorted(key for key in self.training if key.startswith("torch_compile") and self.training[key])
+        if self.frozen_weights != "device" and compiles:
+            raise UsageError(
+                f"frozen_weights: {self.frozen_weights} moves weights, which compiled code does not see: leave "
+                f"training.{compiles[0]} out"
+            )
         if self.layerwise != "none" and self.lora is not None:
             raise UsageError(
                 f"layerwise sets learning rates of whole matrices, which the method {self.method} does not train"

@@ -155,6 +155,13 @@ def test_frozen_weights_are_those_of_sampled_blocks(work, tmp_path, capsys, meth
     assert "frozen_weights: host is for blocks that are sampled" in capsys.readouterr().err
 
 
+def test_frozen_weights_are_not_compiled(work, tmp_path, capsys):
+    training = {"max_steps": 1, "torch_compile": True}
+    path = recipe_file(work, tmp_path / "run", "lisa", frozen_weights="host", training=training)
+    assert main(["finetune", "--config", path]) == 2
+    assert "leave training.torch_compile out" in capsys.readouterr().err
+
+
 def test_what_rounding_to_nearest_loses_is_said_once(work, tmp_path, caplog):
     """The weights of the small model are about 0.02: their half unit in the last place is above 1e-5, nearly all."""
     for name, more, said in (

@@ -98,6 +98,8 @@ class Streaming:
         if where not in get_args(Where):
             raise UsageError(f"frozen weights live in one of {', '.join(get_args(Where))}, not in {where!r}")
         _check(model)
+        if not {id(module) for module in blocks.modules} <= {id(module) for module in model.modules()}:
+            raise UsageError("the blocks are those of another model than is streamed")
         if device is None:
             device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         self.model, self.device = model, torch.empty(0, device=device).device  # with its index
@@ -143,7 +145,7 @@ class Streaming:
         self._settle()
 
     def stop(self) -> None:
-        """End: all weights of the blocks are in host memory, and the model is as any other."""
+        """End: the model is in host memory as it came, with what it has learned, and as any other."""
         self._sampler = None
         self._settle()
         for handle in self._handles:
@@ -151,6 +153,7 @@ class Streaming:
         for block in self._blocks:
             block.free()
         self._blocks, self._handles = [], []
+        self.model.to("cpu")
 
     def _settle(self) -> None:
         """Let go what does not train any more, and take to the device what does."""
@@ -163,6 +166,8 @@ class Streaming:
         self._slots.expect(list(self.streamed))
 
     def _enter(self, index: int) -> None:
+        if torch.compiler.is_compiling():
+            _refuse_compiled()
         block = self._blocks[index]
         block.begun.append(None)
         if not block.away:
@@ -174,8 +179,6 @@ class Streaming:
             block.begun[-1] = context
 
     def _bring(self, block: StreamedBlock, index: int) -> None:
-        if torch.compiler.is_compiling():
-            raise UsageError(f"{block.name} is streamed, and code that is compiled cannot be: compile nothing of it")
         if torch.is_grad_enabled() and any(block.parameters[i].requires_grad for i in block.away):
             raise UsageError(
                 f"{block.name} is in host memory and would get gradients: attach the sampler before training begins, "
@@ -203,6 +206,10 @@ class _Hook:
     def __init__(self, act: Callable[..., None] | None, *given: Any) -> None:
         self._act, self._given = act, given
 
+    @property
+    def acts(self) -> bool:
+        return self._act is not None
+
     def __call__(self, *_: Any) -> None:
         if self._act is not None:
             self._act(*self._given)
@@ -215,12 +222,26 @@ def _check(model: nn.Module) -> None:
     """Refuse a model whose weights cannot be moved one block at a time."""
     refuse_flat(model)
     wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    if wrapped or getattr(model, "hf_device_map", None) or isinstance(model, torch._dynamo.OptimizedModule):
+    if wrapped or getattr(model, "hf_device_map", None) or any(_is_compiled(part) for part in model.modules()):
         raise UsageError(
             "frozen weights are streamed for one process and one device, into the model itself: not into one that is "
             "wrapped (DDP), compiled, or spread by device_map"
         )
+    hooks = (hook for part in model.modules() for hook in part._forward_pre_hooks.values())
+    if any(isinstance(hook, _Hook) and hook.acts for hook in hooks):
+        raise UsageError("this model is streamed already: call stop() of what stream_frozen returned, then stream anew")
     for name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor or parameter.is_meta:
             kind = "on the meta device" if parameter.is_meta else type(parameter.data).__name__
             raise UsageError(f"{name} is {kind}, and what is streamed is a plain tensor in host memory")
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether `module` is what ``torch.compile`` returns, or its ``compile`` has been called."""
+    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _refuse_compiled() -> None:
+    """Raise outside of what is traced: an error in there only ends the tracing, and the module runs on."""
+    raise UsageError("a model that is streamed cannot be compiled: its weights move, which compiled code does not see")

@@ -206,7 +206,14 @@ def test_what_cannot_be_streamed_is_refused_in_one_sentence():
     ):
         with pytest.raises(htsr.UsageError, match=sentence):
             htsr.stream_frozen(wrong, sampler)
+    compiled = llama(3)
+    compiled.model.layers[1].compile()
+    for one in (compiled, torch.compile(llama(3))):
+        with pytest.raises(htsr.UsageError, match="compiled, or spread"):
+            htsr.stream_frozen(one, sampler)
     streaming = htsr.stream_frozen(net, sampler)
+    with pytest.raises(htsr.UsageError, match="is streamed already"):
+        htsr.stream_frozen(net, htsr.LayerSampler(net, active=1))
     with pytest.raises(htsr.UsageError, match="attach the sampler before training"):
         net(input_ids=batches(1)[0])
     net.to("cpu")
@@ -216,6 +223,17 @@ def test_what_cannot_be_streamed_is_refused_in_one_sentence():
         net(input_ids=batches(1)[0])
     with pytest.raises(htsr.UsageError, match="stop that before the model is moved elsewhere or cast"):
         net.double()
+
+
+@pytest.mark.parametrize("wrap", [True, False], ids=["torch.compile", "Module.compile"])
+def test_a_streamed_model_that_is_compiled_later_is_refused(wrap):
+    net, *_ = make(True, active=1)
+    called = torch.compile(net, backend="eager") if wrap else net
+    if not wrap:
+        net.compile(backend="eager")
+    with pytest.raises(htsr.UsageError, match="cannot be compiled"):
+        called(input_ids=batches(1)[0])
+    torch._dynamo.reset()
 
 
 def test_an_error_in_a_block_leaves_everything_at_home():
