@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from htsr.errors import HtsrError, UsageError
+from htsr.training.streaming.calls import Instead
 from htsr.training.streaming.homes import Home, Where
 
 
@@ -66,7 +67,7 @@ class StreamedBlock:
         self.away = list(range(len(self.parameters)))
         self.begun: list[torch.autograd.graph.saved_tensors_hooks | None] = []
         self.go_home()
-        module._apply = self._moved  # type: ignore[method-assign]
+        self._apply = Instead(module, "_apply", self._moved)
 
     def visit(self, memory: Tensor) -> None:
         """Point the parameters that are away into a buffer of the device, `memory` (bytes,), that holds the block."""
@@ -116,7 +117,7 @@ class StreamedBlock:
 
     def free(self) -> None:
         """Let ``module.to`` move the block as any other."""
-        del self.module._apply
+        self._apply.remove()
 
     def _moved(self, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """What ``module.to`` does: move buffers and what stays on the device, and leave the others where they are."""

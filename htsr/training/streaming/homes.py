@@ -46,7 +46,9 @@ class Home:
             self.views = [weight.detach() for weight in weights]
             return
         self._memory = torch.empty(self.layout.size, dtype=torch.uint8, device="cpu", pin_memory=has_streams(device))
-        self.views = [place.of(self._memory) for place in self.layout.places]
+        whole, places = self._memory.numpy(), self.layout.places
+        # a storage for each weight: torch.save refuses one that is read in two dtypes
+        self.views = [place.shaped(torch.from_numpy(whole[place.start : place.stop])) for place in places]
         for view, weight in zip(self.views, weights, strict=True):
             view.copy_(weight.detach())
 

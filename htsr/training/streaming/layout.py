@@ -31,7 +31,11 @@ class Place:
 
     def of(self, memory: Tensor) -> Tensor:
         """The weight in `memory`, (bytes,) uint8, as a view."""
-        return memory[self.start : self.stop].view(self.dtype).as_strided(self.shape, self.stride)
+        return self.shaped(memory[self.start : self.stop])
+
+    def shaped(self, piece: Tensor) -> Tensor:
+        """The weight whose bytes `piece`, (bytes,) uint8, holds, as a view."""
+        return piece.view(self.dtype).as_strided(self.shape, self.stride)
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,10 @@ def saved_weights(slots: Slots) -> torch.autograd.graph.saved_tensors_hooks | No
         slots: the buffers.
 
     Returns:
-        The context; None where the innermost hooks are such ones already.
+        The context; None where the innermost hooks are such ones of the same buffers already.
     """
     outside: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if outside and isinstance(outside[0], _Pack):
+    if _is_of(slots, outside):
         return None
     keep, give = outside or (Tensor.detach, _same)
 
@@ -72,3 +72,22 @@ def saved_weights(slots: Slots) -> torch.autograd.graph.saved_tensors_hooks | No
 
 def _same(kept: Any) -> Any:
     return kept
+
+
+def end_contexts(slots: Slots) -> None:
+    """Take contexts of `saved_weights` away that were left in this thread, and leave all others as they are.
+
+    Args:
+        slots: the buffers.
+    """
+    others: list[Any] = []
+    while (innermost := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        if not _is_of(slots, innermost):
+            others.append(innermost)
+    for pack, unpack in reversed(others):
+        torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def _is_of(slots: Slots, hooks: Any) -> bool:
+    return bool(hooks) and isinstance(hooks[0], _Pack) and hooks[0].slots is slots

@@ -15,7 +15,6 @@ model (``state_dict``, ``save_pretrained``, `htsr.analyze`) finds it whole.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -24,8 +23,9 @@ from torch import nn
 from htsr.errors import UsageError
 from htsr.matrices.sharded import refuse_flat
 from htsr.training.streaming.block import StreamedBlock, resident
+from htsr.training.streaming.calls import Hook, Interruptible
 from htsr.training.streaming.homes import Where, are_mapped
-from htsr.training.streaming.saved import saved_weights
+from htsr.training.streaming.saved import end_contexts, saved_weights
 from htsr.training.streaming.slots import Slots
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ def stream_frozen(
     The model comes in host memory, and with its block's weights alone on the device trains as if it were there as a
     whole: the same losses and weights, bit for bit. On the device are the parameters that train, all that is outside
     of the blocks, and two buffers of the size of the largest block.
+
+    A copy of the model (deepcopy, AveragedModel, torch.save) is as any other model: what was in host memory is there
+    until the copy is moved, ``copy.to(device)``. Second derivatives (``create_graph=True``) cannot be had: torch
+    raises its error on a variable that has been modified by an inplace operation.
 
     Args:
         model: model in host memory, not wrapped (DDP and FSDP keep weights elsewhere).
@@ -116,10 +120,16 @@ class Streaming:
         ]
         self._sampler: LayerSampler | None = None
         self._slots = Slots({i: block.home for i, block in enumerate(self._blocks)}, self.device)
-        self._handles: list[Any] = [model.register_forward_pre_hook(_Hook(self._slots.forget), prepend=True)]
+        members = {id(module) for module in blocks.modules}
+        self._handles: list[Any] = [
+            module.register_forward_pre_hook(Hook(self._begin), prepend=True)
+            for module in model.modules()  # PEFT's generate, for one, calls not the model but the one that it wraps
+            if id(module) not in members and any(id(part) in members for part in module.modules())
+        ]
         for index, block in enumerate(self._blocks):
             for part in block.module.modules():  # checkpointing may compute the inside of a block again without it
-                enter, leave = _Hook(self._enter, index), _Hook(self._leave, index)
+                self._handles.append(Interruptible(part, self._come_home))
+                enter, leave = Hook(self._enter, index), Hook(self._leave, index)
                 self._handles.append(part.register_forward_pre_hook(enter))
                 self._handles.append(part.register_forward_hook(leave, always_call=True))
         model.to(self.device)
@@ -165,6 +175,22 @@ class Streaming:
             block.take(trains)
         self._slots.expect(list(self.streamed))
 
+    def _begin(self) -> None:
+        """Begin a pass: trust no buffer, as weights may have been set since."""
+        if torch.compiler.is_compiling():
+            _refuse_compiled()
+        self._come_home()
+        self._slots.forget()
+
+    def _come_home(self) -> None:
+        """Undo what an interrupt has left of calls that are no more."""
+        for block in self._blocks:
+            if block.begun:
+                block.begun.clear()
+                with torch.no_grad(), torch.inference_mode(False):
+                    block.go_home()
+        end_contexts(self._slots)
+
     def _enter(self, index: int) -> None:
         if torch.compiler.is_compiling():
             _refuse_compiled()
@@ -200,24 +226,6 @@ class Streaming:
                 block.go_home()
 
 
-class _Hook:
-    """A hook of a module that calls a method of the streaming; idle in a copy of the model."""
-
-    def __init__(self, act: Callable[..., None] | None, *given: Any) -> None:
-        self._act, self._given = act, given
-
-    @property
-    def acts(self) -> bool:
-        return self._act is not None
-
-    def __call__(self, *_: Any) -> None:
-        if self._act is not None:
-            self._act(*self._given)
-
-    def __reduce__(self) -> Any:
-        return _Hook, (None,)
-
-
 def _check(model: nn.Module) -> None:
     """Refuse a model whose weights cannot be moved one block at a time."""
     refuse_flat(model)
@@ -228,7 +236,7 @@ def _check(model: nn.Module) -> None:
             "wrapped (DDP), compiled, or spread by device_map"
         )
     hooks = (hook for part in model.modules() for hook in part._forward_pre_hooks.values())
-    if any(isinstance(hook, _Hook) and hook.acts for hook in hooks):
+    if any(isinstance(hook, Hook) and hook.acts for hook in hooks):
         raise UsageError("this model is streamed already: call stop() of what stream_frozen returned, then stream anew")
     for name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor or parameter.is_meta:

@@ -1,5 +1,6 @@
 """Training with frozen blocks in host memory is training with them on the device, bit for bit."""
 
+import copy
 import io
 
 import pytest
@@ -296,3 +297,65 @@ def test_weights_on_disk_train_alike_and_leave_the_file_as_it_is(tmp_path, caplo
     assert "are in host memory" in caplog.text
     with pytest.raises(htsr.UsageError, match="one of host, disk, not in 'tape'"):
         htsr.stream_frozen(net, htsr.LayerSampler(net, active=1), where="tape")
+
+
+def test_an_interrupt_leaves_everything_at_home_and_other_models_as_they_are():
+    first, _, its, _ = make(True, active=1)
+    fresh = train(first, its, batches(3))
+    net, _, optimizer, streaming = make(True, active=1)
+    before, homes = weights(net), [p.data_ptr() for p in net.model.layers.parameters()]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    top = torch._C._autograd._top_saved_tensors_default_hooks
+    for index in streaming.streamed:
+        part = net.model.layers[index].mlp
+        handle = (part if index % 2 else part.act_fn).register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt), torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, id):
+            net(input_ids=batches(1)[0])
+        handle.remove()
+        assert [p.data_ptr() for p in net.model.layers.parameters()] == homes
+        assert top(True) is None
+        with torch.no_grad():
+            net(input_ids=batches(1)[0])
+        assert_same(weights(net), before)
+    # an interrupt in the streaming itself is undone by the next pass
+    streaming._enter(streaming.streamed[-1])
+    other, _, its, _ = make(True, active=1)
+    assert train(other, its, batches(3)) == fresh
+    assert top(True) is not None
+    assert train(net, optimizer, batches(3)) == fresh
+    assert top(True) is None
+
+
+def test_weights_that_others_set_count_in_a_part_of_the_model_too():
+    net, _, _, _ = make(True, active=1)
+    tokens = batches(1)[0]
+    net(tokens)
+    with torch.no_grad():
+        for parameter in net.model.layers.parameters():
+            parameter.mul_(1.5)
+    twin = type(net)(net.config)
+    twin.load_state_dict(net.state_dict())
+    assert torch.equal(net.model(tokens).last_hidden_state, twin.model(tokens).last_hidden_state)
+
+
+def test_a_copy_is_as_any_other_model():
+    net, *_ = make(True, active=1)
+    tokens, kept = batches(1)[0], io.BytesIO()
+    torch.save(net, kept)
+    kept.seek(0)
+    for copied in (copy.deepcopy(net), torch.load(kept, weights_only=False)):
+        assert_same(weights(copied.double()), {name: value.double() for name, value in weights(net).items()})
+        twin = type(net)(net.config).double()
+        twin.load_state_dict(copied.state_dict())
+        assert torch.equal(copied(tokens).logits, twin(tokens).logits)
+        again = htsr.LayerSampler(copied.requires_grad_(True), active=1)
+        htsr.stream_frozen(copied, again).stop()
+        copied.float()
+    with pytest.raises(htsr.UsageError, match="stop that before"):
+        net.double()
+    net = Oddities("never")  # blocks of two dtypes
+    htsr.stream_frozen(net, htsr.LayerSampler(net, active=1))
+    torch.save(net, io.BytesIO())
