@@ -99,7 +99,8 @@ def check_group(group: dict[str, Any]) -> None:
         group: parameter group with all options.
 
     Raises:
-        UsageError: an option has no meaning, or a group with a rank holds anything but matrices.
+        UsageError: an option has no meaning, a parameter is complex, or a group with a rank holds anything but
+            matrices.
     """
     for name, known in (
         ("method", ("svd", "randomized")),
@@ -116,6 +117,8 @@ def check_group(group: dict[str, Any]) -> None:
     if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= _number(beta) < 1 for beta in betas)):
         raise UsageError(f"betas are {betas!r}; they are two numbers in [0, 1)")
     _insist_on_count("refresh_every", group["refresh_every"])
+    if any(parameter.is_complex() for parameter in group["params"]):
+        raise UsageError("LowRankAdamW takes real parameters, and one is complex: train it as torch.view_as_real")
     if group["rank"] is None:
         return
     _insist_on_count("rank", group["rank"])

@@ -381,7 +381,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         if G.is_sparse:
             raise UsageError(f"parameter {index} has a sparse gradient; make its embedding with sparse=False")
         state = self.state[parameter] if steps else self.state.get(parameter, {})
-        done = int(state["step"].item()) if "step" in state else 0
+        _insist_on_rank(state, group["rank"], parameter, index)
+        done = int(state["step"]) if "step" in state else 0
         return Pending(parameter, state, group, constants or Constants.of(group), index, done, G)
 
     def _check(self, pending: list[Pending]) -> None:
@@ -413,3 +414,16 @@ class LowRankAdamW(torch.optim.Optimizer):
             return gradient
         torch.distributed.all_reduce(gradient, group=self.process_group)
         return gradient.div_(self.process_group.size())
+
+
+def _insist_on_rank(state: dict[str, Any], rank: int | None, parameter: Tensor, number: int) -> None:
+    """Refuse moments of another rank than the group has now; there is no telling what they are in its subspace."""
+    if "exp_avg" not in state or parameter.ndim < 2:
+        return
+    wanted = None if rank is None else min(rank, *parameter.shape[-2:])
+    held = state["projector"].shape[-1] if "projector" in state else None
+    if held != wanted:
+        raise UsageError(
+            f"parameter {number} has moments of rank {held}, and its group now has rank {rank}: call "
+            "optimizer.drop_state(parameter) for each of a group before its rank is changed"
+        )

@@ -44,7 +44,7 @@ _FLOAT16_NORMAL, _FLOAT16_QUANTUM = 2.0**-14, 2.0**-24  # least normal number, d
 
 
 def create(state: dict[str, Any], parameter: Tensor, rounding: Rounding) -> None:
-    """Put what a rounding keeps of a narrow parameter into its state where it is missing, and drop another's.
+    """Put what a rounding keeps of a narrow parameter into its state where it is missing; `settle` another's before.
 
     Args:
         state: state of one parameter, changed.
@@ -59,11 +59,9 @@ def create(state: dict[str, Any], parameter: Tensor, rounding: Rounding) -> None
         >>> {name: value.dtype for name, value in state.items()}
         {'master': torch.float32}
     """
-    for other, name in STATE.items():
-        if other != rounding:
-            state.pop(name, None)
-        elif name not in state:  # a master of 0 begins as the weight, see `read`
-            state[name] = torch.zeros_like(parameter, dtype=torch.float32 if rounding == "master" else None)
+    name = STATE.get(rounding)
+    if name and name not in state:  # a master of 0 begins as the weight, see `read`
+        state[name] = torch.zeros_like(parameter, dtype=torch.float32 if rounding == "master" else None)
 
 
 def read(weights: list[Tensor], states: list[dict[str, Any]], rounding: Rounding, rows: Any = ...) -> Tensor:
@@ -133,6 +131,7 @@ def write(
     torch._foreach_copy_(parts, own)
     if rounding == "kahan":
         torch._foreach_sub_(own, parts)
+        new.nan_to_num_(0.0, 0.0, 0.0)  # beyond the largest number the weight is infinite, and nothing is kept of that
     if rounding in STATE:
         torch._foreach_copy_(_parts([local(state[STATE[rounding]]) for state in states], rows), own)
 

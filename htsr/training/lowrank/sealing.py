@@ -44,6 +44,8 @@ def sealed(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 def open_all(state: dict[Any, dict[str, Any]]) -> None:
     """Put copies of sealed tensors in their place: on the parameter's device, in the dtype that was saved.
 
+    A step that is a plain number becomes a tensor.
+
     Args:
         state: state by parameter, changed; without sealed tensors it stays as it is.
     """
@@ -52,3 +54,5 @@ def open_all(state: dict[Any, dict[str, Any]]) -> None:
             if isinstance(value, _Sealed):
                 here = name == "step" or not torch.is_tensor(parameter)
                 values[name] = value.tensor.to("cpu" if here else parameter.device, copy=True)
+            elif name == "step" and isinstance(value, (int, float)):  # as older versions of torch counted
+                values[name] = torch.tensor(float(value), device="cpu")

@@ -307,8 +307,12 @@ def _narrow(batch: list[Pending], steps: list[int]) -> list[_Narrow]:
         return []
     alike = defaultdict[Any, list[int]](list)
     for place, one in enumerate(batch):
-        rounding.create(one.state, one.parameter, one.group["rounding"])
-        alike[one.parameter.shape, one.group["rounding"]].append(place)
+        how = one.group["rounding"]
+        if any(name in one.state for other, name in rounding.STATE.items() if other != how):  # it was changed
+            seed = noise_seed("settled", one.group, one.number, steps[place])
+            rounding.settle(one.parameter, one.state, seed)
+        rounding.create(one.state, one.parameter, how)
+        alike[one.parameter.shape, how].append(place)
     found = []
     for (_, how), places in alike.items():
         each = max(STACK // max(local(batch[places[0]].parameter).numel(), 1), 1)

@@ -853,3 +853,33 @@ def test_experts_of_a_mixture_get_a_rank():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("moments", ["keep", "rotate"])
+@pytest.mark.parametrize(("before", "after"), [(8, 4), (4, 8), (None, 4), (4, None)])
+def test_moments_of_another_rank_are_refused_in_one_sentence(before, after, moments):
+    W = nn.Parameter(torch.randn(20, 12))
+    optimizer = LowRankAdamW([{"params": [W], "rank": before}], moments=moments, refresh_every=1)
+    W.grad = torch.randn(20, 12)
+    optimizer.step()
+    optimizer.param_groups[0]["rank"] = after
+    kept = W.detach().clone()
+    with pytest.raises(UsageError, match=f"moments of rank {before}, and its group now has rank {after}: call"):
+        optimizer.step()
+    assert torch.equal(W, kept)
+    optimizer.drop_state(W)
+    optimizer.step()
+
+
+def test_a_step_that_is_a_plain_number_and_complex_parameters():
+    W = nn.Parameter(torch.ones(4))
+    optimizer = LowRankAdamW([W])
+    W.grad = torch.ones(4)
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0]["step"] = 1
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    assert optimizer.state[W]["step"].item() == 2
+    with pytest.raises(UsageError, match="complex"):
+        LowRankAdamW([nn.Parameter(torch.ones(4, dtype=torch.complex64))])

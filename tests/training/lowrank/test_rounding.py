@@ -320,6 +320,33 @@ def test_another_rounding_takes_over_between_steps_and_leaves_nothing_of_the_las
         assert set(optimizer.state[W]) - {"step", "exp_avg", "exp_avg_sq"} == kept
 
 
+@pytest.mark.parametrize("rounding", ["kahan", "master"])
+def test_what_was_kept_is_in_the_weight_when_another_rounding_takes_over(rounding):
+    """Forty updates of 5e-5 are a quarter of a unit at 1: an entry in four moves, and the mean is right."""
+    n = 10_000
+    W = nn.Parameter(torch.ones(n, dtype=torch.bfloat16))
+    optimizer = LowRankAdamW([W], lr=5e-5, rounding=rounding)
+    for step in range(41):
+        if step == 40:
+            optimizer.param_groups[0].update(rounding="nearest", lr=0.0)
+        W.grad = -torch.ones_like(W)
+        optimizer.step()
+    unit, chance = 2.0**-7, 40 * 5e-5 * 2**7
+    deviation = unit * (chance * (1 - chance) / n) ** 0.5
+    assert abs(float(W.detach().double().mean()) - 1 - 40 * 5e-5) < 5 * deviation + 1e-5
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_beyond_the_largest_number_a_weight_is_infinite_and_never_nan(rounding):
+    W = nn.Parameter(torch.full((4,), 65504.0, dtype=torch.float16))
+    optimizer = LowRankAdamW([W], lr=100.0, rounding=rounding)
+    for _ in range(4):
+        W.grad = torch.tensor([-1.0, 1.0, -1.0, 1.0]).half()
+        optimizer.step()
+    assert not bool(W.isnan().any())
+    assert bool(W[1::2].isfinite().all())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("shape", [(24, 16), (3, 8, 12), (40,), ()])
