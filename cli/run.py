@@ -161,6 +161,9 @@ def memory(name: str, methods: list[str] | None, options: dict[str, Any], words:
             mine["frozen_weights"] = "device"
         with words.of_others():
             plans.append(predict_memory(name, method, **mine))
+    stay = [method for method in asked if method not in STREAMED]
+    if stay and options["frozen_weights"] != "device":
+        words.say(f"htsr: the weights of {', '.join(stay)} are on the device: --frozen-weights is for sampled blocks")
     target.write(MemoryPlans(name, tuple(plans)), words)
 
 

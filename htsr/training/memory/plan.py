@@ -33,7 +33,7 @@ class Setting:
         batch: sequences per backward pass.
         sequence: tokens per sequence.
         rank: rank of the adapters, or dimension of the gradients' subspaces.
-        active_blocks: number of blocks that train at a time; None for 2, or the only one.
+        active_blocks: number of blocks that train at a time, where the method samples; None for 2, or the only one.
         dtype: dtype of the weights; None for the configuration's.
         checkpointing: whether activations are checkpointed.
         state_dtype: dtype of Adam's moments; None for the parameter's own.
@@ -55,6 +55,12 @@ class Setting:
     gradients: Gradients
     rounding: Rounding
     frozen_weights: FrozenWeights = "device"
+
+    @property
+    def samples(self) -> bool:
+        """Whether some blocks train at a time; under ``lora`` where their number is given, or frozen ones are away."""
+        asked = self.active_blocks is not None or self.frozen_weights != "device"
+        return self.method in SAMPLED or (self.method == "lora" and asked)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ def predict_memory(
         rank: rank of the adapters (8 by default), or dimension of the gradients' subspaces: 128 by default, halved for
             a small model until a matrix of a block can have it. The plan says which.
         active_blocks: number γ of blocks that ``lisa`` and ``owlore`` train at a time; 2 by default, or the only one.
+            Under ``lora`` the adapters of so many blocks, as in a recipe with the section sampling; of all by default,
+            or of 2 where frozen weights are streamed.
         dtype: dtype of the weights; by default the configuration's.
         checkpointing: whether activations are checkpointed, non-reentrant, per block.
         state_dtype: dtype of Adam's moments; by default float32 under ``galore`` and ``owlore``, else the parameter's

@@ -21,7 +21,7 @@ from htsr.training.lowrank.groups import is_low_rank
 from htsr.training.lowrank.moments import BLOCK
 from htsr.training.lowrank.rounding import NARROW
 from htsr.training.lowrank.subspace import OVERSAMPLING
-from htsr.training.memory.plan import LOW_RANK, PARTS, SAMPLED, MemoryPlan, Setting
+from htsr.training.memory.plan import LOW_RANK, PARTS, MemoryPlan, Setting
 from htsr.training.sampling.members import trainable
 from htsr.training.streaming.block import resident
 from htsr.training.streaming.layout import Layout
@@ -235,7 +235,7 @@ def _model(label: str, config: Any, setting: Setting) -> Any:
         if setting.checkpointing:
             model.enable_input_require_grads()
         model = peft.get_peft_model(model, adapter, low_cpu_mem_usage=True)
-    if setting.method in SAMPLED:
+    if setting.samples:
         active = _active(label, model, setting)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in active)

@@ -153,29 +153,28 @@ def test_the_rank_of_a_small_model_takes_no_second_simulation(tmp_path, monkeypa
 @pytest.mark.parametrize("method", ["lisa", "owlore", "lora"])
 def test_frozen_weights_in_host_memory_are_two_buffers_on_the_device(folder, method):
     plans = [
-        predict_memory(
-            folder,
-            method,
-            sequence=16,
-            rank=16,
-            frozen_weights=where,
-            **({"active_blocks": 1} if method != "lora" else {}),
-        )
+        predict_memory(folder, method, sequence=16, rank=16, frozen_weights=where, active_blocks=1)
         for where in ("device", "host")
     ]
     resident, streamed = plans
     h, f = 256, 688
     block = 4 * (3 * h * h + 3 * h * f + 2 * h)
     adapters = 4 * 16 * (2 * (h + h) + 2 * (h + h // 2) + 3 * (h + f)) if method == "lora" else 0
-    frozen = 4 if method == "lora" else 3
+    frozen = 4 * block + 3 * adapters if method == "lora" else 3 * block
     assert streamed.host == 4 * (block + adapters)
-    assert streamed.bus == 2 * frozen * block
+    assert streamed.bus == 2 * frozen
     assert resident.host == resident.bus == 0
-    assert resident.weights - streamed.weights == frozen * block - 2 * (block + adapters)
+    assert resident.weights - streamed.weights == frozen - 2 * (block + adapters)
     assert resident.total - streamed.total == resident.weights - streamed.weights
     rows = {row[0]: row[1:] for row in streamed.tables()[0].rows}
     assert rows["in host memory"] == (f"{streamed.host / 2**20:.2f}",)
     assert set(rows) - {row[0] for row in resident.tables()[0].rows} == {"in host memory", "to the device, a pass"}
+
+
+def test_methods_that_keep_their_weights_on_the_device_say_so_in_a_list(folder, capsys):
+    asked = [word for method in ("full", "lisa") for word in ("--method", method)]
+    assert main(["memory", str(folder), "--seq", "8", *asked, "--frozen-weights", "host"]) == 0
+    assert "the weights of full are on the device" in capsys.readouterr().err
 
 
 def test_more_of_anything_takes_more(folder):
@@ -193,6 +192,7 @@ def test_more_of_anything_takes_more(folder):
     assert total(dtype="bfloat16") < base
     assert total(embeddings="lowrank") < base
     assert total("lisa", active_blocks=1) < total("lisa", active_blocks=3)
+    assert total("lora", active_blocks=1) < total("lora")
     assert total("lisa", embeddings="train") > total("lisa")
     assert total(checkpointing=True, gradients="keep") > total(checkpointing=True)
 
