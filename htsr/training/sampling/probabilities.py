@@ -99,13 +99,19 @@ def _by_outliers(strategy: str, blocks: Blocks, scores: Scores | None, threshold
             f"the outliers of {scores.label} are of {strange[0]}, and this model's are {blocks.names[0]} …"
         )
     if not D.any():
-        exceeded = [lower for lower in scores.thresholds if lower < threshold and scores.distribution(lower).any()]
-        to = f"{max(exceeded):g}, which some exceed" if exceeded else "a lower one, measured with it"
         raise UsageError(
-            f"no entry of {scores.label} exceeds {threshold:g} times its block's mean: set sampling.threshold "
-            f"(threshold=) to {to}, or sampling.strategy (strategy=) to uniform"
+            f"no entry of {scores.label} exceeds {threshold:g} times its block's mean: "
+            + lower_threshold(scores, threshold, 1, "some exceed")
         )
     return allocate.probabilities(D, reverse=strategy == "reverse")
+
+
+def lower_threshold(scores: Outliers, threshold: float, count: int, which: str) -> str:
+    """What to do where fewer than `count` blocks have outliers at a `threshold`; a lower one `which` exceed."""
+    lower = (t for t in scores.thresholds if t < threshold and (scores.distribution(t) > 0).sum() >= count)
+    found = max(lower, default=None)
+    to = "a lower one, measured with it" if found is None else f"{found:g}, which {which}"
+    return f"set sampling.threshold (threshold=) to {to}, or sampling.strategy (strategy=) to uniform"
 
 
 def _needed(strategy: str, scores: Scores | None) -> Analysis:

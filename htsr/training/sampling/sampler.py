@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from htsr.arrays import Vector
-from htsr.calibration.outliers import OWLORE_THRESHOLD
+from htsr.calibration.outliers import OWLORE_THRESHOLD, Outliers
 from htsr.errors import HtsrError, UsageError
 from htsr.matrices.blocks import Blocks, find_blocks
 from htsr.matrices.sharded import refuse_flat
@@ -37,7 +37,13 @@ from htsr.training.sampling.freezing import (
 )
 from htsr.training.sampling.members import trainable, what_else_trains
 from htsr.training.sampling.offload import Arrivals, Place, State, frozen_entries, loaded, to_host
-from htsr.training.sampling.probabilities import Scores, Strategy, block_probabilities, inclusion_probabilities
+from htsr.training.sampling.probabilities import (
+    Scores,
+    Strategy,
+    block_probabilities,
+    inclusion_probabilities,
+    lower_threshold,
+)
 from htsr.training.steps import counters_to_host, skipped_by_scaler
 
 if TYPE_CHECKING:
@@ -169,9 +175,16 @@ class LayerSampler:
         if empty:
             raise UsageError(f"{empty[0]} has no trainable parameters; make the sampler before freezing anything")
         possible = int((self.probabilities > 0).sum())
+        if possible < active <= len(found) and strategy == "owlore" and isinstance(scores, Outliers):
+            advice = lower_threshold(scores, threshold, active, f"entries of {active} blocks exceed")
+            have = "has" if possible == 1 else "have"
+            raise UsageError(
+                f"sampling.active (active=) is {active}, and {possible} of the {len(self.names)} blocks of "
+                f"{scores.label} {have} an entry above {threshold:g} times its mean: {advice}"
+            )
         if not 1 <= active <= possible:
             which = "" if possible == len(self.names) else " with a probability above 0"
-            raise UsageError(f"active is between 1 and the {possible} blocks{which}, not {active}")
+            raise UsageError(f"sampling.active (active=) is between 1 and the {possible} blocks{which}, not {active}")
         self.model, self.interval, self.top = model, interval, top
         self.embedding, self.frozen_state, self.seed, self._gamma = embedding, frozen_state, seed, active
         self._begin()

@@ -100,6 +100,23 @@ def test_strategies():
         block_probabilities("owlore", blocks, outliers((0.1, 0.1, 0.1)))
 
 
+def test_too_few_blocks_with_outliers_are_refused_with_the_threshold_that_has_enough():
+    high = outliers([0.1, 0, 0])
+    rows = tuple(
+        replace(row, counts=(n, *row.counts), block_counts=(n, *row.block_counts))
+        for row, n in zip(high.rows, (200, 100, 0), strict=True)
+    )
+    scores = replace(high, thresholds=(5.0, 13.0), rows=rows)
+    sentence = (
+        r"active=\) is 2, and 1 of the 3 blocks of test has an entry above 13 times .* to 5, which entries of 2 blocks"
+    )
+    with pytest.raises(htsr.UsageError, match=sentence):
+        LayerSampler(llama(3), "owlore", scores=scores, active=2)
+    with pytest.raises(htsr.UsageError, match="to a lower one, measured with it"):
+        LayerSampler(llama(3), "owlore", scores=scores, active=3)
+    assert set(LayerSampler(llama(3), "owlore", scores=scores, active=2, threshold=5.0).active) == {0, 1}
+
+
 def test_spectral_strategies_follow_the_analysis():
     model = llama(3)
     analysis = htsr.analyze(model, bulk=True)
