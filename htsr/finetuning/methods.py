@@ -79,7 +79,10 @@ def prepare(
         threshold=given.threshold,
     )
     if recipe.frozen_weights != "device":
-        stream_frozen(model, sampler, device=device, where=recipe.frozen_weights)
+        streaming = stream_frozen(model, sampler, device=device, where=recipe.frozen_weights)
+        place = "on disk" if recipe.frozen_weights == "disk" else "in host memory"
+        here = f"visit {device} to compute" if device.type != "cpu" else "compute on the CPU, where that saves nothing"
+        say(f"frozen_weights: {len(streaming.streamed)} blocks live {place} and {here}")
     return model, sampler
 
 

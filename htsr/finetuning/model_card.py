@@ -68,6 +68,8 @@ def _settings(recipe: Recipe) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = [("dtype", recipe.dtype)]
     if recipe.dtype != "float32":
         rows.append(("rounding", recipe.rounds))
+    if recipe.frozen_weights != "device":
+        rows.append(("frozen_weights", recipe.frozen_weights))
     rows += [(f"training.{key}", json.dumps(v)) for key, v in recipe.training.items()]
     for name, section in sections:
         if section is not None:

@@ -19,6 +19,7 @@ PREPARED = (RECIPE, "spectra_before.npz", "accuracy_before.json", "outliers.json
 _MAY_CHANGE = frozenset(  # neither of these changes a weight; the folder may have another name by now
     (
         "output",
+        "frozen_weights",
         *(f"training.save_{key}" for key in ("steps", "strategy", "total_limit")),
         *(f"training.logging_{key}" for key in ("steps", "strategy", "first_step")),
         *(f"training.{key}" for key in ("report_to", "run_name", "disable_tqdm", "log_level")),
@@ -51,7 +52,7 @@ def check_output(output: Path, resume: bool) -> None:
 def check_same_run(recipe: Recipe, output: Path, say: Callable[[str], None]) -> None:
     """Insist that the run in the folder `output` is one of this `recipe`, before it goes on.
 
-    What is saved, logged and tracked may change.
+    What is saved, logged and tracked may change, and where frozen weights live.
 
     Args:
         recipe: recipe of the run that goes on.

@@ -133,6 +133,8 @@ class FinetuneTrainer(SFTTrainer):
         """How narrow weights that train are rounded, None where there are none; what that loses goes to the log."""
         narrow = [p for p in model.parameters() if p.requires_grad and p.dtype in NARROW]
         if not narrow or self.is_deepspeed_enabled:  # which has a float32 master of its own
+            if self.recipe.rounding in ("kahan", "master") and self.is_world_process_zero():
+                logger.warning("rounding: %s changes nothing: what trains is in float32", self.recipe.rounding)
             return None
         lr, rounding = self.args.learning_rate, self.recipe.rounds
         if rounding == "nearest" and self.is_world_process_zero():

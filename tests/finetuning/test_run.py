@@ -130,15 +130,23 @@ def test_weights_in_bfloat16_are_rounded_as_the_recipe_says_also_after_a_resume(
         ("lora", {"sampling": {"active": 1, "interval": 2}, "lora": {"rank": 4}}),
     ],
 )
-def test_frozen_weights_in_host_memory_train_alike_also_after_a_resume(work, tmp_path, method, more):
+def test_frozen_weights_in_host_memory_train_alike_also_after_a_resume(work, tmp_path, capsys, method, more):
+    """On the device, and elsewhere until it is killed; then ``lora`` goes on there, the others on the device."""
     outcomes = []
     other = "disk" if method == "lisa" else "host"
     for where in ("device", other):
         path = recipe_file(work, tmp_path / where, method, frozen_weights=where, **json.loads(json.dumps(more)))
         if where == other:
             with killed_after(5):
-                main(["finetune", "--quiet", "--config", path])
+                main(["finetune", "--config", path])
+            place = "in host memory" if other == "host" else "on disk"
+            assert f"blocks live {place} and compute on the CPU" in capsys.readouterr().err
+            if method != "lora":  # as whoever finds that there is room
+                again = json.loads(json.dumps(more))
+                path = recipe_file(work, tmp_path / where, method, frozen_weights="device", **again)
         assert main(["finetune", "--quiet", "--config", path, *["--resume"][: where == other]]) == 0
+        card = (tmp_path / where / "README.md").read_text()
+        assert ("| frozen_weights | host |" in card) == (method == "lora" and where == other)
         results = json.loads((tmp_path / where / "results.json").read_text())
         outcomes.append((load_file(tmp_path / where / "model.safetensors"), results["metrics"], results["coverage"]))
     (a, metrics, coverage), (b, its_metrics, its_coverage) = outcomes
