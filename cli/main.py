@@ -260,7 +260,9 @@ def memory(
     ] = None,
     active_blocks: Annotated[
         int | None,
-        typer.Option(min=1, help="Blocks that lisa and owlore train at a time (2).", show_default=False),
+        typer.Option(
+            min=1, help="Blocks that lisa, owlore and, if given, lora train at a time (2).", show_default=False
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Dtype of the weights: float32, bfloat16, float16; by default the model's.")
@@ -359,7 +361,10 @@ def outliers(
 @app.command()
 def finetune(
     context: typer.Context,
-    config: Annotated[str, typer.Option(help="The recipe: a YAML file, or one of one_cpu, one_gpu_24gb …")],
+    config: Annotated[
+        str,
+        typer.Option(help="The recipe: a YAML file, or one of one_cpu, one_gpu_8gb, one_gpu_24gb, several_gpus_fsdp2"),
+    ],
     method: Annotated[
         str | None, typer.Option(help="Method in place of the recipe's: full, lora, qlora, lisa, owlore, galore.")
     ] = None,

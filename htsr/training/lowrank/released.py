@@ -23,9 +23,9 @@ _aten: Any = torch.ops.aten
 Gradients: TypeAlias = Literal["keep", "project", "update"]
 
 _PROJECTED = (
-    "gradients='project' has projected it during backward. Clip by the 2-norm (with process_group by the optimizer's "
-    "clip_grad_norm_), run DDP under no_sync() and pass process_group; a GradScaler, or whatever else reads whole "
-    "gradients, wants gradients='keep'"
+    "gradients='project' has projected it during backward. A GradScaler, or whatever else reads whole gradients, wants "
+    "gradients='keep'; clip by the 2-norm (with process_group by the optimizer's clip_grad_norm_), and run DDP under "
+    "no_sync() and pass process_group"
 )
 _USED = (
     "gradients='update' has used it up during backward, and nothing can clip, scale or average it any more. Set "
