@@ -59,6 +59,10 @@ have moved.
         text += f"""- What they hold must not be dropped. Before the sampler put it into the weight, the same runs with a master kept of float32's fall: {parts}
   (remainders alike). Those runs are in results.json under `dropped`; kahan and master were run again after it, on as many seeds as the tables say.
 """
+    text += """- The fall of the loss does not tell whether the noise is independent. In earlier runs it was the same in each interval in which a block
+  trains, so that over many intervals most entries would never have moved, and their losses were those of this page within two hundredths of the fall.
+  All lines above that draw noise were run again without that fault, OwLore's others too, on as many seeds as the tables say.
+"""
     text += "\nThe default of all recipes is `stochastic`: it costs no memory and is as near to float32 as a master in every line here.\n"
     (folder / "README.md").write_text(text)
 
