@@ -109,3 +109,5 @@ def test_the_device_holds_what_trains_and_two_blocks_and_waits_for_no_copy(devic
         assert len(seen) > 1
         assert abs(used.now - 3 * block - rest) < slack
         assert used.peak < 4 * block + rest + slack  # gradients and activations come to less than a block
+        streaming.stop()
+        assert used.now < slack

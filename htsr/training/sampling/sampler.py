@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -225,13 +226,17 @@ class LayerSampler:
         by_name = {clean_name(name): parameter for name, parameter in self.model.named_parameters()}
         return [by_name[name] for index in self._active for name in self._members[index]]
 
-    def before_draws(self, place: Callable[[], None]) -> None:
+    def before_draws(self, place: Callable[[], None]) -> Callable[[], None]:
         """Have a function called whenever other members have been drawn, before they are thawed and frozen.
 
         Args:
             place: function that puts the parameters of `drawn` on the device where they train, and others elsewhere.
+
+        Returns:
+            A function that ends it.
         """
         self._placing.append(place)
+        return partial(self._placing.remove, place)
 
     def attach(self, *optimizers: torch.optim.Optimizer) -> None:
         """Begin: freeze what does not train now, and count the optimizers' steps from here on.

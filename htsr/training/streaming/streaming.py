@@ -15,6 +15,7 @@ model (``state_dict``, ``save_pretrained``, `htsr.analyze`) finds it whole.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -119,6 +120,7 @@ class Streaming:
             for name, module in zip(blocks.names, blocks.modules, strict=True)
         ]
         self._sampler: LayerSampler | None = None
+        self._ends: list[Callable[[], None]] = []
         self._slots = Slots({i: block.home for i, block in enumerate(self._blocks)}, self.device)
         members = {id(module) for module in blocks.modules}
         self._handles: list[Any] = [
@@ -151,7 +153,7 @@ class Streaming:
         if not {id(p) for p in sampler.drawn()} <= {id(p) for p in self.model.parameters()}:
             raise UsageError("the sampler is that of another model than is streamed")
         self._sampler = sampler
-        sampler.before_draws(self._settle)
+        self._ends.append(sampler.before_draws(self._settle))
         self._settle()
 
     def stop(self) -> None:
@@ -160,9 +162,14 @@ class Streaming:
         self._settle()
         for handle in self._handles:
             handle.remove()
+        for end in self._ends:
+            end()
         for block in self._blocks:
             block.free()
-        self._blocks, self._handles = [], []
+        self._blocks, self._handles, self._ends = [], [], []
+        self._slots = Slots(
+            {}, self.device
+        )  # a graph that is yet to run backward keeps the buffers as long as it needs
         self.model.to("cpu")
 
     def _settle(self) -> None:
