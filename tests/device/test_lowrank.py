@@ -191,3 +191,16 @@ def test_the_memory_of_a_step_is_no_copy_of_the_weights(device, memory):
         optimizer.step()
     if device.type == "pretended":  # the workspaces of CUDA's libraries are larger than these weights
         assert used.peak < 2 * weights, (used.peak, weights)
+
+
+def test_a_step_reads_one_stack_of_narrow_weights_at_a_time(device, memory):
+    with memory() as used:
+        shapes = [(512 + 8 * i, 512) for i in range(4)]  # each a stack of its own
+        weights = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16, device=device)) for shape in shapes]
+        optimizer = htsr.LowRankAdamW([{"params": weights, "rank": 4}], lr=1e-3, rounding="kahan")
+        for _ in range(2):  # states are made in the first
+            for weight in weights:
+                weight.grad = torch.ones_like(weight)
+            used.peak = before = used.now
+            optimizer.step()
+    assert used.peak - before < 1.2 * 4 * weights[-1].numel()

@@ -208,14 +208,37 @@ def noise_seed(kind: str, group: Group, number: int, step: int) -> int:
 def _update_full(batch: list[Pending], steps: list[int]) -> None:
     sizes, moment_keys, narrow = _step_sizes(batch, steps), _moment_keys(batch, steps), _narrow(batch, steps)
     for rows in _pieces(local(batch[0].parameter), BLOCK) if len(batch) == 1 else [...]:
-        exp_avg, denominators = _adam(batch, steps, moment_keys, rows)
-        for some in narrow:
-            wide = some.read(rows)
-            values = zip(*((batch[i], exp_avg[i], denominators[i], sizes[i]) for i in some.places), strict=True)
-            _add_full(list(wide.unbind(0)), *map(list, values))  # type: ignore[arg-type]
-            some.write(wide, rows)
-        if not narrow:
-            _add_full([_part(one.parameter, rows) for one in batch], batch, exp_avg, denominators, sizes)
+        _update_rows(batch, steps, sizes, moment_keys, narrow, rows)
+
+
+def _update_rows(
+    batch: list[Pending],
+    steps: list[int],
+    sizes: list[float],
+    moment_keys: list[list[Tensor] | None],
+    narrow: list[_Narrow],
+    rows: Any,
+) -> None:
+    """A function, so that the temporaries of some rows are gone before those of the next are made."""
+    exp_avg, denominators = _adam(batch, steps, moment_keys, rows)
+    for some in narrow:
+        _add_full_narrow(some, batch, exp_avg, denominators, sizes, rows)
+    if not narrow:
+        _add_full([_part(one.parameter, rows) for one in batch], batch, exp_avg, denominators, sizes)
+
+
+def _add_full_narrow(
+    some: _Narrow,
+    batch: list[Pending],
+    exp_avg: list[Tensor],
+    denominators: list[Tensor],
+    sizes: list[float],
+    rows: Any,
+) -> None:
+    wide = some.read(rows)
+    values = zip(*((batch[i], exp_avg[i], denominators[i], sizes[i]) for i in some.places), strict=True)
+    _add_full(list(wide.unbind(0)), *map(list, values))  # type: ignore[arg-type]
+    some.write(wide, rows)
 
 
 def _add_full(
@@ -234,13 +257,20 @@ def _update_low_rank(batch: list[Pending], steps: list[int]) -> None:
     factors = [size * one.constants.scale for one, size in zip(batch, sizes, strict=True)]
     for some in narrow:
         for rows in _pieces(local(batch[some.places[0]].parameter), 1) if len(some.places) == 1 else [...]:
-            wide = some.read(rows)
-            for i, W in zip(some.places, wide.unbind(0), strict=True):
-                _add_low_rank(batch[i], W, directions[i], factors[i], rows)
-            some.write(wide, rows)
+            _add_low_rank_narrow(some, batch, directions, factors, rows)
     if not narrow:
         for one, D, factor in zip(batch, directions, factors, strict=True):
             _add_low_rank(one, local(one.parameter), D, factor)
+
+
+def _add_low_rank_narrow(
+    some: _Narrow, batch: list[Pending], directions: list[Tensor], factors: list[float], rows: Any
+) -> None:
+    """A function for the reason of `_update_rows`."""
+    wide = some.read(rows)
+    for i, W in zip(some.places, wide.unbind(0), strict=True):
+        _add_low_rank(batch[i], W, directions[i], factors[i], rows)
+    some.write(wide, rows)
 
 
 def _add_low_rank(one: Pending, W: Tensor, D: Tensor, factor: float, rows: Any = ...) -> None:
