@@ -77,6 +77,9 @@ def test_streamed_to_the_device_is_resident_on_the_cpu(device, gradients, checkp
                 assert {p.device.type for p in block.parameters()} == {where}
             streaming.stop()
             assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"cpu"}
+            model.to(device)
+            streaming.stop()  # it has ended
+            assert {tensor.device.type for tensor in model.parameters()} == {device.type}
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
 

@@ -157,7 +157,9 @@ class Streaming:
         self._settle()
 
     def stop(self) -> None:
-        """End: the model is in host memory as it came, with what it has learned, and as any other."""
+        """End: the model is in host memory as it came, with what it has learned, and as any other. Once is enough."""
+        if not self._handles:
+            return
         self._sampler = None
         self._settle()
         for handle in self._handles:
