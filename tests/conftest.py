@@ -15,6 +15,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+collect_ignore = ["device"]  # test_device.py runs it in a process of its own: torch knows another device from then on
+
 # no test depends on how busy the machine is
 hypothesis.settings.register_profile("htsr", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("htsr")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import tempfile
@@ -40,6 +41,7 @@ def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, war
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
+    config = copy.deepcopy(config)  # transformers notes the dtype in it
     model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.get("dtype") or "float32"))
     model.config.use_cache = False
     model.train()

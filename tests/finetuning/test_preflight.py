@@ -63,7 +63,7 @@ def no_model(monkeypatch):
     def load(*_args, **_kwargs):
         pytest.fail("a model is loaded")
 
-    monkeypatch.setattr("htsr.finetuning.run.load_model", load)
+    monkeypatch.setattr("htsr.finetuning.placing.load_model", load)
 
 
 @pytest.mark.parametrize("packing", [{}, {"packing": True, "packing_strategy": "bfd"}])
@@ -117,7 +117,7 @@ def test_how_much_is_cut_is_said_and_is_what_trl_cuts(tmp_path, model, train, tr
 
 def test_held_out_records_that_are_all_cut_leave_the_model_saved(tmp_path, model, monkeypatch):
     """And by then the trained model and its optimizer are gone, when the saved one is loaded for the questions."""
-    import htsr.finetuning.run as module
+    import htsr.finetuning.placing as module
     from htsr.finetuning.trainer import FinetuneTrainer
 
     alive, left, said = [], [], []
@@ -263,7 +263,7 @@ def test_killed_before_saving_no_step_is_trained_again(tmp_path, model, monkeypa
     assert len(losses) == 3
     assert result.metrics["train_loss"] == pytest.approx(sum(losses) / 3, abs=1e-3)  # of all three pieces
     assert not (run / "checkpoint-4").exists()
-    monkeypatch.setattr("htsr.finetuning.run.load_model", killed)
+    monkeypatch.setattr("htsr.finetuning.placing.load_model", killed)
     assert finetune(recipe, resume=True).metrics == json.loads((run / "results.json").read_text())["metrics"]
     if method == "lisa":
         assert finetune(recipe, resume=True).coverage == result.coverage
