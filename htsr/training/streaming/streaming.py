@@ -45,6 +45,9 @@ def stream_frozen(
     whole: the same losses and weights, bit for bit. On the device are the parameters that train, all that is outside
     of the blocks, and two buffers of the size of the largest block.
 
+    Weights that others set count from the next call on of the model or of a part that has the blocks, not of a block
+    by itself.
+
     A copy of the model (deepcopy, AveragedModel, torch.save) is as any other model: what was in host memory is there
     until the copy is moved, ``copy.to(device)``. Second derivatives (``create_graph=True``) cannot be had: torch
     raises its error on a variable that has been modified by an inplace operation.
