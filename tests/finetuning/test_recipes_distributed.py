@@ -37,7 +37,7 @@ CHECKPOINTS = {"fsdp2": "FULL_STATE_DICT", "resumed": "FULL_STATE_DICT", "resume
 
 
 def write_recipe(folder, method, kind):
-    training = {"max_steps": 7, "save_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    training = {"max_steps": 5, "save_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
     training |= {"logging_steps": 100, "max_length": 32, "disable_tqdm": True}
     if kind in CHECKPOINTS:
         training |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": CHECKPOINTS[kind]}}
@@ -84,7 +84,7 @@ def killed_and_resumed(recipe):
 
     from htsr.finetuning.run import finetune
 
-    with killed_after(5):
+    with killed_after(4):
         finetune(recipe)
     GradientState._reset_state()  # as in a new process
     finetune(recipe, resume=True)
