@@ -107,7 +107,7 @@ def _by_outliers(strategy: str, blocks: Blocks, scores: Scores | None, threshold
 
 
 def lower_threshold(scores: Outliers, threshold: float, count: int, which: str) -> str:
-    """Advice where fewer than `count` blocks have `scores` at a `threshold`; a lower one is given, which `which` exceed."""
+    """Advice where fewer than `count` blocks have `scores` at a `threshold`: a lower one, which `which` exceed."""
     lower = (t for t in scores.thresholds if t < threshold and (scores.distribution(t) > 0).sum() >= count)
     found = max(lower, default=None)
     to = "a lower one, measured with it" if found is None else f"{found:g}, which {which}"
