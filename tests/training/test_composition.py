@@ -347,19 +347,3 @@ def test_compiled_step():
         runs.append((optimizer.seen, optimizer.param_groups[0]["htsr_step"], [p.detach() for p in model.parameters()]))
     assert runs[0][:2] == runs[1][:2]
     torch.testing.assert_close(runs[0][2], runs[1][2], rtol=1e-3, atol=1e-3 * LR)
-
-
-def test_compiled_step_of_groups_that_are_stepped_together():
-    """torch's own step is compiled, and moves the weights alike."""
-    runs = []
-    for compiled in (False, True):
-        model = TinyLM()
-        optimizer = htsr.layerwise(torch.optim.AdamW(model.parameters(), lr=LR, fused=True), model, interval=None)
-        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
-        for i in range(2):
-            optimizer.zero_grad()
-            loss(model, i).backward()
-            step()
-        assert optimizer.param_groups[0]["htsr_step"] == 2
-        runs.append([p.detach() for p in model.parameters()])
-    torch.testing.assert_close(runs[0], runs[1], rtol=1e-3, atol=1e-3 * LR)

@@ -226,17 +226,6 @@ def test_what_cannot_be_streamed_is_refused_in_one_sentence():
         net.double()
 
 
-@pytest.mark.parametrize("wrap", [True, False], ids=["torch.compile", "Module.compile"])
-def test_a_streamed_model_that_is_compiled_later_is_refused(wrap):
-    net, *_ = make(True, active=1)
-    called = torch.compile(net, backend="eager") if wrap else net
-    if not wrap:
-        net.compile(backend="eager")
-    with pytest.raises(htsr.UsageError, match="cannot be compiled"):
-        called(input_ids=batches(1)[0])
-    torch._dynamo.reset()
-
-
 def test_an_error_in_a_block_leaves_everything_at_home():
     net, _, optimizer, streaming = make(True, active=1)
     resident, _, its, _ = make(False, active=1)
