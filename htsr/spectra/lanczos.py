@@ -171,12 +171,10 @@ def _ended(diagonal: Vector, off: Vector) -> npt.NDArray[np.bool_]:
 
 def _quadratures(diagonal: Vector, off: Vector) -> list[tuple[Vector, Vector, Vector]]:
     """Ritz values, weights and residuals of each probe."""
-    from scipy.linalg import eigh_tridiagonal
-
     result = []
     for a, b, ended in zip(diagonal, off, _ended(diagonal, off), strict=True):
         k = int(ended.argmax()) + 1 if ended.any() else a.size
-        ritz, s = eigh_tridiagonal(a[:k], b[: k - 1], lapack_driver="stevd")
+        ritz, s = np.linalg.eigh(np.diag(a[:k]) + np.diag(b[: k - 1], -1))  # of the lower triangle
         residual = np.abs(b[k - 1] * s[-1])
         result.append((np.maximum(ritz, 0.0), s[0] ** 2, residual))
     return result
