@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,7 @@ _PINNED_FROM = 1 << 20  # entries; smaller matrices are copied in no time
 Progress = Callable[[int, Measured], None]
 Result = TypeVar("Result")
 Work = Callable[[Sequence[WeightMatrix]], Sequence[Result]]
+Job: TypeAlias = "tuple[Callable[[], Array | Product], LayerMetrics]"
 
 
 def measure_all(
@@ -42,9 +43,10 @@ def measure_all(
     results: dict[int, Measured] = {}
     found: Iterator[tuple[int, Measured]]
     if solving_device(options.device) != "cpu":
-        found = _described(for_each(matrices, partial(_decompose, options), options.device), options)
+        work = partial(_with_rows, decompose_batch, options)
+        found = _described(for_each(matrices, work, options.device), options)
     else:
-        found = for_each(matrices, partial(_measure, options))
+        found = for_each(matrices, partial(_with_rows, measure_batch, options))
     if options.dtype == "float32" or options.permuted:
         load_solver()  # before threads are limited
     for index, result in found:
@@ -98,12 +100,11 @@ def unmeasured_row(matrix: WeightMatrix) -> LayerMetrics:
     )
 
 
-def _measure(options: Options, matrices: Sequence[WeightMatrix]) -> list[Measured]:
-    return measure_batch([(matrix.opened, unmeasured_row(matrix)) for matrix in matrices], options)
-
-
-def _decompose(options: Options, matrices: Sequence[WeightMatrix]) -> list[Decomposed]:
-    return decompose_batch([(matrix.opened, unmeasured_row(matrix)) for matrix in matrices], options)
+def _with_rows(
+    step: Callable[[list[Job], Options], list[Result]], options: Options, matrices: Sequence[WeightMatrix]
+) -> list[Result]:
+    """What `measure_batch` or `decompose_batch` gives for these matrices."""
+    return step([(matrix.opened, unmeasured_row(matrix)) for matrix in matrices], options)
 
 
 def _described(decomposed: Iterator[tuple[int, Decomposed]], options: Options) -> Iterator[tuple[int, Measured]]:

@@ -6,11 +6,12 @@ caught instead, while transformers runs the experts one by one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from htsr.arrays import Vector
 from htsr.errors import HtsrError
@@ -83,18 +84,26 @@ class InputNorms:
         Raises:
             HtsrError: an input was not finite.
         """
-        import torch
-
-        if not self._squares:
-            return {}
-        parts = list(self._squares.values())
-        together = torch.cat([squares.to(parts[0].device) for squares in parts]).sqrt().cpu().double()  # one transfer
-        split = torch.split(together, [squares.numel() for squares in parts])
-        norms = {name: norm.numpy() for name, norm in zip(self._squares, split, strict=True)}
+        found = on_host([squares.sqrt() for squares in self._squares.values()])
+        norms = {name: norm.astype(np.float64, copy=False) for name, norm in zip(self._squares, found, strict=True)}
         for name, norm in norms.items():
             if not np.isfinite(norm).all():
                 raise HtsrError(f"the input of {name} holds NaN or infinite activations; load the model in float32")
         return norms
+
+
+def on_host(vectors: Sequence[torch.Tensor]) -> list[npt.NDArray[Any]]:
+    """Vectors of one dtype as NumPy arrays, by one transfer.
+
+    Args:
+        vectors: vectors, (n,) of any n each, which may lie on several devices.
+    """
+    import torch
+
+    if not vectors:
+        return []
+    together = torch.cat([vector.to(vectors[0].device) for vector in vectors]).cpu()
+    return [part.numpy() for part in torch.split(together, [len(vector) for vector in vectors])]
 
 
 @contextmanager

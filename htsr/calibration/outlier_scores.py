@@ -12,7 +12,14 @@ import numpy as np
 
 from htsr._version import __version__
 from htsr.arrays import Vector
-from htsr.calibration.activations import InputNorms, evaluating, input_norms, linear_modules, stacked_experts
+from htsr.calibration.activations import (
+    InputNorms,
+    evaluating,
+    input_norms,
+    linear_modules,
+    on_host,
+    stacked_experts,
+)
 from htsr.calibration.outliers import THRESHOLDS, OutlierRow, Outliers
 from htsr.errors import HtsrError, SourceError, UsageError, reason_of
 from htsr.matrices import roles
@@ -184,7 +191,7 @@ def score_weights(
         of_block = means[name] if block is None else totals[block] / sizes[block]
         counts.append(matrix.counts([tau * mean for mean in (means[name], of_block) for tau in thresholds]))
     rows = []
-    for (name, matrix), counted in zip(seen.items(), _on_host(counts), strict=True):
+    for (name, matrix), counted in zip(seen.items(), on_host(counts), strict=True):
         own, block, half = tuple(int(count) for count in counted), block_of[name], len(thresholds)
         role = roles.role_of(roles.whole_name(name))
         of_its_block = () if block is None else own[half:]
@@ -261,19 +268,11 @@ def _totals(seen: Mapping[str, _Scores]) -> list[float]:
     Raises:
         HtsrError: weights are not finite.
     """
-    found = [float(np.sum(sums, dtype=np.float64)) for sums in _on_host([matrix.sums() for matrix in seen.values()])]
+    found = [float(np.sum(sums, dtype=np.float64)) for sums in on_host([matrix.sums() for matrix in seen.values()])]
     for name, total in zip(seen, found, strict=True):
         if not np.isfinite(total):
             raise HtsrError(f"{name} holds NaN or infinite weights")
     return found
-
-
-def _on_host(vectors: Sequence[torch.Tensor]) -> list[Any]:
-    """Vectors of one device as NumPy, by one transfer."""
-    import torch
-
-    together = torch.cat(list(vectors)).cpu()
-    return [part.numpy() for part in torch.split(together, [len(vector) for vector in vectors])]
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

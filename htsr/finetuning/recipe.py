@@ -10,12 +10,12 @@ from typing import Any, Literal
 from htsr.errors import UsageError
 from htsr.training.lora import HILL
 from htsr.training.lowrank.rounding import Rounding
+from htsr.training.memory.plan import FrozenWeights
 from htsr.training.sampling.probabilities import Strategy
 from htsr.training.sampling.sampler import Embedding, FrozenState
 
 Method = Literal["full", "lora", "qlora", "lisa", "owlore", "galore"]
 LayerwisePolicy = Literal["none", "llr", "tempbalance", "alphadecay"]
-FrozenWeights = Literal["device", "host", "disk"]
 
 
 SECTIONS_OF: Mapping[str, tuple[str, ...]] = {

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from htsr.arrays import Array, Vector
 from htsr.spectra.checks import require_finite, require_squares
 from htsr.spectra.density import ESD
+from htsr.spectra.device import on_device, solving_device
 from htsr.spectra.exact_products import exact_products
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def lanczos_esd(matrix: Array, *, steps: int = STEPS, probes: int = PROBES, devi
     """
     m, n = matrix.shape
     M, N = min(m, n), max(m, n)
-    W = _on_device(matrix, device)
+    W = _tall(matrix, device)
     trace = _trace(W)
     _require_range(W, trace)
     route = f"lanczos/{steps}x{probes}"
@@ -87,15 +88,11 @@ def lanczos_esd(matrix: Array, *, steps: int = STEPS, probes: int = PROBES, devi
     return ESD(eigenvalues, M, N, 1, route, error=error, replicates=replicates)
 
 
-def _on_device(matrix: Array, device: str) -> torch.Tensor:
+def _tall(matrix: Array, device: str) -> torch.Tensor:
     """The matrix, (N, M) tall, in float32, or in float64 where it is."""
     import torch
 
-    if isinstance(matrix, np.ndarray):
-        matrix = matrix if matrix.flags.writeable else matrix.copy()  # torch warns of what nobody may write to
-        matrix = torch.from_numpy(np.ascontiguousarray(matrix))
-    where = torch.device(device if torch.device(device).type != "mps" else "cpu")
-    W = matrix.detach().to(where)
+    W = on_device(matrix, solving_device(device))
     W = W if W.dtype == torch.float64 else W.to(torch.float32)
     return W if W.shape[0] >= W.shape[1] else W.mT
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -42,6 +43,11 @@ def is_captured() -> bool:
     return begun and torch.cuda.is_current_stream_capturing()
 
 
+def counts_on_device(group: Mapping[str, Any]) -> bool:
+    """Whether torch keeps the step counters of a parameter `group` on the device, where its kernels read them."""
+    return bool(group.get("fused") or group.get("capturable"))
+
+
 def counters_to_host(optimizer: torch.optim.Optimizer) -> None:
     """Put the step counters of a loaded state on the CPU, where torch makes them and reads them at each step.
 
@@ -55,7 +61,7 @@ def counters_to_host(optimizer: torch.optim.Optimizer) -> None:
     if next(of_torch, torch.optim.Optimizer) in (torch.optim.Optimizer, torch.optim.ASGD):
         return
     for group in optimizer.param_groups:
-        if group.get("fused") or group.get("capturable"):
+        if counts_on_device(group):
             continue
         for parameter in group["params"]:
             step = optimizer.state.get(parameter, {}).get("step")

@@ -7,14 +7,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import htsr
 
 
-def _model():
+def _model(blocks=5, width=32, inner=96, vocabulary=64):
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=96,
-        num_hidden_layers=5,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
-        vocab_size=64,
+        vocab_size=vocabulary,
         attn_implementation="eager",
         use_cache=False,
     )
@@ -22,18 +22,9 @@ def _model():
 
 
 def test_the_peak_is_the_predicted_one(device, memory):
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        vocab_size=500,
-        attn_implementation="eager",
-        use_cache=False,
-    )
+    model = _model(blocks=6, width=128, inner=352, vocabulary=500)
     options = {"active_blocks": 1, "rank": 8, "sequence": 64, "checkpointing": True, "gradients": "project"}
-    plan = htsr.predict_memory(LlamaForCausalLM(config), "owlore", frozen_weights="host", **options)
-    model = LlamaForCausalLM(config)
+    plan = htsr.predict_memory(model, "owlore", frozen_weights="host", **options)
     sampler = htsr.LayerSampler(model, [1, 0, 0, 0, 0, 0], active=1)
     with memory() as used:
         htsr.stream_frozen(model, sampler, device=device)

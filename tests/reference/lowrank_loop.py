@@ -21,7 +21,7 @@ def update(W, state, group, R, number):
         moments.create(state, R, group["state_dtype"])
     state["step"] += 1
     t, lr, low_rank = int(state["step"].item()), group["lr"], group["rank"] is not None
-    direction = adam(state, R, t, group, moments.keys_of(state, noise_seed("moments", group, number, t)))
+    direction = adam(state, R, t, group, moments.keys_of(state, lambda: noise_seed("moments", group, number, t)))
     narrow, how = W.dtype in rounding.NARROW, group["rounding"]
     if narrow:
         rounding.create(state, W, how)

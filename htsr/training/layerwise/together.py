@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
+from htsr.training import adam
+
 _PIECE = 1 << 26  # entries that have temporary copies at a time (foreach), beside those of the last matrix among them
 _options = itemgetter(
     "betas", "eps", "amsgrad", "maximize", "decoupled_weight_decay", "foreach", "fused", "capturable", "differentiable"
@@ -119,13 +121,6 @@ def _alike(lists: Lists) -> Iterable[Lists]:
     return [tuple(part) for part, _ in grouped.values()]  # type: ignore[arg-type]
 
 
-def _count(steps: list[Tensor]) -> None:
-    if steps[0].is_cpu:  # where a number would be made a tensor for each of them
-        torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
-    else:
-        torch._foreach_add_(steps, 1)
-
-
 def _step_fused(
     options: Options, by_rates: Mapping[Rates, Lists], grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
@@ -138,18 +133,18 @@ def _step_fused(
         found_inf: scalar, above 0 where the scaler has found an overflow: nothing moves then.
     """
     (beta1, beta2), eps, amsgrad, maximize, decoupled, *_ = options
-    adam = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
     how = {"beta1": beta1, "beta2": beta2, "eps": eps, "amsgrad": amsgrad, "maximize": maximize}
     how |= {"grad_scale": grad_scale, "found_inf": found_inf}
     if steps := [step for lists in by_rates.values() for step in lists[5]]:
-        _count(steps)
+        adam.count(steps)
     for (lr, decay), lists in by_rates.items():
         for part in (lists,) if len(lists[0]) == 1 else _alike(lists):
             if found_inf is not None:
                 device = part[0][0].device
                 how["found_inf"] = found_inf.to(device, non_blocking=True)
                 how["grad_scale"] = None if grad_scale is None else grad_scale.to(device, non_blocking=True)
-            adam(*part, lr=lr, weight_decay=decay, **how)
+            kernel(*part, lr=lr, weight_decay=decay, **how)
             if found_inf is not None:
                 torch._foreach_sub_(part[5], [how["found_inf"]] * len(part[5]))
 
@@ -186,23 +181,17 @@ def _step_foreach(options: Options, lists: Lists, rates: list[Rates]) -> None:
     parameters, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
     if maximize:
         gradients = torch._foreach_neg(gradients)  # type: ignore[assignment]
-    _count(steps)
+    adam.count(steps)
     decays = any(decay for _, decay in rates)
     if decays and decoupled:
         torch._foreach_mul_(parameters, [1 - lr * decay for lr, decay in rates])
     elif decays:  # the same for the whole piece
         gradients = torch._foreach_add(gradients, parameters, alpha=rates[0][1])  # type: ignore[assignment]
-    torch._foreach_lerp_(exp_avgs, gradients, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - beta2)
+    adam.advance(exp_avgs, exp_avg_sqs, gradients, beta1, beta2)
     del gradients
     done = [step.item() for step in steps]
-    sizes = [lr / (1 - beta1**count) * -1 for (lr, _), count in zip(rates, done, strict=True)]
-    roots = [(1 - beta2**count) ** 0.5 for count in done]
+    sizes = adam.step_sizes([lr for lr, _ in rates], done, beta1)
     if amsgrad:
         torch._foreach_maximum_(max_exp_avg_sqs, exp_avg_sqs)
         exp_avg_sqs = max_exp_avg_sqs
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominators, roots)
-    torch._foreach_add_(denominators, eps)
-    torch._foreach_addcdiv_(parameters, exp_avgs, denominators, sizes)
+    torch._foreach_addcdiv_(parameters, exp_avgs, adam.denominators(exp_avg_sqs, done, beta2, eps), sizes)

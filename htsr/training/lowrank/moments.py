@@ -6,6 +6,7 @@ less than half a unit in the last place, so that steps would stay as small as th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
@@ -87,15 +88,15 @@ def read(state: dict[str, Any], name: str, rows: Any = ...) -> Tensor:
     return moment[rows].float() if moment.dtype == torch.bfloat16 else moment[rows]
 
 
-def keys_of(state: dict[str, Any], seed: int) -> list[Tensor] | None:
+def keys_of(state: dict[str, Any], seed: Callable[[], int]) -> list[Tensor] | None:
     """Random numbers that `write` needs to round the second moment, (n_i,) for axis i; None where its dtype needs none.
 
     Args:
         state: state of one parameter, from `create`.
-        seed: seed of the numbers, another at each step, the same on all processes.
+        seed: function that gives the seed of the numbers, another at each step, the same on all processes.
     """
     moment = state["exp_avg_sq"]
-    return axis_keys(moment, seed) if moment.dtype == torch.bfloat16 else None
+    return axis_keys(moment, seed()) if moment.dtype == torch.bfloat16 else None
 
 
 def write(state: dict[str, Any], name: str, value: Tensor, rows: Any = ..., keys: list[Tensor] | None = None) -> None:

@@ -12,6 +12,7 @@ from htsr.errors import HtsrError, UsageError
 from htsr.training.lowrank import moments
 from htsr.training.lowrank.subspace import NOT_FINITE, first_not_finite, is_distributed, project, projector, rotated
 from htsr.training.lowrank.update import Pending, noise_seed
+from htsr.training.steps import is_captured
 
 
 def is_due(one: Pending) -> bool:
@@ -102,7 +103,7 @@ def refuse_capture() -> None:
     Raises:
         UsageError: a graph is being captured.
     """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if is_captured():
         raise UsageError(
             "LowRankAdamW cannot be captured in a CUDA graph, since no two of its steps are alike: capture forward and "
             "backward with gradients='keep', and call step outside"

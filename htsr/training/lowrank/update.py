@@ -7,15 +7,15 @@ most `BATCH` entries of gradients at a time; learning rate, decay, scale and ste
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import partial
 from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
+from htsr.training import adam
 from htsr.training.lowrank import moments, rounding
 from htsr.training.lowrank.moments import BLOCK
 from htsr.training.lowrank.subspace import add_projected_back, local, projects_right
@@ -123,52 +123,9 @@ def update(batch: list[Pending]) -> None:
         if "exp_avg" not in one.state:
             one.state["step"] = torch.zeros((), device="cpu")
             moments.create(one.state, one.R, one.group["state_dtype"])
-    torch._foreach_add_([one.state["step"] for one in batch], _unit(), alpha=1.0)
+    adam.count([one.state["step"] for one in batch])
     steps = [one.done + 1 for one in batch]
     (_update_full if batch[0].group["rank"] is None else _update_low_rank)(batch, steps)
-
-
-def adam_denominators(
-    R: list[Tensor],
-    exp_avg: list[Tensor],
-    exp_avg_sq: list[Tensor],
-    steps: list[int],
-    betas: tuple[float, float],
-    eps: float,
-) -> list[Tensor]:
-    """Adam's moments after gradients R, in place, and √v̂ + eps: the direction is ``exp_avg``/(1 - β₁ᵗ) divided by it.
-
-    Args:
-        R: gradients, of any shape each.
-        exp_avg: first moments before the step, in the shape and dtype of its gradient each; changed.
-        exp_avg_sq: second moments, in the same shape and dtype; changed.
-        steps: number t of this step for each gradient, counted from 1.
-        betas: decay rates β₁ and β₂ of the moments.
-        eps: number that is added to the corrected root, as in torch.
-
-    Returns:
-        The denominators, in the shapes and dtypes of R.
-
-    Examples:
-        At the first step the direction is the sign of the gradient:
-
-        >>> import torch
-        >>> from htsr.training.lowrank.update import adam_denominators
-        >>> G, m, v = torch.tensor([4.0, -0.5, 0.0]), torch.zeros(3), torch.zeros(3)
-        >>> (denominator,) = adam_denominators([G], [m], [v], [1], betas=(0.9, 0.999), eps=1e-8)
-        >>> (m / (1 - 0.9) / denominator).round(decimals=3)
-        tensor([ 1., -1.,  0.])
-
-    Source: Adam (Kingma & Ba, arXiv 1412.6980), algorithm 1.
-    """
-    beta1, beta2 = betas
-    torch._foreach_lerp_(exp_avg, R, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sq, beta2)
-    torch._foreach_addcmul_(exp_avg_sq, R, R, 1 - beta2)
-    denominators = list(torch._foreach_sqrt(exp_avg_sq))
-    torch._foreach_div_(denominators, [math.sqrt(1 - beta2**step) for step in steps])
-    torch._foreach_add_(denominators, eps)
-    return denominators
 
 
 def seed_of(*parts: object) -> int:
@@ -293,8 +250,8 @@ def _adam(
     exp_avg_sq = [moments.read(state, "exp_avg_sq", rows) for state in states]
     R = [_part(one.R, rows) for one in batch]
     R = [G if G.dtype == m.dtype else G.to(m.dtype) for G, m in zip(R, exp_avg, strict=True)]
-    betas = constants.beta1, constants.beta2
-    denominators = adam_denominators(R, exp_avg, exp_avg_sq, steps, betas, constants.eps)
+    adam.advance(exp_avg, exp_avg_sq, R, constants.beta1, constants.beta2)
+    denominators = adam.denominators(exp_avg_sq, steps, constants.beta2, constants.eps)
     for state, m, v, own in zip(states, exp_avg, exp_avg_sq, keys, strict=True):
         if m.dtype != state["exp_avg"].dtype:  # read into memory of its own
             moments.write(state, "exp_avg", m, rows)
@@ -305,9 +262,7 @@ def _adam(
 def _moment_keys(batch: list[Pending], steps: list[int]) -> list[list[Tensor] | None]:
     """The keys of the noise that rounds second moments, where these need it."""
     return [
-        None
-        if one.state["exp_avg_sq"].dtype != torch.bfloat16
-        else moments.keys_of(one.state, noise_seed("moments", one.group, one.number, step))
+        moments.keys_of(one.state, partial(noise_seed, "moments", one.group, one.number, step))
         for one, step in zip(batch, steps, strict=True)
     ]
 
@@ -356,15 +311,8 @@ def _narrow(batch: list[Pending], steps: list[int]) -> list[_Narrow]:
     return found
 
 
-@cache
-def _unit() -> Tensor:
-    """1 as a tensor: a number would be made one for each step counter."""
-    return torch.ones((), device="cpu")
-
-
 def _step_sizes(batch: list[Pending], steps: list[int]) -> list[float]:
-    """-lr/(1 - β₁ᵗ), with the operations of torch.optim.AdamW."""
-    return [one.constants.lr / (1 - one.constants.beta1**step) * -1 for one, step in zip(batch, steps, strict=True)]
+    return adam.step_sizes([one.constants.lr for one in batch], steps, batch[0].constants.beta1)
 
 
 def _kept(one: Pending) -> float:

@@ -9,9 +9,8 @@ counted: the CUDA context, kernels' own workspaces, fragmentation of the allocat
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, Union, get_args
 
 from htsr.errors import HtsrError, SourceError, UsageError, reason_of
 from htsr.training.memory.plan import (
@@ -115,7 +114,7 @@ def predict_memory(
         ("embeddings", embeddings, ("train", "lowrank", "freeze")),
         ("gradients", gradients, ("keep", "project", "update")),
         ("rounding", rounding, ROUNDINGS),
-        ("frozen_weights", frozen_weights, ("device", "host", "disk")),
+        ("frozen_weights", frozen_weights, get_args(FrozenWeights)),
     ):
         if value is not None and value not in known:
             raise UsageError(f"unknown {name} {value!r}: one of {', '.join(known)}")
@@ -145,19 +144,17 @@ def predict_memory(
         rounding=rounding or "stochastic",
         frozen_weights=frozen_weights,
     )
-    from htsr.training.memory.simulation import possible_rank, simulate
+    from htsr.training.memory.simulation import simulate
 
     label, config = _configuration(source, revision)
     try:
-        if given is None and method in LOW_RANK:
-            setting = replace(setting, rank=possible_rank(label, config, setting))
-        plan = simulate(label, config, setting)
+        plan = simulate(label, config, setting, halves_rank=given is None and method in LOW_RANK)
     except HtsrError:
         raise
     except Exception as error:  # whatever transformers' code for a model raises on sizes that do not go together
         raise SourceError(f"a training step of {label} cannot be simulated: {reason_of(error)}") from error
     if method in LOW_RANK and not plan.projectors:
-        raise UsageError(f"no matrix of a block of {label} can have rank {setting.rank}: none has both sides larger")
+        raise UsageError(f"no matrix of a block of {label} can have rank {plan.rank}: none has both sides larger")
     return plan
 
 

@@ -87,19 +87,21 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live[part] -= size
 
 
-def simulate(label: str, config: Any, setting: Setting) -> MemoryPlan:
+def simulate(label: str, config: Any, setting: Setting, *, halves_rank: bool = False) -> MemoryPlan:
     """The plan of `htsr.predict_memory`.
 
     Args:
         label: name of the model.
         config: the model's transformers configuration.
         setting: what decides about memory beside the model.
+        halves_rank: whether the rank of the subspaces is halved until a matrix that trains can have it.
 
     Raises:
         SourceError: transformers knows no causal language model of this configuration.
         UsageError: torch cannot simulate its experts in this dtype, or it has fewer blocks than shall be active.
     """
     model = _quietly(_model, label, config, setting)
+    setting = _with_possible_rank(setting, model) if halves_rank else setting
     with FakeTensorMode():
         _materialise(model)
         vocabulary = int(model.config.get_text_config().vocab_size)
@@ -170,23 +172,12 @@ class _Streamed:
         return cls(sum(sizes), frozen, 2 * max(sizes))
 
 
-def possible_rank(label: str, config: Any, setting: Setting) -> int:
-    """The rank of a `setting`, halved until one of the matrices that train can have it; 1 if none can have more.
-
-    Args:
-        label: name of the model.
-        config: the model's transformers configuration.
-        setting: what decides about memory beside the model.
-
-    Raises:
-        SourceError: transformers knows no causal language model of this configuration.
-        UsageError: it has fewer blocks than shall be active.
-    """
-    model = _quietly(_model, label, config, setting)
+def _with_possible_rank(setting: Setting, model: Any) -> Setting:
+    """The `setting` with its rank halved until one of the matrices that train can have it; 1 if none can have more."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     while setting.rank > 1 and not any(_is_low_rank(name, p, setting) for name, p in trained):
         setting = replace(setting, rank=setting.rank // 2)
-    return setting.rank
+    return setting
 
 
 class _Arrived:

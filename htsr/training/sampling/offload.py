@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from htsr.errors import UsageError
+from htsr.training.steps import counts_on_device
 from htsr.training.streaming.homes import has_streams
 
 State: TypeAlias = dict[str, Any]
@@ -149,4 +150,4 @@ def _in_host_memory(value: Tensor, device: torch.device) -> Tensor:
 
 def _counts_on_device(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> bool:
     group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
-    return bool(group.get("fused") or group.get("capturable"))
+    return counts_on_device(group)

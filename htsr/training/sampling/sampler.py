@@ -223,8 +223,11 @@ class LayerSampler:
 
     def drawn(self) -> list[torch.nn.Parameter]:
         """The parameters of the members that train now."""
-        by_name = {clean_name(name): parameter for name, parameter in self.model.named_parameters()}
+        by_name = self._by_name()
         return [by_name[name] for index in self._active for name in self._members[index]]
+
+    def _by_name(self) -> dict[str, torch.nn.Parameter]:
+        return {clean_name(name): parameter for name, parameter in self.model.named_parameters()}
 
     def before_draws(self, place: Callable[[], None]) -> Callable[[], None]:
         """Have a function called whenever other members have been drawn, before they are thawed and frozen.
@@ -262,7 +265,7 @@ class LayerSampler:
         refuse_flat(self.model)
         if self._optimizers:
             raise UsageError("this sampler is attached to an optimizer already; detach it, or make another")
-        by_name = {clean_name(name): parameter for name, parameter in self.model.named_parameters()}
+        by_name = self._by_name()
         parameters = [[by_name[name] for name in names] for names in self._members]
         held = {id(parameter) for one in given for group in one.param_groups for parameter in group["params"]}
         for name, members in zip(self.names, parameters, strict=True):

@@ -172,9 +172,7 @@ class Streaming:
         for block in self._blocks:
             block.free()
         self._blocks, self._handles, self._ends = [], [], []
-        self._slots = Slots(
-            {}, self.device
-        )  # a graph that is yet to run backward keeps the buffers as long as it needs
+        self._slots = Slots({}, self.device)  # a graph that is yet to run backward keeps the buffers as it needs them
         self.model.to("cpu")
 
     def _settle(self) -> None:

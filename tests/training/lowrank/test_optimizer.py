@@ -770,7 +770,7 @@ def test_a_compiled_step_is_the_step(mode):
 
 def test_capture_in_a_cuda_graph_is_refused(monkeypatch):
     """It would repeat one step's bias correction, noise and subspace without a word."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     model = make()
     optimizer = LowRankAdamW(low_rank_groups(model, 4))

@@ -144,11 +144,13 @@ def test_the_rank_of_a_small_model_takes_no_second_simulation(tmp_path, monkeypa
 
     config = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "vocab_size": 99}
     LlamaConfig(**config, num_hidden_layers=1).save_pretrained(tmp_path)
-    simulated = []
-    original = simulation.simulate
-    monkeypatch.setattr(simulation, "simulate", lambda *args: simulated.append(args) or original(*args))
+    simulated, made = [], []
+    original, model = simulation.simulate, simulation._model
+    monkeypatch.setattr(simulation, "simulate", lambda *args, **how: simulated.append(args) or original(*args, **how))
+    monkeypatch.setattr(simulation, "_model", lambda *args: made.append(args) or model(*args))
     assert predict_memory(tmp_path, "galore", sequence=8).rank == 16
     assert len(simulated) == 1
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("method", ["lisa", "owlore", "lora"])
