@@ -1,18 +1,18 @@
-"""Plots for notebooks and papers, drawn with matplotlib: one ESD with its fit, heat maps, distributions by block."""
+"""Plots for notebooks and papers, drawn with matplotlib: ESDs, heat maps, distributions by block, lines over steps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from htsr.arrays import Vector
 from htsr.errors import MissingDependencyError, UsageError
 from htsr.files import check_writable, written
-from htsr.reporting import figures
+from htsr.reporting import figures, trajectories
 from htsr.reporting.text import visible
 from htsr.results import Record
 
@@ -155,6 +155,81 @@ def plot_distributions(distributions: Mapping[str, Vector], title: str, *, ax: A
     return ax
 
 
+def plot_two_esds(
+    name: str,
+    a: Vector | None,
+    b: Vector | None,
+    labels: tuple[str, str] = ("a", "b"),
+    *,
+    ax: Any = None,
+) -> Axes:
+    """The ESDs of one matrix in two models, laid over each other on logarithmic axes.
+
+    Args:
+        name: name of the matrix.
+        a: spectrum of the first, (K,) ascending; None where it has none.
+        b: spectrum of the second, likewise.
+        labels: names of the two models.
+        ax: matplotlib axes to draw on; new ones by default.
+
+    Raises:
+        UsageError: neither has positive eigenvalues to plot.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    found = [None if spectrum is None else figures.log_histogram(spectrum) for spectrum in (a, b)]
+    drawn = [(*of, histogram) for *of, histogram in zip(labels, (_BLUE, _VERMILION), found, strict=True) if histogram]
+    if not drawn:
+        raise UsageError(f"{name} has no positive eigenvalues to plot in either model")
+    ax = _axes(ax, (6.4, 4.4))
+    for label, colour, histogram in drawn:
+        ax.stairs(_gaps(histogram.density), histogram.edges, color=colour, fill=True, alpha=0.2)
+        ax.stairs(_gaps(histogram.density), histogram.edges, color=colour, label=_literal(visible(label)))
+    shown = np.concatenate([histogram.density[histogram.density > 0] for *_, histogram in drawn])
+    ax.set(xscale="log", yscale="log", xlabel=r"eigenvalue $\lambda$", ylabel="density")
+    ax.set_xlim(min(histogram.edges[1] for *_, histogram in drawn) / 1.5, None)
+    ax.set_ylim(shown.min() / 2, shown.max() * 2)
+    ax.set_title(visible(name), fontsize="medium", parse_math=False)
+    ax.legend(fontsize="small", frameon=False)
+    return ax
+
+
+def plot_trajectory(
+    records: Sequence[Record], metric: str, by: trajectories.By = "role", *, title: str | None = None, ax: Any = None
+) -> Axes:
+    """A metric over the steps of a training, or from model to model: the mean of each role or block, or each matrix.
+
+    Args:
+        records: records of a trajectory, with ``source``, ``name``, ``role``, ``block`` and perhaps ``step``.
+        metric: name of the field that is drawn.
+        by: what each line stands for: ``role``, ``block`` or ``matrix``.
+        title: title of the axes; the metric and `by`, if None.
+        ax: matplotlib axes to draw on; new ones by default.
+
+    Raises:
+        UsageError: no record has such a number, or there is no such `by`.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    if by not in get_args(trajectories.By):
+        raise UsageError(f"a trajectory is drawn by {', '.join(get_args(trajectories.By))}, not by {by!r}")
+    points = trajectories.pivot(records)
+    lines = points.lines(metric, by)
+    if not lines:
+        raise UsageError(f"no matrix has {metric}")
+    ax = _axes(ax, (8, 4.4))
+    places = range(len(points.sources)) if points.steps is None else points.steps
+    colours = _by_depth(len(lines)) if by == "block" else [None] * len(lines)
+    for (group, line), colour in zip(lines.items(), colours, strict=True):
+        label = _literal(visible(group))
+        ax.plot(places, line, label=label, color=colour, marker="o", markersize=3, linewidth=1.2)
+    if points.steps is None:
+        ax.set_xticks(places, [visible(source) for source in points.sources], rotation=30, ha="right", parse_math=False)
+    name = figures.LABELS.get(metric, metric)
+    ax.set(xlabel="model" if points.steps is None else "step", ylabel=name, title=title or f"{name} by {by}")
+    if len(lines) <= _FEW_BLOCKS:
+        ax.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
 def write_picture(axes: Axes, path: Path) -> None:
     """The figure of `axes` as a file; the suffix tells the format (`PICTURES`).
 
@@ -182,3 +257,15 @@ def _axes(ax: Any, size: tuple[float, float]) -> Any:
 def _gaps(density: Vector) -> Vector:
     """Empty bins as NaN: a logarithmic axis has no place for 0."""
     return np.where(density > 0, density, np.nan)
+
+
+def _literal(label: str) -> str:
+    """A label that a legend shows as it is: it reads mathematics between dollars, and leaves out what begins with _."""
+    return ("\u200b" if label.startswith("_") else "") + label.replace("$", r"\$")
+
+
+def _by_depth(count: int) -> list[Any]:
+    """Colours of blocks, from the first to the last."""
+    from matplotlib import colormaps
+
+    return list(colormaps["viridis"](np.linspace(0.0, 0.92, count)))

@@ -4,6 +4,8 @@ import pytest
 
 import htsr
 from htsr.errors import UsageError
+from htsr.reporting import plots
+from htsr.reporting.trajectories import pivot
 from tests.models import state_dict
 
 matplotlib.use("Agg")
@@ -48,3 +50,50 @@ def test_what_cannot_be_plotted_is_said(analysis):
         analysis.plot(metric="colour")
     with pytest.raises(UsageError, match="has tpl_alpha"):
         analysis.plot(metric="tpl_alpha")
+
+
+def test_two_esds_are_drawn_over_each_other_and_each_keeps_its_integral(analysis):
+    a = analysis.eigenvalues[NAME]
+    axes = plots.plot_two_esds(NAME, a, 9 * a, ("base $x", "_tuned"))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [r"base \$x", "\u200b_tuned"]
+    outlines = [patch.get_data() for patch in axes.patches]
+    for data in outlines:
+        assert np.nansum(data.values * np.diff(data.edges)) == pytest.approx(1.0)
+    assert outlines[2].edges[-1] == pytest.approx(9 * outlines[0].edges[-1])
+    plots.plot_two_esds(NAME, a, None)
+    with pytest.raises(UsageError, match="no positive eigenvalues"):
+        plots.plot_two_esds(NAME, None, np.zeros(4))
+
+
+def point(step, name, alpha, block=0):
+    role = name.split(".")[-1]
+    return {"source": f"checkpoint-{step}", "step": step, "name": name, "role": role, "block": block, "alpha": alpha}
+
+
+POINTS = [
+    *(point(0, "0.up", 4.0), point(0, "1.up", 6.0, 1), point(0, "0.q", 3.0)),
+    *(point(5, "0.up", 2.0), point(5, "0.q", None)),  # of a monitor that did not come to the others
+    *(point(9, "1.up", 5.0, 1), point(9, "0.q", 2.5)),
+]
+
+
+def test_a_line_has_the_latest_numbers_of_its_matrices():
+    axes = plots.plot_trajectory(POINTS, "alpha")
+    lines = {line.get_label(): np.array(line.get_xydata()) for line in axes.lines}
+    assert lines["up"].tolist() == [[0, 5.0], [5, 4.0], [9, 3.5]]
+    np.testing.assert_array_equal(lines["q"], [[0, 3.0], [5, np.nan], [9, 2.5]])  # measured, and without a fit
+
+
+def test_by_block_and_by_matrix_the_same_points_are_other_lines():
+    found = pivot(POINTS)
+    assert list(found.lines("alpha", "block")) == ["block 0", "block 1"]
+    assert found.lines("alpha", "block")["block 0"].tolist() == [3.5, 2.0, 2.25]
+    assert list(found.lines("alpha", "matrix")) == ["0.up", "1.up", "0.q"]
+    assert pivot([{**p, "step": None} for p in POINTS]).steps is None
+
+
+def test_a_trajectory_without_such_numbers_is_a_sentence():
+    with pytest.raises(UsageError, match="no matrix has entropy"):
+        plots.plot_trajectory(POINTS, "entropy")
+    with pytest.raises(UsageError, match="role, block, matrix, not by 'layer'"):
+        plots.plot_trajectory(POINTS, "alpha", "layer")
