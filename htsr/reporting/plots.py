@@ -176,8 +176,11 @@ def plot_two_esds(
         UsageError: neither has positive eigenvalues to plot.
         MissingDependencyError: matplotlib is not installed.
     """
-    found = [None if spectrum is None else figures.log_histogram(spectrum) for spectrum in (a, b)]
-    drawn = [(*of, histogram) for *of, histogram in zip(labels, (_BLUE, _VERMILION), found, strict=True) if histogram]
+    drawn = [
+        (label, colour, histogram)
+        for label, colour, spectrum in zip(labels, (_BLUE, _VERMILION), (a, b), strict=True)
+        if spectrum is not None and (histogram := figures.log_histogram(spectrum))
+    ]
     if not drawn:
         raise UsageError(f"{name} has no positive eigenvalues to plot in either model")
     ax = _axes(ax, (6.4, 4.4))

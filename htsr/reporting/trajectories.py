@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from htsr.arrays import Vector
 from htsr.reporting import figures
@@ -35,7 +36,7 @@ class Pivot:
     sources: tuple[str, ...]
     steps: tuple[int, ...] | None
     matrices: tuple[Record, ...]
-    places: Vector
+    places: npt.NDArray[np.int64]
     records: Sequence[Record]
 
     def latest(self, metric: str) -> Vector:
