@@ -10,7 +10,7 @@ from typing import Any
 
 from htsr._version import __version__
 from htsr.arrays import Vector
-from htsr.reporting.html import Page
+from htsr.reporting.analysis_page import AnalysisPage
 from htsr.results import Table
 from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
 from htsr.spectra.notes import CAUTION, kind_of
@@ -24,7 +24,7 @@ def page_of(
     tables: Sequence[Table],
     eigenvalues: Mapping[str, Vector],
     permuted: Mapping[str, Vector],
-) -> Page:
+) -> AnalysisPage:
     """The page of the HTML report of an analysis.
 
     Args:
@@ -36,7 +36,7 @@ def page_of(
         eigenvalues: spectra by matrix name, (K,) ascending.
         permuted: spectra of the permuted matrices, likewise (K,).
     """
-    return Page(
+    return AnalysisPage(
         title=label,
         facts=_facts(rows, options, meta),
         notes=_notes(rows),

@@ -22,7 +22,7 @@ from htsr.spectra.notes import CAUTION
 if TYPE_CHECKING:
     import pandas
 
-    from htsr.reporting.html import Page
+    from htsr.reporting.analysis_page import AnalysisPage
 
 
 @dataclass(frozen=True, repr=False)
@@ -165,11 +165,12 @@ class Analysis(Tabular):
             HtsrError: the file cannot be written.
             MissingDependencyError: plotly is not installed.
         """
-        from htsr.reporting.html import write_page
+        from htsr.reporting.analysis_page import analysis_document
+        from htsr.reporting.html import write_document
 
-        write_page(self._page(), Path(path))
+        write_document(analysis_document(self._page()), Path(path))
 
-    def _page(self) -> Page:
+    def _page(self) -> AnalysisPage:
         from htsr.analysis.report import page_of
 
         return page_of(self.label, self.rows, self.options, self.meta, self.tables(), self.eigenvalues, self.permuted)

@@ -12,6 +12,7 @@ import torch
 import htsr
 from htsr.errors import HtsrError, MissingDependencyError
 from htsr.reporting import html
+from htsr.reporting.analysis_page import analysis_document
 from htsr.spectra.notes import CAUTION
 from tests.models import state_dict
 
@@ -42,34 +43,35 @@ def data_of(text):
 
 def test_the_page_holds_every_number(analysis, page):
     data = data_of(page.read_text(encoding="utf-8"))
-    assert len(data["rows"]) == len(analysis)
-    for row, values in zip(analysis, data["rows"], strict=True):
-        shown = dict(zip(data["fields"], values, strict=True))
+    assert len(data["table"]["rows"]) == len(analysis)
+    for row, values in zip(analysis, data["table"]["rows"], strict=True):
+        shown = dict(zip(data["table"]["fields"], values, strict=True))
         assert shown["name"] == row.name
         assert shown["alpha"] == (row.alpha and pytest.approx(row.alpha, rel=1e-5))
         assert shown["status"] == row.status
-    heat = data["heat"]["alpha"]["values"]
-    role, block = data["grid"]["roles"].index("mlp.up"), data["grid"]["blocks"].index("1")
+    heat = data["heat"]["values"]["alpha"]["values"]
+    role, block = data["heat"]["roles"].index("mlp.up"), data["heat"]["blocks"].index("1")
     assert heat[role][block] == pytest.approx(analysis["model.layers.1.mlp.up_proj"].alpha, rel=1e-3)
 
 
 def test_the_note_stands_where_it_is_seen(analysis, page):
-    short = data_of(page.read_text(encoding="utf-8"))["short"]
+    short = data_of(page.read_text(encoding="utf-8"))["table"]["short"]
     assert short["headers"][:3] == ["matrix", "note", "role"]
     assert short["cells"][0][1] == analysis[0].warning
 
 
 def test_curves_belong_to_their_matrix(analysis, page):
     data = data_of(page.read_text(encoding="utf-8"))
+    curves, ranks = data["spectra"]["curves"], data["spectra"]["ranks"]
     for i, row in enumerate(analysis):
-        spectrum = data["spectra"][i]
+        spectrum = curves[i]
         if row.status == "nan":
             assert spectrum is None
             continue
         assert spectrum["size"] == row.num_eigenvalues
         assert spectrum["values"][0] == pytest.approx(row.lambda_max, rel=1e-3)
-        assert len(data["ranks"][str(spectrum["positive"])]) == len(spectrum["values"])
-        assert data["permuted"][i]["values"][0] == pytest.approx(row.max_rand_eval, rel=1e-3)
+        assert len(ranks[str(spectrum["positive"])]) == len(spectrum["values"])
+        assert curves[len(analysis) + i]["values"][0] == pytest.approx(row.max_rand_eval, rel=1e-3)
         assert data["marks"][i]["lambda_min"] == pytest.approx(row.lambda_min, rel=1e-5)
 
 
@@ -86,7 +88,7 @@ def test_nothing_is_loaded_and_only_the_two_scripts_may_run(page):
 def test_names_are_text_and_never_markup(page):
     text = page.read_text(encoding="utf-8")
     assert "<img src=x" not in text
-    assert any(HOSTILE in str(row[0]) for row in data_of(text)["rows"])
+    assert any(HOSTILE in str(row[0]) for row in data_of(text)["table"]["rows"])
 
 
 def test_the_page_says_what_notes_are_not(analysis, page):
@@ -98,7 +100,7 @@ def test_the_page_says_what_notes_are_not(analysis, page):
 
 
 def test_a_label_turns_no_text_around(analysis):
-    page = html.render(replace(analysis, label="a\u202eb\x1b[31m</title>")._page(), "plotly")
+    page = html.render(analysis_document(replace(analysis, label="a\u202eb\x1b[31m</title>")._page()), "plotly")
     assert "<h1>a\\u202eb\\x1b[31m&lt;/title&gt;</h1>" in page
 
 
@@ -130,5 +132,5 @@ def test_an_analysis_without_a_single_fit_has_a_page(tmp_path):
     analysis = htsr.analyze({"a.weight": torch.zeros(12, 12)}, device="cpu")
     analysis.to_html(tmp_path / "report.html")
     data = data_of((tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert data["spectra"] == [None]
+    assert data["spectra"]["curves"] == [None, None]
     assert data["lines"] == [None]

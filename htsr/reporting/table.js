@@ -1,0 +1,148 @@
+// A table that sorts and filters: `table.html` holds it, `table_data` computes what it shows. Only the rows in sight are
+// in the document.
+//
+// const table = matrixTable({ content, rows, open });
+//   content   what `table_data` made
+//   rows      its rows, read by `readRows`
+//   open      (index) => shows a matrix
+// table.order() are the positions of its rows, as sorted and filtered; table.mark(index) marks the row of a matrix.
+
+const AROUND = 10; // rows kept above and below those in sight
+const ROW_REM = 1.9; // --row
+const WIDEST = 52; // of a column, in characters; a name, which leads to all the rest, and a note have less
+const NARROWER = { matrix: 40, note: 26 };
+const COLOURED = new Set(["α", "note", "alpha", "status", "warning"]);
+const FILTERED = ["role", "status"]; // fields with a select box, where the rows have them
+
+function matrixTable({ content, rows, open }) {
+  let current = -1;
+  let columns = [];
+  let order = [];
+  let sorted = { column: null, descending: false };
+  let drawn = "";
+
+  function build() {
+    columns = byId("all").checked ? allColumns(content, rows) : shortColumns(content);
+    sorted = { column: null, descending: false };
+    byId("table").querySelector("colgroup").replaceChildren(...columns.map(columnWidth));
+    byId("table").tHead.rows[0].replaceChildren(...columns.map(head));
+    arrange();
+  }
+
+  function head(column) {
+    const cell = make("th", "", { scope: "col", class: column.numeric ? "" : "words" });
+    const button = make("button", column.header, { type: "button", title: column.about || `Sort by ${column.header}` });
+    button.addEventListener("click", () => {
+      sorted = { column, descending: sorted.column === column && !sorted.descending };
+      arrange();
+    });
+    cell.append(button);
+    return cell;
+  }
+
+  function arrange() {
+    const wanted = byId("filter").value.trim().toLowerCase();
+    const chosen = FILTERED.map((field) => [field, byId(field).value]);
+    const { column, descending } = sorted;
+    order = [...rows.keys()].filter((i) => {
+      const row = rows[i];
+      const searched = [row.name, row.role, row.status, row.warning].join(" ").toLowerCase();
+      return chosen.every(([field, value]) => !value || row[field] === value) && searched.includes(wanted);
+    });
+    if (column) order.sort((i, j) => compare(column, descending, i, j));
+    [...byId("table").tHead.rows[0].cells].forEach((cell, c) => {
+      if (columns[c] === column) cell.setAttribute("aria-sort", descending ? "descending" : "ascending");
+      else cell.removeAttribute("aria-sort");
+    });
+    byId("table").setAttribute("aria-rowcount", order.length + 1);
+    byId("count").textContent = order.length === rows.length ? `${rows.length}` : `${order.length} of ${rows.length}`;
+    byId("scroller").scrollTop = 0;
+    draw(true);
+  }
+
+  function draw(anew = false) {
+    const { scrollTop, clientHeight } = byId("scroller");
+    const height = ROW_REM * parseFloat(getComputedStyle(document.documentElement).fontSize);
+    const first = Math.max(0, Math.floor(scrollTop / height) - AROUND);
+    const last = Math.min(order.length, Math.ceil((scrollTop + Math.max(clientHeight, innerHeight)) / height) + AROUND);
+    if (!anew && drawn === `${first} ${last}`) return;
+    drawn = `${first} ${last}`;
+    const space = (count) => {
+      const line = make("tr", "", { "aria-hidden": "true", class: "space" });
+      line.style.height = `${count * height}px`;
+      return line;
+    };
+    const lines = order.slice(first, last).map((i, at) => tableRow(i, first + at + 2));
+    byId("table").tBodies[0].replaceChildren(space(first), ...lines, space(order.length - last));
+  }
+
+  function tableRow(index, position) {
+    const line = make("tr", "", { "data-index": index, "aria-rowindex": position });
+    if (index === current) line.setAttribute("aria-current", "true");
+    line.append(...columns.map(({ header, cells, numeric }, c) => {
+      const tone = COLOURED.has(header) ? content.styles[index] ?? "" : "";
+      const cell = make(c ? "td" : "th", c ? cells[index] : "", { class: `${numeric ? "" : "words"} ${tone}` });
+      if (!numeric) cell.title = cells[index];
+      if (!c) cell.append(make("button", cells[index], { type: "button" }));
+      return cell;
+    }));
+    return line;
+  }
+
+  function mark(index) {
+    current = index;
+    draw(true);
+  }
+
+  for (const field of FILTERED) {
+    const values = [...new Set(rows.map((row) => row[field]))].filter(Boolean);
+    byId(field).hidden = !values.length;
+    byId(field).append(...values.map((value) => make("option", value, { value })));
+    byId(field).addEventListener("change", arrange);
+  }
+  byId("filter").addEventListener("input", arrange);
+  byId("all").addEventListener("change", build);
+  byId("scroller").addEventListener("scroll", () => draw(), { passive: true });
+  byId("table").tBodies[0].addEventListener("click", ({ target }) => {
+    const { index } = target.closest("tr").dataset;
+    if (index) open(Number(index));
+  });
+  document.querySelectorAll(".chip").forEach((chip) => chip.addEventListener("click", () => {
+    byId("filter").value = chip.dataset.filter;
+    arrange();
+    byId("table-title").scrollIntoView();
+  }));
+  build();
+  return { order: () => order, mark };
+}
+
+function shortColumns({ short: { headers, cells: lines } }) {
+  return headers.map((header, c) => {
+    const cells = lines.map((line) => line[c]);
+    const numeric = cells.every((cell) => Number.isFinite(Number(cell)));
+    return { header, cells, numeric, keys: numeric ? cells.map((cell) => (cell ? Number(cell) : null)) : cells };
+  });
+}
+
+function allColumns({ fields, numeric }, rows) {
+  return fields.map((header) => {
+    const keys = rows.map((row) => row[header]);
+    return { header, cells: keys.map(text), numeric: numeric.includes(header), keys, about: data.about[header] };
+  });
+}
+
+function columnWidth({ header, cells, numeric }) {
+  const longest = cells.reduce((most, cell) => Math.max(most, cell.length), 0) + (numeric ? 0 : 1);
+  const column = make("col");
+  const most = NARROWER[header] ?? WIDEST;
+  column.style.width = `calc(${Math.min(Math.max(longest, 0.85 * header.length + 1.6), most)}ch + 1.6rem)`;
+  return column;
+}
+
+function compare(column, descending, i, j) {
+  const [a, b] = [column.keys[i], column.keys[j]];
+  const [noA, noB] = [a == null || a === "", b == null || b === ""];
+  if (noA || noB) return noA - noB; // at the end either way
+  const before = column.numeric ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
+  return descending ? -before : before;
+}
