@@ -12,6 +12,7 @@ from typing import Any
 
 from htsr.arrays import Array, Product
 from htsr.matrices import fused, roles
+from htsr.matrices.axes import axes_of, conv1d_leaves, has_inputs_first
 from htsr.matrices.models import WeightMatrix
 from htsr.matrices.naming import leaf
 from htsr.matrices.positions import Position
@@ -45,12 +46,13 @@ def matrices_of(tensors: list[StoredTensor], config: dict[str, Any]) -> Iterator
     blocks = [roles.block_of(tensor.name) for tensor in weights]
     if not any(block is not None for block in blocks):
         blocks = [roles.number_of(tensor.name) for tensor in weights]
+    conv1d = conv1d_leaves((tensor.name, tensor.shape) for tensor in weights)
     stems = Counter(roles.stem(tensor.name) for tensor in weights)
     inner = roles.inner_widths([(tensor.name, role, tensor.shape) for tensor, role in zip(weights, found, strict=True)])
     for tensor, role, block in zip(weights, found, blocks, strict=True):
         tower = tower_of(tensor.name, towers)
         name, width = roles.stem(tensor.name), inner.get(tensor.name, 0)
-        weight = _StoredWeight(tensor, role, tower, block, config, width)
+        weight = _StoredWeight(tensor, role, tower, block, config, width, conv1d)
         if 0 in tensor.shape and (tensor.problem is not None or len(tensor.shape) > 2):  # of a stack no empty elements
             yield weight.unread(f"{tensor.name} has no entries", "empty")
             continue
@@ -101,6 +103,7 @@ class _StoredWeight:
     block: int | None
     config: dict[str, Any]
     inner: int = 0
+    conv1d: frozenset[str] = frozenset()
 
     def matrices(self) -> Iterator[WeightMatrix]:
         """What counts as a matrix of its own in this tensor."""
@@ -170,6 +173,7 @@ class _StoredWeight:
         problem = tensor.problem
         if problem is None and tensor.dtype not in FLOATS and not tensor.warning:
             problem = ("quantized", f"{name} is stored as {tensor.dtype} without a scale that htsr knows")
+        inputs_first = has_inputs_first(tensor.name, position, self.conv1d, self.config)
         factors = getattr(tensor.read, "factors", None)  # a reader that has no such method reads whole matrices
         return WeightMatrix(
             name=name,
@@ -184,6 +188,7 @@ class _StoredWeight:
             problem=problem,
             warning=tensor.warning,
             factors=factors and partial(_factors, factors, position),
+            axes=axes_of(role, shape[:2], inputs_first, fused.head_counts(self.config), tensor.order),
         )
 
 

@@ -26,7 +26,8 @@ _PER_GROUP = frozenset({"internlm2"})
 _SOMETIMES_MULTI_QUERY = frozenset({"falcon", "gpt_bigcode", "chatglm"})  # per head where they are not
 _GATED_QUERY = ("qwen3_next", "qwen3_5", "qwen4_exp", "qwen3next", "qwen35")  # the last two are llama.cpp's
 
-_EXPERTS_IN_BY_OUT = frozenset({"gpt_oss", "llama4_text", "llama4", "aria_text", "openai_privacy_filter"})
+# the last is llama.cpp's
+EXPERTS_IN_BY_OUT = frozenset({"gpt_oss", "llama4_text", "llama4", "aria_text", "openai_privacy_filter", "gpt-oss"})
 # names under which gate and up are one where the shapes say so, and their order: of llama.cpp, Megatron and diffusers
 _DOUBLED = {"ffn_up": ("gate", "up"), "linear_fc1": ("gate", "up"), "proj": ("up", "gate")}
 _DOUBLED_FC1 = {"moonshine": ("up", "gate"), "moshi": ("gate", "up"), "kyutai_speech_to_text": ("gate", "up")}
@@ -88,7 +89,7 @@ def split(
     if part == "kv" and shape[0] == 2 * shape[1] and (leaf != "kv_proj" or model_type == "jetmoe"):
         return _sequential(shape, 0, k=shape[1], v=shape[1])
     if part == "q" and (model_type or str(config.get("gguf_architecture"))).startswith(_GATED_QUERY):
-        heads, _, head_dim = _head_counts(config)
+        heads, _, head_dim = head_counts(config)
         return _grouped(shape, heads, q=1, gate=1) if shape[0] == 2 * heads * head_dim else []
     return []
 
@@ -107,7 +108,7 @@ def experts_in_rows(config: dict[str, Any]) -> int:
 
 
 def _qkv(leaf: str, shape: tuple[int, int], config: dict[str, Any], model_type: str) -> list[Part]:
-    heads, groups, head_dim = _head_counts(config)
+    heads, groups, head_dim = head_counts(config)
     if leaf in ("c_attn", "attn_qkv") and shape[1] == 3 * shape[0]:  # GPT-2's Conv1D stores in × out
         return _sequential(shape, 1, q=shape[0], k=shape[0], v=shape[0])
     if leaf == "c_attn" and shape[0] == 3 * shape[1] and model_type != "gpt_bigcode":  # nanoGPT's Linear
@@ -132,8 +133,14 @@ def _qkv(leaf: str, shape: tuple[int, int], config: dict[str, Any], model_type: 
     return []
 
 
-def _head_counts(config: dict[str, Any]) -> tuple[int, int, int]:
-    """Heads, key-value heads and their dimension; 0 where not known."""
+def head_counts(config: dict[str, Any]) -> tuple[int, int, int]:
+    """Number of heads, number of key-value heads, and the dimension of a head, by a model's `config`; 0 where unknown.
+
+    Examples:
+        >>> from htsr.matrices.fused import head_counts
+        >>> head_counts({"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64})
+        (8, 2, 8)
+    """
 
     def first(*keys: str) -> int:
         return next((int(config[key]) for key in keys if isinstance(config.get(key), int)), 0)
@@ -149,7 +156,7 @@ def _head_counts(config: dict[str, Any]) -> tuple[int, int, int]:
     if isinstance(attention := config.get("attn_config"), dict):  # DBRX
         groups = attention.get("kv_n_heads") or groups
     hidden = first("hidden_size", "n_embd", "d_model", "dim")
-    return heads, groups, first("head_dim", "kv_channels") or (hidden // heads if heads else 0)
+    return heads, groups, first("head_dim", "kv_channels", "d_kv") or (hidden // heads if heads else 0)
 
 
 def _gate_up(leaf: str, shape: tuple[int, int], config: dict[str, Any], model_type: str, stacked: bool) -> list[Part]:
@@ -159,7 +166,7 @@ def _gate_up(leaf: str, shape: tuple[int, int], config: dict[str, Any], model_ty
         if hidden not in shape:
             return []
         if shape[0] == hidden:
-            axis = 1 if shape[1] != hidden or model_type in _EXPERTS_IN_BY_OUT else 0
+            axis = 1 if shape[1] != hidden or model_type in EXPERTS_IN_BY_OUT else 0
     if shape[axis] % 2:
         return []
     half = shape[axis] // 2

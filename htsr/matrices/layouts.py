@@ -197,8 +197,8 @@ def _with_rows_back(tensor: StoredTensor, heads: Any, why: str) -> StoredTensor:
     """q or k in transformers' order of rows; with a warning where its `heads` are not known."""
     if tensor.problem is None and isinstance(heads, int) and heads > 0 and tensor.shape[0] % (2 * heads) == 0:
         return replace(tensor, read=_Changed(tensor.read, 0, lambda W: unpermuted(W, heads)))
-    why = f"the order of its rows or columns may not be that of transformers: {why}"
-    return replace(tensor, warning="; ".join(filter(None, (tensor.warning, why))))
+    warning = f"the order of its rows or columns may not be that of transformers: {why}"
+    return replace(tensor, warning="; ".join(filter(None, (tensor.warning, warning))), order=why)
 
 
 def _heads(leaf: str, block: int, architecture: str, metadata: Metadata) -> int:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from htsr.arrays import Array, Product
 from htsr.errors import MatrixError, UsageError
 from htsr.matrices import roles
+from htsr.matrices.axes import Axes
 from htsr.matrices.patterns import matches, require
 from htsr.matrices.positions import Position
 from htsr.results import Column, Record, Table, Tabular, tabulate
@@ -36,6 +37,7 @@ class WeightMatrix:
         warning: sentence that a reader of its row should know; empty where there is none.
         factors: function that reads the two factors whose product the matrix is, such as B and A of a LoRA adapter;
             None where there are none.
+        axes: what rows and columns stand for.
 
     Examples:
         >>> import htsr, numpy as np, torch
@@ -58,6 +60,7 @@ class WeightMatrix:
     problem: tuple[str, str] | None = None
     warning: str = ""
     factors: Callable[[], Product] | None = field(default=None, repr=False, compare=False)
+    axes: Axes = field(default=Axes(), repr=False, compare=False)
 
     @property
     def parameters(self) -> int:

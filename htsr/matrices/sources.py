@@ -224,6 +224,9 @@ def _difference(tensors: list[StoredTensor], other: list[StoredTensor]) -> list[
         elif match.shape != tensor.shape:
             sizes = f"{tensor.shape} here and {match.shape} there"
             result.append(replace(tensor, problem=("unmatched", f"{tensor.name} is {sizes}")))
+        elif match.order != tensor.order:
+            why = f"the rows or columns of {tensor.name} may be in another order there: {tensor.order or match.order}"
+            result.append(replace(tensor, problem=("unmatched", why)))
         else:
             both = (tensor.storage, match.storage) if tensor.storage and match.storage else None
             read, problem = _Minus(tensor, match), tensor.problem or match.problem

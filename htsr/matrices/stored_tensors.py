@@ -34,6 +34,8 @@ class StoredTensor:
         kind: ``conv``, ``embedding`` … where the source knows; None where name and shape have to tell.
         problem: (status, sentence) where the tensor cannot be read as numbers.
         warning: sentence that a reader of its row should know; empty where there is none.
+        order: what is not known of the order of its rows or columns, where that may not be transformers'; empty where
+            it is.
     """
 
     name: str
@@ -44,6 +46,7 @@ class StoredTensor:
     kind: str | None = None
     problem: tuple[str, str] | None = None
     warning: str = ""
+    order: str = ""
 
 
 def clean_name(name: str) -> str:

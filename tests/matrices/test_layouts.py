@@ -165,6 +165,16 @@ def test_where_the_order_is_not_known_the_row_says_so(tmp_path, architecture, wa
         assert told == (warned and matrix.role in ("attn.q", "attn.k")), matrix.name
 
 
+def test_rows_of_two_orders_are_not_subtracted(tmp_path):
+    path = write(tmp_path / "tiny.gguf", "plamo")
+    names = {f"{matrix.name}.weight": torch.as_tensor(matrix.read()) for matrix in open_model(str(path))}
+    for source, other in ((str(path), names), (names, str(path))):
+        problems = {m.role: m.problem and m.problem[0] for m in open_model(source, against=other)}
+        assert {problems.pop(f"attn.{part}") for part in "qk"} == {"unmatched"}
+        assert set(problems.values()) == {None}
+    assert {matrix.problem for matrix in open_model(str(path), against=str(path))} == {None}
+
+
 def test_the_query_of_qwen3_next_carries_its_gate_in_a_gguf_file_too(tmp_path):
     blocks = {"attn_q": (2 * WIDTH, WIDTH), "ssm_out": (WIDTH, 16)}
     for architecture, warned in (("qwen3next", False), ("qwen35", True)):
