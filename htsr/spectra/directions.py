@@ -144,13 +144,14 @@ def _threshold(values: Vector, keep: Keep, fit: FitMethod) -> Any:
     return np.maximum(values[:, -keep], positive[0])[:, None]
 
 
-def decompose(matrix: Array) -> Eigendecomposition:
+def decompose(matrix: Array, *, rounding: bool = False) -> Eigendecomposition:
     """Eigenvalues and eigenvectors of the smaller Gram matrix, in float64 on the device of the matrix.
 
     On a device without float64 (MPS) they are computed on a CPU, and lie there.
 
     Args:
         matrix: (m, n), or (pieces, m, n); any float dtype.
+        rounding: whether eigenvalues that may be rounding of the stored numbers are kept, too.
 
     Raises:
         MatrixError: entries are NaN, infinite or overflow (status ``nan``), or there are none (``empty``).
@@ -165,7 +166,7 @@ def decompose(matrix: Array) -> Eigendecomposition:
     """
     import torch
 
-    W = _stack(matrix)
+    W = stack(matrix)
     if W.numel() == 0:
         raise MatrixError("empty", f"the matrix has no entries (shape {tuple(matrix.shape)})")
     W = W.cpu() if W.device.type == "mps" else W
@@ -183,7 +184,8 @@ def decompose(matrix: Array) -> Eigendecomposition:
     values = np.where(values > resolution, values, 0.0)
     stored = str(W.dtype).removeprefix("torch.")
     M, N = sorted(W.shape[1:])
-    return Eigendecomposition(without_rounding(values, N, stored), vectors, equal_within(M, N, stored))
+    values = values if rounding else without_rounding(values, N, stored)
+    return Eigendecomposition(values, vectors, equal_within(M, N, stored))
 
 
 def rescaled(matrix: Array, vectors: torch.Tensor, ratios: Vector) -> Array:
@@ -199,7 +201,7 @@ def rescaled(matrix: Array, vectors: torch.Tensor, ratios: Vector) -> Array:
     """
     import torch
 
-    W = _stack(matrix)
+    W = stack(matrix)
     wide = W.shape[1] < W.shape[2]
     scale = torch.as_tensor(ratios, dtype=vectors.dtype, device=vectors.device)
     # W V diag(ratios) Vᵀ: no division by singular values, so that small ones do no harm
@@ -212,7 +214,7 @@ def rescaled(matrix: Array, vectors: torch.Tensor, ratios: Vector) -> Array:
     return result.numpy() if isinstance(matrix, np.ndarray) else result
 
 
-def _stack(matrix: Array) -> torch.Tensor:
+def stack(matrix: Array) -> torch.Tensor:
     """(pieces, m, n), sharing the memory of `matrix`."""
     import torch
 
