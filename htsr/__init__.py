@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from htsr.analysis.comparison import Comparison, compare
     from htsr.analysis.result import Analysis
     from htsr.analysis.surgery import project
+    from htsr.analysis.trajectory import Trajectory
     from htsr.calibration.outlier_scores import measure_outliers
     from htsr.calibration.outliers import OutlierRow, Outliers
     from htsr.errors import HtsrError, MatrixError, MissingDependencyError, SourceError, UsageError
@@ -60,6 +61,7 @@ _HOMES = {
     "htsr.spectra.tail": ("PowerLawFit", "fit_power_law"),
     "htsr.spectra.windows": ("Windows",),
     "htsr.analysis.surgery": ("project",),
+    "htsr.analysis.trajectory": ("Trajectory",),
     "htsr.training.lora": ("lora_config",),
     "htsr.training.callbacks": ("LayerSamplerCallback", "LayerwiseCallback"),
     "htsr.training.layerwise.groups": ("per_group",),
@@ -101,6 +103,7 @@ __all__ = [
     "Progress",
     "SourceError",
     "Streaming",
+    "Trajectory",
     "UsageError",
     "WeightMatrix",
     "Windows",

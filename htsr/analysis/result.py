@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -101,7 +101,7 @@ class Analysis(Tabular):
 
     def summary(self) -> dict[str, float]:
         """Mean of every metric over the matrices that have it; ``matrices`` and ``fitted`` are numbers of matrices."""
-        return _means(self.rows)
+        return means_of(self.rows)
 
     def summary_by(self, key: str) -> dict[Any, dict[str, float]]:
         """`summary` of the matrices of each group, in the model's order.
@@ -117,7 +117,7 @@ class Analysis(Tabular):
         groups: dict[Any, list[LayerMetrics]] = {}
         for row in self.rows:
             groups.setdefault(getattr(row, key), []).append(row)
-        return {group: _means(rows) for group, rows in groups.items()}
+        return {group: means_of(rows) for group, rows in groups.items()}
 
     def records(self) -> list[Record]:
         """One dictionary a row, with all fields of `LayerMetrics`."""
@@ -230,7 +230,8 @@ class Analysis(Tabular):
 _NOT_AVERAGED = {"rows", "columns", "M", "N", "pieces", "num_eigenvalues", "erg_crossing"}
 
 
-def _means(rows: tuple[LayerMetrics, ...] | list[LayerMetrics]) -> dict[str, float]:
+def means_of(rows: Sequence[LayerMetrics]) -> dict[str, float]:
+    """Mean of every metric over the `rows` that have it; ``matrices`` and ``fitted`` are numbers of rows."""
     means: dict[str, float] = {"matrices": len(rows), "fitted": sum(row.alpha is not None for row in rows)}
     for name in NUMERIC:
         values = [value for row in rows if (value := getattr(row, name)) is not None]

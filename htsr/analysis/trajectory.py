@@ -1,0 +1,170 @@
+"""What training has changed: the numbers of every weight matrix at several points of a run, or of several models.
+
+trajectory = htsr.track("runs/mine")
+trajectory.to_pandas()
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from htsr.analysis.result import means_of
+from htsr.analysis.trajectory_file import Header, Point, Points, read_trajectory, write_trajectory
+from htsr.analysis.trajectory_tables import sources_table
+from htsr.errors import UsageError
+from htsr.results import Record, Table, Tabular, column_types
+from htsr.spectra.metrics import LayerMetrics, Options
+
+
+@dataclass(frozen=True, repr=False)
+class Trajectory(Tabular):
+    """The rows of several checkpoints of a run, or of several models, all measured by the same options.
+
+    Attributes:
+        label: name of the run.
+        points: matrices of all sources, one `Point` each; a matrix has one point in a source.
+        options: options that say what was computed, and how.
+        against: label of the model that was subtracted, where spectra are those of changes; None where they are those
+            of the weights themselves.
+        reference: label of the model that `Point.relative` is relative to; None where there is none.
+        problems: sentence on each source that could not be read, by its name.
+
+    Iteration and `len` go by points.
+
+    Examples:
+        >>> import torch
+        >>> from htsr import Options
+        >>> from htsr.analysis.trajectory import Trajectory
+        >>> from htsr.analysis.trajectory_file import Point
+        >>> from htsr.spectra.metrics import LayerMetrics
+        >>> rows = [LayerMetrics(name="up_proj", alpha=alpha) for alpha in (4.0, 3.5)]
+        >>> points = [Point(f"checkpoint-{step}", row, step) for step, row in zip((100, 200), rows)]
+        >>> trajectory = Trajectory("run", tuple(points), Options())
+        >>> trajectory.sources, trajectory.steps
+        (('checkpoint-100', 'checkpoint-200'), (100, 200))
+        >>> trajectory.at("checkpoint-200")[0].alpha
+        3.5
+    """
+
+    label: str
+    points: tuple[Point, ...]
+    options: Options
+    against: str | None = None
+    reference: str | None = None
+    problems: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        names = {point.row.name for point in self.points}
+        what = "steps" if self.steps else "models"
+        return f"<Trajectory of {self.label!r}: {len(names)} matrices, {len(self.sources)} {what}>"
+
+    def __iter__(self) -> Iterator[Point]:
+        return iter(self.points)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources: by step where all have one, else in their order."""
+        steps = {point.source: point.step for point in self.points}
+        if None in steps.values():
+            return tuple(steps)
+        return tuple(sorted(steps, key=lambda source: steps[source] or 0))
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Step of each of `sources`; empty where they are models and no steps of a run."""
+        steps = {point.source: point.step for point in self.points}
+        found = tuple(step for source in self.sources if (step := steps[source]) is not None)
+        return found if len(found) == len(steps) else ()
+
+    def at(self, source: str) -> tuple[LayerMetrics, ...]:
+        """The rows of one source.
+
+        Args:
+            source: name of the source, one of `sources`.
+
+        Raises:
+            UsageError: there is no such source.
+        """
+        if rows := tuple(point.row for point in self.points if point.source == source):
+            return rows
+        raise UsageError(f"{self.label} has no {source!r}; there are {', '.join(self.sources)}")
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Mean of every metric and of ``relative`` over the matrices that have it, by source."""
+        by_source: dict[str, list[Point]] = {source: [] for source in self.sources}
+        for point in self.points:
+            by_source[point.source].append(point)
+        found = {}
+        for source, points in by_source.items():
+            changes = [point.relative for point in points if point.relative is not None]
+            found[source] = means_of([point.row for point in points])
+            if changes:
+                found[source]["relative"] = sum(changes) / len(changes)
+        return found
+
+    def records(self) -> list[Record]:
+        """One dictionary a point: ``source`` and ``step``, all fields of `LayerMetrics`, and ``relative``."""
+        place = {source: i for i, source in enumerate(self.sources)}
+        points = sorted(self.points, key=lambda point: place[point.source])
+        return [
+            {"source": point.source, "step": point.step, **asdict(point.row), "relative": point.relative}
+            for point in points
+        ]
+
+    def types(self) -> dict[str, type]:
+        """The types of all columns."""
+        return {"source": str, "step": int, **column_types(LayerMetrics), "relative": float}
+
+    def tables(self) -> tuple[Table, ...]:
+        """Means of every source."""
+        return (sources_table(self.summary(), self.steps),)
+
+    def facts(self) -> dict[str, Any]:
+        """Run, options, what changes are against, means by source, and the sources that could not be read."""
+        return {
+            "model": self.label,
+            "options": asdict(self.options),
+            "against": self.against,
+            "reference": self.reference,
+            "summary": self.summary(),
+            "problems": dict(self.problems),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the trajectory as lines of JSON, by way of a temporary file.
+
+        Args:
+            path: file to write, with the suffix .jsonl, which is not added.
+
+        Raises:
+            UsageError: the file has another suffix, or is one of a model.
+            HtsrError: the file cannot be written.
+        """
+        header = Header(self.label, self.options, self.against, self.reference)
+        write_trajectory(Path(path), header, self.points, self.problems)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Trajectory:
+        """Read what `save`, `htsr track` or an `htsr.SpectralMonitor` wrote, also while it is being written.
+
+        Args:
+            path: file to read.
+
+        Raises:
+            SourceError: the file is no trajectory, or is damaged; the message says in which line.
+        """
+        return trajectory_of(*read_trajectory(Path(path)))
+
+
+def trajectory_of(header: Header, points: Points) -> Trajectory:
+    """The trajectory of the `points` that a file holds below its `header`."""
+    return Trajectory(
+        header.label, tuple(points), header.options, header.against, header.reference, dict(points.problems)
+    )
