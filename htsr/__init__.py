@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from htsr.analysis.analyze import Progress, analyze, describe
     from htsr.analysis.comparison import Comparison, compare
     from htsr.analysis.result import Analysis
+    from htsr.analysis.standouts import Standout
     from htsr.analysis.surgery import project
     from htsr.analysis.trajectory import Trajectory
     from htsr.calibration.outlier_scores import measure_outliers
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "htsr.analysis.analyze": ("Progress", "analyze", "describe"),
     "htsr.analysis.result": ("Analysis",),
+    "htsr.analysis.standouts": ("Standout",),
     "htsr.analysis.comparison": ("Comparison", "compare"),
     "htsr.errors": ("HtsrError", "MatrixError", "MissingDependencyError", "SourceError", "UsageError"),
     "htsr.matrices.models": ("Filter", "Model", "WeightMatrix"),
@@ -102,6 +104,7 @@ __all__ = [
     "PowerLawFit",
     "Progress",
     "SourceError",
+    "Standout",
     "Streaming",
     "Trajectory",
     "UsageError",

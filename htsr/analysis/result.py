@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from htsr.analysis.saving import read_parts, write_parts
+from htsr.analysis.standouts import Standout, standouts
 from htsr.analysis.tables import means_table, metrics_table
 from htsr.arrays import Vector
 from htsr.errors import UsageError
@@ -118,6 +119,14 @@ class Analysis(Tabular):
         for row in self.rows:
             groups.setdefault(getattr(row, key), []).append(row)
         return {group: means_of(rows) for group, rows in groups.items()}
+
+    def standouts(self) -> tuple[Standout, ...]:
+        """Where to look first: the matrices that stand out against their peers and against noise, the clearest first.
+
+        Returns:
+            One `Standout` for each; empty where none does.
+        """
+        return standouts(self.rows)
 
     def records(self) -> list[Record]:
         """One dictionary a row, with all fields of `LayerMetrics`."""
