@@ -17,15 +17,14 @@ class Cosines:
         cosines: |cosine| of each leading left singular vector of a (rows) with each of b (columns), (k, k) in [0, 1].
         values_a: leading singular values of a, (k,) descending.
         values_b: leading singular values of b, (k,) descending.
-        intruders: ranks from 0 of those of b that are intruder dimensions.
-        intruder_bound: |cosine| that an intruder reaches with no singular vector of a.
+        nearest: largest |cosine| of each leading left singular vector of b with any of a, also beyond the first k, (k,);
+            it is an intruder dimension where this is below some ε.
     """
 
     cosines: Vector
-    values_a: Vector
-    values_b: Vector
-    intruders: Sequence[int] = ()
-    intruder_bound: float | None = None
+    values_a: Sequence[float]
+    values_b: Sequence[float]
+    nearest: Sequence[float]
 
 
 @dataclass(frozen=True)

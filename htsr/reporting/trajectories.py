@@ -26,7 +26,7 @@ class Pivot:
     """The records of a trajectory, by source and matrix.
 
     Attributes:
-        sources: names of the checkpoints or models, in the order of the records.
+        sources: names of the checkpoints by their steps, of models in the order of the records.
         steps: step of each source; None where not all have one of their own.
         matrices: the first record of each matrix, in the order of the records.
         places: index of the source and of the matrix of each record, (records, 2).
@@ -78,11 +78,12 @@ def pivot(records: Sequence[Record]) -> Pivot:
     matrices: dict[str, Record] = {}
     for record in records:
         matrices.setdefault(record["name"], record)
+    known = [step for step in steps.values() if step is not None]
+    if own := len(set(known)) == len(steps):
+        steps, known = dict(sorted(steps.items(), key=lambda item: item[1])), sorted(known)
     sources = {source: i for i, source in enumerate(steps)}
     names = {name: j for j, name in enumerate(matrices)}
     places = np.array([(sources[r["source"]], names[r["name"]]) for r in records], dtype=np.int64).reshape(-1, 2)
-    known = [step for step in steps.values() if step is not None]
-    own = len(set(known)) == len(steps)
     return Pivot(tuple(sources), tuple(known) if own else None, tuple(matrices.values()), places, records)
 
 
