@@ -212,13 +212,17 @@ class Scale:
 
 
 def colour_scale(values: Vector, metric: str) -> Scale:
-    """Limits of the colours of `values`, any shape, NaN left out: their 2 % and 98 % quantiles, about the centre."""
+    """Limits of the colours of `values`, any shape, NaN left out: their 2 % and 98 % quantiles, about the centre.
+
+    ``m_a`` and ``m_b`` are the metric m of one of two models, ``m_delta`` is its difference, as in a comparison.
+    """
+    metric = metric.removesuffix("_a").removesuffix("_b")
     finite = values[np.isfinite(values)]
     low, high = (float(q) for q in np.quantile(finite, _ROBUST)) if finite.size else (0.0, 1.0)
     if metric == "alpha":
         reach = float(np.clip(max(_ALPHA_CENTRE - low, high - _ALPHA_CENTRE), *_ALPHA_REACH))
         return Scale(_ALPHA_CENTRE - reach, _ALPHA_CENTRE + reach, _ALPHA_CENTRE)
-    if metric in _AROUND_ZERO:
+    if metric in _AROUND_ZERO or metric.endswith("_delta"):
         reach = max(abs(low), abs(high)) or 1.0
         return Scale(-reach, reach, 0.0)
     return Scale(low, high, None) if high > low else Scale(low - 0.5, low + 0.5, None)

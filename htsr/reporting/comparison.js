@@ -1,0 +1,157 @@
+// The page of two models.
+
+const rows = readRows(data.table);
+const spectra = (index) => [data.spectra.curves[index], data.spectra.curves[rows.length + index]];
+const lines = (index) => [data.lines[index], data.lines[rows.length + index]];
+const TONES = ["esd", "fit"];
+
+// ---- one pair ---------------------------------------------------------------------------------------------------
+
+function drawPair(index, view) {
+  const row = rows[index];
+  describe(row.name, noteOf(row), numbersOf(row));
+  drawSpectra(byId("plot"), view, [0, 1].map((side) => ({
+    spectrum: spectra(index)[side],
+    name: data.models[side],
+    tone: TONES[side],
+    line: lines(index)[side],
+    alpha: row[side ? "alpha_b" : "alpha_a"],
+    lineTone: TONES[side],
+  })));
+  drawDirections(index);
+}
+
+function noteOf(row) {
+  const { name, name_b: other, role, block, note } = row;
+  const place = [role, block == null ? "" : `block ${block}`, other && other !== name ? `${other} in b` : ""];
+  const status = ["a", "b"].map((side) => {
+    const found = row[`status_${side}`];
+    return found && found !== "ok" ? `${side}: ${found}` : "";
+  });
+  return [...place, ...status, note].filter(Boolean).join(" · ");
+}
+
+function numbersOf(row) {
+  const changes = data.changes.filter((field) => row[field] != null).map((field) => (
+    { name: label(field), value: besideNull(row, field), about: data.about[field] }
+  ));
+  const both = data.metrics.map((metric) => [metric, row[`${metric}_a`], row[`${metric}_b`]]);
+  const metrics = both.filter(([, a, b]) => a != null || b != null).map(([metric, a, b]) => ({
+    name: label(`${metric}_a`).replace(/ of a$/, ""),
+    value: `${text(a) || "–"} → ${text(b) || "–"}`,
+    about: data.about[`${metric}_a`],
+  }));
+  return [...changes, ...metrics];
+}
+
+// A number with that of a Gaussian change of the same norm, where it is known.
+function besideNull(row, field) {
+  const expected = row[`${field}_null`];
+  return expected == null ? text(row[field]) : `${text(row[field])} (null ${text(expected)})`;
+}
+
+// ---- directions -------------------------------------------------------------------------------------------------
+
+function drawDirections(index) {
+  const [found, heads] = [data.cosines[index], data.heads[index]];
+  byId("directions").hidden = !found && !heads;
+  byId("directions-matrix").textContent = rows[index].name;
+  byId("cosines").hidden = byId("epsilon-label").hidden = !found;
+  byId("directions-note").textContent = "";
+  if (found) drawCosines(found);
+  drawHeads(heads);
+}
+
+function drawCosines({ k, cosines, a, b, nearest }) {
+  const epsilon = Number(byId("epsilon").value);
+  const intruders = [...nearest.keys()].filter((j) => nearest[j] < epsilon);
+  const [few, many] = [cosines.length, k > cosines.length ? ` The first ${cosines.length} of ${k} are shown.` : ""];
+  const named = intruders.map((j) => `${j + 1} (σ = ${text(b[j])}, nearest ${nearest[j]})`).join(", ");
+  byId("directions-note").textContent = "|cosine| of the leading left singular vectors, those of a in rows, of b in "
+    + `columns.${many} ` + (named ? `Intruders: ${named}.` : `No direction of b is an intruder below ${epsilon}.`);
+  const ranks = (count) => [...Array(count).keys()].map((i) => i + 1);
+  const hover = cosines.map((line, i) => line.map((value, j) => (
+    `|cosine| <b>${value}</b><br>a ${i + 1}: σ = ${text(a[i])}<br>b ${j + 1}: σ = ${text(b[j])}, nearest ${nearest[j]}`
+  )));
+  const squares = {
+    type: "heatmap", x: ranks(b.length), y: ranks(a.length), z: cosines, zmin: 0, zmax: 1, xgap: 1, ygap: 1,
+    text: few > 12 ? undefined : cosines.map((line) => line.map((value) => value.toFixed(2))),
+    texttemplate: few > 12 ? undefined : "%{text}", hovertext: hover, hovertemplate: "%{hovertext}<extra></extra>",
+    colorscale: "Viridis", colorbar: { thickness: 14, outlinewidth: 0, title: { text: "|cosine|", side: "right" } },
+  };
+  const frames = intruders.map((j) => ({
+    type: "rect", x0: j + 0.5, x1: j + 1.5, y0: 0.5, y1: a.length + 0.5, line: { color: colour("fit"), width: 2.5 },
+  }));
+  const signs = intruders.map((j) => ({
+    x: j + 1, y: 0.5, text: "▼", showarrow: false, yanchor: "bottom", font: { color: colour("fit"), size: 14 },
+  }));
+  const axis = { showgrid: false, zeroline: false, fixedrange: true, dtick: few > 20 ? 5 : 1, automargin: true };
+  Plotly.react("cosines", [squares], layout({
+    margin: { l: 10, r: 10, t: 24, b: 10 },
+    xaxis: { ...axis, title: { text: `rank in ${inPlot(data.models[1])} (b)` } },
+    yaxis: { ...axis, title: { text: "rank in a" }, autorange: "reversed" },
+    shapes: frames,
+    annotations: signs,
+  }), { ...CONFIG, displayModeBar: false });
+}
+
+function drawHeads(heads) {
+  const box = byId("heads");
+  box.hidden = !heads;
+  if (!heads) return;
+  const table = box.querySelector("table");
+  table.tHead.rows[0].replaceChildren(...heads.fields.map((field) => make("th", label(field), {
+    scope: "col", title: data.about[field] ?? "",
+  })));
+  table.tBodies[0].replaceChildren(...heads.values.map((values) => {
+    const line = make("tr");
+    line.append(...values.map((value, i) => make(i ? "td" : "th", text(value), i ? {} : { scope: "row" })));
+    return line;
+  }));
+}
+
+// ---- moved most -------------------------------------------------------------------------------------------------
+
+function drawMoved() {
+  const measure = byId("measure").value;
+  byId("moved").replaceChildren(...(data.moved[measure] ?? []).map((index) => {
+    const expected = rows[index][`${measure}_null`];
+    const button = make("button", "", { type: "button", "data-index": index });
+    button.append(
+      make("span", rows[index].name, { class: "name" }),
+      make("span", text(rows[index][measure]), { class: "value" }),
+      make("span", expected == null ? rows[index].role : `null ${text(expected)}`, { class: "beside" }),
+    );
+    button.addEventListener("click", () => open(index));
+    const item = make("li");
+    item.append(button);
+    return item;
+  }));
+}
+
+function markMoved(index) {
+  byId("moved").querySelectorAll("button").forEach((button) => {
+    if (Number(button.dataset.index) === index) button.setAttribute("aria-current", "true");
+    else button.removeAttribute("aria-current");
+  });
+}
+
+// ---- beginning --------------------------------------------------------------------------------------------------
+
+const measures = Object.keys(data.moved);
+byId("measure").append(...measures.map((measure) => make("option", label(measure), { value: measure })));
+byId("measure").addEventListener("change", drawMoved);
+drawMoved();
+
+const open = (index) => matrix.open(index, true);
+const heat = heatMap({ grid: data.heat, rows, open });
+const table = matrixTable({ content: data.table, rows, open });
+const matrix = matrixSection({
+  rows,
+  order: table.order,
+  draw: drawPair,
+  opened: (index) => { table.mark(index); heat.mark(index); markMoved(index); },
+});
+byId("epsilon").addEventListener("change", matrix.draw);
+onTheme(() => { heat.draw(); matrix.draw(); });
+matrix.open(data.moved[measures[0]]?.[0] ?? 0);
