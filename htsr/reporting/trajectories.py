@@ -41,13 +41,23 @@ class Pivot:
 
     def latest(self, metric: str) -> Vector:
         """(sources, matrices) number of each matrix as last measured by then; NaN where there is none."""
-        shape = (len(self.sources), len(self.matrices))
-        values, last = np.full(shape, np.nan), np.full(shape, -1)
-        for (i, j), record in zip(self.places, self.records, strict=True):
-            number = figures.number(record, metric) if metric in record else None
-            values[i, j], last[i, j] = np.nan if number is None else number, i
+        values = np.full((len(self.sources), len(self.matrices)), np.nan)
+        last = np.full(values.shape, -1)
+        places = tuple(self.places.T)
+        values[places], last[places] = self.column(metric), self.places[:, 0]
         last = np.maximum.accumulate(last, axis=0)
         return np.where(last < 0, np.nan, np.take_along_axis(values, np.maximum(last, 0), axis=0))
+
+    def changes(self, metric: str) -> Vector:
+        """(sources, matrices) difference of `latest` from the first number of each matrix."""
+        values = self.latest(metric)
+        first = np.argmax(np.isfinite(values), axis=0)
+        return values - np.take_along_axis(values, first[None], axis=0)
+
+    def column(self, metric: str) -> Vector:
+        """(records,) number of each record, NaN where it has none."""
+        numbers = (figures.number(record, metric) if metric in record else None for record in self.records)
+        return np.array([np.nan if number is None else number for number in numbers], dtype=np.float64)
 
     def lines(self, metric: str, by: By) -> dict[str, Vector]:
         """(sources,) means of `metric` for each role, block or matrix that has any, in the order of the records."""
@@ -80,7 +90,7 @@ def pivot(records: Sequence[Record]) -> Pivot:
         matrices.setdefault(record["name"], record)
     known = [step for step in steps.values() if step is not None]
     if own := len(set(known)) == len(steps):
-        steps, known = dict(sorted(steps.items(), key=lambda item: item[1])), sorted(known)
+        steps, known = dict(sorted(steps.items(), key=lambda item: item[1] or 0)), sorted(known)
     sources = {source: i for i, source in enumerate(steps)}
     names = {name: j for j, name in enumerate(matrices)}
     places = np.array([(sources[r["source"]], names[r["name"]]) for r in records], dtype=np.int64).reshape(-1, 2)

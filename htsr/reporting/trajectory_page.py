@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from htsr.arrays import Vector
+from htsr.reporting import figures
+from htsr.reporting.html import Document, cells_html, facts_html, fragment, write_document
+from htsr.reporting.page_data import about_data, curve, grid_data, rounded
+from htsr.reporting.text import visible
+from htsr.reporting.trajectories import Pivot, pivot
 from htsr.results import Record, Table
+
+_SIGMA = "sigma"
+_PLACE = {"source", "step", "name", "role", "block"}
 
 
 @dataclass(frozen=True)
@@ -16,21 +30,104 @@ class TrajectoryPage:
         title: title of the page.
         facts: facts by name, as text; empty ones are not shown.
         remarks: sentences below the facts.
-        sources: names of the checkpoints or models, in their order.
-        steps: step of each source; None where the sources are models and no steps of one training.
-        records: one record for each measured matrix of each source, with ``source``, ``name``, ``role`` and ``block``;
-            fields that are missing, None or not finite are no number.
+        records: one record for each measured matrix of each source, with ``source``, ``step``, ``name``, ``role`` and
+            ``block``; fields that are missing, None or not finite are no number. Sources with a step each are shown as
+            a run in the order of their steps, others as models in the order of the records.
         about: explanation of each field, by name.
         numeric: names of the fields that are numbers, in the order in which they are offered.
-        table: one line for each source, in their order: means of the metrics that people look at first.
+        table: one line for each source, in the same order: means of the metrics that people look at first.
     """
 
     title: str
     facts: Mapping[str, str]
     remarks: Sequence[str]
-    sources: Sequence[str]
-    steps: Sequence[int] | None
     records: Sequence[Record]
     about: Mapping[str, str]
     numeric: Sequence[str]
     table: Table
+
+
+def write_trajectory_page(page: TrajectoryPage, path: Path) -> None:
+    """Write the page to `path`: one self-contained HTML file, whole or not at all.
+
+    Raises:
+        MissingDependencyError: plotly is not installed.
+        HtsrError: the file cannot be written.
+    """
+    write_document(trajectory_document(page), path)
+
+
+def trajectory_document(page: TrajectoryPage) -> Document:
+    """The page, ready to be written."""
+    points = pivot(page.records)
+    sources = fragment("trajectory-sources.html", title=_kind(points).capitalize() + "s", table=cells_html(page.table))
+    body = fragment(
+        "trajectory.html",
+        kind=_kind(points),
+        first="" if points.steps else sources,  # of models one wants the ranking
+        then=sources if points.steps else "",
+        last=str(max(len(points.sources) - 1, 0)),
+        table=fragment("table.html"),
+    )
+    remarks = "".join(f'<p class="reading">{escape(visible(remark))}</p>' for remark in page.remarks)
+    header = f'<dl class="facts">{facts_html(page.facts)}</dl>{remarks}'
+    scripts = ("table.js", "heat.js", "matrix.js", "series.js", "trajectory.js")
+    return Document(page.title, header, body, content(page, points), scripts, ("trajectory.css",))
+
+
+def _kind(points: Pivot) -> str:
+    return "model" if points.steps is None else "checkpoint"
+
+
+def content(page: TrajectoryPage, points: Pivot) -> dict[str, Any]:
+    """What the scripts draw.
+
+    ============ =====================================================================================
+    kind         ``checkpoint`` or ``model``
+    sources      names of the sources
+    steps        their steps, None where they have none
+    matrices     name, role and block of each matrix
+    labels       short names of the fields that people look at first
+    about        what each metric is
+    places       per point: index of its source and of its matrix
+    values       per metric: its number at each point, None where it has none
+    heat         roles, blocks and matrices of the heat map, `grid_data`
+    scales       per metric: limits of the colours of its numbers, and of their change since the first
+    ============ =====================================================================================
+    """
+    metrics = _metrics(page, points)
+    return {
+        "kind": _kind(points),
+        "sources": [visible(source) for source in points.sources],
+        "steps": points.steps,
+        "matrices": [
+            {"name": visible(m["name"]), "role": visible(m["role"]), "block": m["block"]} for m in points.matrices
+        ],
+        "labels": figures.LABELS,
+        "about": about_data(page.about, metrics),
+        "places": points.places.T.tolist(),
+        "values": {metric: curve(points.column(metric)) for metric in metrics},
+        "heat": grid_data(points.matrices) | {"metrics": [metric for metric in metrics if metric != _SIGMA]},
+        "scales": {metric: _scales(points, metric) for metric in metrics},
+    }
+
+
+def _metrics(page: TrajectoryPage, points: Pivot) -> list[str]:
+    """The metrics that are shown: those that people look at first, and others that differ between checkpoints."""
+    found = [name for name in dict.fromkeys([*figures.LABELS, *page.numeric]) if name in page.numeric]
+    found = [name for name in found if name not in _PLACE and np.isfinite(points.column(name)).any()]
+    if points.steps is None:
+        return found
+    return [name for name in found if name in figures.LABELS or np.nan_to_num(points.changes(name)).any()]
+
+
+def _scales(points: Pivot, metric: str) -> dict[str, Any]:
+    return {
+        "value": _scale(points.latest(metric), metric),
+        "change": _scale(points.changes(metric), f"{metric}_delta"),
+    }
+
+
+def _scale(values: Vector, metric: str) -> dict[str, Any]:
+    scale = figures.colour_scale(values, metric)
+    return {"low": rounded(scale.low), "high": rounded(scale.high), "centre": scale.centre}
