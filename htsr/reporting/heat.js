@@ -4,18 +4,21 @@
 //   grid      what `heat_data` made
 //   rows      the records of the matrices
 //   values    (metric) => what `heat_values` made; those of `grid` unless given
+//   value     (index, metric) => the number of a matrix; that of its record unless given
 //   open      (index) => shows a matrix
 // heat.draw() draws anew; heat.mark(index) frames the cell of a matrix.
 
 const NAMED = 6; // matrices that the hover over a crowded cell names
 const WRITTEN = 40; // columns up to which cells have room for their value
 
-function heatMap({ grid, rows, values = (metric) => grid.values[metric], open }) {
+function heatMap({
+  grid, rows, open, values = (metric) => grid.values[metric], value = (index, metric) => rows[index][metric],
+}) {
   const { roles, blocks, members, metrics } = grid;
   let current = -1;
 
   function cellHover(cell, metric) {
-    const lines = cell.slice(0, NAMED).map((i) => `${inPlot(rows[i].name)}: <b>${text(rows[i][metric]) || "–"}</b>`);
+    const lines = cell.slice(0, NAMED).map((i) => `${inPlot(rows[i].name)}: <b>${text(value(i, metric)) || "–"}</b>`);
     if (cell.length > NAMED) lines.push(`… and ${cell.length - NAMED} more`);
     return lines.join("<br>");
   }

@@ -24,7 +24,7 @@ def table_data(records: Sequence[Record], numeric: Iterable[str], table: Table) 
     Args:
         records: one record for each matrix.
         numeric: names of the fields that are numbers.
-        table: short table of the records, in their order; its last column qualifies the numbers.
+        table: short table of the records, in their order; a last column of words qualifies the numbers.
 
     ============ =====================================================================================
     fields       names of the fields that some record has
@@ -35,8 +35,9 @@ def table_data(records: Sequence[Record], numeric: Iterable[str], table: Table) 
     ============ =====================================================================================
     """
     shown = [name for name in (records[0] if records else ()) if any(row[name] not in (None, "") for row in records)]
-    first, *others, note = range(len(table.columns))
-    short = [first, note, *others]  # what qualifies the numbers is never off the screen
+    short = [*range(len(table.columns))]
+    if table.columns[-1].text:
+        short.insert(1, short.pop())  # what qualifies the numbers is never off the screen
     numbers = {*numeric, "block"}
     return {
         "fields": shown,
@@ -63,12 +64,16 @@ def heat_data(records: Sequence[Record], numeric: Sequence[str]) -> dict[str, An
     """
     cells = figures.grid(records)
     metrics = figures.metrics_of(records, numeric)
+    values = {metric: heat_values(cells.means(records, metric), metric) for metric in metrics}
+    return {"metrics": metrics, **grid_data(cells), "values": values}
+
+
+def grid_data(cells: figures.Grid) -> dict[str, Any]:
+    """The axes and members of a heat map."""
     return {
-        "metrics": metrics,
         "roles": cells.roles,
         "blocks": ["–" if block is None else str(block) for block in cells.blocks],
         "members": cells.members,
-        "values": {metric: heat_values(cells.means(records, metric), metric) for metric in metrics},
     }
 
 

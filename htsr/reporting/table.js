@@ -5,7 +5,10 @@
 //   content   what `table_data` made
 //   rows      its rows, read by `readRows`
 //   open      (index) => shows a matrix
-// table.order() are the positions of its rows, as sorted and filtered; table.mark(index) marks the row of a matrix.
+//   columns   () => [{ header, cells, numeric, keys, about, element }]; those of `content` unless given. A cell is the
+//             text in `cells`, or what `element` makes of the position of the row
+//   sort      [header, descending] in the beginning
+// table.build() takes the columns anew; table.order() are the positions of its rows, as sorted and filtered; table.mark(index) marks the row of a matrix.
 
 const AROUND = 10; // rows kept above and below those in sight
 const ROW_REM = 1.9; // --row
@@ -14,7 +17,7 @@ const NARROWER = { matrix: 40, note: 26 };
 const COLOURED = new Set(["α", "note", "alpha", "status", "warning"]);
 const FILTERED = ["role", "status"]; // fields with a select box, where the rows have them
 
-function matrixTable({ content, rows, open }) {
+function matrixTable({ content, rows, open, columns: given = () => columnsOf(content, rows), sort = [] }) {
   let current = -1;
   let columns = [];
   let order = [];
@@ -22,8 +25,8 @@ function matrixTable({ content, rows, open }) {
   let drawn = "";
 
   function build() {
-    columns = byId("all").checked ? allColumns(content, rows) : shortColumns(content);
-    sorted = { column: null, descending: false };
+    columns = given();
+    sorted = { column: columns.find(({ header }) => header === sort[0]), descending: sort[1] };
     byId("table").querySelector("colgroup").replaceChildren(...columns.map(columnWidth));
     byId("table").tHead.rows[0].replaceChildren(...columns.map(head));
     arrange();
@@ -79,10 +82,11 @@ function matrixTable({ content, rows, open }) {
   function tableRow(index, position) {
     const line = make("tr", "", { "data-index": index, "aria-rowindex": position });
     if (index === current) line.setAttribute("aria-current", "true");
-    line.append(...columns.map(({ header, cells, numeric }, c) => {
+    line.append(...columns.map(({ header, cells, numeric, element }, c) => {
       const tone = COLOURED.has(header) ? content.styles[index] ?? "" : "";
       const cell = make(c ? "td" : "th", c ? cells[index] : "", { class: `${numeric ? "" : "words"} ${tone}` });
       if (!numeric) cell.title = cells[index];
+      if (element) cell.append(element(index));
       if (!c) cell.append(make("button", cells[index], { type: "button" }));
       return cell;
     }));
@@ -113,8 +117,10 @@ function matrixTable({ content, rows, open }) {
     byId("table-title").scrollIntoView();
   }));
   build();
-  return { order: () => order, mark };
+  return { build, order: () => order, mark };
 }
+
+const columnsOf = (content, rows) => (byId("all").checked ? allColumns(content, rows) : shortColumns(content));
 
 function shortColumns({ short: { headers, cells: lines } }) {
   return headers.map((header, c) => {

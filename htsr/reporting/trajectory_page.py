@@ -107,7 +107,8 @@ def content(page: TrajectoryPage, points: Pivot) -> dict[str, Any]:
         "about": about_data(page.about, metrics),
         "places": points.places.T.tolist(),
         "values": {metric: curve(points.column(metric)) for metric in metrics},
-        "heat": grid_data(points.matrices) | {"metrics": [metric for metric in metrics if metric != _SIGMA]},
+        "heat": grid_data(figures.grid(points.matrices))
+        | {"metrics": [metric for metric in metrics if metric != _SIGMA]},
         "scales": {metric: _scales(points, metric) for metric in metrics},
     }
 
