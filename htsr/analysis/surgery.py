@@ -12,24 +12,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from htsr._version import __version__
-from htsr.errors import HtsrError, MatrixError, SourceError, UsageError
-from htsr.matrices import adapters, hub
-from htsr.matrices.checkpoint_files import file_tensors, folder_tensors
-from htsr.matrices.file_bytes import TensorInFile
-from htsr.matrices.folders import model_files, named_files
+from htsr.analysis.rewriting import check_goal, copied, find, operate, write_copies
+from htsr.errors import SourceError, UsageError
+from htsr.matrices import adapters
 from htsr.matrices.models import Filter, WeightMatrix, as_filter
-from htsr.matrices.sources import locate, open_model
-from htsr.matrices.stored_tensors import FLOATS
-from htsr.matrices.tying import repeated, tied
-from htsr.matrices.writing import copy_checkpoint
+from htsr.matrices.sources import open_model
 from htsr.results import Column, Record, Table, Tabular, Value, column_types, tabulate
 from htsr.spectra.directions import Keep, project_tail
 from htsr.spectra.tail import FitMethod
@@ -190,46 +183,28 @@ def project(
     """
     if keep is None and not traps:
         raise UsageError("say which directions to keep (erg, tail or a number), or remove traps")
-    goal = Path(output)
-    if goal.exists() and (not goal.is_dir() or any(goal.iterdir())):
-        raise UsageError(f"{goal} exists already and is not an empty folder; take another output")
-    name = os.fspath(source)
-    place = locate(name, revision)
-    if not Path(name).expanduser().exists():
-        hub.fetch_rest(name, revision)
-    if place.is_dir() and goal.resolve().is_relative_to(place.resolve()):
-        raise UsageError(f"{goal} lies inside the model {name}, and would become part of it; take an output beside it")
-    adapter = f"{name} is an adapter: merge it into its base model first (merge_and_unload of PEFT)"
-    if adapters.adapter_folder(place) is not None:
+    original = find(source, revision)
+    goal = check_goal(output, original)
+    adapter = f"{original.name} is an adapter: merge it into its base model first (merge_and_unload of PEFT)"
+    if adapters.adapter_folder(original.place) is not None:
         raise UsageError(adapter)
-    model = open_model(place)
+    model = open_model(original.place)
     if any(matrix.kind == "adapter" for matrix in model):
         raise UsageError(adapter)
     wanted = model.filtered(as_filter(where)).matrices
-    copies = repeated(tied(folder_tensors(place) if place.is_dir() else file_tensors(place)))
+    copies = original.copies()
 
-    try:
-        folder = Path(tempfile.mkdtemp(dir=goal.absolute().parent, prefix=f".{goal.name}."))
-    except OSError as error:
-        raise HtsrError(f"{goal} cannot be written: {error.strerror}") from error
-    try:
-        stored = copy_checkpoint(place, model_files(place) if place.is_dir() else named_files(place), folder)
+    with copied(original.place, original.files(), goal) as (folder, stored):
         surgeon = _Surgeon(keep, traps, fit, seed)
-        operations = _operate(wanted, stored, surgeon, progress)
+        operations = operate(
+            wanted, surgeon, lambda name: stored[name].read(), lambda name, W: stored[name].write(W), progress
+        )
         if all(operation.status == "quantized" for operation in operations):
-            raise SourceError(f"the matrices of {name} are quantised: de-quantise it first, and take that")
+            raise SourceError(f"the matrices of {original.name} are quantised: de-quantise it first, and take that")
         changed = {m.position.tensor for m, o in zip(wanted, operations, strict=True) if o.status == "ok"}
-        for other, original in copies.items():
-            if original in changed and stored[other].shape == stored[original].shape:
-                stored[other].write(stored[original].read().to(stored[other].read().dtype))
-        surgery = Surgery(name, goal, tuple(operations))
+        write_copies(copies, changed, stored)
+        surgery = Surgery(original.name, goal, tuple(operations))
         _record(folder / RECORD, surgery, surgeon)
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)
-        folder.replace(goal)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return surgery
 
 
@@ -242,11 +217,15 @@ class _Surgeon:
     fit: FitMethod
     seed: int
 
-    def operate(self, W: torch.Tensor, before: Operation) -> tuple[torch.Tensor, Operation]:
+    def leave(self, matrix: WeightMatrix, status: str, why: str) -> Operation:
+        """The row of a matrix that is left as it is."""
+        return replace(_row(matrix), status=status, warning=why)
+
+    def operate(self, matrix: WeightMatrix, W: torch.Tensor) -> tuple[torch.Tensor | None, Operation]:
         """The changed matrix, and what was done to it."""
         import torch
 
-        done = before
+        done = _row(matrix)
         if self.traps:
             cleaned = remove_traps(W, seed=self.seed)
             W = torch.as_tensor(cleaned.matrix)
@@ -267,51 +246,9 @@ class _Surgeon:
         return W, done
 
 
-def _operate(
-    wanted: tuple[WeightMatrix, ...],
-    stored: dict[str, TensorInFile],
-    surgeon: _Surgeon,
-    progress: Callable[[int, int, str], None] | None,
-) -> list[Operation]:
-    """Change `wanted` where they are `stored`; the matrices of one stored tensor together."""
-    by_tensor: dict[str, list[int]] = {}
-    for i, matrix in enumerate(wanted):
-        by_tensor.setdefault(matrix.position.tensor, []).append(i)
-    operations: dict[int, Operation] = {}
-    for tensor, indices in by_tensor.items():
-        writable = [i for i in indices if _obstacle(wanted[i]) is None]
-        whole = stored[tensor].read() if writable else None
-        for i in indices:
-            operations[i] = _one(wanted[i], whole, surgeon)
-            if progress is not None:
-                progress(len(operations), len(wanted), wanted[i].name)
-        if whole is not None:
-            stored[tensor].write(whole)
-    return [operations[i] for i in range(len(wanted))]
-
-
-def _one(matrix: WeightMatrix, whole: torch.Tensor | None, surgeon: _Surgeon) -> Operation:
+def _row(matrix: WeightMatrix) -> Operation:
     rows, columns = matrix.shape
-    before = Operation(name=matrix.name, role=matrix.role, block=matrix.block, rows=rows, columns=columns)
-    problem = _obstacle(matrix)
-    if problem is not None or whole is None:
-        status, why = problem or ("failed", "not read")
-        return replace(before, status=status, warning=why)
-    try:
-        W, done = surgeon.operate(matrix.position.take(whole), before)  # type: ignore[arg-type]
-    except MatrixError as error:
-        return replace(before, status=error.status, warning=f"left as it is: {error}")
-    matrix.position.put(whole, W)
-    return done
-
-
-def _obstacle(matrix: WeightMatrix) -> tuple[str, str] | None:
-    """Why a matrix cannot be written."""
-    if matrix.problem is not None:
-        return matrix.problem
-    if matrix.dtype not in FLOATS or "de-quantised" in matrix.warning:
-        return "quantized", f"left as it is: {matrix.name} is stored quantised"
-    return None
+    return Operation(name=matrix.name, role=matrix.role, block=matrix.block, rows=rows, columns=columns)
 
 
 def _record(file: Path, surgery: Surgery, surgeon: _Surgeon) -> None:
