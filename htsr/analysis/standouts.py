@@ -133,7 +133,7 @@ _NUMBERS = (
         "norm",
         lambda row: _logarithm(row.norm),
         lambda row, x: math.exp(x),
-        "‖W‖² {ratio:.2g} times that of {role}",
+        "‖W‖² {ratio} times that of {role}",
     ),
     _Number(
         "entropy",
@@ -152,7 +152,7 @@ _NUMBERS = (
         "max_rand_eval",
         lambda row: _logarithm(_ratio(row.max_rand_eval, row.rand_threshold)),
         lambda row, x: (row.rand_threshold or 0.0) * math.exp(x),
-        "λ_max permuted {ratio:.2g} times that of {role}",
+        "λ_max permuted {ratio} times that of {role}",
     ),
 )
 
@@ -217,7 +217,9 @@ def _against_peers(
 
 def _told(number: _Number, row: LayerMetrics, median: float, score: float) -> Standout:
     value, usual = float(getattr(row, number.field)), number.unscaled(row, median)
-    reason = number.told.format(value=value, usual=usual, ratio=value / (usual or 1), role=row.role)
+    ratio = value / (usual or 1)
+    times = f"{ratio:,.0f}" if ratio > 10 else f"{ratio:.2g}"
+    reason = number.told.format(value=value, usual=usual, ratio=times, role=row.role)
     return Standout(row.name, row.role, number.field, value, usual, float(score), reason)
 
 

@@ -60,7 +60,7 @@ def test_no_matrix_of_a_freshly_drawn_model_stands_out(random):
     ],
 )
 def test_what_is_planted_is_found_with_what_its_peers_have(random, field, value):
-    rows = _drawn(random, spread=0.2)
+    rows = _drawn(random, spread=0.1)
     rows[8] = replace(rows[8], **{field: value})
     (found,) = standouts(rows)
     peers = [getattr(row, field) for row in rows if row.role == rows[8].role]
@@ -75,8 +75,8 @@ def test_what_is_planted_is_found_with_what_its_peers_have(random, field, value)
 
 def test_scale_and_order_change_nothing(random):
     state = {f"layers.{i}.mlp.up_proj.weight": heavy_matrix(random, 60, 40) for i in range(12)}
-    left, right = torch.randn(60, 1), torch.randn(1, 40)
-    state["layers.5.mlp.up_proj.weight"] = state["layers.5.mlp.up_proj.weight"] + 0.3 * left @ right
+    signal = np.outer(random.standard_normal(60), random.standard_normal(40)).astype(np.float32)
+    state["layers.5.mlp.up_proj.weight"] += torch.from_numpy(signal)
     found = standouts(htsr.analyze(state, null=False))
     assert found[0].name == "layers.5.mlp.up_proj"
     other = standouts(htsr.analyze({name: state[name] * 7 for name in reversed(list(state))}, null=False))
