@@ -20,7 +20,7 @@ def _root() -> None:
 def plan(
     context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or checkpoint file.")],
-    policy: Annotated[str, typer.Option(help="llr, tempbalance, alphadecay, model_balancing.")] = "llr",
+    policy: Annotated[str, typer.Option(help="llr, ends, tempbalance, alphadecay, model_balancing.")] = "llr",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     score: Annotated[
         str | None,

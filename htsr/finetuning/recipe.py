@@ -15,7 +15,7 @@ from htsr.training.sampling.probabilities import Strategy
 from htsr.training.sampling.sampler import Embedding, FrozenState
 
 Method = Literal["full", "lora", "qlora", "lisa", "owlore", "galore"]
-LayerwisePolicy = Literal["none", "llr", "tempbalance", "alphadecay"]
+LayerwisePolicy = Literal["none", "ends", "llr", "tempbalance", "alphadecay"]
 
 
 SECTIONS_OF: Mapping[str, tuple[str, ...]] = {
@@ -118,7 +118,7 @@ class LowRank:
     """
 
     rank: int = 128
-    scale: float = 0.25
+    scale: float = 1.0
     refresh_every: int = 200
     method: Literal["randomized", "svd"] = "randomized"
     moments: Literal["keep", "rotate"] = "keep"
@@ -204,7 +204,7 @@ class Recipe:
     model: str
     output: str
     data: Data
-    method: Method = "owlore"
+    method: Method = "lora"
     layerwise: LayerwisePolicy = "none"
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

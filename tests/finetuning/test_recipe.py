@@ -23,10 +23,10 @@ def write(folder, content):
 
 def test_defaults_and_numbers(tmp_path):
     recipe = read_recipe(write(tmp_path, MINIMAL))
-    assert (recipe.method, recipe.sampling.active, recipe.low_rank.rank, recipe.lora) == ("owlore", 2, 128, None)
+    assert (recipe.method, recipe.lora.rank, recipe.sampling, recipe.low_rank) == ("lora", 8, None, None)
     text = yaml.safe_dump(MINIMAL) + "training:\n  learning_rate: 1e-4\n  weight_decay: 1\n"
     assert read_recipe(write(tmp_path, text)).training == {"learning_rate": 1e-4, "weight_decay": 1}
-    text = yaml.safe_dump(MINIMAL) + "low_rank: {scale: 1}\n"
+    text = yaml.safe_dump(MINIMAL) + "method: galore\nlow_rank: {scale: 1}\n"
     assert read_recipe(write(tmp_path, text)).low_rank.scale == 1.0
 
 

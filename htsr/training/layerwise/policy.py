@@ -182,6 +182,7 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
 PRESETS: Mapping[str, Policy] = MappingProxyType(
     {
         "llr": Policy(),
+        "ends": Policy(score=None, embeddings=5.0),
         "tempbalance": Policy(
             bounds=(0.5, 1.5), interval=None, ramp=0, active_fraction=1.0, embeddings="leave", exclude_ends=True
         ),
@@ -198,14 +199,16 @@ PRESETS: Mapping[str, Policy] = MappingProxyType(
         ),
     }
 )
-"""Published policies by name. ModelBalancing's interval is not published; 100 steps is this toolkit's choice."""
+"""Policies by name: published ones, and ``ends``, which measures nothing and is the arm to beat by what this toolkit
+measured at small size (`reports/llr_small`). ModelBalancing's interval is not published; 100 steps is our choice."""
 
 
 def make_policy(policy: PolicyLike = "llr", **changes: Any) -> Policy:
     """A `Policy` from a preset's name, another policy, or a mapping of patterns to fixed multipliers; with changes.
 
     Args:
-        policy: ``llr``, ``tempbalance``, ``alphadecay``, ``model_balancing``, a `Policy`, or a mapping.
+        policy: ``llr``, ``ends`` (embedding and head ×5, all else 1), ``tempbalance``, ``alphadecay``,
+            ``model_balancing``, a `Policy`, or a mapping.
         **changes: fields of `Policy` to be changed; ``tempbalance`` needs `interval`.
 
     Raises:

@@ -56,8 +56,8 @@ def layerwise(
         optimizer: optimizer that trains parameters of `model`, in any groups; their hyper-parameters and any state
             are kept. One that accelerate has prepared is fine.
         model: model, wrapped or not. It is kept, and read at events.
-        policy: ``llr``, ``tempbalance``, ``alphadecay``, ``model_balancing``, a `Policy`, or a mapping of role or name
-            patterns to fixed multipliers, as in ``{"attn.*": 4, "embed": 10}``.
+        policy: ``llr``, ``ends``, ``tempbalance``, ``alphadecay``, ``model_balancing``, a `Policy`, or a mapping of
+            role or name patterns to fixed multipliers, as in ``{"attn.*": 4, "embed": 10}``.
         total_steps: optimizer steps of the whole training. Events end at the policy's `active_fraction` of it; without
             it they go on to the end.
         distributed: whether the ranks of a process group train one model and share its matrices; False where each

@@ -59,7 +59,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         betas: decay rates of the two moments.
         eps: number that is added to the root of the second moment, after its bias correction.
         weight_decay: decoupled weight decay, W ← (1 - lr·weight_decay)·W.
-        scale: factor of the low-rank updates, α in the paper.
+        scale: factor of the low-rank updates, α in the paper, which takes 0.25: here no
+            more than a factor of their learning rate, without that of the decay.
         refresh_every: optimizer steps from one projector to the next, T in the paper.
         method: method of the projector, ``randomized`` subspace iteration or exact ``svd``.
         moments: what becomes of the moments at a refresh: ``keep`` them as they are (the paper) or ``rotate`` them into
@@ -116,7 +117,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        scale: float = 0.25,
+        scale: float = 1.0,
         refresh_every: int = 200,
         method: Method = "randomized",
         moments: Literal["keep", "rotate"] = "keep",

@@ -124,7 +124,7 @@ class TestArms:
         assert rates(multipliers_at_start(embeddings="leave")) == pytest.approx(expected, abs=1e-3)
 
     def test_embeddings_alone(self):
-        assert rates(multipliers_at_start(score=None)) == {"embed_tokens": 5.0, "lm_head": 5.0, "rest": 1.0}
+        assert rates(multipliers_at_start("ends")) == {"embed_tokens": 5.0, "lm_head": 5.0, "rest": 1.0}
         assert rates(multipliers_at_start(score=None, embeddings=3)) == {"embed_tokens": 3, "lm_head": 3, "rest": 1}
 
     def test_static_by_shape(self):
