@@ -1,7 +1,7 @@
 """Points of a trajectory as lines: the matrices of each checkpoint or model, in groups, from the first to the last.
 
-A monitor measures few matrices at a time. At each point a matrix therefore has the last number that was measured by
-then, and the mean of a group is over those of its matrices that have one.
+A monitor measures few matrices at a time. At each step a matrix therefore has the last number that was measured by
+then, and the mean of a group is over those of its matrices that have one. Models have nothing from each other.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ class Pivot:
     records: Sequence[Record]
 
     def latest(self, metric: str) -> Vector:
-        """(sources, matrices) number of each matrix as last measured by then; NaN where there is none."""
+        """(sources, matrices) number of each matrix, of steps as last measured by then; NaN where there is none."""
         values = np.full((len(self.sources), len(self.matrices)), np.nan)
         last = np.full(values.shape, -1)
         places = tuple(self.places.T)
         values[places], last[places] = self.column(metric), self.places[:, 0]
-        last = np.maximum.accumulate(last, axis=0)
+        if self.steps is not None:
+            last = np.maximum.accumulate(last, axis=0)
         return np.where(last < 0, np.nan, np.take_along_axis(values, np.maximum(last, 0), axis=0))
 
     def changes(self, metric: str) -> Vector:

@@ -13,7 +13,7 @@ import numpy as np
 from htsr.arrays import Vector
 from htsr.reporting import figures
 from htsr.reporting.html import Document, cells_html, facts_html, fragment, write_document
-from htsr.reporting.page_data import about_data, curve, grid_data, rounded
+from htsr.reporting.page_data import about_data, grid_data, rounded
 from htsr.reporting.text import visible
 from htsr.reporting.trajectories import Pivot, pivot
 from htsr.results import Record, Table
@@ -64,6 +64,8 @@ def trajectory_document(page: TrajectoryPage) -> Document:
     body = fragment(
         "trajectory.html",
         kind=_kind(points),
+        change="change since the first" if points.steps else "difference from the first",
+        means=f"Means of each group{', of what was measured by then' if points.steps else ''}.",
         first="" if points.steps else sources,  # of models one wants the ranking
         then=sources if points.steps else "",
         last=str(max(len(points.sources) - 1, 0)),
@@ -106,7 +108,7 @@ def content(page: TrajectoryPage, points: Pivot) -> dict[str, Any]:
         "labels": figures.LABELS,
         "about": about_data(page.about, metrics),
         "places": points.places.T.tolist(),
-        "values": {metric: curve(points.column(metric)) for metric in metrics},
+        "values": {metric: [rounded(value) for value in points.column(metric)] for metric in metrics},
         "heat": grid_data(figures.grid(points.matrices))
         | {"metrics": [metric for metric in metrics if metric != _SIGMA]},
         "scales": {metric: _scales(points, metric) for metric in metrics},
