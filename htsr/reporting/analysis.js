@@ -4,13 +4,28 @@ const rows = readRows(data.table);
 const spectrumOf = (index) => data.spectra.curves[index];
 const permutedOf = (index) => data.spectra.curves[rows.length + index];
 
+// ---- one matrix, and another beside it --------------------------------------------------------------------------
+
 function drawMatrix(index, view) {
   drawNumbers(rows[index]);
-  const own = { spectrum: spectrumOf(index), name: "eigenvalues", tone: "esd" };
-  const fit = { line: data.lines[index], alpha: rows[index].alpha, marks: data.marks[index] };
-  const permuted = { spectrum: own.spectrum && permutedOf(index), name: "permuted", tone: "permuted" };
-  drawSpectra(byId("plot"), view, [{ ...own, ...fit }, permuted]);
+  const second = byId("beside").value;
+  drawSpectra(byId("plot"), view, second ? beside(index, Number(second)) : alone(index));
 }
+
+function alone(index) {
+  const own = { spectrum: spectrumOf(index), name: "eigenvalues", tone: "esd" };
+  const permuted = { spectrum: own.spectrum && permutedOf(index), name: "permuted", tone: "permuted" };
+  return [{ ...own, ...fitOf(index), marks: data.marks[index] }, permuted];
+}
+
+function beside(...indices) {
+  return indices.map((index, i) => {
+    const tone = ["esd", "second"][i];
+    return { spectrum: spectrumOf(index), name: rows[index].name, tone, ...fitOf(index), lineTone: ["fit", "edge"][i] };
+  });
+}
+
+const fitOf = (index) => ({ line: data.lines[index], alpha: rows[index].alpha });
 
 function drawNumbers(row) {
   const { name, role, block, kind, stored, status, warning, sigma } = row;
@@ -25,6 +40,20 @@ function drawNumbers(row) {
   }));
 }
 
+// The matrices that have a spectrum, by role.
+function offerBeside() {
+  for (const role of data.heat.roles) {
+    const group = make("optgroup", "", { label: role });
+    rows.forEach((row, index) => {
+      if (row.role === role && spectrumOf(index)) group.append(make("option", row.name, { value: index }));
+    });
+    if (group.children.length) byId("beside").append(group);
+  }
+  byId("beside").addEventListener("change", () => matrix.draw());
+}
+
+// ---- beginning --------------------------------------------------------------------------------------------------
+
 const open = (index) => matrix.open(index, true);
 const heat = heatMap({ grid: data.heat, rows, open });
 const table = matrixTable({ content: data.table, rows, open });
@@ -34,5 +63,10 @@ const matrix = matrixSection({
   draw: drawMatrix,
   opened: (index) => { table.mark(index); heat.mark(index); },
 });
+offerBeside();
+document.querySelectorAll(".standouts a").forEach((link) => {
+  link.addEventListener("click", (event) => byLink(event, open, Number(link.dataset.index)));
+});
 onTheme(() => { heat.draw(); matrix.draw(); });
-matrix.open(Math.max(0, rows.findIndex((_, index) => spectrumOf(index))));
+const telling = [...data.standouts, ...rows.keys()].find((index) => spectrumOf(index));
+matrix.begin(telling ?? 0);

@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
+from urllib.parse import quote
 
 from htsr.arrays import Vector
 from htsr.reporting import figures
 from htsr.reporting.html import Document, cells_html, chips_html, facts_html, fragment
 from htsr.reporting.page_data import about_data, heat_data, line_data, marks_data, spectra_data, table_data
+from htsr.reporting.text import visible
 from htsr.results import Record, Table
+
+_FIRST = 8  # standouts that are seen without a click
+_BESIDE = '<label>beside <select id="beside"><option value="">permuted or nothing</option></select></label>'
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class AnalysisPage:
         summary: table of their means.
         eigenvalues: spectra by matrix name, (K,) ascending.
         permuted: spectra of the permuted matrices, likewise (K,).
+        standouts: matrices to look at first, the clearest first, each with the reason why.
         xmax: largest eigenvalue that took part in the fits; None for all.
     """
 
@@ -44,6 +50,7 @@ class AnalysisPage:
     summary: Table
     eigenvalues: Mapping[str, Vector]
     permuted: Mapping[str, Vector]
+    standouts: Sequence[tuple[str, str]] = ()
     xmax: float | None = None
 
 
@@ -51,14 +58,15 @@ def analysis_document(page: AnalysisPage) -> Document:
     """The report, ready to be written."""
     body = fragment(
         "analysis.html",
+        standouts=_standouts(page),
         summary=cells_html(page.summary),
         notes=chips_html(page.notes) or "<p>No notes.</p>",
         heat=fragment("heat.html"),
-        matrix=fragment("matrix.html"),
+        matrix=fragment("matrix.html", controls=_BESIDE),
         table=fragment("table.html"),
     )
     header = fragment("analysis-header.html", facts=facts_html(page.facts), caution=escape(page.caution))
-    scripts = ("table.js", "heat.js", "spectra.js", "matrix.js", "analysis.js")
+    scripts = ("filters.js", "table.js", "heat.js", "spectra.js", "matrix.js", "analysis.js")
     return Document(page.title, header, body, content(page), scripts)
 
 
@@ -68,6 +76,7 @@ def content(page: AnalysisPage) -> dict[str, Any]:
     ============ =====================================================================================
     labels       short names of the fields that people look at first
     about        what each field is
+    standouts    positions of the matrices to look at first, the clearest first
     table        rows and short table, `table_data`
     heat         numbers by role and block, `heat_data`
     spectra      spectra of the matrices, then of the permuted ones, `spectra_data`
@@ -80,6 +89,7 @@ def content(page: AnalysisPage) -> dict[str, Any]:
     return {
         "labels": figures.LABELS,
         "about": about_data(page.about, table["fields"]),
+        "standouts": [index for index, _ in _placed(page)],
         "table": table,
         "heat": heat_data(rows, page.numeric),
         "spectra": spectra_data(
@@ -88,3 +98,27 @@ def content(page: AnalysisPage) -> dict[str, Any]:
         "lines": [line_data(row, page.eigenvalues.get(row["name"]), page.xmax) for row in rows],
         "marks": [marks_data(row) for row in rows],
     }
+
+
+def _placed(page: AnalysisPage) -> list[tuple[int, str]]:
+    """The standouts by their positions in the records."""
+    places = {row["name"]: i for i, row in enumerate(page.records)}
+    return [(places[name], reason) for name, reason in page.standouts if name in places]
+
+
+def _standouts(page: AnalysisPage) -> str:
+    """Links to the matrices to look at first, those after the first few behind a click."""
+    items = [_standout(page.records[index]["name"], index, reason) for index, reason in _placed(page)]
+    if not items:
+        return '<p class="hint">No matrix stands out against those of its role and shape, or against noise.</p>'
+    first, more = (
+        f'<ol class="standouts"{start}>{"".join(part)}</ol>'
+        for start, part in (("", items[:_FIRST]), (f' start="{_FIRST + 1}"', items[_FIRST:]))
+    )
+    return first + (f"<details><summary>{len(items) - _FIRST} more</summary>{more}</details>" if items[_FIRST:] else "")
+
+
+def _standout(name: str, index: int, reason: str) -> str:
+    address = escape(quote(visible(name), safe=""))
+    link = f'<a href="#{address}" data-index="{index}">{escape(visible(name))}</a>'
+    return f"<li>{link} <span>{escape(visible(reason))}</span></li>"

@@ -6,16 +6,20 @@
 //   values    (metric) => what `heat_values` made; those of `grid` unless given
 //   value     (index, metric) => the number of a matrix; that of its record unless given
 //   open      (index) => shows a matrix
-// heat.draw() draws anew; heat.mark(index) frames the cell of a matrix.
+// heat.draw() draws anew; heat.mark(index) frames the cell of a matrix. Arrow keys, Home and End move a cursor over the
+// cells, Enter opens the matrix there; where a cell holds several, each click or Enter opens the next.
 
 const NAMED = 6; // matrices that the hover over a crowded cell names
-const WRITTEN = 40; // columns up to which cells have room for their value
+const CELL_WIDTH = 30; // pixels from which on a cell has room for its value
+const ROLES_WIDTH = 170; // pixels beside the cells, for roles and colours
 
 function heatMap({
   grid, rows, open, values = (metric) => grid.values[metric], value = (index, metric) => rows[index][metric],
 }) {
   const { roles, blocks, members, metrics } = grid;
+  const box = byId("heat");
   let current = -1;
+  let cursor = null; // [role, block] of the cell that the keyboard is at, by their positions
 
   function cellHover(cell, metric) {
     const lines = cell.slice(0, NAMED).map((i) => `${inPlot(rows[i].name)}: <b>${text(value(i, metric)) || "–"}</b>`);
@@ -23,20 +27,75 @@ function heatMap({
     return lines.join("<br>");
   }
 
-  function frame() {
+  // The cell of the open matrix, [role, block]; [-1, -1] for none.
+  function place() {
     const { role, block } = rows[current] ?? {};
-    const [x, y] = [blocks.indexOf(block == null ? "–" : String(block)), roles.indexOf(role)];
+    return [roles.indexOf(role), blocks.indexOf(block == null ? "–" : String(block))];
+  }
+
+  function frame([y, x], line) {
     const corners = { x0: x - 0.5, x1: x + 0.5, y0: y - 0.5, y1: y + 0.5 };
-    return y < 0 ? [] : [{ type: "rect", ...corners, line: { color: colour("ink"), width: 2 } }];
+    return y < 0 ? [] : [{ type: "rect", ...corners, line }];
+  }
+
+  function frames() {
+    const opened = frame(place(), { color: colour("ink"), width: 2 });
+    return cursor ? [...opened, ...frame(cursor, { color: colour("accent"), width: 4 })] : opened;
+  }
+
+  function openCell([y, x]) {
+    const cell = members[y][x];
+    if (cell.length) open(cell[(cell.indexOf(current) + 1) % cell.length]);
+  }
+
+  function moveCursor(key) {
+    const [y, x] = cursor;
+    const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[key] ?? [0, 0];
+    const column = { Home: 0, End: blocks.length - 1 }[key] ?? Math.min(Math.max(x + right, 0), blocks.length - 1);
+    cursor = [Math.min(Math.max(y + down, 0), roles.length - 1), column];
+  }
+
+  // What the keyboard is at, for the eye and for a screen reader.
+  function say() {
+    const [y, x] = cursor;
+    const metric = byId("metric").value;
+    const names = members[y][x].slice(0, NAMED).map((i) => `${rows[i].name}: ${text(value(i, metric)) || "no number"}`);
+    const more = members[y][x].length > NAMED ? [`and ${members[y][x].length - NAMED} more`] : [];
+    const place = blocks[x] === "–" ? roles[y] : `${roles[y]}, block ${blocks[x]}`;
+    byId("cell").textContent = `${place}. ${[...names, ...more].join(", ") || "No matrix"}`;
+  }
+
+  function onKey(event) {
+    if (event.altKey || event.ctrlKey || event.metaKey) return;
+    if (["Enter", " "].includes(event.key)) openCell(cursor);
+    else if (/^Arrow|^Home$|^End$/.test(event.key)) moveCursor(event.key);
+    else return;
+    event.preventDefault();
+    say();
+    Plotly.relayout(box, { shapes: frames() });
+  }
+
+  function onFocus() {
+    if (!box.matches(":focus-visible")) return;
+    cursor ??= place()[0] < 0 ? [0, 0] : place();
+    say();
+    Plotly.relayout(box, { shapes: frames() });
+  }
+
+  function onBlur() {
+    cursor = null;
+    byId("cell").textContent = "";
+    Plotly.relayout(box, { shapes: frames() });
   }
 
   function draw() {
     if (!metrics.length) return;
     const metric = byId("metric").value;
     const { values: cells, low, high, centre } = values(metric);
+    const roomy = (box.clientWidth - ROLES_WIDTH) / blocks.length >= CELL_WIDTH;
     const trace = {
       type: "heatmap", x: blocks, y: roles.map(inPlot), z: cells, zmin: low, zmax: high, xgap: 2, ygap: 2,
-      text: blocks.length > WRITTEN ? cells.map((line) => line.map(() => "")) : written(cells, low, high),
+      text: roomy ? written(cells, low, high) : cells.map((line) => line.map(() => "")),
       texttemplate: "%{text}",
       hovertext: members.map((line) => line.map((cell) => cellHover(cell, metric))),
       hovertemplate: "%{hovertext}<extra>block %{x}, %{y}</extra>", hoverongaps: false,
@@ -44,19 +103,19 @@ function heatMap({
       colorbar: { thickness: 14, outlinewidth: 0, title: { text: label(metric), side: "right" } },
     };
     const axis = { type: "category", automargin: true, showgrid: false, fixedrange: true };
-    byId("heat").style.height = `${Math.max(roles.length, 4) * 30 + 80}px`;
-    Plotly.react("heat", [trace], layout({
+    box.style.height = `${Math.max(roles.length, 4) * 30 + 80}px`;
+    Plotly.react(box, [trace], layout({
       margin: { l: 10, r: 10, t: 10, b: 46 },
-      xaxis: { ...axis, title: { text: "block" }, nticks: blocks.length > WRITTEN ? WRITTEN : 0 },
+      xaxis: { ...axis, title: { text: "block" }, nticks: roomy ? 0 : Math.round(box.clientWidth / CELL_WIDTH) },
       yaxis: { ...axis, autorange: "reversed" },
-      shapes: frame(),
+      shapes: frames(),
     }), { ...CONFIG, displayModeBar: false });
     byId("metric-about").textContent = [metric, data.about[metric]].filter(Boolean).join(": ");
   }
 
   function mark(index) {
     current = index;
-    if (metrics.length) Plotly.relayout("heat", { shapes: frame() });
+    if (metrics.length) Plotly.relayout(box, { shapes: frames() });
   }
 
   if (metrics.length) {
@@ -69,10 +128,12 @@ function heatMap({
     }
     byId("metric").append(...[common, others].filter((group) => group.children.length));
     byId("metric").addEventListener("change", draw);
+    addEventListener("resize", draw);
     draw();
-    byId("heat").on("plotly_click", ({ points: [{ pointIndex: [y, x] }] }) => {
-      if (members[y][x].length) open(members[y][x][0]);
-    });
+    box.on("plotly_click", ({ points: [{ pointIndex }] }) => openCell(pointIndex));
+    box.addEventListener("keydown", onKey);
+    box.addEventListener("focus", onFocus);
+    box.addEventListener("blur", onBlur);
   }
   return { draw, mark };
 }

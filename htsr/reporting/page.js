@@ -20,12 +20,32 @@ function make(tag, content = "", attributes = {}) {
   return element;
 }
 
+// ---- addresses: that of a matrix is its name --------------------------------------------------------------------
+
+const addressOf = (name) => `#${encodeURIComponent(name)}`;
+
+function nameIn(address) {
+  try {
+    return decodeURIComponent(address.slice(1));
+  } catch {
+    return address.slice(1); // no address of ours
+  }
+}
+
+// Opens a matrix by a click on a link, unless it is to open in a tab of its own.
+function byLink(event, open, index) {
+  if (event.button || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  event.preventDefault();
+  open(index);
+}
+
 // ---- colours: the style sheet has them, for both themes ---------------------------------------------------------
 
 const DIVERGING = {
   light: ["#542788", "#8073ac", "#b2abd2", "#e4e2ee", "#f7f5f2", "#fbe3c3", "#fdb863", "#e08214", "#a34e05"],
   dark: ["#c9b3ff", "#9c84e0", "#6c5aa8", "#433d66", "#2b2f38", "#5a452c", "#96652a", "#d98f33", "#ffc37d"],
 };
+const PAPER = 1000; // pixels that a page is wide in print
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
 const theme = () => document.documentElement.dataset.theme ?? (prefersDark.matches ? "dark" : "light");
 const faded = (rgb, opacity) => rgb.replace("rgb(", "rgba(").replace(")", `, ${opacity})`);
@@ -40,13 +60,25 @@ function colour(name) {
   return found;
 }
 
-// Calls `redraw` when the colours change.
+// Calls `redraw` when the colours change, which are light on paper; there, plots are as wide as the paper at most.
 function onTheme(redraw) {
-  byId("theme").addEventListener("click", () => {
-    document.documentElement.dataset.theme = theme() === "dark" ? "light" : "dark";
+  const { dataset } = document.documentElement;
+  let chosen;
+  const wear = (name) => {
+    if (name) dataset.theme = name;
+    else delete dataset.theme;
     redraw();
-  });
+  };
+  byId("theme").addEventListener("click", () => wear(theme() === "dark" ? "light" : "dark"));
   prefersDark.addEventListener("change", redraw);
+  addEventListener("beforeprint", () => {
+    chosen = dataset.theme;
+    wear("light");
+    document.querySelectorAll(".js-plotly-plot").forEach((box) => {
+      Plotly.relayout(box, { width: Math.min(box.clientWidth, PAPER) });
+    });
+  });
+  addEventListener("afterprint", () => wear(chosen));
 }
 
 // ---- plots ------------------------------------------------------------------------------------------------------

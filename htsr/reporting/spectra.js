@@ -77,6 +77,7 @@ function logAxis(title, [low, high], margin) {
   return {
     type: "log", title: { text: title }, range: [from - pad, to + pad], exponentformat: "power", ticks: "outside",
     gridcolor: colour("line"), linecolor: colour("muted"),
-    ...(to - from > 3 ? { dtick: Math.ceil((to - from) / 10) } : {}), // powers of ten, if there are enough of them
+    // Powers of ten, if there are enough of them; else whole numbers between them too.
+    ...(to - from > 3 ? { dtick: Math.ceil((to - from) / 10) } : { dtick: to - from > 1 ? "D2" : "D1", tickformat: "~g" }),
   };
 }

@@ -8,7 +8,8 @@
 //   columns   () => [{ header, cells, numeric, keys, about, element }]; those of `content` unless given. A cell is the
 //             text in `cells`, or what `element` makes of the position of the row
 //   sort      [header, descending] in the beginning
-// table.build() takes the columns anew; table.order() are the positions of its rows, as sorted and filtered; table.mark(index) marks the row of a matrix.
+// table.build() takes the columns anew; table.order() are the positions of its rows, as sorted and filtered;
+// table.mark(index) marks the row of a matrix.
 
 const AROUND = 10; // rows kept above and below those in sight
 const ROW_REM = 1.9; // --row
@@ -16,19 +17,24 @@ const WIDEST = 52; // of a column, in characters; a name, which leads to all the
 const NARROWER = { matrix: 40, note: 26 };
 const COLOURED = new Set(["α", "note", "alpha", "status", "warning"]);
 const FILTERED = ["role", "status"]; // fields with a select box, where the rows have them
+const NUMBERS = "such as >6, <=2, 2..4, or 3.9 for all that round to it";
+const narrow = matchMedia("(max-width: 600px)"); // as in the style sheet
 
 function matrixTable({ content, rows, open, columns: given = () => columnsOf(content, rows), sort = [] }) {
   let current = -1;
   let columns = [];
+  let filters = new Map(); // by header, what the field above the column holds
   let order = [];
   let sorted = { column: null, descending: false };
   let drawn = "";
 
   function build() {
-    columns = given();
+    columns = narrow.matches ? tellingFirst(given()) : given();
+    filters = new Map(columns.flatMap(({ header }) => (filters.has(header) ? [[header, filters.get(header)]] : [])));
     sorted = { column: columns.find(({ header }) => header === sort[0]), descending: sort[1] };
     byId("table").querySelector("colgroup").replaceChildren(...columns.map(columnWidth));
     byId("table").tHead.rows[0].replaceChildren(...columns.map(head));
+    byId("table").tHead.rows[1].replaceChildren(...columns.map(filterField));
     arrange();
   }
 
@@ -43,14 +49,41 @@ function matrixTable({ content, rows, open, columns: given = () => columnsOf(con
     return cell;
   }
 
+  function filterField({ header, numeric, keys }) {
+    const cell = make("td", "", { class: numeric ? "" : "words" });
+    if (!keys) return cell;
+    const field = make("input", "", {
+      type: "text", "aria-label": `Filter by ${header}`, placeholder: numeric ? ">, <, .." : "contains",
+      title: numeric ? `Numbers ${NUMBERS}` : "Words that the column holds", autocomplete: "off", spellcheck: "false",
+    });
+    field.value = filters.get(header) ?? "";
+    field.addEventListener("input", () => {
+      filters.set(header, field.value);
+      field.setAttribute("aria-invalid", numeric && !numberFilter(field.value));
+      arrange();
+    });
+    cell.append(field);
+    return cell;
+  }
+
+  // Whether the fields above the columns let a row through; one that is not understood lets all.
+  function passing() {
+    const tests = columns.filter(({ header }) => filters.get(header)).map(({ header, numeric, keys }) => {
+      const test = (numeric ? numberFilter : wordFilter)(filters.get(header)) ?? (() => true);
+      return (i) => test(keys[i]);
+    });
+    return (i) => tests.every((test) => test(i));
+  }
+
   function arrange() {
-    const wanted = byId("filter").value.trim().toLowerCase();
+    const anywhere = wordFilter(byId("filter").value);
     const chosen = FILTERED.map((field) => [field, byId(field).value]);
+    const passes = passing();
     const { column, descending } = sorted;
     order = [...rows.keys()].filter((i) => {
-      const row = rows[i];
-      const searched = [row.name, row.role, row.status, row.warning].join(" ").toLowerCase();
-      return chosen.every(([field, value]) => !value || row[field] === value) && searched.includes(wanted);
+      const { name, role, status, warning } = rows[i];
+      const found = chosen.every(([field, value]) => !value || rows[i][field] === value);
+      return found && anywhere([name, role, status, warning].join(" ")) && passes(i);
     });
     if (column) order.sort((i, j) => compare(column, descending, i, j));
     [...byId("table").tHead.rows[0].cells].forEach((cell, c) => {
@@ -59,15 +92,18 @@ function matrixTable({ content, rows, open, columns: given = () => columnsOf(con
     });
     byId("table").setAttribute("aria-rowcount", order.length + 1);
     byId("count").textContent = order.length === rows.length ? `${rows.length}` : `${order.length} of ${rows.length}`;
+    const fields = [byId("filter").value, ...chosen.map(([, value]) => value), ...filters.values()];
+    byId("clear").hidden = !fields.some(Boolean);
     byId("scroller").scrollTop = 0;
     draw(true);
   }
 
-  function draw(anew = false) {
+  function draw(anew = false, whole = false) {
     const { scrollTop, clientHeight } = byId("scroller");
     const height = ROW_REM * parseFloat(getComputedStyle(document.documentElement).fontSize);
-    const first = Math.max(0, Math.floor(scrollTop / height) - AROUND);
-    const last = Math.min(order.length, Math.ceil((scrollTop + Math.max(clientHeight, innerHeight)) / height) + AROUND);
+    const [top, bottom] = whole ? [0, Infinity] : [scrollTop, scrollTop + Math.max(clientHeight, innerHeight)];
+    const first = Math.max(0, Math.floor(top / height) - AROUND);
+    const last = Math.min(order.length, Math.ceil(bottom / height) + AROUND);
     if (!anew && drawn === `${first} ${last}`) return;
     drawn = `${first} ${last}`;
     const space = (count) => {
@@ -87,10 +123,23 @@ function matrixTable({ content, rows, open, columns: given = () => columnsOf(con
       const cell = make(c ? "td" : "th", c ? cells[index] : "", { class: `${numeric ? "" : "words"} ${tone}` });
       if (!numeric) cell.title = cells[index];
       if (element) cell.append(element(index));
-      if (!c) cell.append(make("button", cells[index], { type: "button" }));
+      if (!c) cell.append(linkTo(index, cells[index]));
       return cell;
     }));
     return line;
+  }
+
+  // The end of a name tells more than its beginning: that is what a narrow column leaves out.
+  function linkTo(index, name) {
+    const link = make("a", "", { href: addressOf(rows[index].name) });
+    link.append(make("bdi", name, { dir: "ltr" }));
+    return link;
+  }
+
+  function clear() {
+    for (const id of ["filter", ...FILTERED]) byId(id).value = "";
+    filters.clear();
+    build();
   }
 
   function mark(index) {
@@ -106,10 +155,14 @@ function matrixTable({ content, rows, open, columns: given = () => columnsOf(con
   }
   byId("filter").addEventListener("input", arrange);
   byId("all").addEventListener("change", build);
+  byId("clear").addEventListener("click", clear);
+  narrow.addEventListener("change", build);
+  addEventListener("beforeprint", () => draw(true, true));
+  addEventListener("afterprint", () => draw(true));
   byId("scroller").addEventListener("scroll", () => draw(), { passive: true });
-  byId("table").tBodies[0].addEventListener("click", ({ target }) => {
-    const { index } = target.closest("tr").dataset;
-    if (index) open(Number(index));
+  byId("table").tBodies[0].addEventListener("click", (event) => {
+    const { index } = event.target.closest("tr").dataset;
+    if (index) byLink(event, open, Number(index));
   });
   document.querySelectorAll(".chip").forEach((chip) => chip.addEventListener("click", () => {
     byId("filter").value = chip.dataset.filter;
@@ -121,6 +174,12 @@ function matrixTable({ content, rows, open, columns: given = () => columnsOf(con
 }
 
 const columnsOf = (content, rows) => (byId("all").checked ? allColumns(content, rows) : shortColumns(content));
+
+// On a narrow screen: the name, then what is coloured, then the rest.
+function tellingFirst([first, ...others]) {
+  const telling = others.filter(({ header }) => COLOURED.has(header)).reverse();
+  return [first, ...telling, ...others.filter((column) => !telling.includes(column))];
+}
 
 function shortColumns({ short: { headers, cells: lines } }) {
   return headers.map((header, c) => {
