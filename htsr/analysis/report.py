@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from htsr._version import __version__
+from htsr.analysis.standouts import standouts
 from htsr.arrays import Vector
 from htsr.reporting.analysis_page import AnalysisPage
 from htsr.results import Table
@@ -48,6 +49,7 @@ def page_of(
         summary=tables[1],
         eigenvalues=eigenvalues,
         permuted=permuted,
+        standouts=[(found.name, found.reason) for found in standouts(rows)],
         xmax=options.xmax,
     )
 

@@ -16,7 +16,7 @@ from htsr.reporting.text import visible
 from htsr.results import Record, Table
 
 _FIRST = 8  # standouts that are seen without a click
-_BESIDE = '<label>beside <select id="beside"><option value="">permuted or nothing</option></select></label>'
+_BESIDE = '<label>beside <select id="beside"><option value="">no other</option></select></label>'
 
 
 @dataclass(frozen=True)

@@ -154,4 +154,4 @@ const matrix = matrixSection({
 });
 byId("epsilon").addEventListener("change", matrix.draw);
 onTheme(() => { heat.draw(); matrix.draw(); });
-matrix.open(data.moved[measures[0]]?.[0] ?? 0);
+matrix.begin(data.moved[measures[0]]?.[0] ?? 0);

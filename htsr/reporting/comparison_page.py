@@ -117,12 +117,12 @@ def comparison_document(page: ComparisonPage) -> Document:
         "comparison.html",
         means=cells_html(page.means),
         heat=fragment("heat.html"),
-        matrix=fragment("matrix.html"),
+        matrix=fragment("matrix.html", controls=""),
         table=fragment("table.html"),
     )
     remarks = "".join(f'<p class="reading">{escape(visible(remark))}</p>' for remark in page.remarks)
     header = f'<dl class="facts">{facts_html(page.facts)}</dl>{remarks}'
-    scripts = ("table.js", "heat.js", "spectra.js", "matrix.js", "comparison.js")
+    scripts = ("filters.js", "table.js", "heat.js", "spectra.js", "matrix.js", "comparison.js")
     return Document(page.title, header, body, content(page), scripts, ("comparison.css",))
 
 

@@ -48,11 +48,12 @@ function heatMap({
     if (cell.length) open(cell[(cell.indexOf(current) + 1) % cell.length]);
   }
 
-  function moveCursor(key) {
-    const [y, x] = cursor;
+  const start = () => place().map((position) => Math.max(position, 0));
+
+  function moved([y, x], key) {
     const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[key] ?? [0, 0];
     const column = { Home: 0, End: blocks.length - 1 }[key] ?? Math.min(Math.max(x + right, 0), blocks.length - 1);
-    cursor = [Math.min(Math.max(y + down, 0), roles.length - 1), column];
+    return [Math.min(Math.max(y + down, 0), roles.length - 1), column];
   }
 
   // What the keyboard is at, for the eye and for a screen reader.
@@ -61,23 +62,21 @@ function heatMap({
     const metric = byId("metric").value;
     const names = members[y][x].slice(0, NAMED).map((i) => `${rows[i].name}: ${text(value(i, metric)) || "no number"}`);
     const more = members[y][x].length > NAMED ? [`and ${members[y][x].length - NAMED} more`] : [];
-    const place = blocks[x] === "–" ? roles[y] : `${roles[y]}, block ${blocks[x]}`;
-    byId("cell").textContent = `${place}. ${[...names, ...more].join(", ") || "No matrix"}`;
+    const where = blocks[x] === "–" ? roles[y] : `${roles[y]}, block ${blocks[x]}`;
+    byId("cell").textContent = `${where}. ${[...names, ...more].join(", ") || "No matrix"}`;
   }
 
   function onKey(event) {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
-    if (["Enter", " "].includes(event.key)) openCell(cursor);
-    else if (/^Arrow|^Home$|^End$/.test(event.key)) moveCursor(event.key);
-    else return;
+    const opens = ["Enter", " "].includes(event.key);
+    if (!opens && !/^Arrow|^Home$|^End$/.test(event.key)) return;
     event.preventDefault();
-    say();
-    Plotly.relayout(box, { shapes: frames() });
+    if (opens) openCell(cursor ?? start());
+    else showCursor(moved(cursor ?? start(), event.key));
   }
 
-  function onFocus() {
-    if (!box.matches(":focus-visible")) return;
-    cursor ??= place()[0] < 0 ? [0, 0] : place();
+  function showCursor(cell) {
+    cursor = cell;
     say();
     Plotly.relayout(box, { shapes: frames() });
   }
@@ -132,7 +131,7 @@ function heatMap({
     draw();
     box.on("plotly_click", ({ points: [{ pointIndex }] }) => openCell(pointIndex));
     box.addEventListener("keydown", onKey);
-    box.addEventListener("focus", onFocus);
+    box.addEventListener("focus", () => { if (box.matches(":focus-visible")) showCursor(start()); });
     box.addEventListener("blur", onBlur);
   }
   return { draw, mark };

@@ -3,7 +3,9 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
-from html import escape
+from html import escape, unescape
+from importlib.resources import files
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ HOSTILE = "</script><img src=x onerror=alert(1)>&amp;"
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
 )
+NODE = shutil.which("node") or ""
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +85,74 @@ def test_nothing_is_loaded_and_only_the_two_scripts_may_run(page):
     scripts = re.findall(r"<script>\n?(.*?)</script>", text, re.DOTALL)
     assert len(scripts) == 2
     outside = re.sub(r"<script.*?</script>|<style>.*?</style>", "", text, flags=re.DOTALL)
-    assert not re.search(r"\b(src|href)\s*=", outside)
+    assert not re.search(r"\bsrc\s*=", outside)
+    assert set(re.findall(r"\bhref\s*=\s*(..)", outside)) <= {'"#'}  # links within the page alone
 
 
 def test_names_are_text_and_never_markup(page):
     text = page.read_text(encoding="utf-8")
     assert "<img src=x" not in text
     assert any(HOSTILE in str(row[0]) for row in data_of(text)["table"]["rows"])
+
+
+def test_what_stands_out_is_on_top_and_linked_to(analysis, page):
+    [broken, *_] = analysis.standouts()
+    assert broken.name == "model.layers.0.mlp.gate_proj"
+    text = page.read_text(encoding="utf-8")
+    position = [row.name for row in analysis].index(broken.name)
+    assert f'<a href="#{broken.name}" data-index="{position}">{broken.name}</a>' in text
+    assert text.index(broken.reason) < text.index('id="summary-title"') < text.index('id="data"')
+    assert data_of(text)["standouts"][0] == position
+
+
+def test_links_to_matrices_are_text_and_never_markup(analysis):
+    name = f"model.{HOSTILE}"
+    many = [(row.name, "other") for row in analysis if row.name != name]
+    page = html.render(analysis_document(replace(analysis._page(), standouts=[(name, f'"{HOSTILE}'), *many])), "plotly")
+    [address] = re.findall(r'<a href="#([^"]*)"[^>]*>model\.&lt;', page)
+    assert unquote(address) == name
+    assert "<img src=x" not in page
+    assert page.count("</details>") == 1  # the first few are seen, the others behind a click
+    assert page.index(">other<") < page.index("<details>") < page.rindex(">other<")
+
+
+def test_nothing_may_stand_out(analysis):
+    page = html.render(analysis_document(replace(analysis._page(), standouts=[])), "plotly")
+    assert "No matrix stands out" in page
+
+
+@pytest.mark.skipif(not NODE, reason="no node to run the filters in")
+def test_filters_let_through_what_they_say():
+    cases = {  # what is let through of -1, 2, 3.94, 6, 7e3 and no number
+        "": [-1, 2, 3.94, 6, 7000, None],
+        ">2": [3.94, 6, 7000],
+        ">= 2": [2, 3.94, 6, 7000],
+        "≤2": [-1, 2],
+        "< −.5": [-1],
+        "2..6": [2, 3.94, 6],
+        "..2": [-1, 2],
+        "6 ..": [6, 7000],
+        "3.9": [3.94],
+        "=4": [3.94],
+        "3.90": [],
+        "7e3": [7000],
+        ">": None,
+        "..": None,
+        "2..x": None,
+        "α > 2": None,
+        "1 2e": None,
+    }
+    program = """
+      const found = Object.keys(cases).map((wanted) => numberFilter(wanted));
+      const values = [-1, 2, 3.94, 6, 7e3, null];
+      const words = ["Light", "tail", ""].map((wanted) => ["light tail", "no ERG", null].map(wordFilter(wanted)));
+      console.log(JSON.stringify([found.map((test) => test && values.filter(test)), words]));
+    """
+    source = files("htsr.reporting").joinpath("filters.js").read_text(encoding="utf-8")
+    command = [NODE, "--eval", f"{source}\nconst cases = {json.dumps(cases)};{program}"]
+    found, words = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+    assert dict(zip(cases, found, strict=True)) == cases
+    assert words == [[True, False, False], [True, False, False], [True, True, True]]
 
 
 def test_the_page_says_what_notes_are_not(analysis, page):
@@ -105,14 +169,18 @@ def test_a_label_turns_no_text_around(analysis):
 
 
 @pytest.mark.skipif(not BROWSER, reason="no chromium to show the page in")
-def test_a_browser_draws_it(analysis, page, tmp_path):
+def test_a_browser_draws_it_and_opens_the_matrix_of_the_address(analysis, page, tmp_path):
+    name = f"model.{HOSTILE}"
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=8000", "--dump-dom", page.as_uri()]
+    command += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=8000", "--dump-dom"]
+    command += [f"{page.as_uri()}#{quote(name, safe='')}"]
     dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     body = re.search(r'<table id="table".*?<tbody>(.*?)</tbody>', dom, re.DOTALL)[1]
-    assert body.count("data-index=") == len(analysis)
+    assert body.count("data-index=") == body.count("<a href=") == len(analysis)
+    assert dom.count('aria-label="Filter by ') >= len(analysis.tables()[0].columns)
     assert dom.count('class="main-svg"') >= 2
+    assert unescape(re.search('<span id="matrix-name">(.*?)</span>', dom)[1]) == name
     assert "<img src=" not in dom
 
 
