@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from htsr.arrays import Vector
 from htsr.reporting import figures
-from htsr.reporting.html import Document, cells_html, chips_html, facts_html, fragment
+from htsr.reporting.html import Document, cells_html, chips_html, facts_html, fragment, heat_html, spectra_html
 from htsr.reporting.page_data import about_data, heat_data, line_data, marks_data, spectra_data, table_data
 from htsr.reporting.text import visible
 from htsr.results import Record, Table
@@ -61,8 +61,8 @@ def analysis_document(page: AnalysisPage) -> Document:
         standouts=_standouts(page),
         summary=cells_html(page.summary),
         notes=chips_html(page.notes) or "<p>No notes.</p>",
-        heat=fragment("heat.html"),
-        matrix=fragment("matrix.html", controls=_BESIDE),
+        heat=heat_html(),
+        matrix=spectra_html(_BESIDE),
         table=fragment("table.html"),
     )
     header = fragment("analysis-header.html", facts=facts_html(page.facts), caution=escape(page.caution))

@@ -10,7 +10,7 @@ from typing import Any
 
 from htsr.arrays import Vector
 from htsr.reporting import figures
-from htsr.reporting.html import Document, cells_html, facts_html, fragment, write_document
+from htsr.reporting.html import Document, cells_html, facts_html, fragment, heat_html, spectra_html, write_document
 from htsr.reporting.page_data import about_data, curve, heat_data, line_data, plain, spectra_data, table_data
 from htsr.reporting.text import visible
 from htsr.results import Record, Table
@@ -116,8 +116,8 @@ def comparison_document(page: ComparisonPage) -> Document:
     body = fragment(
         "comparison.html",
         means=cells_html(page.means),
-        heat=fragment("heat.html"),
-        matrix=fragment("matrix.html", controls=""),
+        heat=heat_html(),
+        matrix=spectra_html(),
         table=fragment("table.html"),
     )
     remarks = "".join(f'<p class="reading">{escape(visible(remark))}</p>' for remark in page.remarks)

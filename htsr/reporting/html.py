@@ -99,6 +99,17 @@ def fragment(name: str, **values: str) -> str:
     return Template(_asset(name)).substitute(values)
 
 
+def heat_html() -> str:
+    """The section of `heat.js`."""
+    return fragment("heat.html", map=fragment("heat-map.html"))
+
+
+def spectra_html(controls: str = "") -> str:
+    """The section of `matrix.js` for a page that draws spectra, with further HTML beside the switch of the view."""
+    switch = fragment("spectra.html")
+    return fragment("matrix.html", controls=controls + switch, plot="Spectrum of the matrix on logarithmic axes")
+
+
 def facts_html(facts: Mapping[str, str]) -> str:
     """Facts by name, those that are empty left out."""
     return "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items() if v)

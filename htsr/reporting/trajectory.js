@@ -342,5 +342,5 @@ onTheme(drawMetric);
 drawLines();
 drawSmall();
 byId("lines").on("plotly_click", ({ points: [{ x }] }) => goTo(positions.indexOf(x)));
-matrix.open(table.order()[0] ?? 0);
+matrix.begin(table.order()[0] ?? 0);
 drawSource();

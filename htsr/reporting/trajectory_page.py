@@ -69,11 +69,13 @@ def trajectory_document(page: TrajectoryPage) -> Document:
         first="" if points.steps else sources,  # of models one wants the ranking
         then=sources if points.steps else "",
         last=str(max(len(points.sources) - 1, 0)),
+        heat=fragment("heat-map.html"),
+        matrix=fragment("matrix.html", controls="", plot="The metric of the matrix over the sources"),
         table=fragment("table.html"),
     )
     remarks = "".join(f'<p class="reading">{escape(visible(remark))}</p>' for remark in page.remarks)
     header = f'<dl class="facts">{facts_html(page.facts)}</dl>{remarks}'
-    scripts = ("table.js", "heat.js", "matrix.js", "series.js", "trajectory.js")
+    scripts = ("filters.js", "table.js", "heat.js", "matrix.js", "series.js", "trajectory.js")
     return Document(page.title, header, body, content(page, points), scripts, ("trajectory.css",))
 
 
