@@ -1,7 +1,7 @@
 """Fine-tune SmolLM2-135M-Instruct by every method, each at its own best learning rate.
 
     python -m reports.owlore_small --data FOLDER --work FOLDER     hours on two cores; taken up where it was stopped
-    python -m reports.owlore_small --quick                         two methods, two steps, sums in place of the data
+    python -m reports.owlore_small --quick                         one method, one step, sums in place of the data
 
 FOLDER of the data holds arc_easy_train.jsonl, arc_easy_test.jsonl and openbookqa_train.jsonl: question, choices, answer.
 Every run is a recipe of `htsr finetune` in a process of its own. The learning rate of each arm is searched on the same
@@ -93,10 +93,9 @@ def main() -> None:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         if args.quick:
-            size = Size(2, 4, 8)
+            size = Size(1, 2, 4)
             prepare(args.data or sums(work / "sums"), work, size)
-            for arm in ("lora", "owlore"):
-                print(json.dumps(run(Job("test", arm, 2e-4), size, work)), flush=True)
+            print(json.dumps(run(Job("test", "owlore", 2e-4), size, work)), flush=True)
             return
         size = Size(args.steps, 8, args.questions)
         prepare(args.data, work, size)
