@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from htsr_cli import layerwise
+from htsr_cli import layerwise, repair
 from htsr_cli.options import (
     Alternatives,
     Block,
@@ -429,6 +429,9 @@ def project(
         model, output, run.parse_keep(keep), chosen, Words(quiet, verbose), Target.of(context, "table"),
         traps=remove_traps, fit=fit, seed=seed, revision=revision,
     )  # fmt: skip
+
+
+app.command("repair")(repair.repair)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -14,6 +14,8 @@ from htsr._version import __version__
 if TYPE_CHECKING:
     from htsr.analysis.analyze import Progress, analyze, describe
     from htsr.analysis.comparison import Comparison, compare
+    from htsr.analysis.repair import repair
+    from htsr.analysis.repair_result import Repair
     from htsr.analysis.result import Analysis
     from htsr.analysis.standouts import Standout
     from htsr.analysis.surgery import project
@@ -63,6 +65,8 @@ _HOMES = {
     "htsr.spectra.tail": ("PowerLawFit", "fit_power_law"),
     "htsr.spectra.windows": ("Windows",),
     "htsr.analysis.surgery": ("project",),
+    "htsr.analysis.repair": ("repair",),
+    "htsr.analysis.repair_result": ("Repair",),
     "htsr.analysis.trajectory": ("Trajectory",),
     "htsr.training.lora": ("lora_config",),
     "htsr.training.callbacks": ("LayerSamplerCallback", "LayerwiseCallback"),
@@ -103,6 +107,7 @@ __all__ = [
     "Policy",
     "PowerLawFit",
     "Progress",
+    "Repair",
     "SourceError",
     "Standout",
     "Streaming",
@@ -129,6 +134,7 @@ __all__ = [
     "project_tail",
     "remove_layerwise",
     "remove_traps",
+    "repair",
     "signal_to_noise",
     "spectral_projection",
     "stream_frozen",

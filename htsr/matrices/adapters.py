@@ -90,9 +90,18 @@ def adapter_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         SourceError: the folder holds no tensors, or they cannot be read.
     """
+    return {tensor.name.removeprefix(PREFIX): tensor for tensor in file_tensors(adapter_file(folder))}
+
+
+def adapter_file(folder: Path) -> Path:
+    """The file that holds the tensors of the adapter in `folder`.
+
+    Raises:
+        SourceError: there is none.
+    """
     for name in _FILES:
         if (folder / name).is_file():
-            return {tensor.name.removeprefix(PREFIX): tensor for tensor in file_tensors(folder / name)}
+            return folder / name
     raise SourceError(f"{folder} has no {_FILES[0]}")
 
 

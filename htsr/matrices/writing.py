@@ -73,7 +73,7 @@ def _target_name(file: Path, count: int) -> str:
     if file.suffix == ".safetensors":
         return file.name
     if count == 1:
-        return "model.safetensors"
+        return "adapter_model.safetensors" if file.stem == "adapter_model" else "model.safetensors"
     return f"{_renamed(file.stem)}.safetensors"
 
 

@@ -25,7 +25,7 @@ pandas = pytest.importorskip("pandas")
 pytest.importorskip("pyarrow")
 
 METRICS = {"train_loss": 1.25, "steps": 3, "peak_mib": 12.5, "peak_of": "x"}
-KINDS = ("analysis", "comparison", "model", "memory", "one memory plan", "plan", "outliers", "surgery", "run")
+KINDS = ("analysis", "comparison", "model", "memory", "one memory plan", "plan", "outliers", "surgery", "repair", "run")
 
 
 def memory_plan(method="lora"):
@@ -61,6 +61,7 @@ def results(tmp_path_factory):
         htsr.layerwise_plan(state_dict(), "llr", min_size=20),
         outliers(),
         project(model, folder / "out", 3, traps=True),
+        htsr.repair(save_folder(folder / "tuned", state_dict(2, seed=1)), model),
         Result("runs/tiny", METRICS, (Coverage("a", 0.5, 1, 1.0),)),
     )
     return dict(zip(KINDS, found, strict=True))

@@ -1,0 +1,243 @@
+"""Repair of a checkpoint: each matrix beside the base's matrix of the same stored name, as both are stored.
+
+Nothing is brought to another layout: a base in another format (GGUF beside safetensors) has other names and is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from htsr.analysis.repair_methods import Method
+from htsr.analysis.repair_result import Repair, RepairedMatrix
+from htsr.analysis.rewriting import Advance, Checkpoint, check_goal, copied, operate, write_copies
+from htsr.errors import MatrixError, SourceError, UsageError
+from htsr.matrices.adapters import adapter_folder
+from htsr.matrices.file_bytes import TensorInFile
+from htsr.matrices.folders import read_config
+from htsr.matrices.models import Filter, WeightMatrix, as_filter
+from htsr.matrices.quantized import dequantized
+from htsr.matrices.sources import open_model
+from htsr.matrices.stored_tensors import FLOATS, StoredTensor
+from htsr.spectra.denoising import intruders
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Base:
+    """The tensors of a base model, read whole; the last one stays in memory, for the next part of it.
+
+    Args:
+        checkpoint: where the base lies.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        folder = checkpoint.place if checkpoint.place.is_dir() else checkpoint.place.parent
+        if adapter_folder(checkpoint.place) is not None:
+            raise UsageError(f"{checkpoint.name} is an adapter, and no base model")
+        self.name = checkpoint.name
+        self._tensors = {t.name: t for t in dequantized(checkpoint.tensors(), read_config(folder))}
+        self.read: Callable[[str, tuple[int, ...]], torch.Tensor] = lru_cache(maxsize=1)(self._read)
+
+    def find(self, name: str) -> StoredTensor | None:
+        """The tensor of this name, or the only one that differs from it by a prefix such as ``model.``; else None."""
+        if name in self._tensors:
+            return self._tensors[name]
+        alike = [t for other, t in self._tensors.items() if other.endswith(f".{name}") or name.endswith(f".{other}")]
+        return alike[0] if len(alike) == 1 else None
+
+    def has_any(self, names: Iterable[str]) -> bool:
+        """Whether any of these tensors is there."""
+        return any(self.find(name) for name in names)
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        import torch
+
+        tensor = self.find(name)
+        if tensor is None:
+            raise MatrixError("unmatched", f"{name} is not in {self.name}")
+        if tensor.problem is not None:
+            raise MatrixError(*tensor.problem)
+        if tuple(tensor.shape) != shape:
+            raise MatrixError("unmatched", f"{name} is {shape} here and {tuple(tensor.shape)} in {self.name}")
+        return torch.as_tensor(tensor.read())
+
+
+@dataclass(frozen=True)
+class _Repairer:
+    """The operator on matrices of a checkpoint, whose tensors have `shapes`; a dry one writes nothing."""
+
+    method: Method
+    base: Base
+    shapes: dict[str, tuple[int, ...]]
+    dry: bool
+
+    def leave(self, matrix: WeightMatrix, status: str, why: str) -> RepairedMatrix:
+        return replace(row_of(matrix), status=status, warning=why)
+
+    def operate(self, matrix: WeightMatrix, W: torch.Tensor) -> tuple[torch.Tensor | None, RepairedMatrix]:
+        import torch
+
+        tensor = matrix.position.tensor
+        old: Any = matrix.position.take(self.base.read(tensor, self.shapes[tensor]))
+        wide = torch.float64 if torch.float64 in (W.dtype, old.dtype) else torch.float32
+        old = old.to(wide)
+        left, row = repaired(W.to(wide) - old, old, self.method, row_of(matrix), self.dry)
+        return None if left is None or self.dry else old + left, row
+
+
+def row_of(matrix: WeightMatrix) -> RepairedMatrix:
+    """The row of a matrix of which nothing is known yet."""
+    rows, columns = matrix.shape
+    return RepairedMatrix(name=matrix.name, role=matrix.role, block=matrix.block, rows=rows, columns=columns)
+
+
+def repaired(
+    change: torch.Tensor, base: torch.Tensor | None, method: Method, row: RepairedMatrix, count: bool
+) -> tuple[torch.Tensor | None, RepairedMatrix]:
+    """What is left of a change.
+
+    Args:
+        change: ΔW, (m, n) or (pieces, m, n), float32 or float64.
+        base: matrix before fine-tuning, in the shape of `change`; None where neither method nor count needs it.
+        method: what is done.
+        row: row of the matrix, to be filled in.
+        count: whether to count intruders under every method.
+
+    Returns:
+        The new change, None where nothing is taken away; and the row.
+
+    Raises:
+        MatrixError: entries are NaN or infinite, or the change has no spectrum to speak of.
+    """
+    size = _norm(change)
+    if not size < float("inf"):
+        raise MatrixError("nan", "its change has NaN, infinite or overflowing entries")
+    row = replace(row, change_norm=size, relative=size / _norm(base) if base is not None and base.any() else None)
+    if size == 0:
+        return None, replace(row, status="unchanged")
+    left = method.leave(change, base)
+    row = replace(
+        row,
+        status="kept" if left.change is None else "ok",
+        warning=left.note,
+        norm_kept=1.0 if left.change is None else (_norm(left.change) / size) ** 2,
+        kept=left.kept,
+        total=left.total,
+        threshold=left.threshold,
+    )
+    if base is not None and (count or method.name == "intruders"):
+        look: dict[str, Any] = {"k": method.k, "epsilon": method.epsilon} if method.name == "intruders" else {}
+        base = base.to(change)
+        before = intruders(base, base + change, **look)
+        after = before if left.change is None else intruders(base, base + left.change, **look)
+        row = replace(row, intruders_before=before, intruders_after=after)
+    return left.change, row
+
+
+def _norm(x: torch.Tensor) -> float:
+    import torch
+
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+
+
+def repair_checkpoint(
+    model: Checkpoint,
+    against: Checkpoint,
+    output: str | os.PathLike[str] | None,
+    method: Method,
+    where: Filter | None,
+    progress: Advance | None,
+) -> Repair:
+    """`htsr.repair` of a model that is no adapter.
+
+    Args:
+        model: fine-tuned model.
+        against: base model.
+        output: folder to write; None for nothing.
+        method: what is done.
+        where: filter of the matrices to change; where that is all, interpolation takes in what is no matrix, too.
+        progress: function that is called after each matrix.
+
+    Raises:
+        SourceError: a model cannot be read, or the two have no tensor in common.
+        UsageError: the output is in use, the base is an adapter, or no matrix passes the filter.
+        HtsrError: the output cannot be written.
+    """
+    goal = None if output is None else check_goal(output, model, against)
+    everything = open_model(model.place)
+    wanted = everything.filtered(as_filter(where)).matrices
+    tensors = {tensor.name: tensor for tensor in model.tensors()}
+    base = Base(against)
+    if not base.has_any(m.position.tensor for m in wanted):
+        raise SourceError(f"{model.name} and {against.name} have no matrix with the same name in common")
+    places = {m.position.tensor for m in everything}
+    others = _Others(
+        method, len(wanted) == len(everything.matrices), base, [t for t in tensors.values() if t.name not in places]
+    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    repairer = _Repairer(method, base, shapes, goal is None)
+
+    def result(rows: list[RepairedMatrix], count: int) -> Repair:
+        return Repair(model.name, against.name, method, goal, tuple(rows), count, others.change)
+
+    if goal is None:
+        rows = operate(wanted, repairer, lambda name: torch_of(tensors[name]), lambda *_: None, progress)
+        return result(rows, others.go(None))
+    copies = model.copies()
+    with copied(model.place, model.files(), goal) as (folder, stored):
+        rows = operate(
+            wanted, repairer, lambda name: stored[name].read(), lambda name, W: stored[name].write(W), progress
+        )
+        found = result(rows, others.go(stored))
+        if all(row.status == "quantized" for row in rows):
+            raise SourceError(f"the matrices of {model.name} are quantised: de-quantise it first, and take that")
+        changed = {m.position.tensor for m, row in zip(wanted, rows, strict=True) if row.status == "ok"}
+        write_copies(copies, changed, stored)
+        found.record(folder)
+    return found
+
+
+def torch_of(tensor: StoredTensor) -> torch.Tensor:
+    """A stored tensor, read."""
+    import torch
+
+    return torch.as_tensor(tensor.read())
+
+
+@dataclass(frozen=True)
+class _Others:
+    """The tensors that are no matrices: interpolated where all of the model is, else kept."""
+
+    method: Method
+    all: bool
+    base: Base
+    tensors: list[StoredTensor]
+
+    @property
+    def change(self) -> bool:
+        return self.all and self.method.name == "interpolate"
+
+    def go(self, stored: dict[str, TensorInFile] | None) -> int:
+        """How many differ from the base; they are changed where they are `stored`."""
+        count = 0
+        for tensor in self.tensors:
+            if tensor.dtype not in FLOATS or tensor.problem is not None:
+                continue
+            try:
+                old = self.base.read(tensor.name, tuple(tensor.shape))
+            except MatrixError:  # the base has no such tensor
+                continue
+            new = torch_of(tensor)
+            change = new.double() - old.double()
+            if not change.any():
+                continue
+            count += 1
+            if stored is not None and self.change:
+                assert self.method.factor is not None
+                stored[tensor.name].write((old.double() + self.method.factor * change).to(new.dtype))
+        return count
