@@ -65,7 +65,7 @@ function drawDirections(index) {
 function drawCosines({ k, cosines, a, b, nearest }) {
   const epsilon = Number(byId("epsilon").value);
   const intruders = [...nearest.keys()].filter((j) => nearest[j] < epsilon);
-  const [few, many] = [cosines.length, k > cosines.length ? ` The first ${cosines.length} of ${k} are shown.` : ""];
+  const [few, many] = [byId("cosines").clientWidth < 480 ? Infinity : cosines.length, k > cosines.length ? ` The first ${cosines.length} of ${k} are shown.` : ""];
   const named = intruders.map((j) => `${j + 1} (σ = ${text(b[j])}, nearest ${nearest[j]})`).join(", ");
   byId("directions-note").textContent = "|cosine| of the leading left singular vectors, those of a in rows, of b in "
     + `columns.${many} ` + (named ? `Intruders: ${named}.` : `No direction of b is an intruder below ${epsilon}.`);
