@@ -65,7 +65,8 @@ function drawDirections(index) {
 function drawCosines({ k, cosines, a, b, nearest }) {
   const epsilon = Number(byId("epsilon").value);
   const intruders = [...nearest.keys()].filter((j) => nearest[j] < epsilon);
-  const [few, many] = [byId("cosines").clientWidth < 480 ? Infinity : cosines.length, k > cosines.length ? ` The first ${cosines.length} of ${k} are shown.` : ""];
+  const roomy = cosines.length <= 12 && byId("cosines").clientWidth > 440; // for the numbers
+  const many = k > cosines.length ? ` The first ${cosines.length} of ${k} are shown.` : "";
   const named = intruders.map((j) => `${j + 1} (σ = ${text(b[j])}, nearest ${nearest[j]})`).join(", ");
   byId("directions-note").textContent = "|cosine| of the leading left singular vectors, those of a in rows, of b in "
     + `columns.${many} ` + (named ? `Intruders: ${named}.` : `No direction of b is an intruder below ${epsilon}.`);
@@ -75,8 +76,8 @@ function drawCosines({ k, cosines, a, b, nearest }) {
   )));
   const squares = {
     type: "heatmap", x: ranks(b.length), y: ranks(a.length), z: cosines, zmin: 0, zmax: 1, xgap: 1, ygap: 1,
-    text: few > 12 ? undefined : cosines.map((line) => line.map((value) => value.toFixed(2))),
-    texttemplate: few > 12 ? undefined : "%{text}", hovertext: hover, hovertemplate: "%{hovertext}<extra></extra>",
+    text: cosines.map((line) => line.map((value) => (roomy ? value.toFixed(2) : ""))), texttemplate: "%{text}",
+    hovertext: hover, hovertemplate: "%{hovertext}<extra></extra>",
     colorscale: "Viridis", colorbar: { thickness: 14, outlinewidth: 0, title: { text: "|cosine|", side: "right" } },
   };
   const frames = intruders.map((j) => ({
@@ -85,7 +86,7 @@ function drawCosines({ k, cosines, a, b, nearest }) {
   const signs = intruders.map((j) => ({
     x: j + 1, y: 0.5, text: "▼", showarrow: false, yanchor: "bottom", font: { color: colour("fit"), size: 14 },
   }));
-  const axis = { showgrid: false, zeroline: false, fixedrange: true, dtick: few > 20 ? 5 : 1, automargin: true };
+  const axis = { showgrid: false, zeroline: false, fixedrange: true, dtick: cosines.length > 20 ? 5 : 1, automargin: true };
   Plotly.react("cosines", [squares], layout({
     margin: { l: 10, r: 10, t: 24, b: 10 },
     xaxis: { ...axis, title: { text: `rank in ${inPlot(data.models[1])} (b)` } },

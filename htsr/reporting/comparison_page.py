@@ -80,8 +80,8 @@ class ComparisonPage:
         eigenvalues_a: spectra of a by the names of the records, (K,) ascending.
         eigenvalues_b: spectra of b, likewise.
         cosines: leading directions of both models, by the names of the records.
-        heads: numbers of each attention head, one record a head with the same fields in all, by the names of the
-            records.
+        heads: numbers of each attention head, one record a head with ``head`` and numbers of the change, by the names of
+            the records.
         xmax: largest eigenvalue that took part in the fits; None for all.
     """
 
@@ -233,6 +233,5 @@ def _cosines(found: Cosines | None) -> dict[str, Any] | None:
 def _heads(heads: Sequence[Record]) -> dict[str, Any] | None:
     if not heads:
         return None
-    fields = [name for name in heads[0] if name not in ("name", "role", "block")]
-    fields = [name for name in fields if any(head[name] is not None for head in heads)]
-    return {"fields": fields, "values": [[plain(head[name]) for name in fields] for head in heads]}
+    fields = [name for name in ("head", *_LABELS) if any(head.get(name) is not None for head in heads)]
+    return {"fields": fields, "values": [[plain(head.get(name)) for name in fields] for head in heads]}
