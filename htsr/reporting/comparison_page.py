@@ -80,8 +80,8 @@ class ComparisonPage:
         eigenvalues_a: spectra of a by the names of the records, (K,) ascending.
         eigenvalues_b: spectra of b, likewise.
         cosines: leading directions of both models, by the names of the records.
-        heads: numbers of each attention head, one record a head with ``head`` and numbers of the change, by the names of
-            the records.
+        heads: numbers of each attention head, one record a head with ``head`` and numbers of the change, by the names
+            of the records.
         xmax: largest eigenvalue that took part in the fits; None for all.
     """
 

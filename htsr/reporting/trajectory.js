@@ -40,6 +40,15 @@ function depthColour(share) {
   return `rgb(${stops[low].map((value, i) => Math.round(value + part * (stops[low + 1][i] - value))).join(", ")})`;
 }
 
+// The means of some matrices, at each source where one of them was measured.
+function groupLine(members, metric, mode) {
+  const series = shownSeries(metric, mode);
+  const own = measured(metric);
+  return meansOf(members.map((index) => series[index]))
+    .map((point, source) => ({ ...point, source }))
+    .filter(({ source }) => members.some((index) => own[index][source] !== undefined));
+}
+
 // ---- axes -------------------------------------------------------------------------------------------------------
 
 function sourceAxis(more = {}) {
@@ -74,17 +83,18 @@ function groupsBy(by, metric) {
 
 function drawLines() {
   const { metric, mode: shown, by } = chosen();
-  const series = shownSeries(metric, shown);
   const groups = groupsBy(by, metric);
   const traces = groups.map(([name, members], i) => {
-    const line = meansOf(members.map((index) => series[index]));
+    const line = groupLine(members, metric, shown);
     const hue = HUES[theme()];
     const color = by === "block" ? depthColour(i / Math.max(groups.length - 1, 1)) : hue[i % hue.length];
     return {
-      x: positions, y: line.map((point) => point.mean), name: inPlot(name), mode: mode(),
+      x: line.map(({ source }) => positions[source]), y: line.map((point) => point.mean), name: inPlot(name), mode: mode(),
       line: { color, width: 1.8, dash: by === "block" ? "solid" : DASHES[Math.floor(i / hue.length) % DASHES.length] },
       marker: { color, size: 5 },
-      customdata: line.map(({ count }, s) => [inPlot(data.sources[s]), members.length > 1 ? `<br>mean of ${count} of ${members.length}` : ""]),
+      customdata: line.map(({ count, source }) => (
+        [inPlot(data.sources[source]), members.length > 1 ? `<br>mean of ${count} of ${members.length}` : ""]
+      )),
       hovertemplate: "%{customdata[0]}: <b>%{y:.4~g}</b>%{customdata[1]}<extra>%{fullData.name}</extra>",
     };
   });
@@ -100,7 +110,6 @@ function drawLines() {
 
 function drawSmall() {
   const { metric, mode: shown } = chosen();
-  const series = shownSeries(metric, shown);
   const { roles, blocks, members } = data.heat;
   const across = innerWidth > 1100 ? 4 : innerWidth > 700 ? 3 : innerWidth > 480 ? 2 : 1;
   const down = Math.ceil(roles.length / across);
@@ -114,7 +123,7 @@ function drawSmall() {
     more[`xaxis${suffix}`] = sourceAxis({ domain: domain.x, anchor: `y${suffix}`, title: { text: "" }, nticks: 4, automargin: false, ...(data.steps ? {} : { showticklabels: false }) });
     more[`yaxis${suffix}`] = { ...valueAxis(""), domain: domain.y, anchor: `x${suffix}`, nticks: 4, automargin: false };
     titles.push({ text: `<b>${inPlot(role)}</b>`, showarrow: false, xref: "paper", yref: "paper", x: domain.x[0], y: domain.y[1], xanchor: "left", yanchor: "bottom" });
-    traces.push(...roleTraces(members[r], blocks, series).map((trace) => ({ ...trace, xaxis: `x${suffix}`, yaxis: `y${suffix}` })));
+    traces.push(...roleTraces(members[r], blocks, metric, shown).map((trace) => ({ ...trace, xaxis: `x${suffix}`, yaxis: `y${suffix}` })));
   });
   byId("small").style.height = `${down * 210 + 20}px`;
   Plotly.react("small", traces, layout({
@@ -123,23 +132,25 @@ function drawSmall() {
 }
 
 // One line a block, those of like depth in one trace, and their mean.
-function roleTraces(cells, blocks, series) {
+function roleTraces(cells, blocks, metric, shown) {
   const depths = Array.from({ length: DEPTHS }, () => ({ x: [], y: [], text: [] }));
-  const lines = cells.map((cell) => meansOf(cell.map((index) => series[index])).map((point) => point.mean));
-  lines.forEach((line, b) => {
-    if (!line.length) return;
+  cells.forEach((cell, b) => {
+    const line = groupLine(cell, metric, shown);
     const depth = depths[Math.floor((b / blocks.length) * DEPTHS)];
-    depth.x.push(...positions, null);
-    depth.y.push(...line, null);
-    depth.text.push(...data.sources.map((source) => `block ${blocks[b]}, ${inPlot(source)}`), "");
+    depth.x.push(...line.map(({ source }) => positions[source]), null);
+    depth.y.push(...line.map((point) => point.mean), null);
+    depth.text.push(...line.map(({ source }) => `block ${blocks[b]}, ${inPlot(data.sources[source])}`), "");
   });
   const present = depths.map((depth, i) => ({
     ...depth, mode: "lines", hovertemplate: "%{text}: <b>%{y:.4~g}</b><extra></extra>",
     line: { color: depthColour(i / (DEPTHS - 1)), width: 1 },
   })).filter(({ x }) => x.length);
-  const middle = { color: colour("ink"), width: 2.5 };
-  const all = meansOf(lines.filter((line) => line.length)).map((point) => point.mean);
-  return [...present, { x: positions, y: all, mode: "lines", line: middle, hovertemplate: "mean: <b>%{y:.4~g}</b><extra></extra>" }];
+  const all = groupLine(cells.flat(), metric, shown);
+  const middle = {
+    x: all.map(({ source }) => positions[source]), y: all.map((point) => point.mean), mode: "lines",
+    line: { color: colour("ink"), width: 2.5 }, hovertemplate: "mean: <b>%{y:.4~g}</b><extra></extra>",
+  };
+  return [...present, middle];
 }
 
 // ---- heat map of one source -------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from htsr.reporting.trajectories import Pivot, pivot
 from htsr.results import Record, Table
 
 _SIGMA = "sigma"
+_MOST = 1_000_000  # numbers that a page holds, some 8 MB
 _PLACE = {"source", "step", "name", "role", "block"}
 
 
@@ -73,18 +74,22 @@ def trajectory_document(page: TrajectoryPage) -> Document:
         matrix=fragment("matrix.html", controls="", plot="The metric of the matrix over the sources"),
         table=fragment("table.html"),
     )
-    remarks = "".join(f'<p class="reading">{escape(visible(remark))}</p>' for remark in page.remarks)
+    metrics = _metrics(page, points)
+    shown = _room(metrics, len(page.records))
+    few = f"Of {len(page.records):,} points, this page has {len(shown)} of {len(metrics)} metrics."
+    said = [*page.remarks, *([few] if shown != metrics else [])]
+    remarks = "".join(f'<p class="reading">{escape(visible(remark))}</p>' for remark in said)
     header = f'<dl class="facts">{facts_html(page.facts)}</dl>{remarks}'
     scripts = ("filters.js", "table.js", "heat.js", "matrix.js", "series.js", "trajectory.js")
-    return Document(page.title, header, body, content(page, points), scripts, ("trajectory.css",))
+    return Document(page.title, header, body, content(page, points, shown), scripts, ("trajectory.css",))
 
 
 def _kind(points: Pivot) -> str:
     return "model" if points.steps is None else "checkpoint"
 
 
-def content(page: TrajectoryPage, points: Pivot) -> dict[str, Any]:
-    """What the scripts draw.
+def content(page: TrajectoryPage, points: Pivot, metrics: Sequence[str]) -> dict[str, Any]:
+    """What the scripts draw of the named metrics.
 
     ============ =====================================================================================
     kind         ``checkpoint`` or ``model``
@@ -99,7 +104,6 @@ def content(page: TrajectoryPage, points: Pivot) -> dict[str, Any]:
     scales       per metric: limits of the colours of its numbers, and of their change since the first
     ============ =====================================================================================
     """
-    metrics = _metrics(page, points)
     return {
         "kind": _kind(points),
         "sources": [visible(source) for source in points.sources],
@@ -118,12 +122,19 @@ def content(page: TrajectoryPage, points: Pivot) -> dict[str, Any]:
 
 
 def _metrics(page: TrajectoryPage, points: Pivot) -> list[str]:
-    """The metrics that are shown: those that people look at first, and others that differ between checkpoints."""
+    """The metrics of the points: those that people look at first, and others that differ between checkpoints."""
     found = [name for name in dict.fromkeys([*figures.LABELS, *page.numeric]) if name in page.numeric]
     found = [name for name in found if name not in _PLACE and np.isfinite(points.column(name)).any()]
-    if points.steps is None:
-        return found
-    return [name for name in found if name in figures.LABELS or np.nan_to_num(points.changes(name)).any()]
+    if points.steps is not None:
+        found = [name for name in found if name in figures.LABELS or np.nan_to_num(points.changes(name)).any()]
+    return found
+
+
+def _room(metrics: Sequence[str], points: int) -> list[str]:
+    """The metrics that there is room for: of very many points, those that people look at first."""
+    if len(metrics) * points <= _MOST:
+        return list(metrics)
+    return [name for name in metrics if name in figures.LABELS]
 
 
 def _scales(points: Pivot, metric: str) -> dict[str, Any]:

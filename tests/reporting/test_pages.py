@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,10 +129,10 @@ def trajectory(request):
 
 
 def test_a_run_goes_by_its_steps_and_models_as_they_were_given(trajectory):
-    data = trajectory_page.content(trajectory, pivot(trajectory.records))
+    data = data_of(html.render(trajectory_document(trajectory), "plotly"))
     order = [source[-1] for source in data["sources"]]
     if data["kind"] == "checkpoint":
-        assert (order, data["steps"]) == (["0", "1", "2"], (0, 100, 200))
+        assert (order, data["steps"]) == (["0", "1", "2"], [0, 100, 200])
         assert "rows" not in data["values"]  # they never change
     else:
         assert (order, data["steps"]) == (["2", "0", "1"], None)
@@ -141,6 +142,14 @@ def test_a_run_goes_by_its_steps_and_models_as_they_were_given(trajectory):
         assert shown.sources[source] == record["source"]
         assert data["matrices"][matrix]["name"] == record["name"]
         assert data["values"]["alpha"][at] == (record["alpha"] and pytest.approx(record["alpha"], rel=1e-5))
+
+
+def test_of_too_many_points_the_page_says_what_it_leaves_out(trajectory, monkeypatch):
+    monkeypatch.setattr(trajectory_page, "_MOST", 3 * len(trajectory.records))
+    records = [record | {"odd": float(i)} for i, record in enumerate(trajectory.records)]
+    document = trajectory_document(replace(trajectory, records=records, numeric=(*trajectory.numeric, "odd")))
+    assert list(document.data["values"]) == ["alpha", "sigma", "entropy"]
+    assert "this page has 3 of" in document.header
 
 
 def test_only_steps_pass_a_number_on(trajectory):
@@ -156,7 +165,7 @@ def test_only_steps_pass_a_number_on(trajectory):
 @pytest.mark.skipif(not NODE, reason="no node to run the script in")
 def test_the_script_computes_the_same_series(trajectory):
     points = pivot(trajectory.records)
-    data = trajectory_page.content(trajectory, points)
+    data = trajectory_page.content(trajectory, points, ["alpha"])
     program = (
         html._asset("series.js")
         + """
