@@ -117,23 +117,23 @@ function drawMoved() {
   const measure = byId("measure").value;
   byId("moved").replaceChildren(...(data.moved[measure] ?? []).map((index) => {
     const expected = rows[index][`${measure}_null`];
-    const button = make("button", "", { type: "button", "data-index": index });
-    button.append(
+    const link = make("a", "", { href: addressOf(rows[index].name), "data-index": index });
+    link.append(
       make("span", rows[index].name, { class: "name" }),
       make("span", text(rows[index][measure]), { class: "value" }),
       make("span", expected == null ? rows[index].role : `null ${text(expected)}`, { class: "beside" }),
     );
-    button.addEventListener("click", () => open(index));
+    link.addEventListener("click", (event) => byLink(event, open, index));
     const item = make("li");
-    item.append(button);
+    item.append(link);
     return item;
   }));
 }
 
 function markMoved(index) {
-  byId("moved").querySelectorAll("button").forEach((button) => {
-    if (Number(button.dataset.index) === index) button.setAttribute("aria-current", "true");
-    else button.removeAttribute("aria-current");
+  byId("moved").querySelectorAll("a").forEach((link) => {
+    if (Number(link.dataset.index) === index) link.setAttribute("aria-current", "true");
+    else link.removeAttribute("aria-current");
   });
 }
 

@@ -106,6 +106,8 @@ function drawLines() {
   }), { ...CONFIG, displayModeBar: false });
 }
 
+const around = ([low, high], margin = 0.03 * (high - low || 1)) => [low - margin, high + margin];
+
 // ---- one plot a role --------------------------------------------------------------------------------------------
 
 function drawSmall() {
@@ -120,7 +122,7 @@ function drawSmall() {
     const suffix = r ? String(r + 1) : "";
     const [column, line] = [r % across, Math.floor(r / across)];
     const domain = { x: [(column + 0.12) / across, (column + 0.97) / across], y: [1 - (line + 0.86) / down, 1 - (line + 0.12) / down] };
-    more[`xaxis${suffix}`] = sourceAxis({ domain: domain.x, anchor: `y${suffix}`, title: { text: "" }, nticks: 4, automargin: false, ...(data.steps ? {} : { showticklabels: false }) });
+    more[`xaxis${suffix}`] = sourceAxis({ domain: domain.x, anchor: `y${suffix}`, title: { text: "" }, nticks: 4, automargin: false, range: around(extent(positions)), ...(data.steps ? {} : { showticklabels: false }) });
     more[`yaxis${suffix}`] = { ...valueAxis(""), domain: domain.y, anchor: `x${suffix}`, nticks: 4, automargin: false };
     titles.push({ text: `<b>${inPlot(role)}</b>`, showarrow: false, xref: "paper", yref: "paper", x: domain.x[0], y: domain.y[1], xanchor: "left", yanchor: "bottom" });
     traces.push(...roleTraces(members[r], blocks, metric, shown).map((trace) => ({ ...trace, xaxis: `x${suffix}`, yaxis: `y${suffix}` })));
