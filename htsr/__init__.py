@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from htsr.analysis.result import Analysis
     from htsr.analysis.standouts import Standout
     from htsr.analysis.surgery import project
+    from htsr.analysis.tracking import track
     from htsr.analysis.trajectory import Trajectory
     from htsr.calibration.outlier_scores import measure_outliers
     from htsr.calibration.outliers import OutlierRow, Outliers
@@ -67,6 +68,7 @@ _HOMES = {
     "htsr.analysis.surgery": ("project",),
     "htsr.analysis.repair": ("repair",),
     "htsr.analysis.repair_result": ("Repair",),
+    "htsr.analysis.tracking": ("track",),
     "htsr.analysis.trajectory": ("Trajectory",),
     "htsr.training.lora": ("lora_config",),
     "htsr.training.callbacks": ("LayerSamplerCallback", "LayerwiseCallback"),
@@ -138,6 +140,7 @@ __all__ = [
     "signal_to_noise",
     "spectral_projection",
     "stream_frozen",
+    "track",
 ]
 
 

@@ -11,6 +11,8 @@ from htsr.arrays import Array, as_numpy
 from htsr.spectra.device import on_device
 from htsr.spectra.exact_products import exact_products
 
+_AT_ONCE = 1 << 20  # entries
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -61,6 +63,35 @@ def distance(a: Array, b: Array, device: str = "cpu") -> Distance | None:
     relative = frobenius / float(np.ldexp(norm_a, _exponent(largest[0])))
     cosine = min(max(inner / (norm_a * norm_b), -1.0), 1.0)
     return Distance(frobenius, relative, cosine, cka(A, B, device))
+
+
+def squared_norm(matrix: Array, minus: Array | None = None) -> float:
+    """‖A‖_F² or ‖A - B‖_F², with all sums in float64, some rows at a time.
+
+    Args:
+        matrix: A, (m, n) or (pieces, m, n), any float dtype.
+        minus: B, in the shape of `matrix`; None for nothing.
+
+    Returns:
+        The square; not finite where a matrix is not.
+
+    Examples:
+        >>> import numpy as np
+        >>> from htsr.analysis.distance import squared_norm
+        >>> squared_norm(np.full((2, 2), 3.0)), squared_norm(np.full((2, 2), 3.0), np.ones((2, 2)))
+        (36.0, 16.0)
+    """
+    A = as_numpy(matrix)
+    A = A.reshape(-1, A.shape[-1])
+    B = None if minus is None else as_numpy(minus).reshape(A.shape)
+    total, rows = 0.0, max(1, _AT_ONCE // max(1, A.shape[-1]))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(A), rows):
+            part = A[start : start + rows].astype(np.float64)
+            if B is not None:
+                part -= B[start : start + rows]
+            total += float(np.square(part).sum())
+    return total
 
 
 def _exponent(*numbers: float) -> int:

@@ -1,0 +1,271 @@
+"""Measure the checkpoints of a run, or several models, one after the other: what was measured is not measured again.
+
+trajectory = htsr.track("runs/mine", save="runs/mine/spectra.jsonl")
+trajectory.plot("alpha", by="role")
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from htsr.analysis.analyze import Progress, analyze_model, make_options
+from htsr.analysis.checkpoints import Checkpoint, Sources, checkpoints_of, label_of
+from htsr.analysis.journal import Journal
+from htsr.analysis.reference import Reference
+from htsr.analysis.trajectory import Trajectory, trajectory_of
+from htsr.analysis.trajectory_file import (
+    Header,
+    Point,
+    Points,
+    TrajectoryFile,
+    check_saved_to,
+    is_trajectory,
+    read_trajectory,
+)
+from htsr.errors import SourceError, UsageError
+from htsr.matrices.adapter_config import read_adapter_config
+from htsr.matrices.adapters import adapter_folder
+from htsr.matrices.models import Filter, Model, as_filter
+from htsr.matrices.sources import Source, locate, open_model
+from htsr.ranks import Ranks
+from htsr.spectra.metrics import Options
+
+logger = logging.getLogger(__name__)
+
+_CALL, _ADVICE = "htsr.track", ", or one alone with distributed=False"
+_UNREADABLE = "unreadable"  # status of rows that another attempt may give numbers
+
+
+def track(
+    sources: Sources,
+    *,
+    against: Source | None = None,
+    save: str | os.PathLike[str] | None = None,
+    where: Filter | None = None,
+    full: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    distributed: bool = True,
+    **options: Any,
+) -> Trajectory:
+    """The spectra of a run's checkpoints, or of several models, matrix by matrix.
+
+    Args:
+        sources: a folder with checkpoints, as the Trainer, Lightning or a loop of one's own leaves them
+            (``checkpoint-500``, ``step_500``, ``epoch=1-step=500.ckpt`` …; the final model in it counts, too, where it
+            is a later one), whole models or adapters; or a list of models as `htsr.analyze` takes them, hub ids also as
+            ``owner/name@revision``; or models by label, or by their step as a whole number. The path of a saved
+            trajectory (.jsonl) is read as it is.
+        against: base model that is subtracted: spectra are then those of the changes, as in `htsr.analyze`. A ΔW that
+            an adapter holds is such a change already.
+        save: trajectory file (.jsonl) that measurements are appended to, each checkpoint when it is done. What is in it
+            already is not measured again, as long as the files of the checkpoint are the same (path, size, date), and
+            stays in it when they are deleted; a checkpoint that was interrupted goes on where it stopped.
+        where: filter of the matrices that are wanted; all by default.
+        full: whether to add bulk, permuted weights and alternatives to the power law.
+        progress: function that is called after each matrix; its `Progress.fraction` is that of all checkpoints.
+        distributed: whether the ranks of `accelerate launch` or `torchrun` share the matrices; each of them then has to
+            call this with the same sources. Only the first one writes.
+        **options: fields of `htsr.Options`, as in `htsr.analyze`.
+
+    Returns:
+        A `Trajectory`; with `save`, of all that is in the file. A checkpoint that cannot be read is in its `problems`,
+        and one that is still being written is left out, each with a warning in the log. The reference of ``relative``
+        is `against`, or else the first checkpoint of a run; for different models there is none, nor for adapters
+        without `against`.
+
+    Raises:
+        SourceError: no source can be read, or `save` is a damaged file.
+        UsageError: an option has no meaning, no matrix passes the filter, `save` was measured by other options; or
+            other ranks do not call this.
+        HtsrError: `save` cannot be written.
+
+    Examples:
+        >>> import htsr, torch
+        >>> noise = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))
+        >>> run = {step: {"layers.0.up_proj.weight": (1 + step / 100) * noise} for step in (0, 10, 20)}
+        >>> trajectory = htsr.track(run, null=False)
+        >>> trajectory.steps, [round(point.relative, 6) for point in trajectory]
+        ((0, 10, 20), [0.0, 0.1, 0.2])
+        >>> trajectory.to_pandas()[["source", "name"]].iloc[-1].tolist()  # one row for each point
+        ['20', 'layers.0.up_proj']
+    """
+    if isinstance(sources, (str, os.PathLike)) and is_trajectory(path := Path(sources)):
+        if options or full or (against, save, where) != (None, None, None):
+            raise UsageError(f"{path} is a trajectory: it is read as it is, and takes no options")
+        return Trajectory.load(path)
+    if save is not None:
+        check_saved_to(Path(save))
+    ranks = Ranks.launched(_CALL, _ADVICE) if distributed else Ranks()
+    ranks.meet(_CALL, _ADVICE)
+    checkpoints = checkpoints_of(sources)
+    if all(isinstance(checkpoint.source, (str, os.PathLike)) for checkpoint in checkpoints):
+        checkpoints = ranks.of_first(lambda: checkpoints)  # another rank may see one more that has just been written
+    settings = make_options(checkpoints[0].source, full=full, **options)
+    header, points, file = _begun(checkpoints, settings, against, Path(save) if save else None, ranks)
+    run = _Run(settings, as_filter(where), against, _reference(checkpoints, header, against, ranks), ranks)
+    failures: list[SourceError] = []
+    for number, checkpoint in enumerate(checkpoints):
+        report = None if progress is None else partial(_report, progress, number / len(checkpoints), len(checkpoints))
+        try:
+            found = run.measured(checkpoint, points, report, in_journal=save is not None)
+        except SourceError as error:
+            failures.append(error)
+            is_last = checkpoint is checkpoints[-1]
+            problem = ranks.of_first(partial(_pass_over, checkpoint, is_last, str(error), points, file))
+            if problem is not None:
+                points.problems[checkpoint.label] = problem
+            continue
+        ranks.of_first(partial(_append, file, found))
+        for point in found:
+            points.add(point)
+    if failures and not points.by_source:
+        raise failures[0]
+    return trajectory_of(header, points)
+
+
+def _begun(
+    checkpoints: Sequence[Checkpoint], options: Options, against: Source | None, save: Path | None, ranks: Ranks
+) -> tuple[Header, Points, TrajectoryFile | None]:
+    """Header, what was measured before, and on the first rank the file that more is appended to."""
+    file: TrajectoryFile | None = None
+
+    def begin() -> tuple[Header, Points]:
+        nonlocal file
+        base = None if against is None else label_of(checkpoints_of([against]))
+        reference = base or (None if checkpoints[0].step is None else checkpoints[0].label)
+        if save is not None and save.is_file() and save.stat().st_size:
+            reference = read_trajectory(save)[0].reference  # what was first then may be gone by now
+        header = Header(label_of(checkpoints), options, base, reference)
+        if save is None:
+            return header, Points()
+        file = TrajectoryFile(save, header)
+        return header, file.points
+
+    header, points = ranks.of_first(begin)
+    return header, points, file
+
+
+def _reference(
+    checkpoints: Sequence[Checkpoint], header: Header, against: Source | None, ranks: Ranks
+) -> Reference | None:
+    """What changes are relative to; None where it is not known, or cannot be read any more."""
+    if against is not None:
+        return Reference(open_model(against))
+    model: Model | None = None
+    first = next((checkpoint for checkpoint in checkpoints if checkpoint.label == header.reference), None)
+    try:
+        if first is not None and first.step is not None and _adapter(first) is None:
+            model = open_model(first.source, revision=first.revision)
+    except SourceError:
+        pass  # said when its turn comes
+    there = all(ranks.gather([model is not None]))
+    if header.reference is not None and first is None and ranks.is_first:
+        logger.warning(
+            "%s is not among the checkpoints any more: how far later ones are from it stays open", header.reference
+        )
+    return Reference(model) if model is not None and there else None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How all checkpoints are measured.
+
+    Attributes:
+        options: options of all measurements.
+        where: filter of the matrices that are wanted.
+        against: model that is subtracted; None for the weights themselves.
+        reference: model that changes are relative to; None where there is none.
+        ranks: processes that share the work.
+    """
+
+    options: Options
+    where: Filter
+    against: Source | None
+    reference: Reference | None
+    ranks: Ranks
+
+    def measured(
+        self, checkpoint: Checkpoint, points: Points, progress: Callable[[Progress], None] | None, *, in_journal: bool
+    ) -> list[Point]:
+        """What `points` do not have yet of a checkpoint."""
+        model, weights = self._opened(checkpoint)
+        before = points.by_source.get(checkpoint.label, {})
+        todo = [matrix for matrix in model if not _is_known(before.get(matrix.name), model.fingerprint)]
+        if not todo:
+            return []
+        lengths = self.reference.relative(todo, weights, self.ranks) if self.reference and weights else {}
+        part = replace(model, matrices=tuple(todo))
+        journal = Journal(part, self.options) if in_journal and model.fingerprint else None
+        rows = analyze_model(part, self.options, journal, progress, ranks=self.ranks).rows
+        if all(row.status == _UNREADABLE for row in rows):
+            raise SourceError(rows[0].warning)
+        return [Point(checkpoint.label, row, checkpoint.step, lengths.get(row.name), model.fingerprint) for row in rows]
+
+    def _opened(self, checkpoint: Checkpoint) -> tuple[Model, Model | None]:
+        """The matrices that are measured, and those of the whole weights; what fails on one rank fails on all."""
+        opened: list[tuple[Model, Model | None]] = []
+
+        def open_both() -> list[None]:
+            source, revision, against = checkpoint.source, checkpoint.revision, self.against
+            adapter = _adapter(checkpoint)
+            if adapter is None:
+                model = open_model(source, revision=revision, against=against)
+                weights = model if against is None else open_model(source, revision=revision)
+            elif against is None:
+                model, weights = open_model(source, revision=revision), None
+            else:
+                config = read_adapter_config(adapter)
+                more = {"base": against, "against": against} if config.needs_base or config.dora else {}
+                model = open_model(source, revision=revision, **more)
+                weights = open_model(source, revision=revision, base=against)
+            opened.append((model.filtered(self.where), weights))
+            return []
+
+        self.ranks.gather_from(open_both)
+        return opened[0]
+
+
+def _adapter(checkpoint: Checkpoint) -> Path | None:
+    """The folder of a checkpoint that is an adapter; None for whole models."""
+    if not isinstance(checkpoint.source, (str, os.PathLike)):
+        return None
+    return adapter_folder(locate(os.fspath(checkpoint.source), checkpoint.revision))
+
+
+def _is_known(point: Point | None, fingerprint: str | None) -> bool:
+    """Whether what was measured is still true: of models in memory nobody knows."""
+    return point is not None and None is not fingerprint == point.fingerprint and point.row.status != _UNREADABLE
+
+
+def _append(file: TrajectoryFile | None, points: Sequence[Point]) -> None:
+    if file is not None and points:
+        file.append(points)
+
+
+def _pass_over(
+    checkpoint: Checkpoint, is_last: bool, why: str, points: Points, file: TrajectoryFile | None
+) -> str | None:
+    """Say on the first rank that a checkpoint cannot be read; why, where that is a problem and not a matter of time."""
+    if checkpoint.run is not None and not os.path.exists(str(checkpoint.source)):
+        logger.warning("%s was deleted before it was measured", checkpoint.label)
+    elif checkpoint.label in points.by_source:
+        logger.warning("%s is not measured again, and stays as it was: %s", checkpoint.label, why)
+    elif is_last and checkpoint.is_unfinished:
+        logger.warning("%s is not complete, and is left out for now: %s", checkpoint.label, why)
+    else:
+        logger.warning("%s is left out: %s", checkpoint.label, why)
+        if file is not None and points.problems.get(checkpoint.label) != why:
+            file.append_problem(checkpoint.label, why, checkpoint.step)
+        return why
+    return None
+
+
+def _report(progress: Callable[[Progress], None], done: float, count: int, now: Progress) -> None:
+    """Tell how far all checkpoints are, of which there are `count`."""
+    progress(replace(now, fraction=done + now.fraction / count))

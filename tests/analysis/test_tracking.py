@@ -1,0 +1,295 @@
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import htsr
+from htsr import MatrixError, WeightMatrix
+from htsr.analysis import analyze as analyze_module
+from htsr.analysis.distance import distance, squared_norm
+from htsr.analysis.trajectory import Trajectory
+from tests.models import save_folder, state_dict
+from tests.processes import in_two_processes, leave_with, one_thread
+
+PLAIN = {"null": False, "device": "cpu"}
+
+
+def states(count=3, **options):
+    """Models of a run that goes straight on."""
+    start, end = state_dict(**options), state_dict(**options, seed=1)
+    return [{name: torch.lerp(start[name], end[name], i / 4) for name in start} for i in range(count)]
+
+
+def made(run, count=3, *, by_trainer=True, **options):
+    for i, state in enumerate(states(count, **options), 1):
+        save_folder(run / f"checkpoint-{100 * i}", state)
+        if by_trainer:
+            (run / f"checkpoint-{100 * i}" / "trainer_state.json").write_text("{}")
+    return run
+
+
+def small_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes))
+
+
+def train(model, folder):
+    """Two steps of the Trainer, with a checkpoint after each."""
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 2
+    arguments = TrainingArguments(
+        str(folder), max_steps=2, save_steps=1, per_device_train_batch_size=1, learning_rate=0.1,
+        use_cpu=True, report_to=[], disable_tqdm=True, lr_scheduler_type="constant",
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=data).train()
+
+
+def numbers(rows):
+    return [replace(row, seconds=None) for row in rows]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Names of the matrices that are measured, in their order."""
+    names = []
+    measure_all = analyze_module.measure_all
+
+    def spied(matrices, *arguments):
+        names.extend(matrix.name for matrix in matrices)
+        return measure_all(matrices, *arguments)
+
+    monkeypatch.setattr(analyze_module, "measure_all", spied)
+    return names
+
+
+def test_rows_are_those_of_analyze_and_lengths_those_of_compare(tmp_path):
+    run = made(tmp_path)
+    found = htsr.track(run, **PLAIN)
+    assert (found.label, found.steps, found.reference, found.against) == (
+        str(run),
+        (100, 200, 300),
+        "checkpoint-100",
+        None,
+    )
+    first = htsr.describe(run / "checkpoint-100")
+    for source in found.sources:
+        assert numbers(found.at(source)) == numbers(htsr.analyze(run / source, **PLAIN))
+        for old, new, point in zip(
+            first, htsr.describe(run / source), (p for p in found if p.source == source), strict=True
+        ):
+            assert point.relative == pytest.approx(distance(old.read(), new.read()).relative, rel=1e-6, abs=1e-12)
+
+
+def test_changes_against_a_base(tmp_path):
+    run, base = made(tmp_path / "run"), save_folder(tmp_path / "base", state_dict(seed=2))
+    found = htsr.track(run, against=base, **PLAIN)
+    assert (found.against, found.reference) == (base, base)
+    for source in found.sources:
+        assert numbers(found.at(source)) == numbers(htsr.analyze(run / source, against=base, **PLAIN))
+    pairs = htsr.compare(base, run / "checkpoint-300", **PLAIN)
+    lengths = [point.relative for point in found if point.source == "checkpoint-300"]
+    # compare divides by the norm of its first model, too
+    assert lengths == pytest.approx([pair.distance.relative for pair in pairs], rel=1e-6)
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path, measured, caplog):
+    run, save = made(tmp_path / "run", blocks=1), tmp_path / "spectra.jsonl"
+    last = run / "checkpoint-300"
+    last.rename(tmp_path / "later")
+    first = htsr.track(run, save=save, **PLAIN)
+    each = len(measured) // 2
+    assert htsr.track(run, save=save, **PLAIN) == first == Trajectory.load(save)
+    assert len(measured) == 2 * each
+    shutil.rmtree(run / "checkpoint-200")  # save_total_limit
+    (tmp_path / "later").rename(last)
+    more = htsr.track(run, save=save, **PLAIN)
+    assert len(measured) == 3 * each
+    assert more.points[: len(first)] == first.points
+    assert more.steps == (100, 200, 300)
+    save_folder(last, states(blocks=1)[1])
+    again = htsr.track(run, save=save, **PLAIN)
+    assert len(measured) == 4 * each
+    assert numbers(again.at("checkpoint-300")) == numbers(again.at("checkpoint-200"))
+    shutil.rmtree(run / "checkpoint-100")
+    save_folder(last, states(blocks=1)[2])
+    assert not caplog.records
+    final = htsr.track(run, save=save, **PLAIN)
+    assert numbers(final.at("checkpoint-300")) == numbers(more.at("checkpoint-300"))
+    assert [point.relative for point in final if point.source == "checkpoint-300"] == [None] * each
+    assert "checkpoint-100 is not among the checkpoints any more" in caplog.text
+
+
+def test_only_matrices_that_are_missing_are_measured(tmp_path, measured):
+    run, save = made(tmp_path / "run", 1), tmp_path / "spectra.jsonl"
+    htsr.track(run, save=save, where=htsr.Filter("*.q_proj"), **PLAIN)
+    found = htsr.track(run, save=save, where=htsr.Filter(exclude="*.k_proj"), **PLAIN)
+    assert sorted(measured) == sorted(point.row.name for point in found)
+    assert len(set(measured)) == len(measured)
+
+
+def test_other_options_do_not_go_into_one_file(tmp_path):
+    run, save = made(tmp_path / "run", 1, blocks=1), tmp_path / "spectra.jsonl"
+    htsr.track(run, save=save, **PLAIN)
+    for changes in ({"fit": "hill"}, {"null": True}, {"against": run / "checkpoint-100"}):
+        with pytest.raises(htsr.UsageError, match="was measured with"):
+            htsr.track(run, save=save, **{**PLAIN, **changes})
+    with pytest.raises(htsr.UsageError, match=r"saved as \.jsonl"):
+        htsr.track(run, save=tmp_path / "spectra.json")
+    with pytest.raises(htsr.UsageError, match="read as it is"):
+        htsr.track(save, fit="hill")
+    assert htsr.track(save) == Trajectory.load(save)
+
+
+def test_a_checkpoint_that_was_interrupted_goes_on_where_it_stopped(tmp_path, measured, monkeypatch):
+    monkeypatch.setenv("HTSR_CACHE", str(tmp_path / "cache"))
+    run, save = made(tmp_path / "run", 2, blocks=1, width=16), tmp_path / "spectra.jsonl"
+    expected = htsr.track(run, **PLAIN)
+    seen = []
+
+    def interrupt(now):
+        seen.append(now)
+        if len(seen) == 7:  # two into the second checkpoint
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        htsr.track(run, save=save, progress=interrupt, **PLAIN)
+    assert Trajectory.load(save).sources == ("checkpoint-100",)
+    fractions = [now.fraction for now in seen]
+    assert fractions == sorted(fractions)
+    assert fractions[4] == pytest.approx(0.5)
+    measured.clear()
+    found = htsr.track(run, save=save, **PLAIN)
+    assert 0 < len(measured) < 5
+    assert [(p.source, p.step, p.relative) for p in found] == [(p.source, p.step, p.relative) for p in expected]
+    assert numbers(p.row for p in found) == numbers(p.row for p in expected)
+    assert not any((tmp_path / "cache").iterdir())
+
+
+def test_a_broken_checkpoint_is_named_and_the_others_go_on(tmp_path, caplog):
+    run, save = made(tmp_path / "run", 4, blocks=1), tmp_path / "spectra.jsonl"
+    weights = run / "checkpoint-200" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-5])
+    (run / "checkpoint-400" / "model.safetensors").unlink()
+    (run / "checkpoint-400" / "trainer_state.json").unlink()
+    for _ in range(2):  # the sentence is written once
+        found = htsr.track(run, save=save, **PLAIN)
+        assert found.steps == (100, 300)
+        assert list(found.problems) == ["checkpoint-200"]
+        assert "model.safetensors" in found.problems["checkpoint-200"]
+    assert save.read_text().count("problem") == 1
+    assert "checkpoint-200 is left out: " in caplog.text
+    assert "checkpoint-400 is not complete, and is left out for now: " in caplog.text
+    weights.write_bytes(whole)
+    found = htsr.track(run, save=save, **PLAIN)
+    assert (found.steps, found.problems) == ((100, 200, 300), {})
+    assert Trajectory.load(save) == replace(found, points=Trajectory.load(save).points)
+    shutil.rmtree(run / "checkpoint-100")
+    weights.write_bytes(b"")
+    caplog.clear()
+    assert htsr.track(run, save=save, **PLAIN).steps == (100, 200, 300)
+    assert "checkpoint-200 is not measured again, and stays as it was" in caplog.text
+
+
+def test_where_nothing_can_be_read_the_first_reason_is_the_error(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(htsr.SourceError, match="checkpoint-1 holds no weights"):
+        htsr.track(tmp_path, **PLAIN)
+    with pytest.raises(htsr.UsageError, match="matches 'nothing'"):
+        htsr.track(made(tmp_path, 1), where=htsr.Filter("nothing"), **PLAIN)
+
+
+def test_an_unreadable_matrix_is_tried_again(tmp_path, monkeypatch):
+    run, save = made(tmp_path / "run", 1, blocks=1), tmp_path / "spectra.jsonl"
+    opened = WeightMatrix.opened
+    name = "model.layers.0.mlp.up_proj"
+
+    def failing(matrix):
+        if matrix.name == name:
+            raise MatrixError("unreadable", "the disk is away")
+        return opened(matrix)
+
+    monkeypatch.setattr(WeightMatrix, "opened", failing)
+    rows = {row.name: row.status for row in htsr.track(run, save=save, **PLAIN).at("checkpoint-100")}
+    assert [key for key, status in rows.items() if status != "ok"] == [name]
+    monkeypatch.undo()
+    assert {row.status for row in htsr.track(run, save=save, **PLAIN).at("checkpoint-100")} == {"ok"}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """A base, and for LoRA and DoRA the checkpoints that the Trainer has left."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("runs")
+    model = small_llama()
+    model.save_pretrained(folder / "base")
+    for name, dora in (("lora", False), ("dora", True)):
+        base = type(model).from_pretrained(folder / "base")
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], use_dora=dora)
+        train(get_peft_model(base, config), folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_checkpoints_of_adapters(adapters, method):
+    run, base = adapters / method, adapters / "base"
+    found = htsr.track(run, against=base, **PLAIN)
+    assert found.steps == (1, 2)
+    assert not found.problems
+    for checkpoint in found.sources:
+        merged = {m.name: m for m in htsr.describe(run / checkpoint, base=base)}
+        before = {m.name: m for m in htsr.describe(base)}
+        changed = {p.row.name.removeprefix("model."): p for p in found if p.source == checkpoint and p.relative}
+        assert len([name for name in changed if "q_proj" in name or "v_proj" in name]) == 4
+        for point in changed.values():
+            name = next(name for name in merged if name.endswith(point.row.name.removeprefix("base_model.model.")))
+            expected = distance(before[name].read(), merged[name].read()).relative
+            assert point.relative == pytest.approx(expected, rel=1e-4)
+            if "_proj" in name:
+                assert point.row.norm == pytest.approx(expected**2 * squared_norm(before[name].read()), rel=1e-3)
+
+
+def test_of_adapters_alone_the_lengths_are_not_known(adapters):
+    found = htsr.track(adapters / "lora", **PLAIN)
+    assert len(found) == 2 * 5
+    assert {point.relative for point in found} == {None}
+
+
+def test_a_run_of_the_trainer(tmp_path):
+    model = small_llama()
+    train(model, tmp_path)
+    found = htsr.track(tmp_path, **PLAIN)
+    assert found.steps == (1, 2)
+    weight = dict(model.named_modules())
+    for row in found.at("checkpoint-2"):
+        assert row.norm == pytest.approx(float(weight[row.name].weight.detach().square().sum()), rel=1e-5)
+
+
+def _worker(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = htsr.track(folder / "run", save=folder / "two.jsonl", **PLAIN)
+    points = [(point.source, repr(replace(point.row, seconds=None)), point.relative) for point in found]
+    leave_with({"points": points, "problems": dict(found.problems)}, rank, folder)
+
+
+def test_two_processes_find_what_one_finds_and_the_first_writes_it(tmp_path):
+    run = made(tmp_path / "run", 2, blocks=1)
+    save_folder(run / "checkpoint-150", {"up.weight": torch.ones(4, 4)})
+    (run / "checkpoint-150" / "model.safetensors").write_bytes(b"")
+    first, second = in_two_processes(_worker, tmp_path)
+    assert first == second
+    with one_thread():
+        alone = htsr.track(run, **PLAIN)
+    assert first["points"] == [[p.source, repr(replace(p.row, seconds=None)), p.relative] for p in alone]
+    assert first["problems"] == alone.problems
+    written = Trajectory.load(tmp_path / "two.jsonl")
+    assert [(p.source, numbers([p.row]), p.relative) for p in written] == [
+        (p.source, numbers([p.row]), p.relative) for p in alone
+    ]
