@@ -19,6 +19,7 @@ function heatMap({
   const { roles, blocks, members, metrics } = grid;
   const box = byId("heat");
   let current = -1;
+  let drawnWidth = 0;
   let cursor = null; // [role, block] of the cell that the keyboard is at, by their positions
 
   function cellHover(cell, metric) {
@@ -91,7 +92,8 @@ function heatMap({
     if (!metrics.length) return;
     const metric = byId("metric").value;
     const { values: cells, low, high, centre } = values(metric);
-    const roomy = (box.clientWidth - ROLES_WIDTH) / blocks.length >= CELL_WIDTH;
+    drawnWidth = box.clientWidth;
+    const roomy = (drawnWidth - ROLES_WIDTH) / blocks.length >= CELL_WIDTH;
     const trace = {
       type: "heatmap", x: blocks, y: roles.map(inPlot), z: cells, zmin: low, zmax: high, xgap: 2, ygap: 2,
       text: roomy ? written(cells, low, high) : cells.map((line) => line.map(() => "")),
@@ -105,7 +107,7 @@ function heatMap({
     box.style.height = `${Math.max(roles.length, 4) * 30 + 80}px`;
     Plotly.react(box, [trace], layout({
       margin: { l: 10, r: 10, t: 10, b: 46 },
-      xaxis: { ...axis, title: { text: "block" }, nticks: roomy ? 0 : Math.round(box.clientWidth / CELL_WIDTH) },
+      xaxis: { ...axis, title: { text: "block" }, nticks: roomy ? 0 : Math.round(drawnWidth / CELL_WIDTH) },
       yaxis: { ...axis, autorange: "reversed" },
       shapes: frames(),
     }), { ...CONFIG, displayModeBar: false });
@@ -127,7 +129,7 @@ function heatMap({
     }
     byId("metric").append(...[common, others].filter((group) => group.children.length));
     byId("metric").addEventListener("change", draw);
-    addEventListener("resize", draw);
+    addEventListener("resize", () => { if (box.clientWidth !== drawnWidth) draw(); });
     draw();
     box.on("plotly_click", ({ points: [{ pointIndex }] }) => openCell(pointIndex));
     box.addEventListener("keydown", onKey);

@@ -59,13 +59,12 @@ function matrixSection({ rows, order, draw, opened }) {
   }
 
   addEventListener("popstate", ({ state }) => {
-    const named = byAddress();
-    if (state) show(state.index); // where the browser was before; it scrolls by itself
-    else if (named != null) {
-      history.replaceState({ index: named }, "");
-      show(named);
-      moveThere();
-    }
+    const index = byAddress() ?? state?.index;
+    if (!(index in rows)) return;
+    show(index);
+    if (state) return; // where the browser was before: it scrolls by itself
+    history.replaceState({ index }, "");
+    moveThere();
   });
   byId("matrix-link").addEventListener("click", (event) => byLink(event, (index) => open(index, true), current));
   byId("previous").addEventListener("click", () => step(-1));
