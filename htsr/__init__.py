@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from htsr.training.lowrank.optimizer import LowRankAdamW
     from htsr.training.memory.plan import MemoryPlan
     from htsr.training.memory.prediction import predict_memory
+    from htsr.training.monitoring.monitor import SpectralMonitor
     from htsr.training.sampling.sampler import LayerSampler
     from htsr.training.spectral_projection import spectral_projection
     from htsr.training.streaming.streaming import Streaming, stream_frozen
@@ -79,6 +80,7 @@ _HOMES = {
     "htsr.training.lowrank.groups": ("low_rank_groups",),
     "htsr.training.memory.prediction": ("MemoryPlan", "predict_memory"),
     "htsr.training.layerwise.policy": ("Policy",),
+    "htsr.training.monitoring.monitor": ("SpectralMonitor",),
     "htsr.training.sampling.sampler": ("LayerSampler",),
     "htsr.training.layerwise.schedulers": ("LayerwiseLR",),
     "htsr.training.spectral_projection": ("spectral_projection",),
@@ -111,6 +113,7 @@ __all__ = [
     "Progress",
     "Repair",
     "SourceError",
+    "SpectralMonitor",
     "Standout",
     "Streaming",
     "Trajectory",

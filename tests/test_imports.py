@@ -19,7 +19,7 @@ ARROWS = {
     "reporting": {"files"},
     "analysis": {"files", "matrices", "ranks", "reporting", "spectra"},
     "calibration": {"analysis", "files", "matrices", "ranks", "reporting"},
-    "training": {"allocate", "analysis", "calibration", "matrices", "ranks", "reporting", "spectra"},
+    "training": {"allocate", "analysis", "calibration", "files", "matrices", "ranks", "reporting", "spectra"},
     "finetuning": {"analysis", "calibration", "files", "matrices", "ranks", "reporting", "spectra", "training"},
 }
 BELOW = {"errors", "arrays", "results", "cache", "_version"}

@@ -2,7 +2,7 @@
 
 A copy of the weights at the start of a training would double the memory of the weights. What is kept here instead is a
 CountSketch (Charikar, Chen and Farach-Colton 2002; as a map that keeps lengths, Thorup and Zhang 2012): every entry is
-added to one of `SIZE` sums, drawn for it at random, with a random sign. It is linear in the matrix, so the difference of
+added to one of `SIZE` sums, drawn for it at random, with a random sign. It is linear in the matrix: the difference of
 two sketches is the sketch of the difference.
 """
 

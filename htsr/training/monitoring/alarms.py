@@ -1,7 +1,7 @@
 """What a monitor warns of: signs that somebody should look at a matrix, and what is known of them.
 
-Each warning names a matrix once. The thresholds are ours: the papers say what the numbers mean, and none says from where
-on a training is lost. Read `SIGNS` for what is known and what is not.
+Each warning names a matrix once. The thresholds are ours: papers say what the numbers mean, and none says from where on
+a training is lost. `SIGNS` say what is known and what is not.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ class Budget:
 
     def left(self) -> float:
         """Seconds that may be spent now; below 0 where more was spent than was saved."""
-        return self.share * self._trained() - self.spent
+        return self.share * max(self._trained(), 1e-9) - self.spent  # of an infinite share all fits, also at once
 
     def taken(self) -> float:
         """The share of the time of training that was spent so far."""
@@ -54,13 +55,17 @@ class Budget:
     def affordable(self, costs: Sequence[float], together: int = 1) -> int:
         """How many of the next matrices can be measured now, one after the other.
 
+        Before anything has been measured, and seconds are a guess, it is one for each process at most.
+
         Args:
             costs: floating-point operations of each, in the order in which they are to be measured.
             together: number of processes that share them.
         """
-        rate = self._took / self._cost if self._cost else _GUESS / together
         left, count = self.left(), 0
-        for cost in costs:
+        if left == math.inf:
+            return len(costs)
+        rate = self._took / self._cost if self._cost else _GUESS / together
+        for cost in costs if self._cost else costs[:together]:
             left -= rate * (cost + _LEAST)
             if left < 0:
                 break

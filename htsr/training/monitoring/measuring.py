@@ -5,10 +5,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
-from htsr.analysis.execution import for_each, measure_all
+from htsr.analysis.execution import measure_all
 from htsr.analysis.sharing import described, entries_difference, results_of_all, shared_out
 from htsr.errors import HtsrError, MatrixError
 from htsr.matrices.models import Filter, Model, WeightMatrix

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +25,12 @@ class Earlier:
     Attributes:
         points: its measurements up to the step of the resumption, in the order in which they were written.
         start: sketches of the weights at its start, by matrix; empty where they are lost.
-        reference: step of that start, as in ``step 0``.
+        reference: step of that start, as in ``step-0``.
     """
 
-    points: Sequence[Point] = ()
-    start: Mapping[str, Sketch] = field(default_factory=dict)
-    reference: str = "step 0"
+    points: Sequence[Point]
+    start: Mapping[str, Sketch]
+    reference: str | None
 
 
 class Record:
@@ -48,7 +48,7 @@ class Record:
         device: kind of the device that has made them, such as ``cpu``: those of another kind do not compare.
 
     Attributes:
-        earlier: what the same run has left behind.
+        earlier: what the same run has left behind; None where it has no file.
 
     Raises:
         UsageError: the file has another suffix, is no trajectory, or one that was measured in another way.
@@ -67,12 +67,10 @@ class Record:
                 _put_aside(path)
         except OSError as error:
             raise HtsrError(f"{path} cannot be written: {reason_of(error, path)}") from error
-        self.earlier = Earlier(reference=f"step {step}")
-        if there:
-            self.earlier = self._taken_up(path, step, device)
-        else:
+        self.earlier = self._taken_up(path, step, device) if there else None
+        if self.earlier is None:
             self._keep(start, device)
-        header = Header(label, options, reference=self.earlier.reference)
+        header = Header(label, options, reference=self.earlier.reference if self.earlier else f"step-{step}")
         self._file: TrajectoryFile | None = TrajectoryFile(path, header)
         self._file.points.by_source.clear()
 
@@ -97,9 +95,11 @@ class Record:
         header, points = read_trajectory(path)
         kept = [point for point in points if point.step is None or point.step <= step]
         if lost := len(list(points)) - len(kept):
-            logger.warning("%s: %d measurements after step %d, where this run is resumed, are dropped", path, lost, step)
+            logger.warning(
+                "%s: %d measurements after step %d, where this run is resumed, are dropped", path, lost, step
+            )
             write_trajectory(path, header, kept, points.problems)
-        return Earlier(kept, self._kept(device), header.reference or "step 0")
+        return Earlier(kept, self._kept(device), header.reference)
 
     def _keep(self, start: Mapping[str, Sketch], device: str) -> None:
         with written(self._start) as temporary, temporary.open("wb") as file:

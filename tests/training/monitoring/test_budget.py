@@ -15,7 +15,7 @@ class Clock:
         return self.now
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(
     share=st.floats(0.001, 0.5),
     step=st.floats(0.01, 10),
@@ -27,10 +27,10 @@ def test_the_share_is_kept_and_used(share, step, speed, costs):
     clock = Clock()
     budget = Budget(share, clock)
     first, measured, turn = None, 0, 0
-    for _ in range(3000):
+    for _ in range(600):
         clock.now += step
         coming = [costs[(turn + i) % len(costs)] for i in range(len(costs))]
-        count = budget.affordable(coming[:1] if first is None else coming)
+        count = budget.affordable(coming)
         if count == 0:
             continue
         with budget.measuring(coming[:count]):
@@ -68,6 +68,6 @@ def test_time_that_is_no_measurement_is_paid_for_and_teaches_nothing():
     budget = Budget(0.5, clock)
     with budget.measuring():
         clock.now += 10.0
-    assert (budget.spent, budget.left()) == (10.0, -10.0)
+    assert (budget.spent, budget.left()) == (10.0, pytest.approx(-10.0))
     clock.now += 30.0
     assert budget.affordable([1e9]) == 1
