@@ -29,8 +29,9 @@ FOLDER = Path(htsr.__file__).parent
 
 # In other modules (reporting, the files of results, work shared among processes) a parameter may go without a word.
 API = re.compile(r"htsr\.(?!reporting\.|analysis\.(execution|journal|saving)\.)")
-# Overridden methods whose parameters are those of the Trainer.
-OF_THE_TRAINER = ("on_train_begin", "on_log", "create_model_card")
+# Methods whose parameters are those of the Trainer that calls them, or of Lightning's.
+OF_THE_TRAINER = ("on_train_begin", "on_log", "on_step_end", "on_evaluate", "create_model_card")
+OF_THE_TRAINER += ("on_train_start", "on_train_batch_end", "on_validation_end")
 
 ARRAY = re.compile(r"\b(Array|ArrayLike|Floats|NDArray|Tensor|Vector)\b")
 AXIS = r"(?:min\(m, n\)|[\w…·'/-]+)"

@@ -35,7 +35,11 @@ class Sketch:
     norm: float
 
     def same(self, other: Sketch) -> bool:
-        """Whether it is the sketch of the same matrix; that of another is equal with probability 0."""
+        """Whether both are sketches of one matrix, as all but surely only those are equal.
+
+        Args:
+            other: sketch with the same seed.
+        """
         return self.norm == other.norm and bool((self.sums == other.sums).all())
 
 

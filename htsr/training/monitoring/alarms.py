@@ -75,12 +75,26 @@ class Watch:
         self._said: set[tuple[str, str]] = set()
 
     def evaluated(self, loss: float) -> list[Sign]:
-        """Take down the loss of an evaluation; returns the warnings that are due."""
+        """Take down an evaluation.
+
+        Args:
+            loss: loss on data that the model does not train on.
+
+        Returns:
+            The warnings that are due now, and were not before.
+        """
         self._losses = [*self._losses[-2:], loss]
         return self._due()
 
     def signs(self, points: Iterable[Point]) -> list[Sign]:
-        """Take down measurements, in the order of their steps; returns the warnings that are due."""
+        """Take down measurements.
+
+        Args:
+            points: measurements in the order of their steps.
+
+        Returns:
+            The warnings that are due now, and were not before.
+        """
         for point in points:
             row = point.row
             self._alpha[row.name] = row
@@ -116,12 +130,25 @@ class Watch:
 
 
 def is_heavy(row: LayerMetrics) -> bool:
-    """Whether α is below 2 by more than two of its standard errors."""
+    """Whether α is below 2 by more than two of its standard errors.
+
+    Args:
+        row: numbers of a matrix.
+
+    Examples:
+        >>> from htsr.spectra.metrics import LayerMetrics
+        >>> from htsr.training.monitoring.alarms import is_heavy
+        >>> [is_heavy(LayerMetrics(name="up_proj", alpha=1.8, sigma=sigma)) for sigma in (0.05, 0.2)]
+        [True, False]
+    """
     return row.alpha is not None and row.sigma is not None and row.alpha + 2 * row.sigma < HEAVY
 
 
 def is_rising(losses: Sequence[float]) -> bool:
     """Whether each of the last two losses is above the one before.
+
+    Args:
+        losses: losses in their order.
 
     Examples:
         >>> from htsr.training.monitoring.alarms import is_rising
@@ -137,8 +164,18 @@ def is_like_noise(row: LayerMetrics) -> bool | None:
     They are α, within two standard deviations of its null, and the largest eigenvalue, within the 99 % quantile of
     the Tracy-Widom law; a Gaussian matrix passes both about 19 times out of 20.
 
+    Args:
+        row: numbers of a matrix, with the null of α and the bulk.
+
     Returns:
         None where one of the numbers is missing.
+
+    Examples:
+        >>> import htsr, torch
+        >>> from htsr.training.monitoring.alarms import is_like_noise
+        >>> noise = torch.randn(60, 90, generator=torch.Generator().manual_seed(0))
+        >>> is_like_noise(htsr.analyze({"up_proj.weight": noise}, bulk=True)[0])
+        True
     """
     if row.alpha_minus_null is None or row.alpha_null_sd is None or row.num_spikes is None:
         return None

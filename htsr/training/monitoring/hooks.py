@@ -48,11 +48,19 @@ class Hooks(TrainerCallback):
 
     @abstractmethod
     def step(self, steps: int | None = None) -> None:
-        """Measure, if it is time to."""
+        """Measure, if it is time to.
+
+        Args:
+            steps: optimizer steps that are done.
+        """
 
     @abstractmethod
     def evaluated(self, loss: float) -> None:
-        """Take down the loss of an evaluation."""
+        """Take down an evaluation.
+
+        Args:
+            loss: loss on data that the model does not train on.
+        """
 
     @abstractmethod
     def close(self) -> None:

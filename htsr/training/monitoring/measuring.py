@@ -40,7 +40,11 @@ class Found:
 
 
 def open_wanted(module: torch.nn.Module, wanted: Filter) -> LiveModel:
-    """The wanted matrices of `module`, of which some may be sharded.
+    """The wanted matrices of a model, of which some may be sharded.
+
+    Args:
+        module: model, wrapped or not.
+        wanted: filter of its matrices.
 
     Raises:
         UsageError: no matrix passes the filter, or the model lacks a pattern or block of it.
@@ -76,9 +80,13 @@ def insist_on_one(model: LiveModel, ranks: Ranks, options: Options, *, entries: 
 
 
 def sketches_of(model: LiveModel, ranks: Ranks) -> dict[str, Sketch]:
-    """The sketches of all matrices of `model`, on every rank; without those that cannot be read.
+    """The sketches of all matrices of a model, on every rank; without those that cannot be read.
 
     Whole matrices are shared by cost, and sharded ones are put together one a rank at a time.
+
+    Args:
+        model: matrices to read.
+        ranks: processes that share them.
     """
 
     def work(matrices: Sequence[WeightMatrix]) -> list[tuple[str, Sketch | None]]:

@@ -155,6 +155,9 @@ class Rounds:
 def in_turn(matrices: Sequence[WeightMatrix]) -> list[WeightMatrix]:
     """The order of the first round: one matrix of each role, then another of each, the cheapest first in each turn.
 
+    Args:
+        matrices: matrices in the order of the model.
+
     Examples:
         >>> import htsr, torch
         >>> from htsr.training.monitoring.rounds import in_turn
