@@ -49,6 +49,7 @@ from htsr_cli.options import (
     Xmax,
     Xmin,
 )
+from htsr_cli.select import select
 
 from htsr._version import __version__
 
@@ -62,6 +63,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(layerwise.app, name="layerwise")
+app.command()(select)
 
 
 def _version(value: bool) -> None:
@@ -70,7 +72,12 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-_SHARED = ("analyze", "compare", "finetune")  # what several processes do together; the rest is done by the first
+_SHARED = (
+    "analyze",
+    "compare",
+    "finetune",
+    "select",
+)  # what several processes do together; the rest is done by the first
 
 
 @app.callback()

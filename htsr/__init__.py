@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from htsr.analysis.repair import repair
     from htsr.analysis.repair_result import Repair
     from htsr.analysis.result import Analysis
+    from htsr.analysis.selection import Selection, SelectionRow, select
     from htsr.analysis.standouts import Standout
     from htsr.analysis.surgery import project
     from htsr.analysis.tracking import track
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "htsr.analysis.analyze": ("Progress", "analyze", "describe"),
     "htsr.analysis.result": ("Analysis",),
+    "htsr.analysis.selection": ("Selection", "SelectionRow", "select"),
     "htsr.analysis.standouts": ("Standout",),
     "htsr.analysis.comparison": ("Comparison", "compare"),
     "htsr.errors": ("HtsrError", "MatrixError", "MissingDependencyError", "SourceError", "UsageError"),
@@ -112,6 +114,8 @@ __all__ = [
     "PowerLawFit",
     "Progress",
     "Repair",
+    "Selection",
+    "SelectionRow",
     "SourceError",
     "SpectralMonitor",
     "Standout",
@@ -140,6 +144,7 @@ __all__ = [
     "remove_layerwise",
     "remove_traps",
     "repair",
+    "select",
     "signal_to_noise",
     "spectral_projection",
     "stream_frozen",

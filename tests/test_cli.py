@@ -159,7 +159,9 @@ def test_conditions_know_every_status():
     texts = [path.read_text(encoding="utf-8") for path in Path(htsr.__file__).parent.rglob("*.py")]
     found = {status for text in texts for status in re.findall(said, text)}
     assert {"meta", "sparse", "unreadable", "ok", "needs_base", "quantized"} <= found
-    assert found - {"no_ecs", "no_tail", "no_way", "too_small"} <= set(KNOWN["status"])  # those are of no analysis
+    assert found - {"no_bulk", "no_ecs", "no_tail", "no_way", "too_small"} <= set(
+        KNOWN["status"]
+    )  # those are of no analysis
 
 
 def test_an_analysis_without_a_spectrum_is_no_success(capsys, tmp_path):

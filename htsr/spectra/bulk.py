@@ -247,7 +247,9 @@ def jensen_shannon_distance(a: Vector, b: Vector) -> float:
 def signal_to_noise(eigenvalues: Vector, lambda_plus: float) -> float:
     """Σ σ_i above the Marchenko-Pastur edge over Σ σ_i below it, divided by σ_max; σ_i = √λ_i are singular values.
 
-    The score by which Spectrum (arXiv 2406.06623) picks what to train. Infinite where nothing lies below the edge.
+    Infinite where nothing lies below the edge. Spectrum (arXiv 2406.06623) means this ratio and computes another: its
+    edge IQR(σ_i)/1.349·(1 + √(M/N)) lacks a √N, so that noise lies above it. The division by σ_max is Spectrum's, and
+    lets the score depend on the units of the weights; `htsr.select` goes without.
 
     Args:
         eigenvalues: (K,) in any order, not all 0.
