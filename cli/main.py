@@ -185,6 +185,14 @@ def compare(
     block: Block = None,
     min_size: MinSize = 0,
     max_size: MaxSize = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="For an adapter of the two: compare this model + ΔW; beside a model, the one that it names."),
+    ] = None,
+    directions: Annotated[
+        str | None,
+        typer.Option(metavar="K|erg|tail", help="Compare the leading singular vectors too: K of them, or of a tail."),
+    ] = None,
     fit: Fit = "ks",
     full: Full = False,
     route: Route = "auto",
@@ -208,7 +216,10 @@ def compare(
     chosen = run.Choice(include, exclude, role, block, min_size, max_size, exclude_role)
     every = {"fit": fit, "full": full, "route": route, "dtype": dtype, "device": device, "seed": seed}
     options = {name: value for name, value in every.items() if _is_given(context, name)}
-    run.compare(a, b, chosen, options, Words(quiet, verbose), Target.of(context))
+    run.compare(
+        a, b, chosen, options, Words(quiet, verbose), Target.of(context),
+        base=base, directions=run.parse_directions(directions, "--directions"),
+    )  # fmt: skip
 
 
 def _is_given(context: typer.Context, option: str) -> bool:
@@ -433,7 +444,7 @@ def project(
 
     chosen = run.Choice(include, exclude, role, block, min_size, max_size, exclude_role)
     run.project(
-        model, output, run.parse_keep(keep), chosen, Words(quiet, verbose), Target.of(context, "table"),
+        model, output, run.parse_directions(keep, "--keep"), chosen, Words(quiet, verbose), Target.of(context, "table"),
         traps=remove_traps, fit=fit, seed=seed, revision=revision,
     )  # fmt: skip
 

@@ -10,10 +10,17 @@ from htsr_cli.conditions import Condition, judge, say_error, with_needed
 from htsr_cli.output import Target, Words
 
 from htsr.analysis.analyze import analyze_model, make_options
-from htsr.analysis.comparison import compare_analyses, filtered_together, options_beside, saved_or_source
+from htsr.analysis.comparing import (
+    check_directions,
+    compare_analyses,
+    opened_together,
+    options_beside,
+    saved_or_source,
+)
 from htsr.analysis.journal import Journal
 from htsr.analysis.result import Analysis
 from htsr.analysis.saving import check_saved_to
+from htsr.analysis.sharing import launched_ranks
 from htsr.errors import UsageError
 from htsr.files import check_writable
 from htsr.matrices.models import Filter
@@ -25,6 +32,7 @@ from htsr.training.memory.prediction import embeddings_fit, predict_memory
 
 if TYPE_CHECKING:
     from htsr.spectra.directions import Keep
+    from htsr.spectra.subspaces import Subspace
 
 _MOST_BLOCKS = 100_000
 
@@ -112,12 +120,22 @@ def analyze(
     return code
 
 
-def compare(a: str, b: str, choice: Choice, options: dict[str, Any], words: Words, target: Target) -> None:
+def compare(
+    a: str,
+    b: str,
+    choice: Choice,
+    options: dict[str, Any],
+    words: Words,
+    target: Target,
+    *,
+    base: str | None,
+    directions: Subspace | None,
+) -> None:
     """`htsr compare`."""
+    check_directions(directions)
     given = [saved_or_source(name) for name in (a, b)]
     settings = options_beside(given, **options)
-    opened = [side if isinstance(side, Analysis) else open_model(side) for side in given]
-    sides = filtered_together(opened, choice.filter)
+    sides = opened_together(given, choice.filter, base)
     analyses = []
     for name, side in zip((a, b), sides, strict=True):
         if isinstance(side, Analysis):
@@ -125,10 +143,19 @@ def compare(a: str, b: str, choice: Choice, options: dict[str, Any], words: Word
             continue
         with words.progress(name) as progress:
             analyses.append(analyze_model(side, settings, progress=progress))
+    models = [None if isinstance(side, Analysis) else side for side in sides]
+    with words.progress("both") as progress:
+        comparison = compare_analyses(
+            analyses[0],
+            analyses[1],
+            models[0],
+            models[1],
+            directions=directions,
+            ranks=launched_ranks(),
+            progress=progress,
+        )
     if not is_first():
         return
-    models = [None if isinstance(side, Analysis) else side for side in sides]
-    comparison = compare_analyses(analyses[0], analyses[1], models[0], models[1])
     if None in models:
         words.say("htsr: a saved analysis has no weights: the distances of weights are left out")
     for what, names in (
@@ -190,8 +217,8 @@ def project(
     target.write(surgery, words)
 
 
-def parse_keep(text: str | None) -> Keep | None:
-    """What `--keep` says.
+def parse_directions(text: str | None, option: str) -> Keep | None:
+    """What an `option` says that takes directions: of `htsr project` or `htsr compare`.
 
     Raises:
         UsageError: neither erg, nor tail, nor a positive number.
@@ -199,7 +226,7 @@ def parse_keep(text: str | None) -> Keep | None:
     if text is None or text == "erg" or text == "tail":
         return text  # type: ignore[return-value]
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--keep takes erg, tail or a number of directions, not {text!r}")
+        raise UsageError(f"{option} takes erg, tail or a number of directions, not {text!r}")
     return int(text)
 
 

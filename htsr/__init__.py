@@ -13,7 +13,8 @@ from htsr._version import __version__
 
 if TYPE_CHECKING:
     from htsr.analysis.analyze import Progress, analyze, describe
-    from htsr.analysis.comparison import Comparison, compare
+    from htsr.analysis.comparing import compare
+    from htsr.analysis.comparison import Comparison
     from htsr.analysis.repair import repair
     from htsr.analysis.repair_result import Repair
     from htsr.analysis.result import Analysis
@@ -55,7 +56,8 @@ _HOMES = {
     "htsr.analysis.result": ("Analysis",),
     "htsr.analysis.selection": ("Selection", "SelectionRow", "select"),
     "htsr.analysis.standouts": ("Standout",),
-    "htsr.analysis.comparison": ("Comparison", "compare"),
+    "htsr.analysis.comparing": ("compare",),
+    "htsr.analysis.comparison": ("Comparison",),
     "htsr.errors": ("HtsrError", "MatrixError", "MissingDependencyError", "SourceError", "UsageError"),
     "htsr.matrices.models": ("Filter", "Model", "WeightMatrix"),
     "htsr.calibration.outlier_scores": ("measure_outliers",),

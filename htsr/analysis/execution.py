@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,22 @@ _PINNED_FROM = 1 << 20  # entries; smaller matrices are copied in no time
 
 Progress = Callable[[int, Measured], None]
 Result = TypeVar("Result")
+
+
+class _Sized(Protocol):
+    """What has the size of a matrix, and costs as much."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def pieces(self) -> int: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def cost(self) -> float: ...
+
+
+Unit = TypeVar("Unit", bound=_Sized)
 Work = Callable[[Sequence[WeightMatrix]], Sequence[Result]]
 Job: TypeAlias = "tuple[Callable[[], Array | Product], LayerMetrics]"
 
@@ -75,15 +91,29 @@ def for_each(
         device: device that computes.
         read: function that reads a matrix in the way that `work` will: `WeightMatrix.opened` or `WeightMatrix.read`.
     """
-    order = sorted(range(len(matrices)), key=lambda i: -matrices[i].cost)
     if solving_device(device) != "cpu":
-        yield from _in_turn(matrices, order, work, read)
-        return
-    small = [i for i in order if _footprint(matrices[i]) <= SIDE_BY_SIDE]
-    yield from _in_threads(matrices, small, work)
+        yield from _in_turn(matrices, _costliest_first(matrices), work, read)
+    else:
+        yield from on_host(matrices, work)
+
+
+def on_host(units: Sequence[Unit], work: Callable[[Sequence[Unit]], Sequence[Result]]) -> Iterator[tuple[int, Result]]:
+    """(index, result) of each of `units`, in the order of completion: small ones in several threads of the host.
+
+    Args:
+        units: matrices, or other things of that many entries, to work on.
+        work: function that gives the results of a few units of one shape.
+    """
+    order = _costliest_first(units)
+    small = [i for i in order if _footprint(units[i]) <= SIDE_BY_SIDE]
+    yield from _in_threads(units, small, work)
     for index in order:
-        if _footprint(matrices[index]) > SIDE_BY_SIDE:
-            yield index, work([matrices[index]])[0]
+        if _footprint(units[index]) > SIDE_BY_SIDE:
+            yield index, work([units[index]])[0]
+
+
+def _costliest_first(units: Sequence[_Sized]) -> list[int]:
+    return sorted(range(len(units)), key=lambda i: -units[i].cost)
 
 
 def unmeasured_row(matrix: WeightMatrix) -> LayerMetrics:
@@ -125,7 +155,7 @@ def _described(decomposed: Iterator[tuple[int, Decomposed]], options: Options) -
             raise
 
 
-def _footprint(matrix: WeightMatrix) -> int:
+def _footprint(matrix: _Sized) -> int:
     return 4 * matrix.parameters + 16 * min(matrix.shape) ** 2
 
 
@@ -139,7 +169,7 @@ def workers() -> int:
 
 
 def _in_threads(
-    matrices: Sequence[WeightMatrix], indices: Sequence[int], work: Work[Result]
+    matrices: Sequence[Unit], indices: Sequence[int], work: Callable[[Sequence[Unit]], Sequence[Result]]
 ) -> Iterator[tuple[int, Result]]:
     if not indices:
         return
@@ -210,7 +240,7 @@ def _staged(matrix: WeightMatrix, read: Callable[[WeightMatrix], Array | Product
         return found
 
 
-def _batches(matrices: Sequence[WeightMatrix], indices: Sequence[int], up_to: int) -> list[list[int]]:
+def _batches(matrices: Sequence[_Sized], indices: Sequence[int], up_to: int) -> list[list[int]]:
     """`indices` in batches of one shape, of matrices with M ≤ `up_to`: just as many as make a call of the solver long
     enough, on a CPU to work without the interpreter's lock.
     """

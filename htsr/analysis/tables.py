@@ -112,6 +112,17 @@ def _in_both(title: str, field: str, format: str) -> tuple[Column, Callable[[Rec
     return Column(title, format, optional=True), lambda record: record.get(field)
 
 
+_DIRECTIONS: tuple[tuple[Column, Callable[[Record], Value]], ...] = (
+    _in_both("U overlap", "overlap_left", ".3f"),
+    _in_both("U null", "overlap_left_null", ".3f"),
+    _in_both("V overlap", "overlap_right", ".3f"),
+    _in_both("V null", "overlap_right_null", ".3f"),
+    _in_both("angle °", "angle_left", ".1f"),
+    _in_both("intruders", "intruders", ".0f"),
+    _in_both("eff. rank", "effective_rank", ".0f"),
+)
+_SPARE_OF_DIRECTIONS = ("V null", "eff. rank", "V overlap", "angle °", "U null")
+
 _PAIRS: tuple[tuple[Column, Callable[[Record], Value]], ...] = (
     (Column("matrix", text=True), lambda record: record["name"]),
     (Column("role", text=True), lambda record: record["role"]),
@@ -124,13 +135,28 @@ _PAIRS: tuple[tuple[Column, Callable[[Record], Value]], ...] = (
     _in_both("cosine", "cosine", ".4f"),
     _in_both("CKA", "cka", ".4f"),
     _in_both("ESD dist.", "esd_distance", ".4f"),
+    *_DIRECTIONS,
+    (Column("note", text=True, optional=True), lambda record: record["note"]),
+)
+
+_HEADS: tuple[tuple[Column, Callable[[Record], Value]], ...] = (
+    (Column("matrix", text=True), lambda record: record["name"]),
+    (Column("role", text=True), lambda record: record["role"]),
+    (Column("head", ".0f"), lambda record: record["head"]),
+    _in_both("‖A-B‖/‖A‖", "relative", ".4f"),
+    *_DIRECTIONS,
 )
 
 
 def pairs_table(records: Sequence[Record]) -> Table:
     """The short table of a comparison, one line for each pair of its `records`."""
-    spare = ("CKA", "role", "⟨ln λ̃⟩ a", "⟨ln λ̃⟩ b", "cosine", "ESD dist.", "α a")
+    spare = ("CKA", "role", "⟨ln λ̃⟩ a", "⟨ln λ̃⟩ b", "cosine", "ESD dist.", "α a", *_SPARE_OF_DIRECTIONS, "α b", "note")
     return tabulate(records, _PAIRS, spare=spare)
+
+
+def heads_table(records: Sequence[Record]) -> Table:
+    """The short table of attention heads in both models, one line for each of the `records`."""
+    return tabulate(records, _HEADS, spare=("role", *_SPARE_OF_DIRECTIONS))
 
 
 def changes_table(summary: Mapping[str, tuple[float, float, float]], labels: Mapping[str, str]) -> Table:

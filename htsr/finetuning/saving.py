@@ -68,7 +68,7 @@ def write_reports(
         before: analysis of the model before training, None where none is wanted.
         after: analysis of the trained model, None where none is wanted.
     """
-    from htsr.analysis.comparison import compare_analyses
+    from htsr.analysis.comparing import compare_analyses
     from htsr.finetuning.model_card import model_card
     from htsr.reporting.formats import as_csv
     from htsr.reporting.text import encodable

@@ -85,6 +85,22 @@ def _stored(source: Source, revision: str | None) -> Opened:
     raise SourceError(f"a model is a module, a state dict, a path or a hub id, not a {type(source).__name__}")
 
 
+def is_adapter(source: Source) -> bool:
+    """Whether `source` names the folder of an adapter, and no model.
+
+    Raises:
+        SourceError: there is no such path or model.
+        UsageError: the name is empty.
+
+    Examples:
+        >>> import torch
+        >>> from htsr.matrices.sources import is_adapter
+        >>> is_adapter(torch.nn.Linear(2, 2))
+        False
+    """
+    return isinstance(source, (str, os.PathLike)) and adapters.adapter_folder(locate(os.fspath(source))) is not None
+
+
 def locate(name: str, revision: str | None = None) -> Path:
     """The local file or folder of a model: a path that exists, or the cached copy of a hub id.
 
