@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from htsr._version import __version__
-from htsr.analysis.standouts import standouts
+from htsr.analysis.standouts import Standout, standouts
 from htsr.arrays import Vector
 from htsr.reporting.analysis_page import AnalysisPage
 from htsr.results import Table
@@ -49,9 +50,14 @@ def page_of(
         summary=tables[1],
         eigenvalues=eigenvalues,
         permuted=permuted,
-        standouts=[(found.name, found.reason) for found in standouts(rows)],
+        standouts=[(found.name, _sentence(found)) for found in standouts(rows)],
         xmax=options.xmax,
     )
+
+
+def _sentence(found: Standout) -> str:
+    """Why a matrix stands out, and by how much."""
+    return f"{found.reason} ({found.score:.2g} σ)" if math.isfinite(found.score) else found.reason
 
 
 def _about() -> dict[str, str]:

@@ -22,6 +22,7 @@ HOSTILE = "</script><img src=x onerror=alert(1)>&amp;"
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
 )
+WEIGHT = np.random.default_rng(0).standard_normal((20, 40))
 NODE = shutil.which("node") or ""
 
 
@@ -103,6 +104,13 @@ def test_what_stands_out_is_on_top_and_linked_to(analysis, page):
     assert f'<a href="#{broken.name}" data-index="{position}">{broken.name}</a>' in text
     assert text.index(broken.reason) < text.index('id="summary-title"') < text.index('id="data"')
     assert data_of(text)["standouts"][0] == position
+
+
+def test_a_standout_says_by_how_much():
+    alike = htsr.analyze({f"layers.{i}.up_proj.weight": (1 + 9 * (i == 3)) * WEIGHT for i in range(12)}, device="cpu")
+    [found] = alike.standouts()
+    assert alike._page().standouts == [("layers.3.up_proj", f"{found.reason} ({found.score:.2g} σ)")]
+    assert found.score > 10
 
 
 def test_links_to_matrices_are_text_and_never_markup(analysis):
