@@ -4,41 +4,90 @@ One of the k leading left singular vectors of B is an intruder where its |cosine
 is below ε. All of A's vectors are asked, not only leading ones: a direction that A had and used little is no intruder.
 A square A has a full basis of them, in which the largest of m squared cosines is at least 1/m, and about 2·ln(m)/m of a
 random direction; what informs is how the count depends on ε.
+
+Squared cosines of one vector sum to 1 at most. So where the largest that is known is no smaller than what the known
+ones leave, it is the largest of all, and A's leading vectors decide alone; only elsewhere A is decomposed whole.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from htsr.arrays import Array, Vector
 from htsr.spectra.exact_products import exact_products
-from htsr.spectra.leading import Sum
+from htsr.spectra.sums import Sum
 
 if TYPE_CHECKING:
     import torch
 
-_RESOLVED = (
-    2.0**-48
-)  # eigenvalues below this share of the largest have no left vectors, as in `htsr.spectra.resolution`
+_RESOLVED = 2.0**-48  # share of the largest eigenvalue below which one has no left vector (`htsr.spectra.resolution`)
 
 
-def nearest_cosines(base: Array | Sum, vectors: torch.Tensor) -> Vector:
+@dataclass(frozen=True)
+class LeftVectors:
+    """The left singular vectors of a matrix, of which those beyond the leading ones are computed once they are needed.
+
+    Attributes:
+        matrix: A, (m, n).
+        leading: leading left singular vectors that are known, (m, k) float64.
+    """
+
+    matrix: Sum
+    leading: torch.Tensor
+
+    def nearest(self, vectors: torch.Tensor) -> Vector:
+        """The largest |cosine| of each vector with any left singular vector of A.
+
+        Args:
+            vectors: vectors of length 1 as columns, (m, j) float64, on the device of A.
+
+        Returns:
+            (j,) float64, in [0, 1].
+        """
+        squares = (self.leading.mT @ vectors) ** 2
+        largest = squares.amax(dim=0)
+        if bool((largest < 1 - squares.sum(dim=0)).any()):
+            largest = (self._with_all(vectors) ** 2).amax(dim=0)
+        return np.asarray(largest.sqrt().clamp(max=1.0).cpu().numpy())
+
+    def _with_all(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Cosines with all left singular vectors, (rank, j)."""
+        values, basis = self._decomposed
+        if self.matrix.shape[0] <= self.matrix.shape[1]:
+            cosines = basis.mT @ vectors
+        else:  # u_i = A v_i / ‖A v_i‖
+            cosines = basis.mT @ self.matrix.transposed_times(vectors) / values.clamp(min=0).sqrt()[:, None]
+        return cosines[values > _RESOLVED * values[-1]]
+
+    @cached_property
+    def _decomposed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Eigenvalues and eigenvectors of the smaller Gram matrix."""
+        import torch
+
+        wide = self.matrix.shape[0] <= self.matrix.shape[1]
+        values, basis = torch.linalg.eigh((self.matrix.T if wide else self.matrix).gram())
+        return values, basis
+
+
+def nearest_cosines(base: Array, vectors: torch.Tensor) -> Vector:
     """The largest |cosine| of each vector with any left singular vector of a matrix.
 
     Args:
-        base: A, (m, n), any float dtype, or a `Sum` of such; vectors of singular value 0 are none of its directions.
-        vectors: vectors of length 1 as columns, (m, k) float64, on the device of A.
+        base: A, (m, n), any float dtype; vectors of singular value 0 are none of its directions.
+        vectors: vectors of length 1 as columns, (m, j) float64, on the device of A.
 
     Returns:
-        (k,) float64, in [0, 1].
+        (j,) float64, in [0, 1].
 
     Raises:
         MatrixError: entries of A are NaN, infinite or overflow (status ``nan``), are so small that their squares vanish
             (``underflow``), or there are none (``empty``).
 
-    Source: Shuttleworth, Andreas, Torralba & Sharma (arXiv 2410.21228), algorithm 1.
+    Source: Shuttleworth, Andreas, Torralba & Sharma (arXiv 2410.21228).
 
     Examples:
         >>> import numpy as np, torch
@@ -47,16 +96,6 @@ def nearest_cosines(base: Array | Sum, vectors: torch.Tensor) -> Vector:
         >>> nearest_cosines(np.diag([3.0, 2.0, 0.0]), u)
         array([0.8, 0. ])
     """
-    import torch
-
-    A = base if isinstance(base, Sum) else Sum.of(base, str(vectors.device))
+    A = Sum.of(base, str(vectors.device))
     with exact_products(A.device):
-        if A.shape[0] <= A.shape[1]:
-            values, basis = torch.linalg.eigh(A.T.gram())
-            cosines = basis.mT @ vectors
-        else:  # u_i = A v_i / ‖A v_i‖
-            values, basis = torch.linalg.eigh(A.gram())
-            cosines = basis.mT @ A.transposed_times(vectors) / values.clamp(min=0).sqrt()[:, None]
-        known = values > _RESOLVED * values[-1]
-        found = torch.where(known[:, None], cosines.abs(), 0.0).amax(dim=0)
-    return np.asarray(found.clamp(max=1.0).cpu().numpy())
+        return LeftVectors(A, 0 * vectors[:, :1]).nearest(vectors)

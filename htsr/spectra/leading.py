@@ -1,142 +1,33 @@
 """Leading singular triplets of a matrix, with an error that was measured.
 
-A matrix is given as a sum of matrices that lie in memory already, W = Σ c·T: a fine-tuned matrix less its base, or a
-base with noise on it, is never put together; rows of it are summed in float64 as they are multiplied.
-
-The Gram matrix of the smaller side gives its leading eigenvectors. One product with W, a QR decomposition and an SVD of
-k × k (Rayleigh and Ritz) make triplets (σ, u, v) of them, whose residuals ‖Wᵀu - σv‖ are computed; where they are too
-large, as where σ_k is many orders below σ_1, the SVD of W itself decides.
+The Gram matrix of the smaller side gives its leading eigenvectors, up to M = 2048 by LAPACK, beyond by a few products
+with W (`htsr.spectra.krylov`). One product more, a QR decomposition and an SVD of k × k (Rayleigh, Ritz) make triplets
+(σ, u, v) of them, whose residuals r = ‖Wᵀu - σv‖ are computed. They bound how far the subspace is turned from the true
+one, by sin θ ≤ √k·r / (σ_k - σ_{k+1}) (Wedin, BIT 12, 1972). Where that is more than 1e-6, as where σ_k is many orders
+below σ_1, the next slower route is taken: LAPACK, then the SVD of W itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from htsr.arrays import MANTISSAS, Array, Vector, epsilon
-from htsr.errors import MatrixError, UsageError
-from htsr.spectra.checks import require_squares
-from htsr.spectra.device import on_device, solving_device
+from htsr.errors import UsageError
 from htsr.spectra.eigenvalues import symmetric_eigenvalues
 from htsr.spectra.exact_products import exact_products
+from htsr.spectra.krylov import leading_eigenvectors
+from htsr.spectra.sums import Sum
 
 if TYPE_CHECKING:
     import torch
 
-ACCURACY = 1e-9  # largest residual relative to σ_1 that is accepted of the route by the Gram matrix
-_CHUNK = 1 << 20  # entries that are summed in float64 at a time
-
-
-@dataclass(frozen=True)
-class Sum:
-    """A matrix as a sum of others, c_1·T_1 + c_2·T_2 + …, which is never put together.
-
-    Attributes:
-        terms: pairs of a factor c and a tensor T, (m, n), of any float dtype, all on one device.
-
-    Examples:
-        >>> import torch
-        >>> from htsr.spectra.leading import Sum
-        >>> change = Sum(((1.0, torch.full((2, 3), 5.0)), (-1.0, torch.ones(2, 3))))
-        >>> change.shape, change.times(torch.ones(3, 1, dtype=torch.float64)).flatten().tolist()
-        ((2, 3), [12.0, 12.0])
-    """
-
-    terms: tuple[tuple[float, torch.Tensor], ...]
-
-    @classmethod
-    def of(cls, matrix: Array, device: str = "auto") -> Sum:
-        """One matrix alone.
-
-        Args:
-            matrix: (m, n), any float dtype.
-            device: device that computes, as torch names it; ``auto`` is where the matrix lies.
-
-        Raises:
-            UsageError: the matrix has not 2 dimensions.
-            MatrixError: it has no entries (status ``empty``).
-        """
-        if matrix.ndim != 2:
-            raise UsageError(f"a weight matrix has 2 dimensions, not {matrix.ndim}")
-        if 0 in matrix.shape:
-            raise MatrixError("empty", f"the matrix has no entries (shape {tuple(matrix.shape)})")
-        return cls(((1.0, on_device(matrix, solving_device(device, matrix))),))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of the matrix, (m, n)."""
-        m, n = self.terms[0][1].shape
-        return m, n
-
-    @property
-    def device(self) -> str:
-        """The device on which it lies, as torch names it."""
-        return str(self.terms[0][1].device)
-
-    @property
-    def T(self) -> Sum:
-        """The transposed matrix."""
-        return Sum(tuple((factor, term.mT) for factor, term in self.terms))
-
-    def blocks(self) -> Iterator[torch.Tensor]:
-        """Some rows at a time, (rows, n) float64."""
-        m, n = self.shape
-        rows = max(1, _CHUNK // n)
-        for start in range(0, m, rows):
-            (factor, first), *others = ((factor, term[start : start + rows]) for factor, term in self.terms)
-            block = first.double() * factor if factor != 1 else first.double()
-            for factor, term in others:
-                block = block.add(term.double(), alpha=factor)
-            yield block
-
-    def times(self, vectors: torch.Tensor) -> torch.Tensor:
-        """W X.
-
-        Args:
-            vectors: X, (n, k) float64.
-
-        Returns:
-            (m, k) float64.
-        """
-        import torch
-
-        return torch.cat([block @ vectors for block in self.blocks()])
-
-    def transposed_times(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Wᵀ Y.
-
-        Args:
-            vectors: Y, (m, k) float64.
-
-        Returns:
-            (n, k) float64.
-        """
-        import torch
-
-        result = torch.zeros((self.shape[1], vectors.shape[1]), dtype=torch.float64, device=vectors.device)
-        start = 0
-        for block in self.blocks():
-            result.addmm_(block.mT, vectors[start : start + len(block)])
-            start += len(block)
-        return result
-
-    def gram(self) -> torch.Tensor:
-        """WᵀW, (n, n) float64.
-
-        Raises:
-            MatrixError: entries are NaN, infinite or overflow (status ``nan``), or are so small that their squares
-                vanish (``underflow``).
-        """
-        import torch
-
-        total = torch.zeros((self.shape[1],) * 2, dtype=torch.float64, device=self.device)
-        for block in self.blocks():
-            total.addmm_(block.mT, block)
-        require_squares(float(total.max()), "float64", lambda: any(bool(block.any()) for block in self.blocks()))
-        return total
+TURNED = 1e-6  # radians by which computing may turn a leading subspace
+_SMALLEST = 1e-13  # residual relative to σ_1 than which none is smaller
+_DENSE_UP_TO = 2048  # M up to which LAPACK decomposes the Gram matrix
+_FEW = 16  # a k above M over it is decomposed by LAPACK, too
 
 
 @dataclass(frozen=True)
@@ -169,6 +60,13 @@ class Leading:
         last = float(self.values[-1])
         return 1 - self.following / last if last > 0 else 0.0
 
+    @property
+    def turned(self) -> float:
+        """Bound of the angle between these subspaces and the true ones, in radians; infinite where there is no gap."""
+        gap = float(self.values[-1]) - self.following
+        residual = self.error * float(self.values[0]) * len(self.values) ** 0.5
+        return residual / gap if gap > 0 else float("inf")
+
     def resolved(self, stored: str) -> int:
         """How many of the k singular values are larger than those that rounding errors of the entries have.
 
@@ -183,13 +81,15 @@ class Leading:
         return int(np.count_nonzero(self.values > max(rounding, computed)))
 
 
-def leading(matrix: Array | Sum, k: int, *, device: str = "auto") -> Leading:
+def leading(matrix: Array | Sum, k: int, *, exact: bool = False, device: str = "auto", seed: int = 0) -> Leading:
     """The k largest singular values of a matrix and their singular vectors.
 
     Args:
         matrix: (m, n), any float dtype, or a `Sum` of such.
         k: number of singular values, from 1 to min(m, n).
+        exact: whether LAPACK decomposes a large matrix, too; else a few products do, as long as they are accurate.
         device: device that computes, as torch names it; ``auto`` is where the matrix lies.
+        seed: seed of the vectors from which products start.
 
     Returns:
         The `Leading` triplets, computed in float64 on that device. The same matrix gives the same signs.
@@ -210,13 +110,30 @@ def leading(matrix: Array | Sum, k: int, *, device: str = "auto") -> Leading:
     if not 1 <= k <= min(W.shape):
         raise UsageError(f"k is from 1 to {min(W.shape)}, the smaller side of the matrix, not {k}")
     if W.shape[0] < W.shape[1]:
-        found = leading(W.T, k)
+        found = leading(W.T, k, exact=exact, seed=seed)
         return Leading(found.values, found.right, found.left, found.following, found.norm, found.error)
     with exact_products(W.device):
+        if not exact and W.shape[1] > max(_DENSE_UP_TO, _FEW * k) and (by_products := _iterated(W, k, seed)):
+            return by_products
         gram = W.gram()
         norm = float(gram.trace()) ** 0.5
         found = _ritz(W, _eigenvectors(gram, min(k + 1, W.shape[1])), k, norm)
-        return found if found.error <= ACCURACY * max(found.gap, 1e-3) else _decomposed(W, k, norm)
+        return found if _is_accurate(found) else _decomposed(W, k, norm)
+
+
+def _is_accurate(found: Leading) -> bool:
+    return found.turned <= TURNED or found.error <= _SMALLEST
+
+
+def _iterated(W: Sum, k: int, seed: int) -> Leading | None:
+    """Leading triplets by products with W alone; None where they are not accurate enough, or all of W is zero."""
+    norm = W.norm()
+    if norm == 0:
+        return None
+
+    vectors = leading_eigenvectors(W.gram_times, W.shape[1], k, turned=TURNED / 10, device=W.device, seed=seed)
+    found = None if vectors is None else _ritz(W, vectors, k, norm)
+    return found if found and _is_accurate(found) else None
 
 
 def gram_eigenvalues(gram: torch.Tensor) -> Vector:
@@ -266,7 +183,7 @@ def _ritz(W: Sum, right: torch.Tensor, k: int, norm: float) -> Leading:
 def _decomposed(W: Sum, k: int, norm: float) -> Leading:
     import torch
 
-    left, values, right = torch.linalg.svd(torch.cat(list(W.blocks())), full_matrices=False)
+    left, values, right = torch.linalg.svd(W.dense(), full_matrices=False)
     return _measured(W, left, values, right.mT, k, norm)
 
 
