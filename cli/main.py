@@ -201,7 +201,6 @@ def compare(
     seed: Seed = 0,
     format: Format = None,
     output: Output = None,
-    html: Annotated[Path | None, typer.Option(help="Write the page, one self-contained HTML file.")] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -219,7 +218,7 @@ def compare(
     options = {name: value for name, value in every.items() if _is_given(context, name)}
     run.compare(
         a, b, chosen, options, Words(quiet, verbose), Target.of(context),
-        base=base, directions=run.parse_directions(directions, "--directions"), html=html,
+        base=base, directions=run.parse_directions(directions, "--directions"),
     )  # fmt: skip
 
 

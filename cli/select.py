@@ -123,7 +123,7 @@ def _outliers(name: str) -> Outliers:
 def _analysis(name: str, where: Filter, revision: str | None, device: str, words: Words) -> Analysis:
     """The analysis that a file holds, or that of a model, with a bar."""
     from htsr.analysis.analyze import analyze_model, make_options
-    from htsr.analysis.comparing import filtered_together, saved_or_source
+    from htsr.analysis.comparison import filtered_together, saved_or_source
     from htsr.analysis.result import Analysis
     from htsr.matrices.sources import open_model
 

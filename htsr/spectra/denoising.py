@@ -37,6 +37,8 @@ from htsr.arrays import Array, Vector
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.bulk import mp_quantile
 from htsr.spectra.directions import decompose, rescaled, stack
+from htsr.spectra.intruders import nearest_cosines
+from htsr.spectra.leading import leading
 
 if TYPE_CHECKING:
     import torch
@@ -231,29 +233,10 @@ def _intruding(base: Array, tuned: Array, k: int, epsilon: float) -> list[torch.
         raise UsageError(f"k is a number of singular vectors, not {k!r}")
     if not 0 <= epsilon <= 1:
         raise UsageError(f"epsilon is a cosine between 0 and 1, not {epsilon!r}")
-    of_base, of_tuned = decompose(base), decompose(tuned)
     found = []
-    for i, (W_base, W) in enumerate(zip(stack(base), stack(tuned), strict=True)):
-        left = _left(W, of_tuned.vectors[i].flip(1)[:, :k], of_tuned.values[i][::-1][:k])
-        if W.shape[0] < W.shape[1]:
-            cosines = of_base.vectors[i].mT @ left
-        else:  # against W_base·v/σ, of those v whose σ is not 0
-            known = of_base.values[i] > 0
-            v = of_base.vectors[i][:, torch.from_numpy(known)]
-            sigma = torch.from_numpy(np.sqrt(of_base.values[i][known])).to(left)
-            cosines = v.mT @ (W_base.mT.to(left) @ left) / sigma[:, None]
-        largest = cosines.abs().amax(dim=0) if len(cosines) else left.new_zeros(left.shape[1])
-        found.append(left[:, largest < epsilon])
+    for W_base, W in zip(stack(base), stack(tuned), strict=True):
+        first = leading(W, min(k, *W.shape))
+        left = first.left[:, torch.from_numpy(first.values > _RESOLVED * first.values[0])]
+        unlike = nearest_cosines(W_base, left) < epsilon if left.shape[1] else np.zeros(0, dtype=bool)
+        found.append(left[:, torch.from_numpy(unlike)])
     return found
-
-
-def _left(W: torch.Tensor, vectors: torch.Tensor, values: Vector) -> torch.Tensor:
-    """Left singular vectors as columns, float64, of those `values` (eigenvalues) that are not 0."""
-    import torch
-
-    known = values > 0
-    chosen = vectors[:, torch.from_numpy(known)]
-    if W.shape[0] < W.shape[1]:
-        return chosen
-    sigma = torch.from_numpy(np.sqrt(values[known])).to(chosen)
-    return W.to(chosen) @ chosen / sigma

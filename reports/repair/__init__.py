@@ -1,0 +1,1 @@
+"""Whether a fine-tuned model can be repaired from its weights alone."""

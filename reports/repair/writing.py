@@ -1,0 +1,247 @@
+"""The page of reports/repair: each repair beside the point of the line W_base + t·ΔW that forgets as much."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from reports import common
+from reports.repair.evaluating import TEXTS
+from reports.repair.training import BATCH, STEPS
+
+Numbers = npt.NDArray[np.float64]
+Run = dict[str, Any]
+_GRID = np.linspace(0, 1, 201)
+_ON_THE_LINE = "·ΔW"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model in one setting: mean rise of the loss on text over the base's, and loss of each question."""
+
+    forgotten: float
+    questions: Numbers
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A repair beside the line.
+
+    Attributes:
+        undone: share of the forgetting that it undoes.
+        loss: mean loss of the questions.
+        factor: t of the point of the line that forgets as much.
+        line: mean loss of the questions at that point.
+        error: standard error of `line` - `loss`, over questions.
+    """
+
+    undone: float
+    loss: float
+    factor: float
+    line: float
+    error: float
+
+    @property
+    def advantage(self) -> float:
+        """How much smaller its loss is than that of the line."""
+        return self.line - self.loss
+
+
+def point(run: Run, base: Run) -> Point:
+    """A setting as a point."""
+    rises = [float(np.mean(run[text]) - np.mean(base[text])) for text in TEXTS]
+    return Point(float(np.mean(rises)), np.asarray(run["questions"], dtype=np.float64))
+
+
+def beside(found: Point, line: dict[float, Point]) -> Beside:
+    """A repair beside the points of the line by t, of which 0 (the base) and 1 (the fine-tuned model) are two."""
+    ts = sorted(line)
+    forgotten = np.interp(_GRID, ts, [line[t].forgotten for t in ts])
+    t = float(_GRID[::-1][np.argmin(np.abs(forgotten[::-1] - found.forgotten))])
+    stack = np.stack([line[t].questions for t in ts])
+    at = np.array([np.interp(t, ts, column) for column in stack.T])
+    gain = at - found.questions
+    full = line[1.0].forgotten
+    return Beside(
+        undone=1 - found.forgotten / full if full else math.nan,
+        loss=float(found.questions.mean()),
+        factor=t,
+        line=float(at.mean()),
+        error=float(gain.std(ddof=1) / len(gain) ** 0.5),
+    )
+
+
+def compared(runs: list[Run]) -> dict[str, dict[str, list[Beside]]]:
+    """By arm and setting: one comparison a seed, of those seeds whose line has at least three points."""
+    base = next(r for r in runs if r["arm"] == "base")
+    found: dict[str, dict[str, list[Beside]]] = {}
+    for arm, seed in dict.fromkeys((r["arm"], r["seed"]) for r in runs if r["arm"] != "base"):
+        mine = [r for r in runs if (r["arm"], r["seed"]) == (arm, seed) and "questions" in r]
+        line = line_of(mine, base)
+        if 1.0 not in line or len(line) < 3:
+            continue
+        for run in mine:
+            if _ON_THE_LINE not in run["setting"] and run["setting"] != "ΔW":
+                found.setdefault(arm, {}).setdefault(run["setting"], []).append(beside(point(run, base), line))
+    return found
+
+
+def line_of(mine: list[Run], base: Run) -> dict[float, Point]:
+    """The points of the line by t."""
+    line = {0.0: point(base, base)}
+    for run in mine:
+        if run["setting"].endswith("ΔW"):
+            line[float(run["setting"].removesuffix("ΔW").removesuffix("·") or 1)] = point(run, base)
+    return line
+
+
+def wins(found: list[Beside]) -> bool:
+    """Whether a repair lies beyond the line by more than the spread over seeds, and than two standard errors."""
+    gains = [b.advantage for b in found]
+    spread = float(np.std(gains, ddof=1)) if len(gains) > 1 else 0.0
+    error = float(np.sqrt(np.sum(np.square([b.error for b in found])))) / len(found)
+    return float(np.mean(gains)) > max(spread, 2 * error)
+
+
+def first_line(found: dict[str, dict[str, list[Beside]]]) -> str:
+    """What won, or that nothing did."""
+    if not found:
+        return "**No fine-tuned model has been asked yet: nothing is claimed.**"
+    won = [f"{setting} ({arm})" for arm, settings in found.items() for setting, b in settings.items() if wins(b)]
+    tried = sum(len(settings) for settings in found.values())
+    if not won:
+        return f"**Nothing beat plain interpolation W_base + t·ΔW of equal effect**: none of {tried} settings."
+    return f"**Beyond plain interpolation of equal effect: {', '.join(won)}**, of {tried} settings; the others are not."
+
+
+def repairs_table(runs: list[Run], found: dict[str, list[Beside]], arm: str) -> str:
+    """One row a setting."""
+    rows = []
+    for setting, bs in found.items():
+        mine = [r for r in runs if (r["arm"], r["setting"]) == (arm, setting)]
+        gains = [b.advantage for b in bs]
+        spread = f" ± {np.std(gains, ddof=1):.4f}" if len(gains) > 1 else ""
+        rows.append(
+            [
+                setting,
+                _mean(r["norm_kept"] for r in mine),
+                f"{np.mean([b.undone for b in bs]):.0%}",
+                f"{np.mean([b.loss for b in bs]):.4f}",
+                f"{np.mean([b.line for b in bs]):.4f} (t = {np.mean([b.factor for b in bs]):.2f})",
+                f"{np.mean(gains):+.4f}{spread} (se {np.mean([b.error for b in bs]):.4f})",
+                len(bs),
+            ]
+        )
+    head = ["repair", "‖ΔW‖² left", "forgetting undone", "loss, questions", "line of equal effect", "gain", "seeds"]
+    return common.table(head, rows)
+
+
+def line_table(runs: list[Run], arm: str) -> str:
+    """Losses of the base and along the line, means over seeds."""
+    base = next(r for r in runs if r["arm"] == "base")
+    rows = [["base", *(f"{np.mean(base[key]):.3f}" for key in (*TEXTS, "questions")), _accuracy([base]), 1]]
+    for setting in ("0.25·ΔW", "0.5·ΔW", "0.75·ΔW", "ΔW"):
+        mine = [r for r in runs if (r["arm"], r["setting"]) == (arm, setting) and "questions" in r]
+        if mine:
+            losses = (f"{np.mean([np.mean(r[key]) for r in mine]):.3f}" for key in (*TEXTS, "questions"))
+            rows.append([setting, *losses, _accuracy(mine), len(mine)])
+    return common.table(["model", "reference", "own text", "questions", "accuracy", "seeds"], rows)
+
+
+def _accuracy(runs: list[Run]) -> str:
+    known = [r["accuracy"] for r in runs if "accuracy" in r]
+    return f"{np.mean(known):.0%}" if known else "not asked"
+
+
+def _mean(values: Iterable[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    return f"{np.mean(known):.3f}" if known else ""
+
+
+def untouched(runs: list[Run]) -> str:
+    """Settings that left the model as it was."""
+    same = dict.fromkeys(f"{r['setting']} ({r['arm']})" for r in runs if "questions" not in r)
+    return f"Left the model as it was, so not asked anew: {', '.join(same)}.\n" if same else ""
+
+
+def kept_table(runs: list[Run]) -> str:
+    """Median share of directions kept, by role."""
+    mine = [r for r in runs if r.get("shares") and r["setting"] in ("denoise", "ecs")]
+    names = dict.fromkeys(f"{r['arm']}, {r['setting']}" for r in mine)
+    roles = dict.fromkeys(role for r in mine for role in r["shares"])
+    rows = []
+    for role in roles:
+        cells = []
+        for name in names:
+            values = [r["shares"][role] for r in mine if f"{r['arm']}, {r['setting']}" == name and role in r["shares"]]
+            cells.append(f"{np.mean(values):.1%}" if values else "")
+        rows.append([role, *cells])
+    return common.table(["role", *names], rows) if names else ""
+
+
+def write_up(results: dict[str, Any], folder: Path) -> None:
+    """README.md and repair.png."""
+    runs, size = results["runs"], results["size"]
+    found = compared(runs)
+    plot(runs, folder / "repair.png")
+    models = {(r["arm"], r["seed"]) for r in runs if r["arm"] != "base"}
+    verdict = folder / "verdict.md"
+    text = f"""# Can a fine-tuned model be repaired from its weights alone?
+
+{first_line(found)}
+
+`python -m reports.repair --data FOLDER --work FOLDER` makes this page. {common.facts(results["machine"])}
+
+SmolLM2-135M-Instruct fine-tuned for {STEPS} steps of {BATCH} questions (ARC-Easy and OpenBookQA with their answers), at rates that
+forget: full at 4e-4, LoRA of rank 8 at 6.4e-3, merged. {len(models)} of 6 models are in this page. Each is repaired by `htsr.repair` and asked:
+loss of the right answer to {size["questions"]} held-out questions, in nats per character (what was learned), and loss on {size["windows"]} × {size["tokens"]} tokens
+each of the Python language reference and of what the base itself writes at temperature 1 (what was forgotten; the rise of the
+second is the divergence of the model from its base). A repair is compared with the point of the line W_base + t·ΔW, norms
+included, whose loss on text has risen as much; "gain" is by how much its loss on the questions is smaller than that point's, ± the standard
+deviation over seeds, with the standard error over the questions. A repair wins where its mean gain exceeds the
+spread over seeds and two standard errors.
+
+{verdict.read_text() if verdict.exists() else ""}
+![what is kept against what is forgotten](repair.png)
+"""
+    for arm, settings in found.items():
+        text += f"\n## {arm}\n\n{line_table(runs, arm)}\n{repairs_table(runs, settings, arm)}"
+    text += f"\n{untouched(runs)}\n## What is kept of a change\n\nMedian share of the directions, by role.\n\n{kept_table(runs)}"
+    (folder / "README.md").write_text(text)
+
+
+def plot(runs: list[Run], file: Path) -> None:
+    """Loss of the questions against the rise of the loss on text: the line, and the repairs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    base = next(r for r in runs if r["arm"] == "base")
+    arms = list(dict.fromkeys(r["arm"] for r in runs if r["arm"] != "base")) or ["full"]
+    figure, axes = plt.subplots(1, len(arms), figsize=(6 * len(arms), 4.6), layout="constrained", squeeze=False)
+    for ax, arm in zip(axes[0], arms, strict=True):
+        colours: dict[str, str] = {}
+        for seed in dict.fromkeys(r["seed"] for r in runs if r["arm"] == arm):
+            mine = [r for r in runs if (r["arm"], r["seed"]) == (arm, seed) and "questions" in r]
+            line = sorted(line_of(mine, base).items())
+            xs, ys = [p.forgotten for _, p in line], [float(p.questions.mean()) for _, p in line]
+            ax.plot(xs, ys, "k.-", lw=0.8, label="W_base + t·ΔW" if seed == 0 else None)
+            for run in mine:
+                if not run["setting"].endswith("ΔW"):
+                    new = run["setting"] not in colours
+                    colour = colours.setdefault(run["setting"], f"C{len(colours)}")
+                    there = point(run, base)
+                    label = run["setting"] if new else None
+                    ax.plot(there.forgotten, there.questions.mean(), "o", color=colour, ms=5, label=label)
+        ax.set(xlabel="rise of the loss on text, nats per token", ylabel="loss of the questions", title=arm)
+        ax.grid(alpha=0.3, lw=0.4)
+        ax.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=90)
+    plt.close(figure)
