@@ -13,8 +13,9 @@ from htsr.analysis.distance import Distance
 from htsr.analysis.result import Analysis
 from htsr.analysis.tables import changes_table, pairs_table
 from htsr.results import Record, Table, Tabular, column_types
+from htsr.spectra.direction_numbers import Directions
 from htsr.spectra.metrics import NUMERIC, LayerMetrics
-from htsr.spectra.subspaces import Directions, Subspace
+from htsr.spectra.subspaces import Subspace
 
 _HEADS_OF = ("attn.q", "attn.k", "attn.v", "attn.o")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from htsr.analysis.tables import heads_table
 from htsr.results import Record, Table, Tabular, column_types
-from htsr.spectra.subspaces import EPSILON, EPSILONS, Directions
+from htsr.spectra.direction_numbers import EPSILON, EPSILONS, Directions
 
 _RENAMED = {"k": "directions", "gap": "directions_gap", "error": "directions_error"}
 _ELSEWHERE = ("relative", "notes", "cosines", "nearest", "values", "base_values")  # in other columns, or no numbers

@@ -21,7 +21,8 @@ from htsr.matrices.models import WeightMatrix
 from htsr.ranks import Ranks
 from htsr.spectra.attempts import attempted
 from htsr.spectra.device import solving_device
-from htsr.spectra.subspaces import Directions, Subspace, by_head, directions
+from htsr.spectra.direction_numbers import Directions
+from htsr.spectra.subspaces import Subspace, by_head, directions
 
 logger = logging.getLogger(__name__)
 
