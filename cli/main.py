@@ -43,7 +43,9 @@ from htsr_cli.options import (
     Route,
     Save,
     Seed,
+    Sort,
     Table,
+    Top,
     Verbose,
     WindowsOption,
     Xmax,
@@ -126,6 +128,8 @@ def analyze(
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Seed = 0,
+    sort: Sort = None,
+    top: Top = None,
     format: Format = None,
     output: Output = None,
     html: Html = None,
@@ -141,7 +145,10 @@ def analyze(
     """
     from htsr_cli import run
     from htsr_cli.conditions import parse_conditions
+    from htsr_cli.order import parse_order
     from htsr_cli.output import Target, Words
+
+    from htsr.spectra.metrics import LayerMetrics
 
     chosen = run.Choice(include, exclude, role, block, min_size, max_size, exclude_role)
     options = {
@@ -164,6 +171,7 @@ def analyze(
     words = Words(quiet, verbose)
     conditions = parse_conditions(fail_on)
     target = Target.of(context)
+    target.order = parse_order(sort, top, LayerMetrics.__dataclass_fields__)
     code = run.analyze(
         model, chosen, options, words, target, conditions,
         revision=revision, against=against, base=base, html=html, save=save, resume=resume,

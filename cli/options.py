@@ -58,6 +58,11 @@ Table = Annotated[
     Path | None,
     typer.Option("--table", help="Write the table there; the suffix tells the format.", show_default=False),
 ]
+Sort = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMN", help="Largest of this column first, as in stable_rank; alpha:up: smallest first."),
+]
+Top = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N rows; means are still of all.")]
 Html = Annotated[Path | None, typer.Option(help="Write the report, one self-contained HTML file.")]
 Save = Annotated[Path | None, typer.Option(help="Save rows and spectra (.npz) for `htsr compare` and for Python.")]
 FailOn = Annotated[

@@ -23,6 +23,7 @@ from htsr.results import Tabular, envelope
 
 if TYPE_CHECKING:
     import typer
+    from htsr_cli.order import Order
     from rich.console import Console
 
     from htsr.analysis.analyze import Progress
@@ -77,6 +78,7 @@ class Target:
         if output is not None:
             check_writable(output)
         self.format, self.output, self.command, self.options = format, output, command, options
+        self.order: Order | None = None
 
     @classmethod
     def of(cls, context: typer.Context, file: str = "output") -> Target:
@@ -94,6 +96,8 @@ class Target:
 
     def write(self, result: Tabular, words: Words | None = None) -> None:
         """Write `result` whole, or not at all; `words` say what belongs to a table and is no data."""
+        if self.order is not None:
+            result = self.order.of(result)
         if self.format == "parquet":
             assert self.output is not None
             write_parquet(result.records(), self.output, result.types())

@@ -1,0 +1,123 @@
+"""`--sort` and `--top`: the order of the rows that a command writes, and how many."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any
+
+from htsr.errors import UsageError
+from htsr.results import Record, Table, Tabular
+
+_UP = ":up"
+_ALIASES = {"note": "warning"}  # the header of the tables
+
+
+@dataclass(frozen=True)
+class Order:
+    """An order of rows.
+
+    Attributes:
+        column: field of the records to sort by; None for the order of the result.
+        up: whether the smallest comes first.
+        top: number of rows; None for all.
+    """
+
+    column: str | None
+    up: bool
+    top: int | None
+
+    def of(self, result: Tabular) -> Tabular:
+        """`result` with its rows in this order.
+
+        Raises:
+            UsageError: its rows have no such column.
+        """
+        records = result.records()
+        if self.column is not None and records:
+            insist_on(self.column, records[0])
+        places = list(range(len(records)))
+        if self.column is not None:
+            known = [i for i in places if records[i][self.column] is not None]
+            known.sort(key=lambda i: _key(records[i][self.column]), reverse=not self.up)
+            places = known + [i for i in places if records[i][self.column] is None]
+        return Ordered(result, tuple(places[: self.top]))
+
+
+def parse_order(sort: str | None, top: int | None, known: Collection[str] | None = None) -> Order | None:
+    """What `--sort` and `--top` say; None where they are not given.
+
+    Args:
+        sort: name of a column, with ``:up`` at its end for the smallest first.
+        top: number of rows.
+        known: names of the columns, where they are known beforehand.
+
+    Raises:
+        UsageError: there is no such column.
+    """
+    if sort is None and top is None:
+        return None
+    column = None if sort is None else sort.removesuffix(_UP)
+    column = _ALIASES.get(column, column) if column else column
+    if known is not None and column is not None:
+        insist_on(column, known)
+    return Order(column, sort is not None and sort.endswith(_UP), top)
+
+
+def insist_on(column: str, known: Collection[str]) -> None:
+    """Insist that rows have the column.
+
+    Raises:
+        UsageError: they have not.
+    """
+    if column not in known:
+        near = get_close_matches(column, known, n=1, cutoff=0)
+        raise UsageError(f"--sort: rows have no {column!r}; the nearest is {near[0] if near else 'none'}")
+
+
+def _key(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else float(value)
+
+
+@dataclass(frozen=True)
+class Ordered(Tabular):
+    """A result whose rows are in another order, or some of them only. What is true of the whole is so still.
+
+    Attributes:
+        result: the result.
+        places: places in it of the rows that are shown, in their order.
+    """
+
+    result: Tabular
+    places: Sequence[int]
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        """Name of what the result is about."""
+        return self.result.label
+
+    def records(self) -> list[Record]:
+        """The rows at these places."""
+        records = self.result.records()
+        return [records[i] for i in self.places]
+
+    def types(self) -> dict[str, type]:
+        """The types of columns that may be empty."""
+        return self.result.types()
+
+    def tables(self) -> tuple[Table, ...]:
+        """The rows at these places, then the means or sums of all."""
+        first, *rest = self.result.tables()
+        tones = tuple(first.tones[i] for i in self.places) if first.tones else ()
+        return replace(first, rows=tuple(first.rows[i] for i in self.places), tones=tones), *rest
+
+    def facts(self) -> dict[str, Any]:
+        """What is true of the whole."""
+        return self.result.facts()
+
+    def remarks(self) -> tuple[str, ...]:
+        """The sentences beside the result, and how many rows are shown."""
+        total = len(self.result.records())
+        some = (f"{len(self.places)} of {total} rows are shown",) if len(self.places) < total else ()
+        return (*self.result.remarks(), *some)
