@@ -207,6 +207,8 @@ def compare(
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Seed = 0,
+    sort: Sort = None,
+    top: Top = None,
     format: Format = None,
     output: Output = None,
     quiet: Quiet = False,
@@ -219,13 +221,16 @@ def compare(
     For example:  [bold]htsr compare ./base ./fine-tuned --role 'attn.*'[/bold]
     """
     from htsr_cli import run
+    from htsr_cli.order import parse_order
     from htsr_cli.output import Target, Words
 
     chosen = run.Choice(include, exclude, role, block, min_size, max_size, exclude_role)
     every = {"fit": fit, "full": full, "route": route, "dtype": dtype, "device": device, "seed": seed}
     options = {name: value for name, value in every.items() if _is_given(context, name)}
+    target = Target.of(context)
+    target.order = parse_order(sort, top)
     run.compare(
-        a, b, chosen, options, Words(quiet, verbose), Target.of(context),
+        a, b, chosen, options, Words(quiet, verbose), target,
         base=base, directions=run.parse_directions(directions, "--directions"),
     )  # fmt: skip
 

@@ -35,13 +35,14 @@ class Order:
             UsageError: its rows have no such column.
         """
         records = result.records()
+        places = list(range(len(records)))
         if self.column is not None and records:
             insist_on(self.column, records[0])
-        places = list(range(len(records)))
-        if self.column is not None:
-            known = [i for i in places if records[i][self.column] is not None]
-            known.sort(key=lambda i: _key(records[i][self.column]), reverse=not self.up)
-            places = known + [i for i in places if records[i][self.column] is None]
+            values = [record[self.column] for record in records]
+            known = sorted(
+                (i for i in places if values[i] is not None), key=lambda i: _key(values[i]), reverse=not self.up
+            )
+            places = known + [i for i in places if values[i] is None]
         return Ordered(result, tuple(places[: self.top]))
 
 

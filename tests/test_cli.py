@@ -159,9 +159,8 @@ def test_conditions_know_every_status():
     texts = [path.read_text(encoding="utf-8") for path in Path(htsr.__file__).parent.rglob("*.py")]
     found = {status for text in texts for status in re.findall(said, text)}
     assert {"meta", "sparse", "unreadable", "ok", "needs_base", "quantized"} <= found
-    assert found - {"no_bulk", "no_ecs", "no_tail", "no_way", "too_small"} <= set(
-        KNOWN["status"]
-    )  # those are of no analysis
+    of_no_analysis = {"no_bulk", "no_ecs", "no_tail", "no_way", "too_small"}
+    assert found - of_no_analysis <= set(KNOWN["status"])
 
 
 def test_an_analysis_without_a_spectrum_is_no_success(capsys, tmp_path):
@@ -279,7 +278,7 @@ def test_every_command_that_writes_a_result_can_be_quiet():
             yield from commands(command) if hasattr(command, "commands") else (command,)
 
     writing = [c for c in commands(typer.main.get_command(app)) if "format" in {p.name for p in c.params}]
-    assert len(writing) == 8
+    assert len(writing) >= 8
     assert all({"quiet", "verbose"} <= {p.name for p in c.params} for c in writing)
 
 
@@ -442,3 +441,46 @@ def test_what_cannot_be_written_is_known_before_the_work(capsys, folder, tmp_pat
     code, out, err = run(capsys, "analyze", folder, option, tmp_path / name)
     assert (code, out, len(err.splitlines())) == (1, "", 1)
     assert "cannot be written" in err
+
+
+def test_rows_are_sorted_by_any_column_and_the_first_are_shown(capsys, folder):
+    everything = json.loads(run(capsys, "analyze", folder, "--format", "json", "-q")[1])
+    code, out, _ = run(capsys, "analyze", folder, "--sort", "stable_rank", "--top", "3", "--format", "json", "-q")
+    found = json.loads(out)
+    ranks = sorted((row["stable_rank"] for row in everything["rows"]), reverse=True)
+    assert (code, [row["stable_rank"] for row in found["rows"]]) == (0, ranks[:3])
+    assert found["summary"] == everything["summary"]  # of all
+    out = run(capsys, "analyze", folder, "--sort", "role:up", "--format", "csv", "-q")[1]
+    roles = [line.split(",")[1] for line in out.splitlines()[1:]]
+    assert roles == sorted(roles)
+    _, out, err = run(capsys, "analyze", folder, "--top", "2")
+    assert out.index("embed_tokens") < out.index("layers.0.mlp.down_proj")
+    assert "layers.2" not in out
+    assert f"2 of {len(everything['rows'])} rows are shown" in err
+    out = run(capsys, "compare", folder, folder, "--sort", "alpha_a", "--top", "1", "--format", "json", "-q")[1]
+    assert [row["alpha_a"] for row in json.loads(out)["rows"]] == [max(row["alpha"] for row in everything["rows"])]
+
+
+def test_rows_without_a_number_come_last_and_a_column_that_is_none_is_known_before_the_work(capsys, folder):
+    for sort in ("gof_p", "alpha", "alpha:up"):
+        out = run(
+            capsys, "analyze", folder, "--sort", sort, "--gof", "10", "--role", "mlp.*", "--format", "json", "-q"
+        )[1]
+        values = [row[sort.removesuffix(":up")] for row in json.loads(out)["rows"]]
+        known = [value for value in values if value is not None]
+        assert values[: len(known)] == sorted(known, reverse=not sort.endswith(":up"))
+    code, out, err = run(capsys, "analyze", folder, "--sort", "alfa")
+    assert (code, out) == (2, "")
+    assert "--sort: rows have no 'alfa'; the nearest is alpha" in err
+
+
+def test_where_to_look_first_is_the_last_table(capsys, tmp_path):
+    state = state_dict(blocks=8)
+    state["model.layers.5.mlp.up_proj.weight"] *= 100
+    folder = save_folder(tmp_path / "model", state)
+    _, out, _ = run(capsys, "analyze", folder)
+    lines = out.partition("look here first")[2].splitlines()
+    assert "model.layers.5.mlp.up_proj" in lines[2]
+    assert "times that of mlp.up" in lines[2]
+    found = json.loads(run(capsys, "analyze", folder, "--format", "json", "-q")[1])["standouts"]
+    assert found[0]["name"] == "model.layers.5.mlp.up_proj"

@@ -13,7 +13,7 @@ import numpy as np
 
 from htsr.analysis.saving import read_parts, write_parts
 from htsr.analysis.standouts import Standout, standouts
-from htsr.analysis.tables import means_table, metrics_table
+from htsr.analysis.tables import means_table, metrics_table, standouts_table
 from htsr.arrays import Vector
 from htsr.errors import UsageError
 from htsr.results import Record, Table, Tabular, column_types
@@ -69,7 +69,7 @@ class Analysis(Tabular):
     def _repr_html_(self) -> str:
         from htsr.reporting.html import table_html
 
-        return table_html(repr(self)[1:-1], self.tables()[-1])
+        return table_html(repr(self)[1:-1], self.tables()[1])
 
     def __iter__(self) -> Iterator[LayerMetrics]:
         return iter(self.rows)
@@ -137,17 +137,20 @@ class Analysis(Tabular):
         return column_types(LayerMetrics)
 
     def tables(self) -> tuple[Table, ...]:
-        """The short table of the rows, and their means by role."""
-        return metrics_table(self.rows), means_table(self.summary_by("role"), self.summary())
+        """The short table of the rows, their means by role, and where to look first, if anything stands out."""
+        tables = metrics_table(self.rows), means_table(self.summary_by("role"), self.summary())
+        found = self.standouts()
+        return (*tables, standouts_table(found)) if found else tables
 
     def facts(self) -> dict[str, Any]:
-        """Model, options, meta, and means of all matrices and by role."""
+        """Model, options, meta, means of all matrices and by role, and what stands out."""
         return {
             "model": self.label,
             "options": asdict(self.options),
             "meta": dict(self.meta),
             "summary": self.summary(),
             "roles": self.summary_by("role"),
+            "standouts": [asdict(standout) for standout in self.standouts()],
         }
 
     def remarks(self) -> tuple[str, ...]:

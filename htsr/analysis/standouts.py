@@ -237,7 +237,7 @@ def _against_noise(rows: Sequence[LayerMetrics]) -> list[Standout]:
     return [
         Standout(
             row.name, row.role, "lambda_max", float(row.lambda_max or 0), edge, (usual - own) / sd,
-            f"random-like: λ_max {math.exp(own):.2f} of the edge of noise",
+            f"random-like: λ_max at {math.exp(own):.2f} of the edge",
         )
         for row, (edge, sd), own in zip(fitted, edges, map(float, excess), strict=True)
         if own <= 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from htsr.analysis.standouts import Standout
 from htsr.results import Column, Record, Table, Value, tabulate
 from htsr.spectra.metrics import LayerMetrics
 
@@ -106,6 +107,26 @@ def means_table(groups: Mapping[str, Mapping[str, float]], whole: Mapping[str, f
     tones = (*[""] * len(groups), "total")
     lines = [*groups.items(), ("all", whole)]
     return tabulate(lines, _MEANS, spare=spare, tones=tones, elsewhere="--format json has all")
+
+
+Alike = tuple[Standout, int]  # the clearest of a kind, and how many more there are
+
+_STANDOUTS: tuple[tuple[Column, Callable[[Alike], Value]], ...] = (
+    (Column("look here first", text=True), lambda line: line[0].name),
+    (Column("score", ".1f"), lambda line: line[0].score if line[0].score < float("inf") else None),
+    (Column("more", ".0f", optional=True), lambda line: line[1] or None),
+    (Column("why", text=True), lambda line: line[0].reason),
+)
+LINES = 6
+
+
+def standouts_table(standouts: Sequence[Standout]) -> Table:
+    """The clearest of these `standouts`, one line for all matrices of a role that stand out by the same number."""
+    kinds: dict[tuple[str, str], list[Standout]] = {}
+    for standout in standouts:
+        kinds.setdefault((standout.role, standout.metric), []).append(standout)
+    lines = [(alike[0], len(alike) - 1) for alike in kinds.values()]
+    return tabulate(lines[:LINES], _STANDOUTS, spare=("more",), elsewhere="--format json has all")
 
 
 def _in_both(title: str, field: str, format: str) -> tuple[Column, Callable[[Record], Value]]:

@@ -31,6 +31,7 @@ _GAP = 3  # between columns
 _LEAST_NAME = 24
 _LEAST_NOTE = 12  # of "random-like…"
 _BAR = 24
+_TOLD = {"heavy tail": "α", "light tail": "α", "tail of ": "tail"}  # kinds of notes by the column that has their number
 
 
 def terminal_table(table: Table, width: int) -> RichTable:
@@ -96,17 +97,29 @@ def _fitting(columns: _Columns, longest: int, width: int, spare: Sequence[str]) 
         left_out += [c.header for c, _ in columns if c.title == title and not c.bar]
         columns = [(c, cells) for c, cells in columns if c.title != title]
     note = max(room - longest, 0) + _LEAST_NOTE  # what the names leave
-    shown = [(c, [_first_kinds(cell, note) for cell in cells] if c.title == "note" else cells) for c, cells in columns]
+    told = tuple(kind for kind, title in _TOLD.items() if title in {c.title for c, _ in columns})
+    shown = [
+        (c, [_first_kinds(cell, note, told) for cell in cells] if c.title == "note" else cells) for c, cells in columns
+    ]
     return shown, room, left_out
 
 
-def _first_kinds(note: str, room: int) -> str:
-    """As many of the notes of a row as there is room for, what qualifies all numbers before the rest."""
+def _first_kinds(note: str, room: int, told: tuple[str, ...] = ()) -> str:
+    """As many of the notes of a row as there is room for, what qualifies all numbers before the rest.
+
+    Kinds that begin with one of `told` stand in numbers beside, and nothing is missed without them.
+    """
     if len(note) <= room:
         return note
-    kinds = sorted(note.split("; "), key=lambda kind: kind != "random-like")
-    fitting = [text for i in range(len(kinds), 0, -1) if len(text := "; ".join(kinds[:i])) < room]
-    return f"{fitting[0] if fitting else kinds[0][: room - 1].rstrip()}…"
+    kinds = [kind for kind in note.split("; ") if not kind.startswith(told)] if told else note.split("; ")
+    kinds.sort(key=lambda kind: kind != "random-like")
+    if len(text := "; ".join(kinds)) > room:
+        fitting = [text for i in range(len(kinds), 0, -1) if len(text := "; ".join(kinds[:i])) < room]
+        return f"{fitting[0] if fitting else kinds[0][: room - 1].rstrip()}…"
+    for kind in reversed(note.split("; ")):  # the size of a tail rather than on which side its α is
+        if kind not in kinds and len("; ".join([*kinds, kind])) <= room:
+            kinds.append(kind)
+    return "; ".join(kinds)
 
 
 def _shortened(name: str, room: int) -> str:

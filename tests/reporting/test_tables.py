@@ -69,6 +69,21 @@ def test_a_note_loses_its_end(room, shown):
     assert _first_kinds("de-quantised; random-like; tail of 22", room) == shown
 
 
+@pytest.mark.parametrize(
+    ("note", "room", "shown"),
+    [
+        ("light tail α>6; tail of 9", 12, "tail of 9"),
+        ("heavy tail α<2", 12, ""),
+        ("light tail α>6; tail of 9", 30, "light tail α>6; tail of 9"),
+        ("random-like; light tail α>6; tail of 9", 12, "random-like"),
+        ("random-like; light tail α>6; tail of 9", 24, "random-like; tail of 9"),
+        ("light tail α>6; rank-deficient; tail of 9", 12, "rank-defici…"),
+    ],
+)
+def test_a_note_goes_without_what_numbers_beside_it_say(note, room, shown):
+    assert _first_kinds(note, room, ("light tail", "heavy tail", "tail of ")) == shown
+
+
 def test_long_names_lose_their_middle(analysis):
     row = replace(analysis[0], name="model." + 20 * "very." + "long.name.of_a_projection")
     line = lines(terminal_table(tables.metrics_table([row]), 100), 100)[2]
