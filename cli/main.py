@@ -211,6 +211,7 @@ def compare(
     top: Top = None,
     format: Format = None,
     output: Output = None,
+    html: Annotated[Path | None, typer.Option(help="Write the page, one self-contained HTML file.")] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -231,7 +232,7 @@ def compare(
     target.order = parse_order(sort, top)
     run.compare(
         a, b, chosen, options, Words(quiet, verbose), target,
-        base=base, directions=run.parse_directions(directions, "--directions"),
+        base=base, directions=run.parse_directions(directions, "--directions"), html=html,
     )  # fmt: skip
 
 

@@ -81,10 +81,7 @@ def analyze(
     if save is not None:
         check_saved_to(save)
     if html is not None:
-        check_writable(html)
-        from htsr.reporting.html import require_plotly
-
-        require_plotly()
+        check_page(html)
     model = open_model(name, revision=revision, against=against, base=base).filtered(choice.filter)
     journal = Journal(model, settings, fresh=not resume)
     if resume and is_first() and (kept := len(journal.load())):
@@ -120,6 +117,19 @@ def analyze(
     return code
 
 
+def check_page(file: Path) -> None:
+    """Make sure, before anything is computed, that a page can be written to `file`.
+
+    Raises:
+        HtsrError: the file cannot be written.
+        MissingDependencyError: plotly is not installed.
+    """
+    from htsr.reporting.html import require_plotly
+
+    check_writable(file)
+    require_plotly()
+
+
 def compare(
     a: str,
     b: str,
@@ -130,9 +140,12 @@ def compare(
     *,
     base: str | None,
     directions: Subspace | None,
+    html: Path | None,
 ) -> None:
     """`htsr compare`."""
     check_directions(directions)
+    if html is not None:
+        check_page(html)
     given = [saved_or_source(name) for name in (a, b)]
     settings = options_beside(given, **options)
     sides = opened_together(given, choice.filter, base)
@@ -165,7 +178,11 @@ def compare(
     ):
         if names:
             words.say(f"htsr: {len(names)} matrices {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
+    if html is not None:
+        comparison.to_html(html)
     target.write(comparison, words)
+    if html is not None:
+        words.say(f"htsr: the page is in {html}")
 
 
 def describe(name: str, choice: Choice, words: Words, target: Target, *, revision: str | None) -> None:

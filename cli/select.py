@@ -123,13 +123,13 @@ def _outliers(name: str) -> Outliers:
 def _analysis(name: str, where: Filter, revision: str | None, device: str, words: Words) -> Analysis:
     """The analysis that a file holds, or that of a model, with a bar."""
     from htsr.analysis.analyze import analyze_model, make_options
-    from htsr.analysis.comparing import opened_together, saved_or_source
+    from htsr.analysis.comparing import filtered_together, saved_or_source
     from htsr.analysis.result import Analysis
     from htsr.matrices.sources import open_model
 
     saved = saved_or_source(name)
     if isinstance(saved, Analysis):
-        found = opened_together([saved], where)[0]
+        found = filtered_together([saved], where)[0]
         assert isinstance(found, Analysis)
         return found
     model = open_model(name, revision=revision).filtered(where)

@@ -270,6 +270,22 @@ def test_compare_and_saved_analyses(capsys, folder, tmp_path):
     assert (code, err) == (0, "")
 
 
+def test_directions_of_two_models(capsys, folder, tmp_path):
+    other = save_folder(tmp_path / "other", state_dict(seed=1))
+    code, out, err = run(capsys, "compare", folder, other, "--directions", "3", "--format", "json",
+                         "--html", tmp_path / "page.html")  # fmt: skip
+    content = json.loads(out)
+    assert (code, content["directions"]["k"], content["heads"]) == (0, 3, [])
+    assert {row["directions"] for row in content["rows"]} == {3}
+    assert len(content["intruders"]) == sum(row["intruders"] for row in content["rows"])
+    assert f"the page is in {tmp_path / 'page.html'}" in err
+    assert run(capsys, "compare", folder, other, "--html", tmp_path / "no" / "page.html")[0] == 1
+    code, _, err = run(capsys, "compare", folder, other, "--directions", "all")
+    assert (code, err) == (2, "htsr: --directions takes erg, tail or a number of directions, not 'all'\n")
+    code, _, err = run(capsys, "compare", folder, other, "--base", folder)
+    assert (code, err) == (2, "htsr: a base belongs to an adapter, and neither of the two is one\n")
+
+
 def test_every_command_that_writes_a_result_can_be_quiet():
     import typer
 

@@ -181,10 +181,19 @@ def opened_together(
     ]
     if isinstance(sides[0], Model) and isinstance(sides[1], Model):
         sides = [*split_alike(sides[0], sides[1])]
-    return _filtered(sides, where)
+    return filtered_together(sides, where)
 
 
-def _filtered(sides: Sequence[Model | Analysis], where: Filter) -> list[Model | Analysis]:
+def filtered_together(sides: Sequence[Model | Analysis], where: Filter) -> list[Model | Analysis]:
+    """The wanted matrices of each of `sides`; what `where` names need be in one of them only.
+
+    Args:
+        sides: the models or analyses to be compared.
+        where: filter of the matrices that are wanted.
+
+    Raises:
+        UsageError: none of the sides has a pattern or block of the filter, or nothing is left of one side.
+    """
     where.check([matrix for side in sides for matrix in _matrices(side)], " and ".join(side.label for side in sides))
     kept: list[Model | Analysis] = []
     for side in sides:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -131,6 +133,49 @@ class Comparison(Tabular):
     def tables(self) -> tuple[Table, ...]:
         """The pairs."""
         return (pairs_table(self.records()),)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the page of both models: one self-contained HTML file. Needs the ``report`` extra.
+
+        Args:
+            path: file to write.
+
+        Raises:
+            HtsrError: the file cannot be written.
+            MissingDependencyError: plotly is not installed.
+        """
+        from htsr.analysis.comparison_report import comparison_page
+        from htsr.reporting.comparison_page import write_comparison
+
+        pairs = [(pair.name, pair.b.name, pair.directions) for pair in self.pairs]
+        apart = {"in the first only": self.only_a, "in the second only": self.only_b, "of another shape": self.reshaped}
+        counts = {reason: len(names) for reason, names in apart.items()}
+        page = comparison_page(self, self.a, self.b, pairs, self.summary(), self.heads, counts)
+        write_comparison(page, Path(path))
+
+    def plot(self, name: str | None = None, *, metric: str = "relative", ax: Any = None) -> Any:
+        """Plot both ESDs of the matrix `name`, or, without a name, a heat map of a column by block and role.
+
+        Args:
+            name: name of a matrix in the first model; None for the heat map.
+            metric: column of numbers that the heat map shows, as ``alpha_delta`` or ``overlap_left``.
+            ax: matplotlib axes to draw on; new ones by default.
+
+        Returns:
+            The matplotlib axes. Needs the ``report`` extra.
+
+        Raises:
+            KeyError: no such matrix is in both.
+            UsageError: the matrix has no eigenvalues, or no pair has the number.
+            MissingDependencyError: matplotlib is not installed.
+        """
+        from htsr.reporting.plots import plot_heat_map, plot_two_esds
+
+        if name is None:
+            return plot_heat_map(self.records(), metric, ax=ax)
+        other = {pair.name: pair.b.name for pair in self.pairs}[name]
+        spectra = self.a.eigenvalues.get(name), self.b.eigenvalues.get(other)
+        return plot_two_esds(name, *spectra, (self.a.label, self.b.label), ax=ax)
 
     @property
     def heads(self) -> Heads:

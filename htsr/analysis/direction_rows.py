@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -33,6 +33,25 @@ def columns() -> dict[str, type]:
                 found |= {_COUNTS[field].format(epsilon): int if field == name else float for epsilon in EPSILONS}
             elif field in kinds:
                 found[_RENAMED.get(field, field)] = kind
+    return found
+
+
+def described_columns(fields: Mapping[str, str]) -> dict[str, str]:
+    """What each column is, by what each field of `Directions` is.
+
+    Args:
+        fields: explanations by name of the field.
+
+    Examples:
+        >>> from htsr.analysis.direction_rows import described_columns
+        >>> described_columns({"k": "number of vectors", "intruder_counts": "number of intruders"})["directions"]
+        'number of vectors'
+    """
+    found = {_RENAMED.get(name, name): text for name, text in fields.items() if name not in _COUNTS}
+    for field, column in _COUNTS.items():
+        of_null = " of a Gaussian change of the same norm" * field.endswith("_null")
+        for epsilon in EPSILONS:
+            found[column.format(epsilon)] = f"intruders whose largest |cosine| is below {epsilon}{of_null}"
     return found
 
 

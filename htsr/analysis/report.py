@@ -44,7 +44,7 @@ def page_of(
         notes=_notes(rows),
         caution=CAUTION,
         records=[asdict(row) for row in rows],
-        about=_about(),
+        about=described(LayerMetrics),
         numeric=NUMERIC,
         table=tables[0],
         summary=tables[1],
@@ -60,9 +60,19 @@ def _sentence(found: Standout) -> str:
     return f"{found.reason} ({found.score:.2g} σ)" if math.isfinite(found.score) else found.reason
 
 
-def _about() -> dict[str, str]:
-    """What each field is, from the docstring of `LayerMetrics`; nothing where Python runs without docstrings."""
-    text = (LayerMetrics.__doc__ or "").partition("Attributes:")[2].replace("`", "")
+def described(*kinds: type) -> dict[str, str]:
+    """What each field is, from the docstrings of dataclasses; nothing where Python runs without docstrings.
+
+    Args:
+        *kinds: dataclasses whose docstrings have a section of attributes.
+
+    Examples:
+        >>> from htsr.analysis.distance import Distance
+        >>> from htsr.analysis.report import described
+        >>> list(described(Distance))
+        ['frobenius', 'relative', 'cosine', 'cka']
+    """
+    text = "\n".join((kind.__doc__ or "").partition("Attributes:")[2].replace("`", "") for kind in kinds)
     return dict(re.findall(r"^ {4,8}(\w+): (.+)$", text, re.MULTILINE))
 
 

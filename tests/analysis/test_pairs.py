@@ -318,3 +318,33 @@ def test_a_rank_deficient_pair_says_how_many_directions_it_has(tmp_path):
     pairs = {pair.name: pair for pair in htsr.compare(state, save_folder(tmp_path, state), directions=5, **OPTIONS)}
     assert (pairs["up_proj"].directions.k, pairs["down_proj"].directions.k) == (2, 5)
     assert "2 singular values above the rounding" in pairs["up_proj"].notes[0]
+
+
+def test_the_page_and_plots_of_a_comparison(tmp_path):
+    """Every number is explained; spectra of both, directions and heads are there under the names of the first."""
+    pytest.importorskip("plotly")
+    base, tuned = gpt2(), as_nanogpt(trained(gpt2()))
+    renamed = {name.replace("h.0.", "layers.0."): W for name, W in tuned.items()}
+    comparison = htsr.compare(base, renamed, directions=3, **OPTIONS)
+    pages = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("htsr.reporting.comparison_page.write_comparison", lambda page, path: pages.append(page))
+        comparison.to_html(tmp_path / "page.html")
+    (page,) = pages
+    names = [pair.name for pair in comparison]
+    assert any(pair.name != pair.b.name for pair in comparison)
+    assert [*page.eigenvalues_a] == [*page.eigenvalues_b] == [*page.cosines] == names
+    assert {len(page.heads[name]) for name in page.heads} == {4}
+    explained = {name for name in page.numeric if name in page.about}
+    assert {name.rpartition("_")[0] for name in {*page.numeric} - explained} <= page.about.keys()
+    assert page.facts["leading directions"] == "3"
+    pair = comparison.pairs[3]
+    assert (page.cosines[pair.name].values_a, page.cosines[pair.name].values_b) == (
+        pair.directions.base_values,
+        pair.directions.values,
+    )
+    comparison.to_html(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
+    pytest.importorskip("matplotlib").use("agg")
+    assert pair.name in comparison.plot(pair.name).get_title()
+    assert comparison.plot(metric="overlap_left") is not None

@@ -110,6 +110,45 @@ def test_the_difference_to_the_original_is_zero_either_way(tmp_path, architectur
         assert max(float(np.abs(matrix.read()).max()) for matrix in matrices) == 0.0
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "phi3"])
+def test_directions_are_those_of_the_model_that_transformers_loads(tmp_path, architecture):
+    """Beside a model that was trained on: row by row and head by head the same as in transformers' own layout."""
+    path = write(tmp_path / "tiny.gguf", architecture, *ARCHITECTURES[architecture])
+    model, tuned, random = loaded(path), loaded(path), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for W in tuned.parameters():
+            W += 0.5 * torch.randn(W.shape, generator=random)
+    options = {"device": "cpu", "null": False, "directions": 3, "where": htsr.Filter(blocks=[1])}
+    file, module = (htsr.compare(source, tuned, **options) for source in (str(path), model))
+    expected = {pair.a.role: pair for pair in module}
+    assert {pair.a.role for pair in file} == expected.keys()
+    for pair in file:
+        other = expected[pair.a.role]
+        assert pair.distance.relative == pytest.approx(other.distance.relative, rel=1e-5)
+        assert len(pair.heads) == len(other.heads)
+        found = ((pair.directions, other.directions), *zip(pair.heads, other.heads, strict=True))
+        for here, there in found:
+            assert here.overlap_left == pytest.approx(there.overlap_left, abs=1e-5)
+            assert here.overlap_right == pytest.approx(there.overlap_right, abs=1e-5)
+            assert here.cosines == pytest.approx(there.cosines, abs=1e-4)
+    assert (
+        sum(len(pair.heads) for pair in file)
+        == HEADS + 2 * (GROUPS if architecture in ("llama", "phi3") else HEADS) + HEADS
+    )
+
+
+def test_where_the_order_is_not_known_nothing_is_compared(tmp_path):
+    """But two files of one architecture are: what is not known is the same of both."""
+    path = write(tmp_path / "tiny.gguf", "plamo")
+    names = {f"{matrix.name}.weight": torch.as_tensor(matrix.read()) for matrix in open_model(str(path))}
+    for pair in htsr.compare(names, str(path), device="cpu", null=False, directions=2):
+        unknown = pair.a.role in ("attn.q", "attn.k")
+        assert (pair.distance is None) == (pair.directions is None) == unknown
+        assert ("may be in two orders: what llama.cpp does to plamo is not known" in str(pair.notes)) == unknown
+    for pair in htsr.compare(str(path), str(path), device="cpu", null=False, directions=2):
+        assert (pair.distance.frobenius, pair.directions.overlap_left, pair.notes) == (0.0, 1.0, ())
+
+
 def test_layouts_that_cannot_be_subtracted_are_told(tmp_path):
     path = write(tmp_path / "tiny.gguf", "bloom", *ARCHITECTURES["bloom"])
     rows = {m.name: m.problem for m in open_model(str(path), against=loaded(path))}
