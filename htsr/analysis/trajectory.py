@@ -10,14 +10,14 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from htsr.analysis.result import means_of
 from htsr.analysis.trajectory_file import Header, Point, Points, read_trajectory, write_trajectory
 from htsr.analysis.trajectory_tables import sources_table
 from htsr.errors import UsageError
 from htsr.results import Record, Table, Tabular, column_types
-from htsr.spectra.metrics import LayerMetrics, Options
+from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
 
 
 @dataclass(frozen=True, repr=False)
@@ -137,6 +137,43 @@ class Trajectory(Tabular):
             "problems": dict(self.problems),
         }
 
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the trajectory as a page: one self-contained HTML file. Needs the ``report`` extra.
+
+        Args:
+            path: file to write.
+
+        Raises:
+            HtsrError: the file cannot be written.
+            MissingDependencyError: plotly is not installed.
+        """
+        from htsr.analysis.trajectory_report import page_of
+        from htsr.reporting.trajectory_page import write_trajectory_page
+
+        page = page_of(self._header(), self.records(), self.tables()[0], self.problems)
+        write_trajectory_page(page, Path(path))
+
+    def plot(self, metric: str = "alpha", by: Literal["role", "block", "matrix"] = "role", *, ax: Any = None) -> Any:
+        """Plot a metric over the steps, or from model to model.
+
+        Args:
+            metric: numeric field of `LayerMetrics`, or ``relative``.
+            by: what a line stands for: the mean of each ``role`` or ``block``, or each ``matrix``.
+            ax: matplotlib axes to draw on; new ones by default.
+
+        Returns:
+            The matplotlib axes. Needs the ``report`` extra.
+
+        Raises:
+            UsageError: no matrix has the metric, or there is no such `by`.
+            MissingDependencyError: matplotlib is not installed.
+        """
+        from htsr.reporting.plots import plot_trajectory
+
+        if metric not in ("relative", *NUMERIC):
+            raise UsageError(f"rows have no number {metric!r}; among others alpha, trace_log, stable_rank, relative")
+        return plot_trajectory(self.records(), metric, by, ax=ax)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trajectory as lines of JSON, by way of a temporary file.
 
@@ -147,8 +184,10 @@ class Trajectory(Tabular):
             UsageError: the file has another suffix, or is one of a model.
             HtsrError: the file cannot be written.
         """
-        header = Header(self.label, self.options, self.against, self.reference)
-        write_trajectory(Path(path), header, self.points, self.problems)
+        write_trajectory(Path(path), self._header(), self.points, self.problems)
+
+    def _header(self) -> Header:
+        return Header(self.label, self.options, self.against, self.reference)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Trajectory:

@@ -46,6 +46,7 @@ LABELS = {
     "num_traps": "traps",
     "rand_distance": "distance to random",
     "best_law": "law",
+    "relative": "‖ΔW‖ / ‖W‖",
 }
 """What people look at first, and what to call it."""
 

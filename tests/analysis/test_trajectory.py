@@ -1,11 +1,15 @@
 import json
 
+import matplotlib
 import pytest
 
 from htsr import Options, SourceError, UsageError
 from htsr.analysis.trajectory import Trajectory
 from htsr.analysis.trajectory_file import Header, Point, TrajectoryFile, read_trajectory
 from htsr.spectra.metrics import LayerMetrics
+from tests.reporting.test_html import data_of
+
+matplotlib.use("Agg")
 
 HEADER = Header("run", Options(fit="hill"), reference="checkpoint-1")
 
@@ -122,3 +126,18 @@ def test_models_have_no_steps_and_keep_their_order():
     assert (trajectory.sources, trajectory.steps) == (("b", "a"), ())
     with pytest.raises(UsageError, match="has no 'c'; there are b, a"):
         trajectory.at("c")
+
+
+def test_a_trajectory_is_drawn_and_written_as_a_page(tmp_path):
+    trajectory = Trajectory(
+        "run", (point(2, relative=0.5), point(1, alpha=4.0)), HEADER.options, problems={"x": "is cut"}
+    )
+    (line,) = trajectory.plot().lines
+    assert [list(pair) for pair in line.get_xydata()] == [[1.0, 4.0], [2.0, 3.0]]
+    with pytest.raises(UsageError, match="no number 'colour'"):
+        trajectory.plot("colour")
+    trajectory.to_html(tmp_path / "run.html")
+    data = data_of((tmp_path / "run.html").read_text(encoding="utf-8"))
+    assert data["sources"] == ["checkpoint-1", "checkpoint-2"]
+    assert data["values"]["relative"] == [None, 0.5]
+    assert "x: is cut" in (tmp_path / "run.html").read_text(encoding="utf-8")
