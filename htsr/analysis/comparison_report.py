@@ -14,8 +14,8 @@ from htsr.analysis.tables import changes_table
 from htsr.reporting.comparison_page import ComparisonPage, Cosines
 from htsr.reporting.figures import LABELS
 from htsr.results import Tabular
+from htsr.spectra.direction_numbers import Directions
 from htsr.spectra.metrics import LayerMetrics
-from htsr.spectra.subspaces import Directions
 
 _NO_NUMBERS = ("name", "name_b", "role", "block", "status_a", "status_b", "note")
 _ABOUT = {
