@@ -288,8 +288,8 @@ def _drawn_nulls(
     for draw in range(draws):
         A = vectors.matrix
         noise = np.random.default_rng((seed, draw)).standard_normal(A.shape, dtype=np.float32)
-        scale = norm / float(np.linalg.norm(noise.astype(np.float64)))
-        changed = A.plus(Sum.of(noise, A.device), scale)
+        G = Sum.of(noise, A.device)
+        changed = A.plus(G, norm / G.norm())
         found.append(_beside(vectors, base, leading(changed, len(base.values), exact=exact)))
     nulls: dict[str, Any] = {f"{name}_null": float(np.mean([one[name] for one in found])) for name in _DRAWN}
     nulls["intruder_counts_null"] = tuple(np.mean([one["intruder_counts"] for one in found], axis=0).tolist())
