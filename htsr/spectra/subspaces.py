@@ -32,6 +32,8 @@ from htsr.spectra.tail import fit_power_law
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["EPSILON", "EPSILONS", "Directions", "Subspace", "by_head", "directions"]
+
 Subspace: TypeAlias = Literal["erg", "tail"] | int
 _DRAWN = (
     "overlap_left",

@@ -1,9 +1,10 @@
 """α, ERG and shape-corrected α of real models: against random weights, before and after fine-tuning, quantised.
 
-    python -m reports.checkpoints --work FOLDER    about 40 minutes of processor time; taken up where it was stopped
-    python -m reports.checkpoints --quick          one encoder, no fine-tuning, about a minute, nothing kept
+    python -m reports.checkpoints --work FOLDER --data QUESTIONS    an hour of processor time; taken up where it was stopped
+    python -m reports.checkpoints --quick                           one encoder, no fine-tuning, nothing kept
 
---seeds says how many fine-tunings of each method are run; --only-finished writes the page from what FOLDER holds.
+--seeds says how many fine-tunings of each method are run; --only-finished writes the page from what FOLDER holds, and
+--only-directions its section on directions alone, from the fine-tunings in FOLDER/questions.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from htsr.matrices.models import Model
 from htsr.matrices.sources import open_model
 from reports import common
-from reports.checkpoints import finetuned, measuring, quantized
+from reports.checkpoints import finetuned, measuring, quantized, turned
 from reports.checkpoints.measuring import METRICS, Row, auc, cached, changed, column, gaussian, measured
 
 HERE = Path(__file__).parent
@@ -35,10 +36,18 @@ def main() -> None:
         ("--work", {"type": Path, "help": "where models and their rows are kept"}),
         ("--seeds", {"type": int, "default": 2}),
         ("--only-finished", {"action": "store_true"}),
+        ("--data", {"type": Path, "help": "the questions of the section on directions"}),
+        ("--only-directions", {"action": "store_true"}),
     )
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
+        if args.only_directions:
+            kept = json.loads((HERE / "results.json").read_text())
+            kept["directions"] = measuring.rounded(of_directions(args, work))
+            (HERE / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
+            rewrite()
+            return
         names = [MINILM] if args.quick else list(SOURCES)
         if args.only_finished:
             names = [name for name in names if rows_file(name, work).exists()]
@@ -54,13 +63,26 @@ def main() -> None:
             seeds = range(args.seeds)
             base = rows.get(SMOLLM2, {}).get("trained", [])
             results["finetuned"] = finetuned.study(work, base, seeds, args.only_finished)
+            results["directions"] = of_directions(args, work)
     if args.quick:
+        from reports.checkpoints.turned_text import told_table
         from reports.checkpoints.writing import quantized_table, separation_table
 
+        print(told_table(turned.quick(open_model(common.minilm()))["told"]))
         print(separation_table(results["separation"]))
         print(quantized_table(results["quantized"]))
         return
     common.keep(HERE, measuring.rounded(results))
+    rewrite()
+
+
+def of_directions(args: Any, work: Path) -> dict[str, Any]:
+    """The section on directions."""
+    return turned.study(work / "questions", args.data, range(max(args.seeds, 3)), args.only_finished)
+
+
+def rewrite() -> None:
+    """The page, from results.json."""
     from reports.checkpoints.writing import write_up
 
     write_up(json.loads((HERE / "results.json").read_text()))

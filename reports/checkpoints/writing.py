@@ -12,6 +12,7 @@ from reports import common
 from reports.checkpoints.finetuned import CHANGE, MOVED
 from reports.checkpoints.measuring import METRICS
 from reports.checkpoints.training import BATCH
+from reports.checkpoints.turned_text import section as directions_text
 
 HERE = Path(__file__).parent
 SHOWN = ("alpha", "null", "minus_null", "over_null", "hill", "hill_minus_null", "farms", "trace_log")
@@ -247,7 +248,8 @@ the shift; median size in percent of the interquartile range over layers; Spearm
 Square matrices of the first block cut to half of their rank, then quantised: the true hard rank is 0.5 M.
 
 {half_table(results["quantized"]["half"])}
-{finetuned_text(results["finetuned"])}"""
+{finetuned_text(results["finetuned"])}
+{directions_text(results.get("directions", {}))}"""
     (HERE / "README.md").write_text(text)
 
 
