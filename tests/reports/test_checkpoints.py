@@ -4,7 +4,7 @@ import torch
 
 from htsr.matrices.sources import open_model
 from reports import common
-from reports.checkpoints import finetuned
+from reports.checkpoints import finetuned, turned, turned_text
 from reports.checkpoints.measuring import auc, changed, gaussian, measured
 from reports.checkpoints.quantizing import NF4, affine, int8, nf4
 
@@ -106,3 +106,40 @@ def test_the_random_change_has_the_size_of_the_real_one(tuned):
         W, D = norms[row["name"]] ** 0.5, rows["sizes"][row["name"]]
         assert row["norm"] == pytest.approx(W**2 + D**2, abs=4 * 2 * W * D / 2048**0.5)
         assert row["norm"] != pytest.approx(W**2, rel=1e-9)
+
+
+def test_directions_are_summed_up_by_method_and_set_beside_forgetting():
+    """The section of directions on made-up runs: one number that is the forgetting itself, one that is noise."""
+    random = np.random.default_rng(0)
+
+    def made(arm, seed, size):
+        rows = [
+            {"name": f"{block}.{i}", "role": "mlp.up", "block": block}
+            | {key: float(random.random()) for key in turned.NUMBERS}
+            | {"relative": size * (1 + block)}
+            for block in turned.BLOCKS
+            for i in range(2)
+        ]
+        undone = {str(block): 3.0 - size * (1 + block) / 10 for block in turned.BLOCKS}
+        return {"arm": arm, "seed": seed, "rows": rows, "before": 3.0 - size, "after": 3.0, "undone": undone}
+
+    sizes = {"full": 0.1, "lora": 10.0, "owlore": 1000.0}
+    runs = [made(arm, seed, size * (1 + seed)) for arm, size in sizes.items() for seed in range(2)]
+    found = turned.summary(runs)
+    assert found["told"]["full / lora"]["relative"] > 0.9
+    assert abs(found["told"]["full / lora"]["overlap_left"] - 0.5) < 0.3
+    assert found["across"]["relative"] == pytest.approx(1)
+    assert found["within"]["relative"] == pytest.approx({"full": 1, "lora": 1, "owlore": 1})
+    assert set(found["named"]) == set(turned.ARMS)
+    page = turned_text.section(found)
+    assert page.count("| full, seed") == 2
+    assert "within" not in page
+
+
+def test_the_quick_section_knows_a_change_of_low_rank_and_one_that_rescales():
+    W = torch.from_numpy(np.random.default_rng(3).standard_normal((40, 30), dtype=np.float32))
+    found = turned.quick(open_model({"model.layers.0.mlp.up_proj.weight": W}))
+    medians = found["medians"]
+    assert medians["lora"]["effective_rank"][1] < 0.2 < 0.8 < medians["full"]["effective_rank"][1]
+    assert medians["owlore"]["share_scaling"][1] > 20
+    assert medians["owlore"]["overlap_left"][1] == pytest.approx(0, abs=1e-6)
