@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from htsr._version import __version__
-from htsr.analysis.standouts import Standout, standouts
+from htsr.analysis.standouts import Standout, by_kind, standouts
 from htsr.arrays import Vector
 from htsr.reporting.analysis_page import AnalysisPage
 from htsr.results import Table
@@ -50,7 +50,7 @@ def page_of(
         summary=tables[1],
         eigenvalues=eigenvalues,
         permuted=permuted,
-        standouts=[(found.name, _sentence(found)) for found in standouts(rows)],
+        standouts=[[(found.name, _sentence(found)) for found in alike] for alike in by_kind(standouts(rows))],
         xmax=options.xmax,
     )
 

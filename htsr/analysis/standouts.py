@@ -192,6 +192,14 @@ def standouts(rows: Iterable[LayerMetrics]) -> tuple[Standout, ...]:
     return (*found, *best.values())
 
 
+def by_kind(found: Iterable[Standout]) -> list[list[Standout]]:
+    """Standouts grouped: those of one role that stand out by the same number, in the order of the clearest of each."""
+    kinds: dict[tuple[str, str], list[Standout]] = {}
+    for standout in found:
+        kinds.setdefault((standout.role, standout.metric), []).append(standout)
+    return list(kinds.values())
+
+
 def _against_peers(
     rows: Sequence[LayerMetrics], number: _Number
 ) -> tuple[list[tuple[LayerMetrics, float]], Vector, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from htsr.analysis.standouts import Standout
+from htsr.analysis.standouts import Standout, by_kind
 from htsr.results import Column, Record, Table, Value, tabulate
 from htsr.spectra.metrics import LayerMetrics
 
@@ -122,10 +122,7 @@ LINES = 6
 
 def standouts_table(standouts: Sequence[Standout]) -> Table:
     """The clearest of these `standouts`, one line for all matrices of a role that stand out by the same number."""
-    kinds: dict[tuple[str, str], list[Standout]] = {}
-    for standout in standouts:
-        kinds.setdefault((standout.role, standout.metric), []).append(standout)
-    lines = [(alike[0], len(alike) - 1) for alike in kinds.values()]
+    lines = [(alike[0], len(alike) - 1) for alike in by_kind(standouts)]
     return tabulate(lines[:LINES], _STANDOUTS, spare=("more",), elsewhere="--format json has all")
 
 

@@ -35,7 +35,7 @@ class AnalysisPage:
         summary: table of their means.
         eigenvalues: spectra by matrix name, (K,) ascending.
         permuted: spectra of the permuted matrices, likewise (K,).
-        standouts: matrices to look at first, the clearest first, each with the reason why.
+        standouts: matrices to look at first, each with the reason why; groups of a kind, the clearest first.
         xmax: largest eigenvalue that took part in the fits; None for all.
     """
 
@@ -50,7 +50,7 @@ class AnalysisPage:
     summary: Table
     eigenvalues: Mapping[str, Vector]
     permuted: Mapping[str, Vector]
-    standouts: Sequence[tuple[str, str]] = ()
+    standouts: Sequence[Sequence[tuple[str, str]]] = ()
     xmax: float | None = None
 
 
@@ -76,7 +76,7 @@ def content(page: AnalysisPage) -> dict[str, Any]:
     ============ =====================================================================================
     labels       short names of the fields that people look at first
     about        what each field is
-    standouts    positions of the matrices to look at first, the clearest first
+    standouts    positions of the matrices to look at first, those of the clearest kind first
     table        rows and short table, `table_data`
     heat         numbers by role and block, `heat_data`
     spectra      spectra of the matrices, then of the permuted ones, `spectra_data`
@@ -89,7 +89,7 @@ def content(page: AnalysisPage) -> dict[str, Any]:
     return {
         "labels": figures.LABELS,
         "about": about_data(page.about, table["fields"]),
-        "standouts": [index for index, _ in _placed(page)],
+        "standouts": [index for kind in _placed(page) for index, _ in kind],
         "table": table,
         "heat": heat_data(rows, page.numeric),
         "spectra": spectra_data(
@@ -100,25 +100,33 @@ def content(page: AnalysisPage) -> dict[str, Any]:
     }
 
 
-def _placed(page: AnalysisPage) -> list[tuple[int, str]]:
+def _placed(page: AnalysisPage) -> list[list[tuple[int, str]]]:
     """The standouts by their positions in the records."""
     places = {row["name"]: i for i, row in enumerate(page.records)}
-    return [(places[name], reason) for name, reason in page.standouts if name in places]
+    return [[(places[name], reason) for name, reason in kind] for kind in page.standouts]
 
 
 def _standouts(page: AnalysisPage) -> str:
-    """Links to the matrices to look at first, those after the first few behind a click."""
-    items = [_standout(page.records[index]["name"], index, reason) for index, reason in _placed(page)]
+    """Links to the matrices to look at first; behind a click those like another, and those after the first few."""
+    items = [f"<li>{_kind(page, kind)}</li>" for kind in _placed(page)]
     if not items:
         return '<p class="hint">No matrix stands out against those of its role and shape, or against noise.</p>'
-    first, more = (
-        f'<ol class="standouts"{start}>{"".join(part)}</ol>'
-        for start, part in (("", items[:_FIRST]), (f' start="{_FIRST + 1}"', items[_FIRST:]))
-    )
-    return first + (f"<details><summary>{len(items) - _FIRST} more</summary>{more}</details>" if items[_FIRST:] else "")
+    first = f'<ol class="standouts">{"".join(items[:_FIRST])}</ol>'
+    rest = f'<ol class="standouts" start="{_FIRST + 1}">{"".join(items[_FIRST:])}</ol>'
+    return first + (_folded(f"{len(items) - _FIRST} more", rest) if items[_FIRST:] else "")
+
+
+def _kind(page: AnalysisPage, kind: Sequence[tuple[int, str]]) -> str:
+    first, *others = (_standout(page.records[index]["name"], index, reason) for index, reason in kind)
+    like = "".join(f"<li>{other}</li>" for other in others)
+    return first + (_folded(f"{len(others)} more like it", f"<ul>{like}</ul>") if others else "")
+
+
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{summary}</summary>{content}</details>"
 
 
 def _standout(name: str, index: int, reason: str) -> str:
     address = escape(quote(visible(name), safe=""))
     link = f'<a href="#{address}" data-index="{index}">{escape(visible(name))}</a>'
-    return f"<li>{link} <span>{escape(visible(reason))}</span></li>"
+    return f"{link} <span>{escape(visible(reason))}</span>"

@@ -109,19 +109,20 @@ def test_what_stands_out_is_on_top_and_linked_to(analysis, page):
 def test_a_standout_says_by_how_much():
     alike = htsr.analyze({f"layers.{i}.up_proj.weight": (1 + 9 * (i == 3)) * WEIGHT for i in range(12)}, device="cpu")
     [found] = alike.standouts()
-    assert alike._page().standouts == [("layers.3.up_proj", f"{found.reason} ({found.score:.2g} σ)")]
+    assert alike._page().standouts == [[("layers.3.up_proj", f"{found.reason} ({found.score:.2g} σ)")]]
     assert found.score > 10
 
 
 def test_links_to_matrices_are_text_and_never_markup(analysis):
     name = f"model.{HOSTILE}"
-    many = [(row.name, "other") for row in analysis if row.name != name]
-    page = html.render(analysis_document(replace(analysis._page(), standouts=[(name, f'"{HOSTILE}'), *many])), "plotly")
-    [address] = re.findall(r'<a href="#([^"]*)"[^>]*>model\.&lt;', page)
-    assert unquote(address) == name
+    many = [[(row.name, "other")] for row in analysis if row.name != name]
+    standouts = [[(name, f'"{HOSTILE}'), (name, "like it")], *many]
+    page = html.render(analysis_document(replace(analysis._page(), standouts=standouts)), "plotly")
+    [address, like] = re.findall(r'<a href="#([^"]*)"[^>]*>model\.&lt;', page)
+    assert unquote(address) == unquote(like) == name
     assert "<img src=x" not in page
-    assert page.count("</details>") == 1  # the first few are seen, the others behind a click
-    assert page.index(">other<") < page.index("<details>") < page.rindex(">other<")
+    assert page.count("</details>") == 2  # the first few are seen; others, and those like the first, behind a click
+    assert page.index("1 more like it</summary>") < page.index(">other<") < page.rindex("<details>")
 
 
 def test_nothing_may_stand_out(analysis):
