@@ -201,7 +201,7 @@ def compare(
         str | None,
         typer.Option(metavar="K|erg|tail", help="Compare the leading singular vectors too: K of them, or of a tail."),
     ] = None,
-    fit: Fit = "ks",
+    fit: Fit = "hill",
     full: Full = False,
     route: Route = "auto",
     dtype: Dtype = "auto",

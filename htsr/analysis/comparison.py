@@ -212,7 +212,7 @@ class Comparison(Tabular):
         said = []
         if alpha := self.summary().get("alpha"):
             both = sum(pair.a.alpha is not None and pair.b.alpha is not None for pair in self)
-            said.append(f"mean α {alpha[0]:.3f} → {alpha[1]:.3f} over {both} matrices")
+            said.append(f"mean α ({self.a.options.fit}) {alpha[0]:.3f} → {alpha[1]:.3f} over {both} matrices")
         if found := self._directions():
             said.append(_in_words(found))
         if any(p.directions and not p.heads and p.a.role.endswith(_HEADS_OF) for p in self):

@@ -178,6 +178,16 @@ def test_a_saved_analysis_brings_its_options(tmp_path):
     assert htsr.compare(state, saved, full=True, device="cpu").a.options.permuted
 
 
+def test_the_fit_that_tells_two_models_apart_is_the_default():
+    """The studies' answer, beside what was measured before with another fit."""
+    state = state_dict(blocks=1)
+    comparison = htsr.compare(state, state, device="cpu")
+    assert (comparison.a.options.fit, comparison.b.options.fit) == ("hill", "hill")
+    assert comparison.remarks()[0].startswith("mean α (hill) ")
+    assert htsr.compare(state, state, device="cpu", fit="ks").a.options.fit == "ks"
+    assert htsr.compare(htsr.analyze(state, device="cpu"), state, device="cpu").b.options.fit == "ks"
+
+
 @pytest.mark.parametrize(
     "options", [{"fit": "ks"}, {"xmin": 1.0}, {"xmax": 9.0}, {"windows": htsr.Windows(16, 2)}], ids=str
 )
