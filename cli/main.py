@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from htsr_cli import layerwise, repair
+from htsr_cli import layerwise, repair, track
 from htsr_cli.options import (
     Alternatives,
     Block,
@@ -50,6 +50,7 @@ from htsr_cli.options import (
     WindowsOption,
     Xmax,
     Xmin,
+    is_given,
 )
 from htsr_cli.select import select
 
@@ -79,6 +80,7 @@ _SHARED = (
     "compare",
     "finetune",
     "select",
+    "track",
 )  # what several processes do together; the rest is done by the first
 
 
@@ -227,18 +229,13 @@ def compare(
 
     chosen = run.Choice(include, exclude, role, block, min_size, max_size, exclude_role)
     every = {"fit": fit, "full": full, "route": route, "dtype": dtype, "device": device, "seed": seed}
-    options = {name: value for name, value in every.items() if _is_given(context, name)}
+    options = {name: value for name, value in every.items() if is_given(context, name)}
     target = Target.of(context)
     target.order = parse_order(sort, top)
     run.compare(
         a, b, chosen, options, Words(quiet, verbose), target,
         base=base, directions=run.parse_directions(directions, "--directions"), html=html,
     )  # fmt: skip
-
-
-def _is_given(context: typer.Context, option: str) -> bool:
-    source = context.get_parameter_source(option)
-    return source is not None and source.name != "DEFAULT"
 
 
 @app.command()
@@ -464,6 +461,7 @@ def project(
 
 
 app.command("repair")(repair.repair)
+app.command("track")(track.track)
 
 
 def main(args: list[str] | None = None) -> int:

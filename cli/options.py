@@ -75,3 +75,9 @@ FailOn = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run of the same analysis stopped.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no words.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
+
+
+def is_given(context: typer.Context, option: str) -> bool:
+    """Whether an option was said, and is not the default."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name != "DEFAULT"

@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from htsr.analysis.result import means_of
+from htsr.analysis.movement import Move, moves
 from htsr.analysis.trajectory_file import Header, Point, Points, read_trajectory, write_trajectory
-from htsr.analysis.trajectory_tables import sources_table
+from htsr.analysis.trajectory_tables import moved_table, sources_table
 from htsr.errors import UsageError
 from htsr.results import Record, Table, Tabular, column_types
 from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
+
+_SHOWN = 10  # matrices that have moved most
+_RANKING = (
+    "models are in the order of their mean α; smaller is heavier-tailed, which HT-SR takes for better trained among "
+    "models of one architecture, and α depends on shapes: others do not compare"
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,6 +69,11 @@ class Trajectory(Tabular):
         what = "steps" if self.steps else "models"
         return f"<Trajectory of {self.label!r}: {len(names)} matrices, {len(self.sources)} {what}>"
 
+    def _repr_html_(self) -> str:
+        from htsr.reporting.html import table_html
+
+        return table_html(repr(self)[1:-1], self.tables()[0])
+
     def __iter__(self) -> Iterator[Point]:
         return iter(self.points)
 
@@ -82,6 +94,10 @@ class Trajectory(Tabular):
         steps = {point.source: point.step for point in self.points}
         found = tuple(step for source in self.sources if (step := steps[source]) is not None)
         return found if len(found) == len(steps) else ()
+
+    def _in_order(self) -> list[Point]:
+        place = {source: i for i, source in enumerate(self.sources)}
+        return sorted(self.points, key=lambda point: place[point.source])
 
     def at(self, source: str) -> tuple[LayerMetrics, ...]:
         """The rows of one source.
@@ -111,20 +127,52 @@ class Trajectory(Tabular):
 
     def records(self) -> list[Record]:
         """One dictionary a point: ``source`` and ``step``, all fields of `LayerMetrics`, and ``relative``."""
-        place = {source: i for i, source in enumerate(self.sources)}
-        points = sorted(self.points, key=lambda point: place[point.source])
         return [
             {"source": point.source, "step": point.step, **asdict(point.row), "relative": point.relative}
-            for point in points
+            for point in self._in_order()
         ]
 
     def types(self) -> dict[str, type]:
         """The types of all columns."""
         return {"source": str, "step": int, **column_types(LayerMetrics), "relative": float}
 
+    def moved(self, metric: str = "alpha") -> tuple[Move, ...]:
+        """How far each matrix has come from its first number to its last, the farthest first.
+
+        Args:
+            metric: numeric field of `LayerMetrics`, or ``relative``. Moves of α are ordered in units of their standard
+                error (`Move.beyond`), others as they are.
+
+        Raises:
+            UsageError: the sources are no steps of a run, or rows have no such number.
+        """
+        if not self.steps:
+            raise UsageError(
+                f"{self.label} are models and no steps of a run: htsr.compare tells how two of them differ"
+            )
+        if metric not in (*NUMERIC, "relative"):
+            raise UsageError(f"rows have no number {metric!r}; among others alpha, trace_log, stable_rank, relative")
+        return moves(self._in_order(), metric)
+
     def tables(self) -> tuple[Table, ...]:
-        """Means of every source."""
-        return (sources_table(self.summary(), self.steps),)
+        """Means of every source, of models in the order of α; then the matrices whose α has moved most."""
+        means = sources_table(self.summary(), self.steps)
+        far = [move for move in self.moved() if move.beyond and move.beyond > 1] if self.steps else []
+        return (means, moved_table(far[:_SHOWN])) if far else (means,)
+
+    def remarks(self) -> tuple[str, ...]:
+        """How much was measured, what the tables say, and which sources could not be read."""
+        names = {point.row.name for point in self.points}
+        kinds = "checkpoints" if self.steps else "models"
+        said = [f"{self.label}: {len(names)} matrices, {len(self.sources)} {kinds}"]
+        if not self.steps and len(self.sources) > 1:
+            said.append(_RANKING)
+        elif len(self.steps) > 1:
+            beyond = [move.beyond for move in self.moved() if move.beyond is not None]
+            far = sum(value > 1 for value in beyond)
+            said.append(f"the α of {far} of {len(beyond)} matrices has moved by more than its standard error")
+        said += [f"{source} could not be read: {problem}" for source, problem in self.problems.items()]
+        return tuple(said)
 
     def facts(self) -> dict[str, Any]:
         """Run, options, what changes are against, means by source, and the sources that could not be read."""
