@@ -47,9 +47,10 @@ def moves(points: Iterable[Point], metric: str) -> tuple[Move, ...]:
         >>> from htsr.analysis.movement import moves
         >>> from htsr.analysis.trajectory_file import Point
         >>> from htsr.spectra.metrics import LayerMetrics
+        >>> numbers = ((1, "up", 3, 0.3), (1, "o", 5, 3.0), (9, "up", 2, 0.4), (9, "o", 2, 4.0))
         >>> points = [
         ...     Point(f"checkpoint-{step}", LayerMetrics(name=name, alpha=alpha, sigma=sigma), step)
-        ...     for step, name, alpha, sigma in ((1, "up", 3, 0.3), (1, "o", 5, 3.0), (9, "up", 2, 0.4), (9, "o", 2, 4.0))
+        ...     for step, name, alpha, sigma in numbers
         ... ]
         >>> [(move.name, move.change, move.beyond) for move in moves(points, "alpha")]
         [('up', -1, 2.0), ('o', -3, 0.6)]
@@ -69,7 +70,8 @@ def _number(point: Point, metric: str) -> float | None:
 
 def _move(a: Point, b: Point, metric: str) -> Move:
     first, last = _number(a, metric), _number(b, metric)
-    assert first is not None and last is not None
+    assert first is not None
+    assert last is not None
     error = math.hypot(a.row.sigma or 0, b.row.sigma or 0) if metric == "alpha" else 0
     beyond = abs(last - first) / error if error > 0 else None
     row = b.row

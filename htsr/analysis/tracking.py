@@ -109,6 +109,7 @@ def track(
     settings = make_options(checkpoints[0].source, full=full, **options)
     header, points, file = _begun(checkpoints, settings, against, Path(save) if save else None, ranks)
     run = _Run(settings, as_filter(where), against, _reference(checkpoints, header, against, ranks), ranks)
+    problems: dict[str, str] = {}
     failures: list[SourceError] = []
     for number, checkpoint in enumerate(checkpoints):
         report = None if progress is None else partial(_report, progress, number / len(checkpoints), len(checkpoints))
@@ -117,16 +118,15 @@ def track(
         except SourceError as error:
             failures.append(error)
             is_last = checkpoint is checkpoints[-1]
-            problem = ranks.of_first(partial(_pass_over, checkpoint, is_last, str(error), points, file))
-            if problem is not None:
-                points.problems[checkpoint.label] = problem
+            if ranks.of_first(partial(_is_problem, checkpoint, is_last, str(error), points)):
+                problems[checkpoint.label] = str(error)
             continue
         ranks.of_first(partial(_append, file, found))
         for point in found:
             points.add(point)
     if failures and not points.by_source:
         raise failures[0]
-    return trajectory_of(header, points)
+    return trajectory_of(header, points, problems)
 
 
 def _begun(
@@ -248,22 +248,19 @@ def _append(file: TrajectoryFile | None, points: Sequence[Point]) -> None:
         file.append(points)
 
 
-def _pass_over(
-    checkpoint: Checkpoint, is_last: bool, why: str, points: Points, file: TrajectoryFile | None
-) -> str | None:
-    """Say on the first rank that a checkpoint cannot be read; why, where that is a problem and not a matter of time."""
+def _is_problem(checkpoint: Checkpoint, is_last: bool, why: str, points: Points) -> bool:
+    """Say that a checkpoint cannot be read; whether that is a problem, and not a matter of time."""
+    problem = False
     if checkpoint.run is not None and not os.path.exists(str(checkpoint.source)):
-        logger.warning("%s was deleted before it was measured", checkpoint.label)
+        what = "was deleted before it was measured"
     elif checkpoint.label in points.by_source:
-        logger.warning("%s is not measured again, and stays as it was: %s", checkpoint.label, why)
+        what = f"is not measured again, and stays as it was: {why}"
     elif is_last and checkpoint.is_unfinished:
-        logger.warning("%s is not complete, and is left out for now: %s", checkpoint.label, why)
+        what = f"is not complete, and is left out for now: {why}"
     else:
-        logger.warning("%s is left out: %s", checkpoint.label, why)
-        if file is not None and points.problems.get(checkpoint.label) != why:
-            file.append_problem(checkpoint.label, why, checkpoint.step)
-        return why
-    return None
+        what, problem = f"is left out: {why}", True
+    logger.warning("%s %s", checkpoint.label, what)
+    return problem
 
 
 def _report(progress: Callable[[Progress], None], done: float, count: int, now: Progress) -> None:

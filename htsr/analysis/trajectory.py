@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from htsr.analysis.result import means_of
 from htsr.analysis.movement import Move, moves
+from htsr.analysis.result import means_of
 from htsr.analysis.trajectory_file import Header, Point, Points, read_trajectory, write_trajectory
 from htsr.analysis.trajectory_tables import moved_table, sources_table
 from htsr.errors import UsageError
@@ -38,7 +38,8 @@ class Trajectory(Tabular):
         against: label of the model that was subtracted, where spectra are those of changes; None where they are those
             of the weights themselves.
         reference: label of the model that `Point.relative` is relative to; None where there is none.
-        problems: sentence on each source that could not be read, by its name.
+        problems: sentence on each source that could not be read when this was measured, by its name; files do not keep
+            them.
 
     Iteration and `len` go by points.
 
@@ -113,14 +114,18 @@ class Trajectory(Tabular):
         raise UsageError(f"{self.label} has no {source!r}; there are {', '.join(self.sources)}")
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Mean of every metric and of ``relative`` over the matrices that have it, by source."""
-        by_source: dict[str, list[Point]] = {source: [] for source in self.sources}
+        """Mean of every metric and of ``relative`` over the matrices that have it, by source.
+
+        A monitor measures few matrices at a time. At a step, a matrix counts with what was measured of it last by then.
+        """
+        by_source: dict[str, dict[str, Point]] = {source: {} for source in self.sources}
         for point in self.points:
-            by_source[point.source].append(point)
-        found = {}
+            by_source[point.source][point.row.name] = point
+        found, latest = {}, dict[str, Point]()
         for source, points in by_source.items():
-            changes = [point.relative for point in points if point.relative is not None]
-            found[source] = means_of([point.row for point in points])
+            latest = {**latest, **points} if self.steps else points
+            changes = [point.relative for point in latest.values() if point.relative is not None]
+            found[source] = means_of([point.row for point in latest.values()])
             if changes:
                 found[source]["relative"] = sum(changes) / len(changes)
         return found
@@ -171,7 +176,8 @@ class Trajectory(Tabular):
             beyond = [move.beyond for move in self.moved() if move.beyond is not None]
             far = sum(value > 1 for value in beyond)
             said.append(f"the α of {far} of {len(beyond)} matrices has moved by more than its standard error")
-        said += [f"{source} could not be read: {problem}" for source, problem in self.problems.items()]
+        if self.problems:
+            said.append(f"could not be read: {', '.join(self.problems)}")
         return tuple(said)
 
     def facts(self) -> dict[str, Any]:
@@ -232,7 +238,7 @@ class Trajectory(Tabular):
             UsageError: the file has another suffix, or is one of a model.
             HtsrError: the file cannot be written.
         """
-        write_trajectory(Path(path), self._header(), self.points, self.problems)
+        write_trajectory(Path(path), self._header(), self.points)
 
     def _header(self) -> Header:
         return Header(self.label, self.options, self.against, self.reference)
@@ -250,8 +256,6 @@ class Trajectory(Tabular):
         return trajectory_of(*read_trajectory(Path(path)))
 
 
-def trajectory_of(header: Header, points: Points) -> Trajectory:
-    """The trajectory of the `points` that a file holds below its `header`."""
-    return Trajectory(
-        header.label, tuple(points), header.options, header.against, header.reference, dict(points.problems)
-    )
+def trajectory_of(header: Header, points: Points, problems: Mapping[str, str] | None = None) -> Trajectory:
+    """The trajectory of the `points` below a `header`, and the `problems` of sources that have none."""
+    return Trajectory(header.label, tuple(points), header.options, header.against, header.reference, problems or {})

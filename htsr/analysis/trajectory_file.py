@@ -1,10 +1,9 @@
 """Trajectories on disk: lines of JSON that are only ever appended to, so that a run can be watched while it goes on.
 
 The first line is a `Header`. Each further one is a `Point`, one matrix in one source: its ``source`` and ``step``, the
-fields of `LayerMetrics` that are not None, ``relative`` and ``fingerprint`` where they are known; or it has a
-``problem`` in place of all these, the sentence on a source that could not be read. Of two lines on one matrix in one
-source the later one counts; and of a source whose files have changed, only what was measured since. A last line that
-does not end is being written, and is not read.
+fields of `LayerMetrics` that are not None, ``relative`` and ``fingerprint`` where they are known. Of two lines on one
+matrix in one source the later one counts; and of a source whose files have changed, only what was measured since. A
+last line that does not end is being written, and is not read.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -75,11 +74,9 @@ class Points:
 
     Attributes:
         by_source: points by source and name of the matrix.
-        problems: sentence on each source that could not be read, by its name.
     """
 
     by_source: dict[str, dict[str, Point]] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Point]:
         for points in self.by_source.values():
@@ -87,7 +84,6 @@ class Points:
 
     def add(self, point: Point) -> None:
         """Take up one more `point`; older ones of its source go where its files were others then."""
-        self.problems.pop(point.source, None)
         points = self.by_source.setdefault(point.source, {})
         if points and next(iter(points.values())).fingerprint != point.fingerprint:
             points.clear()
@@ -130,7 +126,7 @@ class TrajectoryFile:
                 before, self.points, end = _read(path)
                 _insist_on_one(path, before, header)
             else:
-                write_trajectory(path, header, (), {})
+                write_trajectory(path, header, ())
                 end = None
             self._file: IO[bytes] = path.open("ab")
             if end is not None:
@@ -154,20 +150,6 @@ class TrajectoryFile:
         self._write([_line(point) for point in points])
         for point in points:
             self.points.add(point)
-
-    def append_problem(self, source: str, problem: str, step: int | None = None) -> None:
-        """Write that a source cannot be read.
-
-        Args:
-            source: name of the source.
-            problem: sentence that says why.
-            step: step of the source, where it is one of a run.
-
-        Raises:
-            HtsrError: the file cannot be written.
-        """
-        self._write([_problem_line(source, problem, step)])
-        self.points.problems[source] = problem
 
     def close(self) -> None:
         """Leave the file to readers and to a later run."""
@@ -198,14 +180,13 @@ def is_trajectory(path: Path) -> bool:
     return path.suffix.lower() == SUFFIX
 
 
-def write_trajectory(path: Path, header: Header, points: Iterable[Point], problems: Mapping[str, str]) -> None:
+def write_trajectory(path: Path, header: Header, points: Iterable[Point]) -> None:
     """Write a whole trajectory to `path`, or nothing.
 
     Args:
         path: file to write; its suffix is .jsonl.
         header: what holds for the whole trajectory.
         points: points in their order.
-        problems: sentence on each source that could not be read, by its name.
 
     Raises:
         UsageError: the file has another suffix.
@@ -216,7 +197,6 @@ def write_trajectory(path: Path, header: Header, points: Iterable[Point], proble
         start = {"htsr": __version__, "trajectory": _FORM}
         file.write(json.dumps(start | asdict(header)) + "\n")
         file.writelines(f"{_line(point)}\n" for point in points)
-        file.writelines(f"{_problem_line(source, problem, None)}\n" for source, problem in problems.items())
 
 
 def read_trajectory(path: Path) -> tuple[Header, Points]:
@@ -268,11 +248,6 @@ def _header(path: Path, line: bytes) -> Header:
 
 def _take_up(record: Any, points: Points, options: Options) -> None:
     source, step = record.pop("source", None), record.pop("step", None)
-    if "problem" in record:
-        if not isinstance(source, str) or not isinstance(record["problem"], str):
-            raise ValueError(f"nor a problem of {source!r}")
-        points.problems[source] = record["problem"]
-        return
     more = {name: record.pop(name, None) for name in ("relative", "fingerprint")}
     point = from_json(Point, {"source": source, "step": step, **more, "row": record})
     check(point.row, options.xmax, None, None)
@@ -286,10 +261,6 @@ def _line(point: Point) -> str:
     more = {"relative": point.relative, "fingerprint": point.fingerprint}
     known |= {name: value for name, value in more.items() if value is not None}
     return json.dumps({"source": point.source, "step": point.step, **known})
-
-
-def _problem_line(source: str, problem: str, step: int | None) -> str:
-    return json.dumps({"source": source, "step": step, "problem": problem})
 
 
 def _insist_on_one(path: Path, there: Header, here: Header) -> None:

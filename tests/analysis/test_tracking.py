@@ -177,18 +177,16 @@ def test_a_broken_checkpoint_is_named_and_the_others_go_on(tmp_path, caplog):
     weights.write_bytes(whole[:-5])
     (run / "checkpoint-400" / "model.safetensors").unlink()
     (run / "checkpoint-400" / "trainer_state.json").unlink()
-    for _ in range(2):  # the sentence is written once
-        found = htsr.track(run, save=save, **PLAIN)
-        assert found.steps == (100, 300)
-        assert list(found.problems) == ["checkpoint-200"]
-        assert "model.safetensors" in found.problems["checkpoint-200"]
-    assert save.read_text().count("problem") == 1
+    found = htsr.track(run, save=save, **PLAIN)
+    assert found.steps == (100, 300)
+    assert list(found.problems) == ["checkpoint-200"]
+    assert "model.safetensors" in found.problems["checkpoint-200"]
     assert "checkpoint-200 is left out: " in caplog.text
     assert "checkpoint-400 is not complete, and is left out for now: " in caplog.text
     weights.write_bytes(whole)
     found = htsr.track(run, save=save, **PLAIN)
     assert (found.steps, found.problems) == ((100, 200, 300), {})
-    assert Trajectory.load(save) == replace(found, points=Trajectory.load(save).points)
+    assert Trajectory.load(save).records() == found.records()
     shutil.rmtree(run / "checkpoint-100")
     weights.write_bytes(b"")
     caplog.clear()

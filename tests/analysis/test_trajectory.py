@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import matplotlib
 import pytest
@@ -25,14 +26,9 @@ def test_what_is_appended_is_read_and_what_is_saved_is_loaded_again(tmp_path):
     for one in points:  # each by a writer of its own
         with TrajectoryFile(path, HEADER) as file:
             file.append([one])
-    with TrajectoryFile(path, HEADER) as file:
-        file.append_problem("checkpoint-3", "it is cut short", 3)
     read = Trajectory.load(path)
     assert read.points == (points[0], points[2])  # of checkpoint-1 what was measured since its files changed
-    assert (read.label, read.options, read.reference, read.problems) == (
-        *("run", HEADER.options, "checkpoint-1"),
-        {"checkpoint-3": "it is cut short"},
-    )
+    assert (read.label, read.options, read.reference) == ("run", HEADER.options, "checkpoint-1")
     assert (read.sources, read.steps) == (("checkpoint-1", "checkpoint-2"), (1, 2))
     read.save(tmp_path / "again.jsonl")
     assert Trajectory.load(tmp_path / "again.jsonl") == read
@@ -40,13 +36,11 @@ def test_what_is_appended_is_read_and_what_is_saved_is_loaded_again(tmp_path):
     assert read.records()[1]["relative"] == 0.5 == read.summary()["checkpoint-2"]["relative"]
 
 
-def test_the_later_line_counts_and_a_source_that_is_read_at_last_has_no_problem(tmp_path):
+def test_the_later_line_counts(tmp_path):
     with TrajectoryFile(tmp_path / "run.jsonl", HEADER) as file:
-        file.append_problem("checkpoint-1", "it is cut short", 1)
         file.append([point(1), point(1, "other"), point(1, alpha=2.5)])
     read = Trajectory.load(tmp_path / "run.jsonl")
     assert [p.row.alpha for p in read] == [2.5, 3.0]
-    assert not read.problems
 
 
 @pytest.mark.parametrize(
@@ -75,7 +69,6 @@ def test_a_line_whose_writer_was_killed_is_not_read_and_goes_when_the_next_write
         ('{"step": 1, "name": "w"}', "source: None"),
         ('{"source": "s", "step": 1}', "without 'name'"),
         ('{"source": "s", "step": 1, "name": "w", "beta": 3}', "has no 'beta'"),
-        ('{"source": 1, "problem": "p"}', "nor a problem"),
         ("[]", "line 2"),
         ("{", "line 2"),
     ],
@@ -141,3 +134,42 @@ def test_a_trajectory_is_drawn_and_written_as_a_page(tmp_path):
     assert data["sources"] == ["checkpoint-1", "checkpoint-2"]
     assert data["values"]["relative"] == [None, 0.5]
     assert "x: is cut" in (tmp_path / "run.html").read_text(encoding="utf-8")
+
+
+def test_means_of_a_step_are_of_what_was_measured_last_by_then():
+    points = [point(1, "a", 2.0), point(1, "b", 4.0), point(2, "b", 5.0, relative=0.5), point(3, "c", 9.0)]
+    found = Trajectory("run", tuple(points), Options()).summary()
+    assert [(means["matrices"], means["alpha"]) for means in found.values()] == [(2, 3.0), (2, 3.5), (3, 16 / 3)]
+    assert [means.get("relative") for means in found.values()] == [None, 0.5, 0.5]
+    models = Trajectory("models", tuple(replace(p, step=None) for p in points), Options())
+    assert [(means["matrices"], means["alpha"]) for means in models.summary().values()] == [
+        (2, 3.0),
+        (1, 5.0),
+        (1, 9.0),
+    ]
+
+
+def test_what_has_moved_most_goes_by_the_error_of_alpha():
+    start = [point(1, "a", 2.0), point(1, "b", 4.0), point(1, "alone")]
+    end = [point(9, "a", 2.4), point(5, "b", 3.0), point(9, "b", 4.1, relative=0.5)]
+    trajectory = Trajectory("run", (*end, *start), Options())
+    first, second = trajectory.moved()
+    assert (first.name, first.first, first.last, first.change) == ("a", 2.0, 2.4, pytest.approx(0.4))
+    assert first.beyond == pytest.approx(0.4 / (0.1 * 2**0.5))
+    assert (second.name, second.last, second.relative) == ("b", 4.1, 0.5)
+    (means, far) = trajectory.tables()
+    assert [cells[0] for cells in means.cells()] == ["checkpoint-1", "checkpoint-5", "checkpoint-9"]
+    assert [cells[0] for cells in far.cells()] == ["a"]  # b: less than its error
+    assert "the α of 1 of 2 matrices" in trajectory.remarks()[1]
+    with pytest.raises(UsageError, match="no number 'name'"):
+        trajectory.moved("name")
+
+
+def test_of_models_the_smallest_alpha_comes_first():
+    points = [replace(point(1, alpha=alpha), source=name, step=None) for name, alpha in (("x", 5.0), ("y", 3.0))]
+    models = Trajectory("models", (*points, replace(points[0], source="z", row=LayerMetrics(name="w"))), Options())
+    (table,) = models.tables()
+    assert [cells[0] for cells in table.cells()] == ["y", "x", "z"]
+    assert "of one architecture" in models.remarks()[1]
+    with pytest.raises(UsageError, match=r"htsr\.compare"):
+        models.moved()

@@ -98,7 +98,7 @@ class Record:
             logger.warning(
                 "%s: %d measurements after step %d, where this run is resumed, are dropped", path, lost, step
             )
-            write_trajectory(path, header, kept, points.problems)
+            write_trajectory(path, header, kept)
         return Earlier(kept, self._kept(device), header.reference)
 
     def _keep(self, start: Mapping[str, Sketch], device: str) -> None:
