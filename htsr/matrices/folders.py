@@ -212,8 +212,21 @@ def _complete(found: ModelFiles) -> ModelFiles:
 
 
 def _hint(folder: Path) -> str:
+    if sharded := _sharded_by(folder):
+        return f"; {sharded}"
     inner = sorted({f.parent.name for f in folder.glob("*/*") if _may_hold_weights(f)})
     if inner:
         return f"; its subfolders {', '.join(inner)} do, name one of them"
     other = next((f for f in sorted(folder.iterdir()) if f.suffix in _UNREAD), None)
     return f"; {other.name} is {_UNREAD[other.suffix]}, which htsr does not read" if other else ""
+
+
+def _sharded_by(folder: Path) -> str:
+    """How the shards that each process of a training has saved become one model; empty where there are none."""
+    if shards := next(folder.glob("*/*.distcp"), None):  # FSDP's, by accelerate
+        return f"{shards.parent.name} holds shards of FSDP: accelerate merge-weights {shards.parent} OUTPUT joins them"
+    if (folder / "zero_to_fp32.py").is_file() or next(folder.glob("*/*zero_pp_rank_*_states.pt"), None):
+        return (
+            f"it holds states of DeepSpeed: python {folder / 'zero_to_fp32.py'} {folder} OUTPUT makes weights of them"
+        )
+    return ""

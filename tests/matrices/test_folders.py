@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -250,3 +251,14 @@ def test_folders_that_cannot_be_read_say_what_they_hold(tmp_path):
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
     with pytest.raises(htsr.SourceError, match=r"model\.safetensors is a pointer of Git LFS"):
         htsr.describe(folder)
+
+
+def test_shards_of_a_training_come_with_what_joins_them(tmp_path):
+    dcp.save({"model": {f"{NAME}.weight": torch.ones(4, 4)}}, checkpoint_id=tmp_path / "fsdp" / "pytorch_model_fsdp_0")
+    with pytest.raises(htsr.SourceError, match=r"accelerate merge-weights .*pytorch_model_fsdp_0 OUTPUT"):
+        htsr.describe(tmp_path / "fsdp")
+    states = tmp_path / "zero" / "global_step2"
+    states.mkdir(parents=True)
+    torch.save({}, states / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    with pytest.raises(htsr.SourceError, match=r"python .*zero_to_fp32\.py .*zero OUTPUT"):
+        htsr.describe(tmp_path / "zero")
