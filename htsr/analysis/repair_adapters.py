@@ -121,7 +121,7 @@ class _Worker:
         if len(tensor.shape) > 2 and self.method.name != "interpolate":
             raise MatrixError("unsupported", "it is the change of a kernel, whose offsets share their factors")
         change = torch.as_tensor(delta())
-        base = None if self.base is None else self.base.read(tensor.name, tuple(tensor.shape))
+        base = None if self.base is None else self.base.read(tensor.name, tuple(tensor.shape)).to(change)
         left, row = repaired(change, base, self.method, row, self.dry and base is not None)
         if left is None or stored is None:
             return row if left is None else replace(row, norm_lost=self._lost(delta, left))

@@ -22,10 +22,13 @@ from htsr.matrices.models import Filter, WeightMatrix, as_filter
 from htsr.matrices.quantized import dequantized
 from htsr.matrices.sources import open_model
 from htsr.matrices.stored_tensors import FLOATS, StoredTensor
-from htsr.spectra.denoising import intruders
+from htsr.spectra.denoising import intruders, left_vectors
 
 if TYPE_CHECKING:
     import torch
+
+
+_CHUNK = 1 << 20
 
 
 class Base:
@@ -87,7 +90,7 @@ class _Repairer:
         wide = torch.float64 if torch.float64 in (W.dtype, old.dtype) else torch.float32
         old = old.to(wide)
         left, row = repaired(W.to(wide) - old, old, self.method, row_of(matrix), self.dry)
-        return None if left is None or self.dry else old + left, row
+        return None if left is None or self.dry else left.add_(old), row
 
 
 def row_of(matrix: WeightMatrix) -> RepairedMatrix:
@@ -103,7 +106,7 @@ def repaired(
 
     Args:
         change: ΔW, (m, n) or (pieces, m, n), float32 or float64.
-        base: matrix before fine-tuning, in the shape of `change`; None where neither method nor count needs it.
+        base: matrix before fine-tuning, in shape and dtype of `change`; None where neither method nor count needs it.
         method: what is done.
         row: row of the matrix, to be filled in.
         count: whether to count intruders under every method.
@@ -120,7 +123,9 @@ def repaired(
     row = replace(row, change_norm=size, relative=size / _norm(base) if base is not None and base.any() else None)
     if size == 0:
         return None, replace(row, status="unchanged")
-    left = method.leave(change, base)
+    look = base is not None and (count or method.name == "intruders")
+    known = left_vectors(base) if look and base is not None else None
+    left = method.leave(change, base, known)
     row = replace(
         row,
         status="kept" if left.change is None else "ok",
@@ -130,11 +135,10 @@ def repaired(
         total=left.total,
         threshold=left.threshold,
     )
-    if base is not None and (count or method.name == "intruders"):
-        look: dict[str, Any] = {"k": method.k, "epsilon": method.epsilon} if method.name == "intruders" else {}
-        base = base.to(change)
-        before = intruders(base, base + change, **look)
-        after = before if left.change is None else intruders(base, base + left.change, **look)
+    if base is not None and known is not None:
+        asked: dict[str, Any] = {"k": method.k, "epsilon": method.epsilon} if method.name == "intruders" else {}
+        before = intruders(known, base + change, **asked) if left.intruders is None else left.intruders
+        after = before if left.change is None else intruders(known, base + left.change, **asked)
         row = replace(row, intruders_before=before, intruders_after=after)
     return left.change, row
 
@@ -142,7 +146,9 @@ def repaired(
 def _norm(x: torch.Tensor) -> float:
     import torch
 
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+    rows = x.reshape(-1, x.shape[-1])  # up-cast some at a time
+    parts = torch.split(rows, max(1, _CHUNK // max(1, x.shape[-1])))
+    return sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts) ** 0.5
 
 
 def repair_checkpoint(

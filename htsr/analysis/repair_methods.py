@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 from htsr.errors import UsageError
 from htsr.spectra.denoising import denoise, shrink_intruders
 from htsr.spectra.directions import project_tail
+from htsr.spectra.intruders import LeftVectors
 
 if TYPE_CHECKING:
     import torch
 
+Known: TypeAlias = tuple[LeftVectors, ...] | None
 MethodName: TypeAlias = Literal["denoise", "ecs", "leading", "intruders", "interpolate"]
 METHODS: tuple[str, ...] = get_args(MethodName)
 _TAKES = {
@@ -52,6 +54,7 @@ class Left:
         kept: number of singular values of the change that were kept; None where the method keeps no directions.
         total: number of singular values of the change.
         threshold: threshold of the singular values; None where the method has none.
+        intruders: number of intruders that were shrunk; None where they were not looked for.
         note: sentence why nothing is taken away; empty where that needs no words.
     """
 
@@ -59,6 +62,7 @@ class Left:
     kept: int | None = None
     total: int | None = None
     threshold: float | None = None
+    intruders: int | None = None
     note: str = ""
 
 
@@ -83,17 +87,18 @@ class Method:
         """Whether it looks at the base, and not at the change alone."""
         return self.name == "intruders"
 
-    def leave(self, change: torch.Tensor, base: torch.Tensor | None) -> Left:
+    def leave(self, change: torch.Tensor, base: torch.Tensor | None, known: Known = None) -> Left:
         """What is left of a change.
 
         Args:
             change: ΔW, (m, n) or (pieces, m, n), float32 or float64.
-            base: W_base in the shape of the change; None where the method does not need it.
+            base: W_base in the shape of the change, in its dtype; None where the method does not need it.
+            known: left singular vectors of the base, where they are known.
 
         Raises:
             MatrixError: the change has no spectrum to speak of.
         """
-        return _LEAVE[self.name](self, change, base)
+        return _LEAVE[self.name](self, change, base, known)
 
 
 def make_method(name: str, factor: float | None = None, k: int | None = None, epsilon: float | None = None) -> Method:
@@ -132,20 +137,20 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _denoise(_: Any, change: torch.Tensor, base: torch.Tensor | None) -> Left:
+def _denoise(_: Any, change: torch.Tensor, base: torch.Tensor | None, known: Known) -> Left:
     found = denoise(change)
     if found.norm_kept < 1 - _NOTHING:
         return Left(found.matrix, found.kept, found.total, found.threshold)  # type: ignore[arg-type]
     note = f"its change has rank {found.kept}, too low for noise to tell" if 2 * found.kept < found.total else ""
-    return Left(None, found.kept, found.total, found.threshold, note)
+    return Left(None, found.kept, found.total, found.threshold, note=note)
 
 
-def _ecs(_: Any, change: torch.Tensor, base: torch.Tensor | None) -> Left:
+def _ecs(_: Any, change: torch.Tensor, base: torch.Tensor | None, known: Known) -> Left:
     found = project_tail(change, "erg")
     return Left(found.matrix, found.kept, found.total)  # type: ignore[arg-type]
 
 
-def _leading(method: Any, change: torch.Tensor, base: torch.Tensor | None) -> Left:
+def _leading(method: Any, change: torch.Tensor, base: torch.Tensor | None, known: Known) -> Left:
     if method.k >= min(change.shape[-2:]):
         total = change.numel() // max(change.shape[-2:])
         return Left(None, total, total)
@@ -153,18 +158,18 @@ def _leading(method: Any, change: torch.Tensor, base: torch.Tensor | None) -> Le
     return Left(found.matrix, found.kept, found.total)  # type: ignore[arg-type]
 
 
-def _intruders(method: Any, change: torch.Tensor, base: torch.Tensor | None) -> Left:
+def _intruders(method: Any, change: torch.Tensor, base: torch.Tensor | None, known: Known) -> Left:
     assert base is not None
-    wide = base.to(change)
-    found: Any = shrink_intruders(wide, wide + change, method.factor, method.k, method.epsilon)
-    return Left(None if found.intruders == 0 or method.factor == 1 else found.matrix - wide)
+    found: Any = shrink_intruders(known or base, base + change, method.factor, method.k, method.epsilon)
+    same = found.intruders == 0 or method.factor == 1
+    return Left(None if same else found.matrix.sub_(base), intruders=found.intruders)
 
 
-def _interpolate(method: Any, change: torch.Tensor, base: torch.Tensor | None) -> Left:
+def _interpolate(method: Any, change: torch.Tensor, base: torch.Tensor | None, known: Known) -> Left:
     return Left(None if method.factor == 1 else method.factor * change)
 
 
-_LEAVE: dict[str, Callable[[Method, Any, Any], Left]] = {
+_LEAVE: dict[str, Callable[[Method, Any, Any, Known], Left]] = {
     "denoise": _denoise,
     "ecs": _ecs,
     "leading": _leading,

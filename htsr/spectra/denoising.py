@@ -37,12 +37,14 @@ from htsr.arrays import Array, Vector
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.bulk import mp_quantile
 from htsr.spectra.directions import decompose, rescaled, stack
-from htsr.spectra.intruders import nearest_cosines
+from htsr.spectra.intruders import LeftVectors
 from htsr.spectra.leading import leading
+from htsr.spectra.sums import Sum
 
 if TYPE_CHECKING:
     import torch
 
+_CHUNK = 1 << 20  # entries that are computed in float64 at a time
 _RESOLVED = 2.0**-24  # of σ_max: what eigenvalues of a Gram matrix in float64 resolve
 
 
@@ -161,11 +163,11 @@ def denoise(change: Array) -> Denoised:
     )
 
 
-def intruders(base: Array, tuned: Array, k: int = 10, epsilon: float = 0.5) -> int:
+def intruders(base: Array | tuple[LeftVectors, ...], tuned: Array, k: int = 10, epsilon: float = 0.5) -> int:
     """How many of the `k` leading left singular vectors of `tuned` are intruders, over all pieces.
 
     Args:
-        base: (m, n) or (pieces, m, n), any float dtype.
+        base: (m, n) or (pieces, m, n), any float dtype, or what `left_vectors` gives of it.
         tuned: matrix after training, in the shape of `base`.
         k: number of leading singular vectors of `tuned` that are looked at.
         epsilon: cosine below which a vector is like none of the base.
@@ -184,14 +186,16 @@ def intruders(base: Array, tuned: Array, k: int = 10, epsilon: float = 0.5) -> i
         >>> intruders(base, base + 9 * np.outer(direction, direction), k=1, epsilon=0.8)
         1
     """
-    return sum(vectors.shape[1] for vectors in _intruding(base, tuned, k, epsilon))
+    return sum(left.shape[1] for left, _ in _intruding(base, tuned, k, epsilon))
 
 
-def shrink_intruders(base: Array, tuned: Array, factor: float = 0.75, k: int = 10, epsilon: float = 0.5) -> Shrunk:
+def shrink_intruders(
+    base: Array | tuple[LeftVectors, ...], tuned: Array, factor: float = 0.75, k: int = 10, epsilon: float = 0.5
+) -> Shrunk:
     """The matrix after training with the singular values of its intruders multiplied by `factor`.
 
     Args:
-        base: (m, n) or (pieces, m, n), any float dtype.
+        base: (m, n) or (pieces, m, n), any float dtype, or what `left_vectors` gives of it.
         tuned: matrix after training, in the shape of `base`.
         factor: factor of the intruders' singular values; 1 changes nothing, 0 removes them.
         k: number of leading singular vectors of `tuned` that are looked at.
@@ -215,18 +219,34 @@ def shrink_intruders(base: Array, tuned: Array, factor: float = 0.75, k: int = 1
         >>> found.intruders, bool(np.linalg.norm(found.matrix, 2) < 3)
         (1, True)
     """
+    import torch
+
     found = _intruding(base, tuned, k, epsilon)
     result = stack(tuned).clone()
-    for piece, u in zip(result, found, strict=True):
-        wide = piece.to(u)
-        piece.copy_(wide + (factor - 1) * (u @ (u.mT @ wide)))  # uᵀW = σ·vᵀ
+    for piece, (left, right) in zip(result, found, strict=True):
+        rows = max(1, _CHUNK // piece.shape[1])
+        for block, u in zip(torch.split(piece, rows), torch.split(left, rows), strict=True):
+            block.add_(((factor - 1) * (u @ right.mT)).to(block))
     result = result.reshape(tuple(tuned.shape))
     matrix = result.numpy() if isinstance(tuned, np.ndarray) else result
-    return Shrunk(matrix, sum(vectors.shape[1] for vectors in found))
+    return Shrunk(matrix, sum(left.shape[1] for left, _ in found))
 
 
-def _intruding(base: Array, tuned: Array, k: int, epsilon: float) -> list[torch.Tensor]:
-    """The intruders among the left singular vectors, (m, count) float64, of each piece."""
+def left_vectors(base: Array) -> tuple[LeftVectors, ...]:
+    """The left singular vectors of each piece of a base, computed once they are needed, and once.
+
+    Args:
+        base: (m, n) or (pieces, m, n), any float dtype.
+    """
+    return tuple(
+        LeftVectors(one, one.terms[0][1].new_zeros((one.shape[0], 1)).double()) for one in map(Sum.of, stack(base))
+    )
+
+
+def _intruding(
+    base: Array | tuple[LeftVectors, ...], tuned: Array, k: int, epsilon: float
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The intruders of each piece: left vectors u (m, count) and σ·v (n, count), float64."""
     import torch
 
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -234,9 +254,12 @@ def _intruding(base: Array, tuned: Array, k: int, epsilon: float) -> list[torch.
     if not 0 <= epsilon <= 1:
         raise UsageError(f"epsilon is a cosine between 0 and 1, not {epsilon!r}")
     found = []
-    for W_base, W in zip(stack(base), stack(tuned), strict=True):
+    for known, W in zip(base if isinstance(base, tuple) else left_vectors(base), stack(tuned), strict=True):
         first = leading(W, min(k, *W.shape))
-        left = first.left[:, torch.from_numpy(first.values > _RESOLVED * first.values[0])]
-        unlike = nearest_cosines(W_base, left) < epsilon if left.shape[1] else np.zeros(0, dtype=bool)
-        found.append(left[:, torch.from_numpy(unlike)])
+        chosen = first.values > _RESOLVED * first.values[0]
+        if chosen.any():
+            chosen[chosen] = known.nearest(first.left[:, torch.from_numpy(chosen)]) < epsilon
+        which = torch.from_numpy(chosen)
+        values = torch.from_numpy(first.values[chosen]).to(first.right)
+        found.append((first.left[:, which], first.right[:, which] * values))
     return found

@@ -55,13 +55,16 @@ class LeftVectors:
         return np.asarray(largest.sqrt().clamp(max=1.0).cpu().numpy())
 
     def _with_all(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Cosines with all left singular vectors, (rank, j)."""
+        """Cosines with all left singular vectors, (min(m, n), j); 0 for those whose singular value is 0."""
+        import torch
+
         values, basis = self._decomposed
         if self.matrix.shape[0] <= self.matrix.shape[1]:
             cosines = basis.mT @ vectors
         else:  # u_i = A v_i / ‖A v_i‖
             cosines = basis.mT @ self.matrix.transposed_times(vectors) / values.clamp(min=0).sqrt()[:, None]
-        return cosines[values > _RESOLVED * values[-1]]
+        known = values > _RESOLVED * values[-1]  # none of a matrix of zeros
+        return torch.where(known[:, None], cosines, 0.0)
 
     @cached_property
     def _decomposed(self) -> tuple[torch.Tensor, torch.Tensor]:
