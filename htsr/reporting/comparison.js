@@ -32,8 +32,8 @@ function noteOf(row) {
 }
 
 function numbersOf(row) {
-  const changes = data.changes.filter((field) => row[field] != null).map((field) => (
-    { name: label(field), value: besideNull(row, field), about: data.about[field] }
+  const distances = data.distances.filter((field) => row[field] != null).map((field) => (
+    { name: label(field), value: text(row[field]), about: data.about[field] }
   ));
   const both = data.metrics.map((metric) => [metric, row[`${metric}_a`], row[`${metric}_b`]]);
   const metrics = both.filter(([, a, b]) => a != null || b != null).map(([metric, a, b]) => ({
@@ -41,13 +41,7 @@ function numbersOf(row) {
     value: `${text(a) || "–"} → ${text(b) || "–"}`,
     about: data.about[`${metric}_a`],
   }));
-  return [...changes, ...metrics];
-}
-
-// A number with that of a Gaussian change of the same norm, where it is known.
-function besideNull(row, field) {
-  const expected = row[`${field}_null`];
-  return expected == null ? text(row[field]) : `${text(row[field])} (null ${text(expected)})`;
+  return [...distances, ...metrics];
 }
 
 // ---- directions -------------------------------------------------------------------------------------------------
@@ -59,7 +53,20 @@ function drawDirections(index) {
   byId("cosines").hidden = byId("epsilon-label").hidden = !found;
   byId("directions-note").textContent = "";
   if (found) drawCosines(found);
+  drawShares(rows[index]);
   drawHeads(heads);
+}
+
+// Each number of directions beside that of a Gaussian change of the same norm.
+function drawShares(row) {
+  const fields = data.directions.filter((field) => row[field] != null);
+  byId("shares").hidden = !fields.length;
+  byId("shares").tBodies[0].replaceChildren(...fields.map((field) => {
+    const line = make("tr", "", { title: data.about[field] ?? "" });
+    const cells = [row[field], row[`${field}_null`]].map((value) => make("td", text(value)));
+    line.append(make("th", label(field), { scope: "row" }), ...cells);
+    return line;
+  }));
 }
 
 function drawCosines({ k, cosines, a, b, nearest }) {

@@ -18,8 +18,14 @@ from htsr.results import Record, Table
 _MOVED = 12  # matrices in the list of those that moved most
 _VECTORS = 40  # leading directions of a matrix that there is room for
 
-_LABELS = {
+_DISTANCES = {
     "relative": "‖A − B‖ / ‖A‖",
+    "frobenius": "‖A − B‖",
+    "cosine": "cosine",
+    "cka": "CKA",
+    "esd_distance": "ESD distance",
+}
+_DIRECTIONS = {
     "overlap_left": "left overlap",
     "overlap_right": "right overlap",
     "angle_left": "left angle°",
@@ -27,17 +33,14 @@ _LABELS = {
     "largest_angle_left": "largest left angle°",
     "largest_angle_right": "largest right angle°",
     "intruders": "intruders",
-    "share_both": "change within A's leading subspaces",
-    "share_left": "change within A's left subspace",
-    "share_right": "change within A's right subspace",
+    "share_both": "change within a's leading subspaces",
+    "share_left": "change within a's left subspace",
+    "share_right": "change within a's right subspace",
     "share_scaling": "change that only rescales",
     "effective_rank": "effective rank of the change",
     "change_stable_rank": "stable rank of the change",
-    "frobenius": "‖A − B‖",
-    "cosine": "cosine",
-    "cka": "CKA",
-    "esd_distance": "ESD distance",
 }
+_LABELS = {"relative": _DISTANCES["relative"]} | _DIRECTIONS | _DISTANCES
 """What people look at first of a change, and what to call it."""
 
 _LESS_IS_MORE = {"overlap_left", "overlap_right", "cosine", "cka"}  # they fall as a matrix moves
@@ -134,7 +137,8 @@ def content(page: ComparisonPage) -> dict[str, Any]:
     labels       short names of the fields that people look at first
     about        what each field is
     metrics      metrics of both models that people look at first
-    changes      numbers of the change, likewise
+    distances    numbers of the change, likewise
+    directions   numbers of directions, likewise
     table        rows and short table, `table_data`
     heat         numbers by role and block, `heat_data`
     moved        per measure of a change: positions of the pairs that moved most, first of all
@@ -155,7 +159,8 @@ def content(page: ComparisonPage) -> dict[str, Any]:
         "labels": labels,
         "about": about_data(_about(page.about, table["fields"]), table["fields"]),
         "metrics": [m for m in figures.LABELS if f"{m}_a" in table["fields"] or f"{m}_b" in table["fields"]],
-        "changes": [name for name in _LABELS if name in table["fields"]],
+        "distances": [name for name in _DISTANCES if name in table["fields"]],
+        "directions": [name for name in _DIRECTIONS if name in table["fields"]],
         "table": table,
         "heat": _alike(heat_data(rows, numeric)),
         "moved": {name: order for name in _measures(labels) if (order := _moved(rows, name))},
