@@ -44,7 +44,8 @@ def terminal(analysis: htsr.Analysis) -> None:
     rows = [row for row in analysis if row.block is None or row.block >= 4]
     console.print("$ htsr analyze all-MiniLM-L6-v2", style="bold")
     console.print(terminal_table(metrics_table(rows), console.width))
-    console.print(terminal_table(analysis.tables()[1], 1000))
+    for table in analysis.tables()[1:]:
+        console.print(terminal_table(table, 1000))
     console.save_svg(str(HERE / "terminal.svg"), title="htsr")
 
 
@@ -55,7 +56,7 @@ def report(analysis: htsr.Analysis, work: Path) -> None:
         sys.exit("the picture of the report needs chromium")
     page = work / "report.html"
     analysis.to_html(page)
-    command = [browser, *HEADLESS, f"--user-data-dir={work / 'profile'}", "--window-size=1400,1500"]
+    command = [browser, *HEADLESS, f"--user-data-dir={work / 'profile'}", "--window-size=1400,1870"]
     command += ["--virtual-time-budget=8000", f"--screenshot={HERE / 'report.png'}", page.as_uri()]
     subprocess.run(command, check=True, capture_output=True)
 
