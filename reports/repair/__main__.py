@@ -38,24 +38,24 @@ Settings = dict[str, dict[str, Any]]
 LINE: Settings = {f"{t:g}·ΔW": {"method": "interpolate", "factor": t} for t in (0.75, 0.5, 0.25)}
 SETTINGS: dict[str, Settings] = {
     "full": {
-        "denoise": {"method": "denoise"},
         "0.5·ΔW": LINE["0.5·ΔW"],
-        "ecs": {"method": "ecs"},
+        "denoise": {"method": "denoise"},
         "0.75·ΔW": LINE["0.75·ΔW"],
+        "ecs": {"method": "ecs"},
         "intruders × 0.5": {"method": "intruders", "factor": 0.5},
-        "10 leading": {"method": "leading", "k": 10},
         "0.25·ΔW": LINE["0.25·ΔW"],
+        "10 leading": {"method": "leading", "k": 10},
         "intruders × 0": {"method": "intruders", "factor": 0.0},
     },
     "lora": {
-        "intruders × 0.5": {"method": "intruders", "factor": 0.5},
         "0.5·ΔW": LINE["0.5·ΔW"],
-        "4 leading": {"method": "leading", "k": 4},
+        "intruders × 0.5": {"method": "intruders", "factor": 0.5},
         "0.75·ΔW": LINE["0.75·ΔW"],
-        "intruders × 0.75": {"method": "intruders", "factor": 0.75},
-        "1 leading": {"method": "leading", "k": 1},
-        "0.25·ΔW": LINE["0.25·ΔW"],
+        "4 leading": {"method": "leading", "k": 4},
         "intruders × 0": {"method": "intruders", "factor": 0.0},
+        "0.25·ΔW": LINE["0.25·ΔW"],
+        "1 leading": {"method": "leading", "k": 1},
+        "intruders × 0.75": {"method": "intruders", "factor": 0.75},
         "denoise": {"method": "denoise"},
         "ecs": {"method": "ecs"},
     },
@@ -89,7 +89,8 @@ def study(work: Path, size: Size, finished: bool, ask: bool) -> list[dict[str, A
     """The answers of the base and of every model in every setting, seed by seed; kept in `work`."""
     file = work / "answers.jsonl"
     runs = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
-    for arm, seed, setting in todo(runs, work, finished):
+    while job := next(todo(runs, work, finished), None):  # models may come to their end meanwhile
+        arm, seed, setting = job
         found = {"arm": arm, "seed": seed, "setting": setting, **answer(arm, seed, setting, work, size, ask)}
         print(json.dumps({key: value for key, value in found.items() if not isinstance(value, list)}), flush=True)
         runs.append(found)
@@ -99,13 +100,12 @@ def study(work: Path, size: Size, finished: bool, ask: bool) -> list[dict[str, A
 
 
 def todo(runs: list[dict[str, Any]], work: Path, finished: bool) -> Iterator[tuple[str, int, str]]:
-    """What has not been asked yet: the base, and each model as it was tuned and in its settings."""
+    """What has not been asked yet: the base, then setting by setting each model, so that seeds are compared early."""
     done = {(r["arm"], r["seed"], r["setting"]) for r in runs}
-    jobs = [("base", 0, "base")]
-    for seed in SEEDS:
-        for arm in ARMS:
-            if not finished or is_there(arm, seed, work):
-                jobs += [(arm, seed, setting) for setting in ("ΔW", *SETTINGS[arm])]
+    models = [(arm, seed) for seed in SEEDS for arm in ARMS if not finished or is_there(arm, seed, work)]
+    most = max(map(len, SETTINGS.values()))
+    jobs = [("base", 0, "base"), *((arm, seed, "ΔW") for arm, seed in models)]
+    jobs += [(*m, list(SETTINGS[m[0]])[i]) for i in range(most) for m in models if i < len(SETTINGS[m[0]])]
     yield from (job for job in jobs if job not in done)
 
 

@@ -4,6 +4,7 @@ import torch
 
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra.denoising import denoise, intruders, noise_threshold, shrink_intruders, threshold_of_known_noise
+from tests.models import heavy_matrix
 
 SHAPES = [(60, 60), (40, 100), (100, 40)]
 
@@ -84,6 +85,16 @@ def test_intruders_are_those_of_the_definition(shape, epsilon, random):
     np.testing.assert_allclose(found.matrix, u * s @ vt, atol=1e-9)
     rows = random.permutation(shape[0])
     assert intruders(-base[rows], tuned[rows], 10, epsilon) == len(which)
+
+
+def test_a_gaussian_change_of_the_same_norm_makes_no_intruder(random):
+    base = heavy_matrix(random, 80, 120).double().numpy()
+    low = random.standard_normal((80, 2)) @ random.standard_normal((2, 120))
+    low *= np.linalg.norm(base) / np.linalg.norm(low)
+    noise = random.standard_normal(base.shape)
+    noise *= np.linalg.norm(low) / np.linalg.norm(noise)
+    assert intruders(base, base + low, 5) == 2
+    assert intruders(base, base + noise / 2, 5) == 0
 
 
 def test_what_is_no_intruder_is_left(random):
