@@ -402,7 +402,7 @@ def test_safetensors_on_a_cpu_need_no_torch(folder):
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("command", ["describe", "compare", "analyze", "layerwise plan", "project", "memory"])
+@pytest.mark.parametrize("command", ["describe", "compare", "analyze", "track", "layerwise plan", "project", "memory"])
 def test_processes_but_the_first_say_nothing(capsys, folder, tmp_path, monkeypatch, command):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from htsr.analysis.trajectory_file import is_trajectory
 from htsr.errors import SourceError, UsageError
 from htsr.matrices.adapters import is_adapter
 from htsr.matrices.folders import SUFFIXES, model_files
@@ -58,7 +59,7 @@ def checkpoints_of(sources: Sources) -> list[Checkpoint]:
 
     Raises:
         SourceError: a folder cannot be read.
-        UsageError: there is no source, or two have one label.
+        UsageError: there is no source, two have one label, or one of several is a saved trajectory.
 
     Examples:
         >>> from htsr.analysis.checkpoints import checkpoints_of
@@ -147,6 +148,8 @@ def _expanded(source: Source) -> tuple[Any, list[Checkpoint]]:
     if not isinstance(source, (str, os.PathLike)):
         return None, [Checkpoint("state dict" if isinstance(source, Mapping) else type(source).__name__, source)]
     path = Path(source).expanduser()
+    if is_trajectory(path):
+        raise UsageError(f"{path} is a trajectory and no model: it is read alone, or gone on with (save=…, --save)")
     if os.path.isdir(path) and (found := find_checkpoints(path)):
         return path, found
     step = step_of(path.name)

@@ -11,7 +11,7 @@ from htsr.arrays import Array, as_numpy
 from htsr.spectra.device import on_device
 from htsr.spectra.exact_products import exact_products
 
-_AT_ONCE = 1 << 20  # entries
+_AT_ONCE = 1 << 15  # entries, which stay in the cache
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def distance(a: Array, b: Array, device: str = "cpu") -> Distance | None:
 
 
 def squared_norm(matrix: Array, minus: Array | None = None) -> float:
-    """‖A‖_F² or ‖A - B‖_F², with all sums in float64, some rows at a time.
+    """‖A‖_F² or ‖A - B‖_F², with all sums in float64, some entries at a time.
 
     Args:
         matrix: A, (m, n) or (pieces, m, n), any float dtype.
@@ -81,16 +81,15 @@ def squared_norm(matrix: Array, minus: Array | None = None) -> float:
         >>> squared_norm(np.full((2, 2), 3.0)), squared_norm(np.full((2, 2), 3.0), np.ones((2, 2)))
         (36.0, 16.0)
     """
-    A = as_numpy(matrix)
-    A = A.reshape(-1, A.shape[-1])
-    B = None if minus is None else as_numpy(minus).reshape(A.shape)
-    total, rows = 0.0, max(1, _AT_ONCE // max(1, A.shape[-1]))
+    A = as_numpy(matrix).reshape(-1)
+    B = None if minus is None else as_numpy(minus).reshape(-1)
+    total = 0.0
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, len(A), rows):
-            part = A[start : start + rows].astype(np.float64)
+        for start in range(0, A.size, _AT_ONCE):
+            part = A[start : start + _AT_ONCE].astype(np.float64)
             if B is not None:
-                part -= B[start : start + rows]
-            total += float(np.square(part).sum())
+                part -= B[start : start + _AT_ONCE]
+            total += float(np.dot(part, part))
     return total
 
 

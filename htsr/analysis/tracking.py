@@ -116,6 +116,8 @@ def track(
         try:
             found = run.measured(checkpoint, points, report, in_journal=save is not None)
         except SourceError as error:
+            if len(checkpoints) == 1 and checkpoint.label not in points.by_source:
+                raise
             failures.append(error)
             is_last = checkpoint is checkpoints[-1]
             if ranks.of_first(partial(_is_problem, checkpoint, is_last, str(error), points)):
