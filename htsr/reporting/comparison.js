@@ -96,7 +96,7 @@ function drawCosines({ k, cosines, a, b, nearest }) {
   const axis = { showgrid: false, zeroline: false, fixedrange: true, dtick: cosines.length > 20 ? 5 : 1, automargin: true };
   Plotly.react("cosines", [squares], layout({
     margin: { l: 10, r: 10, t: 24, b: 10 },
-    xaxis: { ...axis, title: { text: `rank in ${inPlot(data.models[1])} (b)` } },
+    xaxis: { ...axis, title: { text: "rank in b" } },
     yaxis: { ...axis, title: { text: "rank in a" }, autorange: "reversed" },
     shapes: frames,
     annotations: signs,
