@@ -7,7 +7,7 @@
 //   open      (index) => shows a matrix
 //   columns   () => [{ header, cells, numeric, keys, about, element }]; those of `content` unless given. A cell is the
 //             text in `cells`, or what `element` makes of the position of the row
-//   sort      [header, descending] in the beginning
+//   largest   headers; in the beginning the rows go by the first of these that there is, the largest number first
 // table.build() takes the columns anew; table.order() are the positions of its rows, as sorted and filtered;
 // table.mark(index) marks the row of a matrix.
 
@@ -21,7 +21,7 @@ const NUMBERS = "such as >6, <=2, 2..4, or 3.9 for all that round to it";
 const WORDS = 0.85; // width of a letter beside that of a digit
 const narrow = matchMedia("(max-width: 1000px)"); // as in the style sheet
 
-function matrixTable({ content, rows, open, columns: given = () => columnsOf(content, rows), sort = [] }) {
+function matrixTable({ content, rows, open, columns: given = () => columnsOf(content, rows), largest = [] }) {
   let current = -1;
   let columns = [];
   let filters = new Map(); // by header, what the field above the column holds
@@ -32,7 +32,8 @@ function matrixTable({ content, rows, open, columns: given = () => columnsOf(con
   function build() {
     columns = narrow.matches ? tellingFirst(given()) : given();
     filters = new Map(columns.flatMap(({ header }) => (filters.has(header) ? [[header, filters.get(header)]] : [])));
-    sorted = { column: columns.find(({ header }) => header === sort[0]), descending: sort[1] };
+    const by = largest.map((name) => columns.find(({ header }) => header === name)).find(Boolean);
+    sorted = { column: by, descending: true };
     byId("table").querySelector("colgroup").replaceChildren(...columns.map(columnWidth));
     byId("table").tHead.rows[0].replaceChildren(...columns.map(head));
     byId("table").tHead.rows[1].replaceChildren(...columns.map(filterField));

@@ -7,6 +7,7 @@ const chosen = () => ({ metric: byId("metric").value, mode: byId("mode").value, 
 const MOST = 12; // matrices that are drawn one by one
 const DEPTHS = 8; // colours of the blocks of a role
 const SIZE = data.steps ? "|change|" : "range"; // heading of what matrices are ranked by
+const BEYOND = "in σ"; // of α, that is first
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 const HUES = {
   light: ["#0072b2", "#d55e00", "#00805d", "#9b4f96", "#8a6d00", "#4b5563", "#c2185b", "#0097a7"],
@@ -228,9 +229,20 @@ function moveOf(line) {
 
 const sizeOf = (move) => (move == null ? null : Math.abs(move));
 
+// How far a change of α lies beyond the standard errors of both ends; null where there are none.
+function beyondErrors(metric) {
+  if (metric !== "alpha" || !data.steps || !data.values.sigma) return null;
+  const sigma = measured("sigma");
+  return measured(metric).map((line, index) => {
+    const move = moveOf(line);
+    const error = Math.hypot(firstOf(sigma[index]) ?? NaN, lastOf(sigma[index]) ?? NaN);
+    return move == null || !(error > 0) ? null : Math.abs(move) / error;
+  });
+}
+
 function mostMoved(metric) {
-  const moves = measured(metric).map((line) => sizeOf(moveOf(line)) ?? -1);
-  return [...rows.keys()].sort((i, j) => moves[j] - moves[i]).slice(0, MOST);
+  const scores = beyondErrors(metric) ?? measured(metric).map((line) => sizeOf(moveOf(line)));
+  return [...rows.keys()].sort((i, j) => (scores[j] ?? -1) - (scores[i] ?? -1)).slice(0, MOST);
 }
 
 function movedColumns() {
@@ -248,20 +260,15 @@ function movedColumns() {
     ...names.map((name, end) => column(name, ends.map((pair) => pair[end]))),
     ...(data.steps ? [column("change", moves)] : []),
     column(SIZE, moves.map(sizeOf), data.steps ? "Size of the change from the first to the last" : "Highest minus lowest"),
-    ...(data.steps ? sigmaColumn(metric, moves) : []),
+    ...sigmaColumn(beyondErrors(metric)),
     ...place,
   ];
 }
 
-// How far a change of α lies beyond the standard errors of both ends.
-function sigmaColumn(metric, moves) {
-  if (metric !== "alpha" || !data.values.sigma) return [];
-  const keys = measured("sigma").map((line, index) => {
-    const error = Math.hypot(firstOf(line) ?? NaN, lastOf(line) ?? NaN);
-    return moves[index] == null || !(error > 0) ? null : Math.abs(moves[index]) / error;
-  });
-  const about = "Size of the change over √(σ² of the first + σ² of the last)";
-  return [{ header: "in σ", keys, cells: keys.map((value) => (value == null ? "" : value.toFixed(1))), numeric: true, about }];
+function sigmaColumn(keys) {
+  if (!keys) return [];
+  const cells = keys.map((value) => (value == null ? "" : value.toFixed(1)));
+  return [{ header: BEYOND, keys, cells, numeric: true, about: "Size of the change over √(σ² of the first + σ² of the last)" }];
 }
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -337,7 +344,7 @@ function drawMetric() {
 
 const open = (index) => matrix.open(index, true);
 const heat = heatMap({ grid: data.heat, rows, values: heatValues, value: heatValue, open });
-const table = matrixTable({ content: { styles: [] }, rows, open, columns: movedColumns, sort: [SIZE, true] });
+const table = matrixTable({ content: { styles: [] }, rows, open, columns: movedColumns, largest: [BEYOND, SIZE] });
 const matrix = matrixSection({
   rows,
   order: table.order,
