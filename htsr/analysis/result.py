@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from htsr.reporting.analysis_page import AnalysisPage
 
+LOGGED = ("alpha", "sigma", "trace_log", "stable_rank", "entropy", "log_norm")
+"""What trackers see of an analysis by default."""
+
 
 @dataclass(frozen=True, repr=False)
 class Analysis(Tabular):
@@ -119,6 +122,41 @@ class Analysis(Tabular):
         for row in self.rows:
             groups.setdefault(getattr(row, key), []).append(row)
         return {group: means_of(rows) for group, rows in groups.items()}
+
+    def log_values(self, metrics: Sequence[str] = LOGGED, by: str = "role") -> dict[str, float]:
+        """What a tracker should see, as numbers by name: means of each group, and of the whole model.
+
+        Every tracker takes such a dictionary: ``wandb.log``, ``trackio.log``, ``mlflow.log_metrics``,
+        ``accelerator.log`` … The names are those of `SpectralMonitor`.
+
+        Args:
+            metrics: numeric fields of `LayerMetrics`; those that no matrix has are left out.
+            by: field of `LayerMetrics` to group by: ``role``, ``block``, or ``name`` for every matrix.
+
+        Returns:
+            Dictionary of ``spectrum/METRIC/GROUP`` and ``spectrum/METRIC/all``.
+
+        Raises:
+            UsageError: there is no such field, or no such number.
+
+        Examples:
+            >>> import htsr, torch
+            >>> analysis = htsr.analyze({"mlp.up_proj.weight": torch.diag(torch.arange(1.0, 31.0))}, null=False)
+            >>> analysis.log_values(["norm"])
+            {'spectrum/norm/mlp.up': 9455.0, 'spectrum/norm/all': 9455.0}
+        """
+        for metric in metrics:
+            if metric not in NUMERIC:
+                raise UsageError(
+                    f"rows have no number {metric!r}; alpha, trace_log, stable_rank and log_norm are usual"
+                )
+        groups = {**self.summary_by(by), "all": self.summary()}
+        return {
+            f"spectrum/{metric}/{group}": means[metric]
+            for group, means in groups.items()
+            for metric in metrics
+            if metric in means and group is not None
+        }
 
     def standouts(self) -> tuple[Standout, ...]:
         """Where to look first: the matrices that stand out against their peers and against noise, the clearest first.

@@ -10,7 +10,7 @@ import torch
 import htsr
 from htsr.analysis.standouts import ERROR_RATE, noise_edge, standouts
 from htsr.spectra.metrics import LayerMetrics
-from tests.models import heavy_matrix
+from tests.models import heavy_matrix, state_dict
 
 
 def _drawn(random, roles=6, blocks=6, spread=0.4) -> list[LayerMetrics]:
@@ -112,3 +112,17 @@ def test_what_is_broken_comes_before_all(random):
 
 def test_nothing_is_nothing():
     assert standouts([]) == ()
+
+
+def test_trackers_get_the_means_that_the_monitor_logs():
+    analysis = htsr.analyze(state_dict(), null=False)
+    values = analysis.log_values()
+    assert values["spectrum/alpha/mlp.up"] == analysis.summary_by("role")["mlp.up"]["alpha"]
+    assert values["spectrum/log_norm/all"] == analysis.summary()["log_norm"]
+    assert all(isinstance(value, float) for value in values.values())
+    each = analysis.log_values(["alpha"], by="name")
+    assert each[f"spectrum/alpha/{analysis[0].name}"] == analysis[0].alpha
+    assert len(each) == len(analysis) + 1
+    assert "spectrum/alpha/0" in analysis.log_values(["alpha"], by="block")
+    with pytest.raises(htsr.UsageError, match="no number 'alfa'"):
+        analysis.log_values(["alfa"])

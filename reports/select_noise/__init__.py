@@ -1,0 +1,1 @@
+"""Selection by signal-to-noise ratio: what Spectrum's edge finds in noise, and what `htsr.select` does."""
