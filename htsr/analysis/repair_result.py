@@ -37,8 +37,7 @@ class RepairedMatrix:
         threshold: singular value above which directions were kept, by ``denoise``.
         intruders_before: number of intruder dimensions among the k leading left singular vectors of W, at k and ε of
             the method ``intruders``, else at 10 and 0.5. A Gaussian change of the same norm makes none, unless its
-            largest
-            singular value is like those of W itself.
+            largest singular value is like those of W itself.
         intruders_after: the same number after the repair.
         norm_lost: share of ‖ΔW'‖_F² that the rank of an adapter does not hold, and that is lost; None elsewhere.
     """

@@ -2,6 +2,7 @@
 
     python -m reports.repair --data FOLDER --work FOLDER     hours on two cores; taken up where it was stopped
     python -m reports.repair --work FOLDER --finished        only runs that have come to their end, nothing is trained
+    python -m reports.repair --work FOLDER --small           the small model instead, half an hour of one core
     python -m reports.repair --quick                         a tiny model and a change drawn for it
     python -m reports.repair --write-up                      only the page again
 
@@ -26,7 +27,7 @@ import torch
 
 import htsr
 from reports import common
-from reports.repair import evaluating
+from reports.repair import evaluating, small
 from reports.repair.evaluating import Size
 from reports.repair.training import ARMS, SEEDS, is_there, losses, questions, tuned
 from reports.repair.writing import write_up
@@ -69,6 +70,7 @@ def main() -> None:
         ("--data", {"type": Path, "help": "folder of the questions"}),
         ("--work", {"type": Path, "help": "where models and answers are kept"}),
         ("--finished", {"action": "store_true", "help": "train nothing, take what is there"}),
+        ("--small", {"action": "store_true", "help": "the small model, and not SmolLM2"}),
         ("--accuracy", {"action": "store_true", "help": "ask for the accuracy, too: four times as long"}),
         ("--write-up", {"action": "store_true", "help": "only the page again"}),
     )
@@ -76,12 +78,17 @@ def main() -> None:
         quick()
         return
     if not args.write_up:
-        if args.work is None or not (args.data or args.finished):
+        if args.work is None or not (args.data or args.finished or args.small):
             sys.exit("this study needs its questions and a place: --data FOLDER --work FOLDER")
-        if not args.finished:
-            questions(args.data, args.work)
-        runs = study(args.work, SIZE, args.finished, args.accuracy)
-        common.keep(HERE, {"size": asdict(SIZE), "runs": runs})
+        file = HERE / "results.json"
+        kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        if args.small:
+            kept |= {"small": {"steps": asdict(small.FULL), "runs": small.study(args.work, small.FULL)}}
+        else:
+            if not args.finished:
+                questions(args.data, args.work)
+            kept |= {"size": asdict(SIZE), "runs": study(args.work, SIZE, args.finished, args.accuracy)}
+        common.keep(HERE, {key: value for key, value in kept.items() if key != "machine"})
     write_up(json.loads((HERE / "results.json").read_text()), HERE)
 
 

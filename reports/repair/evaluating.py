@@ -39,7 +39,7 @@ def own(model: Any, tokenizer: Any, size: Size) -> torch.Tensor:
     """(windows, tokens) that the model writes from nothing at temperature 1: its loss on them rises by the
     divergence of another model from it."""
     torch.manual_seed(0)
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else 1
+    start = tokenizer.bos_token_id if tokenizer is not None else model.config.bos_token_id
     ids, past = torch.full((size.windows, 1), start), None
     with torch.no_grad():
         for _ in range(size.tokens - 1):

@@ -97,8 +97,13 @@ def line_of(mine: list[Run], base: Run) -> dict[float, Point]:
     line = {0.0: point(base, base)}
     for run in mine:
         if run["setting"].endswith("ΔW"):
-            line[float(run["setting"].removesuffix("ΔW").removesuffix("·") or 1)] = point(run, base)
+            line[factor_of(run["setting"])] = point(run, base)
     return line
+
+
+def factor_of(setting: str) -> float:
+    """The t of ``t·ΔW``."""
+    return float(setting.removesuffix("ΔW").removesuffix("·") or 1)
 
 
 def wins(found: list[Beside]) -> bool:
@@ -146,7 +151,8 @@ def line_table(runs: list[Run], arm: str) -> str:
     """Losses of the base and along the line, means over seeds."""
     base = next(r for r in runs if r["arm"] == "base")
     rows = [["base", *(f"{np.mean(base[key]):.3f}" for key in (*TEXTS, "questions")), _accuracy([base]), 1]]
-    for setting in ("0.25·ΔW", "0.5·ΔW", "0.75·ΔW", "ΔW"):
+    on_line = {r["setting"] for r in runs if r["arm"] == arm and r["setting"].endswith("ΔW")}
+    for setting in sorted(on_line, key=factor_of):
         mine = [r for r in runs if (r["arm"], r["setting"]) == (arm, setting) and "questions" in r]
         if mine:
             losses = (f"{np.mean([np.mean(r[key]) for r in mine]):.3f}" for key in (*TEXTS, "questions"))
@@ -186,10 +192,11 @@ def kept_table(runs: list[Run]) -> str:
 
 
 def write_up(results: dict[str, Any], folder: Path) -> None:
-    """README.md and repair.png."""
-    runs, size = results["runs"], results["size"]
-    found = compared(runs)
-    plot(runs, folder / "repair.png")
+    """README.md and its pictures."""
+    runs, size, small = results["runs"], results["size"], results.get("small")
+    found = {f"SmolLM2, {arm}": settings for arm, settings in compared(runs).items()}
+    if small:
+        found |= {f"small model, {arm}": settings for arm, settings in compared(small["runs"]).items()}
     models = {(r["arm"], r["seed"]) for r in runs if r["arm"] != "base"}
     verdict = folder / "verdict.md"
     text = f"""# Can a fine-tuned model be repaired from its weights alone?
@@ -198,22 +205,45 @@ def write_up(results: dict[str, Any], folder: Path) -> None:
 
 `python -m reports.repair --data FOLDER --work FOLDER` makes this page. {common.facts(results["machine"])}
 
-SmolLM2-135M-Instruct fine-tuned for {STEPS} steps of {BATCH} questions (ARC-Easy and OpenBookQA with their answers), at rates that
-forget: full at 4e-4, LoRA of rank 8 at 6.4e-3, merged. {len(models)} of 6 models are in this page. Each is repaired by `htsr.repair` and asked:
-loss of the right answer to {size["questions"]} held-out questions, in nats per character (what was learned), and loss on {size["windows"]} × {size["tokens"]} tokens
-each of the Python language reference and of what the base itself writes at temperature 1 (what was forgotten; the rise of the
-second is the divergence of the model from its base). A repair is compared with the point of the line W_base + t·ΔW, norms
-included, whose loss on text has risen as much; "gain" is by how much its loss on the questions is smaller than that point's, ± the standard
-deviation over seeds, with the standard error over the questions. A repair wins where its mean gain exceeds the
-spread over seeds and two standard errors.
-
 {verdict.read_text() if verdict.exists() else ""}
-![what is kept against what is forgotten](repair.png)
+A repair is compared with the point of the line W_base + t·ΔW, norms included, whose loss on other text has risen as much: that is
+interpolation of equal effect. "Gain" is by how much its loss on what was learned is smaller than that point's, ± the standard
+deviation over seeds, with the standard error over questions or windows. A repair wins where its mean gain exceeds the spread over
+seeds and two standard errors. Forgetting undone is the share of that rise which is taken back.
+
+## SmolLM2
+
+SmolLM2-135M-Instruct fine-tuned for {STEPS} steps of {BATCH} questions (ARC-Easy and OpenBookQA with their answers), at rates that
+forget: full at 4e-4, LoRA of rank 8 at 6.4e-3, merged. **{len(models)} of 6 models are in this page.** Asked: loss of the right answer to
+{size["questions"]} held-out questions, in nats per character (what was learned), and loss on {size["windows"]} × {size["tokens"]} tokens each of the Python
+language reference and of what the base itself writes at temperature 1 (what was forgotten; the rise of the second is the
+divergence of the model from its base).
 """
-    for arm, settings in found.items():
-        text += f"\n## {arm}\n\n{line_table(runs, arm)}\n{repairs_table(runs, settings, arm)}"
-    text += f"\n{untouched(runs)}\n## What is kept of a change\n\nMedian share of the directions, by role.\n\n{kept_table(runs)}"
+    if models:
+        plot(runs, folder / "repair.png")
+        text += "\n![SmolLM2: what is kept against what is forgotten](repair.png)\n" + sections(runs)
+        text += f"\n### What is kept of a change\n\nMedian share of the directions, by role.\n\n{kept_table(runs)}"
+    if small:
+        plot(small["runs"], folder / "small.png")
+        steps = small["steps"]
+        text += f"""
+## A small model
+
+A LLaMA of 4 blocks and width 128 that reads bytes, trained for {steps["base"]} steps on the sources of Python's standard library, then fine-tuned
+for {steps["tuned"]} on the Python language reference, {steps["seeds"]} seeds: full at 3e-3, LoRA of rank 8 at 2e-2, merged. Learned is the loss on held-out topics
+("questions"), forgotten the rise on held-out sources ("reference") and on what the base itself writes ("own text"), in nats per byte.
+
+![the small model: what is kept against what is forgotten](small.png)
+{sections(small["runs"])}"""
     (folder / "README.md").write_text(text)
+
+
+def sections(runs: list[Run]) -> str:
+    """The tables of each arm."""
+    text = ""
+    for arm, settings in compared(runs).items():
+        text += f"\n### {arm}\n\n{line_table(runs, arm)}\n{repairs_table(runs, settings, arm)}"
+    return text + f"\n{untouched(runs)}"
 
 
 def plot(runs: list[Run], file: Path) -> None:
