@@ -282,6 +282,22 @@ def test_products_give_up_where_there_is_no_gap_and_lapack_takes_over(monkeypatc
     assert leading(W, 1).values.tolist() == pytest.approx([3.0])
 
 
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
+def test_a_sum_of_matrices_is_never_put_together(shape, monkeypatch):
+    monkeypatch.setattr("htsr.spectra.sums._CHUNK", 64)  # a few rows at a time
+    A, B = heavy(0, *shape), heavy(1, *shape).astype(np.float32)
+    W, difference = A - 0.5 * B.astype(np.float64), Sum.of(A).plus(Sum.of(B), -0.5)
+    X, Y = torch.from_numpy(heavy(2, shape[1], 3)), torch.from_numpy(heavy(3, shape[0], 3))
+    for found, dense, right, left in ((difference, W, X, Y), (difference.T, W.T, Y, X)):
+        assert found.shape == dense.shape
+        np.testing.assert_allclose(np.tril(found.gram()), np.tril(dense.T @ dense), atol=1e-12)
+        np.testing.assert_allclose(found.times(right), dense @ right.numpy(), atol=1e-12)
+        np.testing.assert_allclose(found.transposed_times(left), dense.T @ left.numpy(), atol=1e-12)
+        np.testing.assert_allclose(found.gram_times(right), dense.T @ (dense @ right.numpy()), atol=1e-11)
+        np.testing.assert_allclose(found.dense(), dense)
+        assert found.norm() == pytest.approx(np.linalg.norm(dense))
+
+
 def test_steep_spectra_are_decomposed_themselves():
     U, _ = np.linalg.qr(heavy(0, 50, 50))
     V, _ = np.linalg.qr(heavy(1, 40, 40))
