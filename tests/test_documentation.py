@@ -2,7 +2,7 @@
 
 Blocks of Python on one page share a namespace, which begins with `starts`; those of bash are run by bash, those of YAML
 are recipes. They run in a folder of the page's own that holds small models under the names that the pages use: MODEL,
-BASE, FINE_TUNED, ADAPTER, A, B, with data and recipes. A block that cannot run, or takes too long as it stands, says so
+BASE, FINE_TUNED, ADAPTER, A, B, and RUN with two checkpoints, with data and recipes. A block that cannot run, or takes too long as it stands, says so
 in a comment above it:
 
     <!-- not run: it installs packages, which CI does itself -->
@@ -98,6 +98,8 @@ def prepared(tmp_path_factory) -> Path:
             parameter.data += seed * 0.01 * torch.randn_like(parameter)
         model.save_pretrained(folder / name)
         word_tokenizer().save_pretrained(folder / name)
+    for step, name in ((100, "A"), (200, "B")):
+        shutil.copytree(folder / name, folder / "RUN" / f"checkpoint-{step}")
     adapter = get_peft_model(llama(2), LoraConfig(r=8, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
     adapter.peft_config["default"].base_model_name_or_path = "BASE"
     adapter.save_pretrained(folder / "ADAPTER")
