@@ -2,8 +2,8 @@
 
 Blocks of Python on one page share a namespace, which begins with `starts`; those of bash are run by bash, those of YAML
 are recipes. They run in a folder of the page's own that holds small models under the names that the pages use: MODEL,
-BASE, FINE_TUNED, ADAPTER, A, B, and RUN with two checkpoints, with data and recipes. A block that cannot run, or takes too long as it stands, says so
-in a comment above it:
+BASE, FINE_TUNED, ADAPTER, A, B, and two checkpoints in RUN, with data and recipes. A block that cannot run, or takes
+too long as it stands, says so in a comment above it:
 
     <!-- not run: it installs packages, which CI does itself -->
     <!-- run with --config small.yaml: the recipe takes minutes -->
