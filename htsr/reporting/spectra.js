@@ -6,6 +6,7 @@
 //             style sheet) that it is drawn with; and, where there are, the ends of its fitted line (`line_data`) with
 //             its exponent, and its vertical lines (`marks_data`). `lineTone` is the colour of the line.
 
+const NUMBER_WIDTH = 60; // pixels that a number at the axis takes
 const MARKS = {
   lambda_min: ["λ<sub>min</sub>", "fit", "dash"],
   lambda_erg: ["λ<sub>ERG</sub>", "erg", "dashdot"],
@@ -29,9 +30,9 @@ function drawSpectra(box, view, curves) {
   const traces = present.flatMap((curve) => spectrumTraces(curve, view, range[0]));
   Plotly.react(box, [...traces, ...present.flatMap((curve) => lineTraces(curve, view, range))], layout({
     margin: { l: 70, r: 40, t: 10, b: 50 },
-    xaxis: logAxis("eigenvalue λ", extent(places), 0.03),
-    yaxis: logAxis(view === "density" ? "density" : "share of eigenvalues ≥ λ", range, 0),
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
+    xaxis: logAxis("eigenvalue λ", extent(places), 0.03, Math.max(2, Math.floor(box.clientWidth / NUMBER_WIDTH))),
+    yaxis: logAxis(view === "density" ? "density" : "share of eigenvalues ≥ λ", range, 0, 10),
+    legend: { orientation: "h", x: 0, y: 1, yref: "container", yanchor: "top" },
     hovermode: "closest",
   }), CONFIG);
 }
@@ -71,13 +72,15 @@ function lineTraces({ line, alpha, marks = {}, lineTone = "fit" }, view, range) 
   })];
 }
 
-function logAxis(title, [low, high], margin) {
+// `ticks`: how many numbers there is room for.
+function logAxis(title, [low, high], margin, ticks) {
   const [from, to] = [Math.log10(low), Math.log10(high)];
-  const pad = margin * (to - from || 1);
+  const decades = to - from;
+  const pad = margin * (decades || 1);
+  const between = { dtick: 9 * decades <= ticks ? "D1" : "D2", tickformat: "~g" }; // numbers between powers of ten
+  const powers = { dtick: Math.ceil(decades / ticks), exponentformat: "power" };
   return {
-    type: "log", title: { text: title }, range: [from - pad, to + pad], exponentformat: "power", ticks: "outside",
-    gridcolor: colour("line"), linecolor: colour("muted"),
-    // Powers of ten, if there are enough of them; else whole numbers between them too.
-    ...(to - from > 3 ? { dtick: Math.ceil((to - from) / 10) } : { dtick: to - from > 1 ? "D2" : "D1", tickformat: "~g" }),
+    type: "log", title: { text: title }, range: [from - pad, to + pad], ticks: "outside",
+    gridcolor: colour("line"), linecolor: colour("muted"), ...(decades <= 3 && 3 * decades <= ticks ? between : powers),
   };
 }
