@@ -153,6 +153,33 @@ def test_parts_of_a_fused_tensor_are_repaired_one_by_one(tmp_path):
     torch.testing.assert_close(after[:, k], old[:, k] + denoise((W.detach() - old)[:, k]).matrix)
 
 
+def test_experts_kernels_and_pytorch_files(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    base = {
+        "layers.0.mlp.experts.up_proj.weight": torch.randn(3, 24, 40, generator=draw),
+        "conv1.weight": torch.randn(20, 16, 2, 2, generator=draw),
+        "step": torch.tensor(3),
+    }
+    strong = {name: torch.randn(*W.shape, generator=draw) for name, W in base.items() if W.ndim}
+    tuned = {
+        name: W + 0.01 * strong[name] + 0.3 * (name != "step") if name in strong else W for name, W in base.items()
+    }
+    for folder, state in (("base", base), ("tuned", tuned)):
+        (tmp_path / folder).mkdir()
+        torch.save(state, tmp_path / folder / "pytorch_model.bin")
+    found = htsr.repair(tmp_path / "tuned", tmp_path / "base", tmp_path / "out")
+    assert {(row.status, row.kept // (4 if row.name == "conv1" else 1)) for row in found.matrices} == {("ok", 1)}
+    after = tensors(tmp_path / "out")
+    name = "layers.0.mlp.experts.up_proj.weight"
+    for before, new, expert in zip(base[name], tuned[name], after[name], strict=True):
+        torch.testing.assert_close(expert, before + denoise(new - before).matrix)
+    before, new, kernel = (state["conv1.weight"] for state in (base, tuned, after))
+    torch.testing.assert_close(
+        kernel[:, :, 1, 0], before[:, :, 1, 0] + denoise(new[:, :, 1, 0] - before[:, :, 1, 0]).matrix
+    )
+    assert after["step"] == 3
+
+
 def test_names_may_differ_by_a_prefix_and_what_has_no_base_is_left(tmp_path):
     state = state_dict(1)
     save_folder(tmp_path / "base", {name.removeprefix("model."): W for name, W in state.items()})
@@ -282,6 +309,9 @@ def test_other_methods_of_an_adapter_need_no_base(adapter, tmp_path):
         torch.testing.assert_close(half[name], change / 2)
         U, S, Vt = torch.linalg.svd(change)
         torch.testing.assert_close(one[name], S[0] * torch.outer(U[:, 0], Vt[0]), atol=1e-5, rtol=1e-3)
+    state = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(state, folder / "adapter_model.bin")  # as older versions of PEFT wrote it
     noise = htsr.repair(folder, output=tmp_path / "same", method="denoise")
     assert {(row.status, row.kept) for row in noise.matrices} == {("kept", 4)}
     assert "rank 4" in noise.matrices[0].warning
