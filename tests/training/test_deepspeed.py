@@ -60,6 +60,19 @@ def train(engine, steps):
     return found
 
 
+def monitored(model, backward, step, folder):
+    """What a monitor logs on a process, without its time."""
+    logged = []
+    monitor = htsr.SpectralMonitor(every=2, share=float("inf"), null=False)
+    monitor._begin(model, 0, folder, lambda values, _: logged.append(values))  # as the Trainer does
+    for number in range(4):
+        backward(loss(model, number))
+        step()
+        monitor.step()
+    monitor.close()
+    return [{name: value for name, value in values.items() if "share_of_time" not in name} for values in logged]
+
+
 def low_rank(model):
     return htsr.LowRankAdamW(htsr.low_rank_groups(model, 4), lr=1e-3)
 
@@ -104,6 +117,11 @@ def _worker(rank, folder):
         resumed = engine_of(kind)
         resumed.load_checkpoint(str(folder / kind))
         results[kind] = {"whole": whole, "resumed": first + train(resumed, range(4, STEPS)), "alphas": alphas}
+    for stage in (2, 3):
+        model = TinyLM()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(stage))[0]
+        results[f"monitored, zero-{stage}"] = monitored(engine, engine.backward, engine.step, folder / f"run-{stage}")
     for make in (low_rank, sampled):
         for stage in (1, 2, 3):
             results[f"{make.__name__}, zero-{stage}"] = refusal(make, stage)
@@ -142,6 +160,23 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(two_processes, kind):
 def test_the_engine_can_be_analyzed(two_processes, alone, kind):
     for rank in two_processes:
         assert rank[kind]["alphas"] == pytest.approx(alone[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_monitor_finds_what_it_would_in_one_process(two_processes, stage, tmp_path):
+    model = TinyLM()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step():
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with one_thread():
+        alone = monitored(model, torch.Tensor.backward, step, tmp_path)
+    assert [values["spectrum/age/embed"] for values in alone] == [0, 0]
+    for rank in two_processes:
+        found = rank[f"monitored, zero-{stage}"]
+        assert found == [pytest.approx(values, rel=1e-4) for values in alone]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -1,0 +1,1 @@
+"""What a SpectralMonitor takes of the time of a training."""
