@@ -56,7 +56,7 @@ class SpectralMonitor(Hooks):
     beside the trajectory file, so that it has a standard error of 2.2 % of itself.
 
     A warning is logged, once for each matrix, where α lies below 2 while the evaluation loss rises, where the stable
-    rank collapses, and where a matrix stays like noise while most do not; the guide *Watch a training* says what is
+    rank collapses, and where a matrix stays like noise while most do not; the guide *Monitor a training* says what is
     known of each.
 
     Processes that train together (DDP, FSDP2, DeepSpeed's ZeRO) share the matrices, one whole matrix each at a time;
