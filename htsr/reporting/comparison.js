@@ -122,7 +122,8 @@ function drawHeads(heads) {
 
 function drawMoved() {
   const measure = byId("measure").value;
-  byId("moved").replaceChildren(...(data.moved[measure] ?? []).map((index) => {
+  const nothing = make("li", "No number of any matrix differs.", { class: "hint" });
+  byId("moved").replaceChildren(...(data.moved[measure]?.map((index) => {
     const expected = rows[index][`${measure}_null`];
     const link = make("a", "", { href: addressOf(rows[index].name), "data-index": index });
     link.append(
@@ -134,7 +135,7 @@ function drawMoved() {
     const item = make("li");
     item.append(link);
     return item;
-  }));
+  }) ?? [nothing]));
 }
 
 function markMoved(index) {
@@ -149,6 +150,7 @@ function markMoved(index) {
 const measures = Object.keys(data.moved);
 byId("measure").append(...measures.map((measure) => make("option", label(measure), { value: measure })));
 byId("measure").addEventListener("change", drawMoved);
+byId("measure").parentElement.hidden = !measures.length;
 drawMoved();
 
 const open = (index) => matrix.open(index, true);

@@ -26,7 +26,7 @@ function kept(key, make) {
 }
 
 // Measured: one list a matrix, with gaps. Shown: numbers or changes; of steps of one run, what was last measured by then.
-const measured = (metric) => kept(metric, () => seriesOf(data.places, data.values[metric], shape));
+const measured = (metric) => kept(metric, () => seriesOf(data.places, data.values[metric] ?? [], shape));
 const shownLine = (line, mode) => (mode === "change" ? changeOf(line) : line);
 const shownSeries = (metric, mode) => kept(`${metric} ${mode}`, () => (
   measured(metric).map((line) => shownLine(data.steps ? latest(line) : line, mode))
