@@ -357,7 +357,11 @@ byId("table-title").firstChild.data = data.steps ? "Moved most " : "Differ most 
 byId("metric").addEventListener("change", () => { drawMetric(); table.build(); });
 byId("mode").addEventListener("change", drawMetric);
 byId("by").addEventListener("change", drawLines);
-byId("at").addEventListener("input", drawSource);
+let drawing = 0;
+byId("at").addEventListener("input", () => { // of a slider that is drawn along, what the screen can show
+  cancelAnimationFrame(drawing);
+  drawing = requestAnimationFrame(drawSource);
+});
 onTheme(drawMetric);
 drawLines();
 drawSmall();
