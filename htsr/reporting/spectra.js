@@ -20,7 +20,7 @@ function drawSpectra(box, view, curves) {
     box.replaceChildren(make("p", "This matrix has no eigenvalues to show.", { class: "hint" }));
     return;
   }
-  if (!box.classList.contains("js-plotly-plot")) box.replaceChildren();
+  box.querySelector(".hint")?.remove();
   const heights = present.flatMap(({ spectrum: s }) => (view === "density" ? s.density.filter(Boolean) : [1 / s.size, 1]));
   const [lowest, highest] = extent(heights);
   const ends = present.map(({ line }) => line?.[view][1] ?? lowest);

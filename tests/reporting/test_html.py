@@ -195,10 +195,12 @@ async function visit() {
   document.getElementById("dom").textContent = frame.document.documentElement.outerHTML;
   seen.addressed = read("matrix-name");
   found(".standouts a").click();
+  seen.broken = read("plot");
   seen.standout = [read("matrix-name"), decodeURIComponent(frame.location.hash.slice(1))];
   frame.history.back();
   await pause();
   seen.back = read("matrix-name");
+  seen.hints = frame.document.querySelectorAll("#plot .hint").length;
   frame.location.hash = "nothing";
   await pause();
   seen.missing = read("matrix-missing");
@@ -239,6 +241,8 @@ def test_a_visit_to_the_page(analysis, page, tmp_path):
     assert seen["errors"] == []
     assert seen["addressed"] == seen["back"] == hostile
     assert seen["standout"] == [analysis.standouts()[0].name] * 2
+    assert seen["broken"] == "This matrix has no eigenvalues to show."
+    assert seen["hints"] == 0  # its sentence has made room for the next plot
     assert seen["missing"] == "There is no matrix nothing here."
     assert (analysis[0].role, analysis[0].block) == ("embed", None)
     below = analysis[1]
