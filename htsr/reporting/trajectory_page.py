@@ -80,7 +80,7 @@ def trajectory_document(page: TrajectoryPage) -> Document:
     said = [*page.remarks, *([few] if shown != metrics else [])]
     remarks = "".join(f'<p class="reading">{escape(visible(remark))}</p>' for remark in said)
     header = f'<dl class="facts">{facts_html(page.facts)}</dl>{remarks}'
-    scripts = ("filters.js", "table.js", "heat.js", "matrix.js", "series.js", "trajectory.js")
+    scripts = ("filters.js", "table.js", "heat.js", "matrix.js", "series.js", "lines.js", "moved.js", "trajectory.js")
     return Document(page.title, header, body, content(page, points, shown), scripts, ("trajectory.css",))
 
 
