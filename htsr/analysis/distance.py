@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,7 @@ def distance(a: Array, b: Array, device: str = "cpu") -> Distance | None:
 
 
 def squared_norm(matrix: Array, minus: Array | None = None) -> float:
-    """‖A‖_F² or ‖A - B‖_F², with all sums in float64, some entries at a time.
+    """‖A‖_F² or ‖A - B‖_F², with all sums in float64, some entries at a time: no copy is made.
 
     Args:
         matrix: A, (m, n) or (pieces, m, n), any float dtype.
@@ -81,14 +82,15 @@ def squared_norm(matrix: Array, minus: Array | None = None) -> float:
         >>> squared_norm(np.full((2, 2), 3.0)), squared_norm(np.full((2, 2), 3.0), np.ones((2, 2)))
         (36.0, 16.0)
     """
-    A = as_numpy(matrix).reshape(-1)
-    B = None if minus is None else as_numpy(minus).reshape(-1)
+    A = matrix.reshape(-1)
+    B = None if minus is None else minus.reshape(-1)
     total = 0.0
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, A.size, _AT_ONCE):
-            part = A[start : start + _AT_ONCE].astype(np.float64)
+        for start in range(0, math.prod(A.shape), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            part = as_numpy(A[some]).astype(np.float64)
             if B is not None:
-                part -= B[start : start + _AT_ONCE]
+                part -= as_numpy(B[some])
             total += float(np.dot(part, part))
     return total
 

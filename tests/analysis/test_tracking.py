@@ -1,6 +1,8 @@
 import shutil
+import tracemalloc
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ import htsr
 from htsr import MatrixError, WeightMatrix
 from htsr.analysis import analyze as analyze_module
 from htsr.analysis.distance import distance, squared_norm
+from htsr.analysis.reference import Reference
 from htsr.analysis.trajectory import Trajectory
 from tests.models import save_folder, state_dict
 from tests.processes import in_two_processes, leave_with, one_thread
@@ -217,6 +220,25 @@ def test_an_unreadable_matrix_is_tried_again(tmp_path, monkeypatch):
     assert [key for key, status in rows.items() if status != "ok"] == [name]
     monkeypatch.undo()
     assert {row.status for row in htsr.track(run, save=save, **PLAIN).at("checkpoint-100")} == {"ok"}
+
+
+def test_lengths_take_no_copies_of_the_pair():
+    random = torch.Generator().manual_seed(0)
+    a, b = (
+        {"up.weight": torch.randn(800, 1000, generator=random, dtype=dtype)} for dtype in (torch.float32, torch.float64)
+    )
+    pair = [np.asarray(W["up.weight"]) for W in (a, b)]
+    before, after = (htsr.describe({"up.weight": W}) for W in pair)
+    reference = Reference(before)
+    tracemalloc.start()
+    found = reference.relative(after, after)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < pair[0].nbytes / 2
+    assert found["up"] == pytest.approx(np.linalg.norm(pair[1] - pair[0]) / np.linalg.norm(pair[0]), rel=1e-6)
+    assert Reference(htsr.describe({"up.weight": 0 * pair[0]})).relative(after, after) == {}
+    assert Reference(htsr.describe({"up.weight": pair[0][1:]})).relative(after, after) == {}
+    assert Reference(htsr.describe({"up.weight": np.inf * pair[0]})).relative(after, after) == {}
 
 
 @pytest.fixture(scope="module")
