@@ -15,7 +15,7 @@ from typing import Any, Literal
 from htsr.analysis.movement import Move, moves
 from htsr.analysis.result import means_of
 from htsr.analysis.trajectory_file import Header, Point, Points, read_trajectory, write_trajectory
-from htsr.analysis.trajectory_tables import moved_table, sources_table
+from htsr.analysis.trajectory_tables import LINES, moved_table, shown_table, sources_table
 from htsr.errors import UsageError
 from htsr.results import Record, Table, Tabular, column_types
 from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
@@ -160,8 +160,11 @@ class Trajectory(Tabular):
         return moves(self._in_order(), metric)
 
     def tables(self) -> tuple[Table, ...]:
-        """Means of every source, of models in the order of α; then the matrices whose α has moved most."""
-        means = sources_table(self.summary(), self.steps)
+        """Means of the sources, then the matrices whose α has moved most.
+
+        Models are in the order of their mean α; of more than 40 checkpoints, as many are shown, evenly spaced.
+        """
+        means = shown_table(self.summary(), self.steps)
         far = [move for move in self.moved() if move.beyond and move.beyond > 1] if self.steps else []
         return (means, moved_table(far[:_SHOWN])) if far else (means,)
 
@@ -172,7 +175,9 @@ class Trajectory(Tabular):
         said = [f"{self.label}: {len(names)} matrices, {len(self.sources)} {kinds}"]
         if not self.steps and len(self.sources) > 1:
             said.append(_RANKING)
-        elif len(self.steps) > 1:
+        if len(self.steps) > LINES:
+            said.append(f"the table shows {LINES} of the {len(self.steps)} checkpoints; --format csv has all")
+        if len(self.steps) > 1:
             beyond = [move.beyond for move in self.moved() if move.beyond is not None]
             far = sum(value > 1 for value in beyond)
             said.append(f"the α of {far} of {len(beyond)} matrices has moved by more than its standard error")
@@ -204,7 +209,7 @@ class Trajectory(Tabular):
         from htsr.analysis.trajectory_report import page_of
         from htsr.reporting.trajectory_page import write_trajectory_page
 
-        page = page_of(self._header(), self.records(), self.tables()[0], self.problems)
+        page = page_of(self._header(), self.records(), sources_table(self.summary(), self.steps), self.problems)
         write_trajectory_page(page, Path(path))
 
     def plot(self, metric: str = "alpha", by: Literal["role", "block", "matrix"] = "role", *, ax: Any = None) -> Any:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from htsr.analysis.movement import Move
 from htsr.results import Column, Table, Value, tabulate
 
+LINES = 40  # checkpoints in a table for a terminal
+
 _Line = tuple[str, int | None, Mapping[str, float]]
 
 
@@ -29,7 +31,7 @@ _SOURCES: tuple[tuple[Column, Callable[[_Line], Value]], ...] = (
 
 
 def sources_table(summary: Mapping[str, Mapping[str, float]], steps: Sequence[int]) -> Table:
-    """Means of every source of a trajectory, one line each; of models those with the smallest α first.
+    """Means of every source of a trajectory, one line each.
 
     Args:
         summary: means by metric of each source, with the number of ``matrices``.
@@ -37,9 +39,29 @@ def sources_table(summary: Mapping[str, Mapping[str, float]], steps: Sequence[in
     """
     numbers: Sequence[int | None] = steps or [None] * len(summary)
     lines = [(source, step, means) for (source, means), step in zip(summary.items(), numbers, strict=True)]
-    if not steps:
-        lines.sort(key=lambda line: line[2].get("alpha", math.inf))
     return tabulate(lines, _SOURCES, spare=("entropy", "log ‖W‖²", "matrices", "stable rank"))
+
+
+def shown_table(summary: Mapping[str, Mapping[str, float]], steps: Sequence[int]) -> Table:
+    """`sources_table` for a terminal: of models those with the smallest α first, of many steps `LINES`, evenly spaced.
+
+    Args:
+        summary: means by metric of each source, with the number of ``matrices``.
+        steps: step of each source; empty where they are models.
+
+    Examples:
+        >>> from htsr.analysis.trajectory_tables import shown_table
+        >>> models = {"a": {"matrices": 2, "alpha": 4.0}, "b": {"matrices": 2, "alpha": 3.0}}
+        >>> shown_table(models, ()).cells()
+        [['b', '2', '3.00'], ['a', '2', '4.00']]
+    """
+    names = list(summary)
+    if not steps:
+        names.sort(key=lambda name: summary[name].get("alpha", math.inf))
+    elif len(names) > LINES:
+        names = [names[i * (len(names) - 1) // (LINES - 1)] for i in range(LINES)]
+    places = dict(zip(summary, steps, strict=False))
+    return sources_table({name: summary[name] for name in names}, [places[name] for name in names if name in places])
 
 
 _MOVED: tuple[tuple[Column, Callable[[Move], Value]], ...] = (

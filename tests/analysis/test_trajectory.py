@@ -1,5 +1,7 @@
 import json
+import re
 from dataclasses import replace
+from itertools import pairwise
 
 import matplotlib
 import pytest
@@ -165,7 +167,7 @@ def test_what_has_moved_most_goes_by_the_error_of_alpha():
         trajectory.moved("name")
 
 
-def test_of_models_the_smallest_alpha_comes_first():
+def test_of_models_the_smallest_alpha_comes_first(tmp_path):
     points = [replace(point(1, alpha=alpha), source=name, step=None) for name, alpha in (("x", 5.0), ("y", 3.0))]
     models = Trajectory("models", (*points, replace(points[0], source="z", row=LayerMetrics(name="w"))), Options())
     (table,) = models.tables()
@@ -173,3 +175,15 @@ def test_of_models_the_smallest_alpha_comes_first():
     assert "of one architecture" in models.remarks()[1]
     with pytest.raises(UsageError, match=r"htsr\.compare"):
         models.moved()
+    models.to_html(tmp_path / "models.html")  # whose scripts know a line by its place among the sources
+    page = (tmp_path / "models.html").read_text(encoding="utf-8")
+    assert re.findall(r"<th scope=\"row\">(\w)</th>", page) == data_of(page)["sources"] == ["x", "y", "z"]
+
+
+def test_of_very_many_steps_the_table_has_some():
+    points = [point(step) for step in range(100)]
+    trajectory = Trajectory("run", tuple(points), Options())
+    lines = [int(cells[1]) for cells in trajectory.tables()[0].cells()]
+    assert (len(lines), lines[0], lines[-1]) == (40, 0, 99)
+    assert {b - a for a, b in pairwise(lines)} == {2, 3}
+    assert "shows 40 of the 100 checkpoints" in trajectory.remarks()[1]
