@@ -1,8 +1,8 @@
 """Which numbers of directions tell full fine-tuning, LoRA and OwLore apart, and which go with forgetting.
 
-The models are those of `reports.repair`, fine-tuned on questions at rates that forget, and OwLore's beside them.
-Forgetting is the rise of the loss on the Python language reference, which none was trained on. It is also shared out:
-how much the loss falls when one block's change is undone.
+The models are fine-tuned on questions at the rates of `reports.repair`, which forget, and at four times OwLore's rate
+above; briefly, in float32. Forgetting is the rise of the loss on the Python language reference, which none was trained
+on. It is also shared out: how much the loss falls when one block's change is undone.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from reports.checkpoints.measuring import Matrix, Row, auc, cached, changed, col
 from reports.repair import training
 from reports.repair.evaluating import Size, load, reference, text_losses
 
+STEPS, BATCH, TOKENS = 20, 2, 64
 OWLORE: dict[str, Any] = {
     "method": "owlore",
-    "sampling": {"active": 4, "interval": 10},
+    "sampling": {"active": 6, "interval": 4},
     "low_rank": {"rank": 64, "scale": 1.0, "refresh_every": 20},
+    "training": {"learning_rate": 1.6e-3},
 }
-OWLORE_RATE = 1.6e-3  # four times that of the section above, as of full fine-tuning
-ARMS = ("full", "lora", "owlore")
+OWN = training.ARMS | {"owlore": OWLORE}
+ARMS = tuple(OWN)
 BLOCKS = range(0, 30, 3)
-TEXT = Size(windows=8, tokens=128, questions=0, asked=0)
+TEXT = Size(windows=4, tokens=64, questions=0, asked=0)
 K = 10
 
 NUMBERS = {
@@ -74,15 +76,20 @@ def study(work: Path, data: Path | None, seeds: range, only_finished: bool) -> d
 
 
 def tune(arm: str, seed: int, work: Path) -> None:
-    """Fine-tune, OwLore like the others but for its own settings."""
-    if arm != "owlore":
-        training.tuned(arm, seed, work)
-        return
+    """Fine-tune briefly."""
     like = training.recipe("full", seed, work)
+    brief = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH,
+        "max_length": TOKENS,
+        "warmup_steps": 2,
+        "bf16": False,
+    }
     output = work / f"{arm}-{seed}"
     shutil.rmtree(output, ignore_errors=True)
-    rate = {"learning_rate": OWLORE_RATE}
-    common.finetune(like | OWLORE | {"output": str(output), "training": like["training"] | rate})
+    whole = like | OWN[arm] | {"output": str(output), "training": like["training"] | OWN[arm]["training"] | brief}
+    whole["data"] = {"train": whole["data"]["train"], "limit": 2 * STEPS * BATCH}
+    common.finetune(whole)
 
 
 def run(arm: str, seed: int, work: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reports import common
-from reports.checkpoints.turned import ARMS, BLOCKS, NUMBERS, K
+from reports.checkpoints.turned import ARMS, BATCH, BLOCKS, NUMBERS, STEPS, TEXT, TOKENS, K
 
 VERDICT = Path(__file__).parent / "turned_verdict.md"
 LABELS = {"full": "full", "lora": "LoRA", "owlore": "OwLore"}
@@ -19,9 +19,9 @@ def section(found: dict[str, Any]) -> str:
     counts = ", ".join(f"{sum(r['arm'] == arm for r in found['runs'])} {LABELS[arm]}" for arm in ARMS)
     return f"""## Directions
 
-`htsr compare BASE TUNED --directions {K}` on SmolLM2-135M-Instruct fine-tuned on questions at rates that forget
-(`reports/repair/training.py`; OwLore beside them, `turned.py`): {counts}, {len(BLOCKS)} of the 30 blocks. Every number that
-has a null is divided by it; 1 is what a Gaussian change of the same norm gives.
+`htsr compare BASE TUNED --directions {K}` on SmolLM2-135M-Instruct after {STEPS} steps of {BATCH} × {TOKENS} tokens on questions, at
+rates that forget (`turned.py`): {counts}, {len(BLOCKS)} of the 30 blocks. Where a name says so a number is divided by its null; 1 is
+what a Gaussian change of the same norm gives.
 
 {VERDICT.read_text() if VERDICT.exists() else ""}
 ### What the methods leave
@@ -37,7 +37,7 @@ Area under the ROC curve between the matrices of two methods, 0.50 is chance; �
 {named_text(found["named"])}
 ### Which goes with forgetting
 
-Loss on the Python language reference, in nats per token, which none was trained on.
+Loss on {TEXT.windows} × {TEXT.tokens} tokens of the Python language reference, in nats per token, which none was trained on.
 
 {forgetting_table(found["runs"])}
 Spearman of a number and forgetting: over the runs, of its mean; and over the blocks of each run (mean over runs), of its
