@@ -8,6 +8,7 @@ how much. Tensors that an adapter saves whole (`modules_to_save`) are kept.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,9 +59,9 @@ def repair_adapter(
         UsageError: the output is in use, the base is not known, or no matrix passes the filter.
         HtsrError: the output cannot be written.
     """
-    base = _base_of(model, folder, against, method)
-    goal = None if output is None else check_goal(output, model)
     changes = {tensor.name: tensor for tensor in adapters.adapter_changes(folder)}
+    base = _base_of(model, folder, against, method, changes)
+    goal = None if output is None else check_goal(output, model)
     wanted = {m.position.tensor: m for m in reversed(open_model(folder).filtered(as_filter(where)).matrices)}
     names = [name for name in changes if name in wanted]
     worker = _Worker(method, base, goal is None)
@@ -92,13 +93,15 @@ def repair_adapter(
     return found
 
 
-def _base_of(model: Checkpoint, folder: Path, against: str | os.PathLike[str] | None, method: Method) -> Base | None:
+def _base_of(
+    model: Checkpoint, folder: Path, against: str | os.PathLike[str] | None, method: Method, names: Iterable[str]
+) -> Base | None:
     """The base, where it is given or needed."""
     named = adapters.base_of(folder) if method.needs_base else None
     if against is None and method.needs_base and named is None:
         raise UsageError(f"{model.name} names no base model; say which one it is (against=…, --against)")
     source = against or named
-    return None if source is None else Base(find(source))
+    return None if source is None else Base(find(source), names)
 
 
 @dataclass(frozen=True)

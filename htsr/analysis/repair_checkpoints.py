@@ -36,31 +36,29 @@ class Base:
 
     Args:
         checkpoint: where the base lies.
+        names: names of the fine-tuned model's tensors. A base's name may lack a prefix, or have one more, where it is
+            the only one that ends so, and no other tensor of the fine-tuned model has a claim to it.
+
+    Raises:
+        UsageError: the base is an adapter.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, names: Iterable[str]) -> None:
         folder = checkpoint.place if checkpoint.place.is_dir() else checkpoint.place.parent
         if adapter_folder(checkpoint.place) is not None:
             raise UsageError(f"{checkpoint.name} is an adapter, and no base model")
         self.name = checkpoint.name
-        self._tensors = {t.name: t for t in dequantized(checkpoint.tensors(), read_config(folder))}
+        there = {t.name: t for t in dequantized(checkpoint.tensors(), read_config(folder))}
+        self._tensors = {name: there[other] for name, other in paired_names(names, there).items()}
         self.read: Callable[[str, tuple[int, ...]], torch.Tensor] = lru_cache(maxsize=1)(self._read)
 
-    def find(self, name: str) -> StoredTensor | None:
-        """The tensor of this name, or the only one that differs from it by a prefix such as ``model.``; else None."""
-        if name in self._tensors:
-            return self._tensors[name]
-        alike = [t for other, t in self._tensors.items() if other.endswith(f".{name}") or name.endswith(f".{other}")]
-        return alike[0] if len(alike) == 1 else None
-
-    def has_any(self, names: Iterable[str]) -> bool:
-        """Whether any of these tensors is there."""
-        return any(self.find(name) for name in names)
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
 
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         import torch
 
-        tensor = self.find(name)
+        tensor = self._tensors.get(name)
         if tensor is None:
             raise MatrixError("unmatched", f"{name} is not in {self.name}")
         if tensor.problem is not None:
@@ -68,6 +66,37 @@ class Base:
         if tuple(tensor.shape) != shape:
             raise MatrixError("unmatched", f"{name} is {shape} here and {tuple(tensor.shape)} in {self.name}")
         return torch.as_tensor(tensor.read())
+
+
+def paired_names(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+    """Each of `names` with that of `others` which is the same, or the same but for a prefix and in no doubt.
+
+    Examples:
+        >>> from htsr.analysis.repair_checkpoints import paired_names
+        >>> paired_names(["model.up.weight", "head.weight"], ["up.weight", "head.weight"])
+        {'head.weight': 'head.weight', 'model.up.weight': 'up.weight'}
+        >>> paired_names(["text.up.weight", "vision.up.weight"], ["up.weight"])  # whose is it?
+        {}
+    """
+    names, others = set(names), set(others)
+    pairs = {name: name for name in sorted(names & others)}
+    free = others - names
+    by_end: dict[str, set[str]] = {}
+    for other in free:
+        for end in _ends(other):
+            by_end.setdefault(end, set()).add(other)
+    claims: dict[str, list[str]] = {}
+    for name in sorted(names - others):
+        alike = by_end.get(name, set()) | (free & set(_ends(name)))
+        if len(alike) == 1:
+            claims.setdefault(alike.pop(), []).append(name)
+    return pairs | {claimants[0]: other for other, claimants in claims.items() if len(claimants) == 1}
+
+
+def _ends(name: str) -> list[str]:
+    """The name itself, and what is left of it without its first words."""
+    words = name.split(".")
+    return [".".join(words[i:]) for i in range(len(words))]
 
 
 @dataclass(frozen=True)
@@ -178,8 +207,8 @@ def repair_checkpoint(
     everything = open_model(model.place)
     wanted = everything.filtered(as_filter(where)).matrices
     tensors = {tensor.name: tensor for tensor in model.tensors()}
-    base = Base(against)
-    if not base.has_any(m.position.tensor for m in wanted):
+    base = Base(against, tensors)
+    if not any(m.position.tensor in base for m in wanted):
         raise SourceError(f"{model.name} and {against.name} have no matrix with the same name in common")
     places = {m.position.tensor for m in everything}
     others = _Others(

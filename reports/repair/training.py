@@ -10,7 +10,7 @@ from typing import Any
 from reports import common
 from reports.owlore_small.__main__ import Size, prepare
 
-STEPS = 60
+STEPS = 40
 BATCH = 4
 SEEDS = range(3)
 ARMS: dict[str, dict[str, Any]] = {
@@ -33,7 +33,7 @@ def recipe(arm: str, seed: int, work: Path) -> dict[str, Any]:
         "per_device_train_batch_size": BATCH,
         "max_length": 128,
         "lr_scheduler_type": "linear",
-        "warmup_steps": 6,
+        "warmup_steps": 4,
         "logging_steps": 20,
         "save_strategy": "no",
         "bf16": False,  # five times as slow on a CPU without units for it
