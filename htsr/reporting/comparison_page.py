@@ -176,9 +176,9 @@ def content(page: ComparisonPage) -> dict[str, Any]:
 def _labels(fields: Sequence[str]) -> dict[str, str]:
     """Short names of the `fields` that people look at first: of the change, then of the metrics."""
     metrics = {
-        f"{name}{suffix}": word.format(label)
-        for suffix, word in (("_delta", "Δ {}"), ("_a", "{} of a"), ("_b", "{} of b"))
-        for name, label in figures.LABELS.items()
+        f"{name}_{side}": word.format(title)
+        for side, word in figures.OF_TWO.items()
+        for name, title in figures.LABELS.items()
     }
     return {name: label for name, label in (_LABELS | metrics).items() if name in fields}
 

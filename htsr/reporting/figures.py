@@ -50,6 +50,24 @@ LABELS = {
 }
 """What people look at first, and what to call it."""
 
+OF_TWO = {"delta": "Δ {}", "a": "{} of a", "b": "{} of b"}
+"""What to call ``m_delta``, ``m_a`` and ``m_b``, the difference and both sides of a metric m of two models."""
+
+
+def label(metric: str) -> str:
+    """What to call a metric, also one of two models.
+
+    Examples:
+        >>> from htsr.reporting.figures import label
+        >>> label("alpha"), label("alpha_delta"), label("gof_p"), label("norm")
+        ('α', 'Δ α', 'p of the fit', 'norm')
+    """
+    name, _, side = metric.rpartition("_")
+    if metric not in LABELS and name in LABELS and side in OF_TWO:
+        return OF_TWO[side].format(LABELS[name])
+    return LABELS.get(metric, metric)
+
+
 _ALPHA_CENTRE, _ALPHA_REACH = 4.0, (2.0, 4.0)  # 2 to 6 is heavy-tailed; colours end there or farther, but above 0
 _AROUND_ZERO = {
     "alpha_minus_null",

@@ -125,7 +125,7 @@ def plot_heat_map(
             if np.isfinite(value):
                 colour = "black" if value > middle else "white"
                 ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize="small", color=colour)
-    label = figures.LABELS.get(metric, metric)
+    label = figures.label(metric)
     ax.set(xlabel="block", title=title or f"{label} by role and block")
     ax.figure.colorbar(image, ax=ax, label=label, extend="both")
     return ax
@@ -226,7 +226,7 @@ def plot_trajectory(
         ax.plot(places, line, label=label, color=colour, marker="o", markersize=3, linewidth=1.2)
     if points.steps is None:
         ax.set_xticks(places, [visible(source) for source in points.sources], rotation=30, ha="right", parse_math=False)
-    name = figures.LABELS.get(metric, metric)
+    name = figures.label(metric)
     ax.set(xlabel="model" if points.steps is None else "step", ylabel=name, title=title or f"{name} by {by}")
     if len(lines) <= _FEW_BLOCKS:
         ax.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -90,3 +90,10 @@ def test_colours_are_symmetric_about_their_centre(metric, values, centre):
     assert scale.low < scale.high
     if centre is not None:
         assert centre - scale.low == pytest.approx(scale.high - centre)
+
+
+def test_a_metric_of_two_models_has_the_colours_of_the_metric_and_its_difference_lies_about_zero():
+    values = np.linspace(2.5, 5.0, 9)
+    assert figures.colour_scale(values, "alpha_b") == figures.colour_scale(values, "alpha")
+    scale = figures.colour_scale(values - 3, "stable_rank_delta")
+    assert (scale.low, scale.centre) == (-scale.high, 0.0)
