@@ -35,8 +35,8 @@ class Pair:
         esd_distance: Jensen-Shannon distance between the ESDs, in [0, √ln 2]; None where their sizes differ, or one is
             missing or zero.
         directions: leading singular vectors of the second matrix beside those of the first; None where they were not
-            asked for, for saved analyses, for stacks, and where there is no distance. Left vectors are those of the
-            outputs, however the two are stored.
+            asked for, for saved analyses, and where there is no distance. Left vectors are those of the outputs,
+            however the two are stored.
         heads: the same for each attention head of q, k, v and o; empty where the number of heads is not known.
         notes: what a reader of the distance and the directions should know.
     """

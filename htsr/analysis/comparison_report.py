@@ -71,7 +71,7 @@ def comparison_page(
         cosines={
             name: Cosines(found.cosines, found.base_values, found.values, found.nearest)
             for name, _, found in pairs
-            if found is not None
+            if found is not None and found.cosines.ndim == 2
         },
         heads=of_heads,
         xmax=a.options.xmax,

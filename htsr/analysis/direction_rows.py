@@ -102,7 +102,7 @@ def means(found: Iterable[Directions]) -> dict[str, float]:
 
 
 def intruders(name: str, found: Directions | None) -> list[Record]:
-    """The intruder dimensions at ε = 0.5 of a matrix: rank from 1, singular value, and largest |cosine|.
+    """The intruder dimensions at ε = 0.5 of a matrix: rank from 1 (None in a stack), singular value, largest |cosine|.
 
     Args:
         name: name of the matrix.
@@ -110,8 +110,9 @@ def intruders(name: str, found: Directions | None) -> list[Record]:
     """
     if found is None:
         return []
+    stacked = found.cosines.ndim == 3
     return [
-        {"name": name, "rank": rank, "value": value, "nearest": nearest}
+        {"name": name, "rank": None if stacked else rank, "value": value, "nearest": nearest}
         for rank, (value, nearest) in enumerate(zip(found.values, found.nearest, strict=True), 1)
         if nearest < EPSILON
     ]

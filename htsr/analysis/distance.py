@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
 
-from htsr.arrays import Array, as_numpy
+from htsr.arrays import Array, Numbers, as_numpy
 from htsr.spectra.device import on_device
 from htsr.spectra.exact_products import exact_products
 
 _AT_ONCE = 1 << 15  # entries, which stay in the cache
+_PLAIN = 100  # exponents of two below which a power is one of float32 and its inverse, too
+_SMALL = 1 << 22  # entries of a matrix of which a copy is no matter
 
 
 @dataclass(frozen=True)
@@ -51,18 +55,31 @@ def distance(a: Array, b: Array, device: str = "cpu") -> Distance | None:
         >>> round(found.relative, 6), round(found.cosine, 6)
         (2.0, -1.0)
     """
-    A, B = as_numpy(a), as_numpy(b)
-    wide = np.float64 if np.float64 in (A.dtype, B.dtype) else np.float32
-    A, B = (x.astype(wide, copy=False).reshape(-1, *x.shape[-2:]) for x in (A, B))
-    largest = [float(np.abs(x).max(initial=0.0)) for x in (A, B)]
+    A, B = (_stack(x) for x in (a, b))
+    largest = [max((_largest(x) for x in _blocks(X)), default=0.0) for X in (A, B)]
     if 0 in largest or not np.isfinite(largest).all():
         return None
-    exponent = _exponent(*largest)
-    frobenius = float(np.ldexp(_norm(np.ldexp(A, -exponent) - np.ldexp(B, -exponent)), exponent))
-    A, B = (np.ldexp(x, -_exponent(size)) for x, size in zip((A, B), largest, strict=True))
-    inner, norm_a, norm_b = float(np.einsum("pij,pij->", A, B, dtype=np.float64)), _norm(A), _norm(B)
-    relative = frobenius / float(np.ldexp(norm_a, _exponent(largest[0])))
-    cosine = min(max(inner / (norm_a * norm_b), -1.0), 1.0)
+    wide = np.float64 if any(x.dtype == np.float64 for x in (next(_blocks(A)), next(_blocks(B)))) else np.float32
+    both, own_a, own_b = _exponent(*largest), _exponent(largest[0]), _exponent(largest[1])
+
+    def pairs() -> Iterator[tuple[Numbers, Numbers]]:
+        for x, y in zip(_blocks(A), _blocks(B), strict=True):
+            yield x.astype(wide, copy=False), y.astype(wide, copy=False)
+
+    def differences() -> Iterator[Numbers]:
+        for x, y in pairs():
+            yield _scaled(x, -both) - _scaled(y, -both)
+
+    apart = _exponent(max(map(_largest, differences())))
+    squares = sum(_square(_scaled(d, -apart)) for d in differences())
+    inner = norm_a = norm_b = 0.0
+    for x, y in pairs():
+        x, y = _scaled(x, -own_a), _scaled(y, -own_b)
+        inner += float(np.einsum("ij,ij->", x, y, dtype=np.float64))
+        norm_a, norm_b = norm_a + _square(x), norm_b + _square(y)
+    frobenius = float(np.ldexp(np.sqrt(squares), apart + both))
+    relative = frobenius / float(np.ldexp(np.sqrt(norm_a), own_a))
+    cosine = min(max(inner / float(np.sqrt(norm_a * norm_b)), -1.0), 1.0)
     return Distance(frobenius, relative, cosine, cka(A, B, device))
 
 
@@ -95,23 +112,44 @@ def squared_norm(matrix: Array, minus: Array | None = None) -> float:
     return total
 
 
+def _stack(matrix: Array) -> Array:
+    """(pieces, m, n); a small matrix at once as the numbers that every pass over it would make of it."""
+    stack = matrix if matrix.ndim == 3 else matrix[None]
+    return stack if math.prod(stack.shape) > _SMALL else as_numpy(stack)
+
+
 def _exponent(*numbers: float) -> int:
     """Exponent of the power of two above all `numbers`: scaling by it rounds nothing, and no square overflows."""
     return int(np.frexp(max(numbers))[1])
 
 
-def _norm(x: Any) -> float:
-    """‖x‖_F of entries of any size."""
-    largest = float(np.abs(x).max())
-    exponent = _exponent(largest)
-    return float(np.ldexp(np.sqrt(np.square(np.ldexp(x, -exponent), dtype=np.float64).sum()), exponent))
+def _scaled(x: Numbers, exponent: int) -> Numbers:
+    """x · 2^exponent; `ldexp` takes several times as long, and is only needed where the power itself overflows."""
+    return x * x.dtype.type(2.0**exponent) if abs(exponent) < _PLAIN else np.ldexp(x, exponent)
+
+
+def _largest(x: Numbers) -> float:
+    return float(np.abs(x).max(initial=0.0))
+
+
+def _square(x: Numbers) -> float:
+    """‖x‖_F² of entries of at most 1."""
+    return float(np.square(x, dtype=np.float64).sum())
+
+
+def _blocks(stack: Any, square: bool = False) -> Iterator[Numbers]:
+    """Some rows of each piece of a stack at a time, NumPy; as many as there are columns where `square`, or more."""
+    for tall in stack:
+        step = max(tall.shape[1] if square else 1, _AT_ONCE // max(1, tall.shape[1]))
+        for start in range(0, tall.shape[0], step):
+            yield as_numpy(tall[start : start + step])
 
 
 def cka(A: Any, B: Any, device: str = "cpu") -> float:
     """Linear CKA, ‖AᵀB‖_F² / (‖AᵀA‖_F ‖BᵀB‖_F) for centred columns, summed over pieces; the long side is contracted.
 
     Args:
-        A: first matrix, (pieces, m, n), NumPy, of any scale.
+        A: first matrix, (pieces, m, n), of any scale.
         B: second matrix, in the shape of `A`.
         device: device that multiplies the two, as torch names it.
 
@@ -129,12 +167,9 @@ def cka(A: Any, B: Any, device: str = "cpu") -> float:
         >>> round(cka(A, A @ rotation), 6), cka(A, random.standard_normal((1, 20, 5))) < 0.5
         (1.0, True)
     """
-    # an exact power of two: CKA does not feel the scale, but the fourth powers in it would overflow
-    A, B = (np.ldexp(X, -_exponent(float(np.abs(X).max()))) for X in (A, B))
     cross = own_a = own_b = 0.0
-    for x, y in zip(A, B, strict=True):
-        x, y = (z if z.shape[0] >= z.shape[1] else z.T for z in (x, y))
-        x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    for X, Y in zip(A, B, strict=True):
+        x, y = _centred(X), _centred(Y)
         cross += _squared_product(x, y, device)
         own_a += _squared_product(x, x, device)
         own_b += _squared_product(y, y, device)
@@ -142,12 +177,41 @@ def cka(A: Any, B: Any, device: str = "cpu") -> float:
     return min(cross / scale, 1.0) if scale > 0 else float("nan")
 
 
-def _squared_product(x: Any, y: Any, device: str) -> float:
+Blocks = Callable[[], Iterator[Numbers]]
+
+
+def _centred(piece: Any) -> Blocks:
+    """Blocks of the long side of a matrix, its columns centred, scaled by a power of two.
+
+    CKA does not feel the scale, but the fourth powers in it would overflow.
+    """
+    tall = piece if piece.shape[0] >= piece.shape[1] else piece.swapaxes(0, 1)
+
+    def blocks() -> Iterator[Numbers]:
+        for x in _blocks([tall], square=True):  # a product of fewer rows takes longer to add than to compute
+            yield x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
+
+    exponent = _exponent(max(map(_largest, blocks())))
+    mean = sum(_scaled(x, -exponent).sum(axis=0, dtype=np.float64) for x in blocks()) / len(tall)
+
+    def centred() -> Iterator[Numbers]:
+        return (_scaled(x, -exponent) - mean.astype(x.dtype) for x in blocks())
+
+    if math.prod(tall.shape) > _SMALL:
+        return centred
+    kept = list(centred())
+    return lambda: iter(kept)
+
+
+def _squared_product(x: Blocks, y: Blocks, device: str) -> float:
     """‖xᵀy‖_F²."""
     if device == "cpu":
-        return float(np.square(x.T @ y, dtype=np.float64).sum())
+        product = reduce(np.add, (a.T @ b for a, b in zip(x(), y(), strict=True)))
+        return sum(_square(rows) for rows in _blocks([product]))
     import torch
 
     with exact_products(device):
-        product = on_device(x, device).mT @ on_device(y, device)
-        return float(torch.linalg.vector_norm(product, dtype=torch.float64)) ** 2
+        total = reduce(
+            torch.add, (on_device(a, device).mT @ on_device(b, device) for a, b in zip(x(), y(), strict=True))
+        )
+        return float(torch.linalg.vector_norm(total, dtype=torch.float64)) ** 2

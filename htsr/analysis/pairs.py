@@ -191,9 +191,6 @@ def _directions(
     pair: WeightPair, A: Array, B: Array, k: Subspace, device: str, seed: int, notes: list[str]
 ) -> tuple[Directions | None, tuple[Directions, ...]]:
     """The directions of a matrix and of its heads; what there is none of adds to the `notes`."""
-    if pair.pieces > 1:
-        notes.append("directions are those of one matrix, and this is a stack")
-        return None, ()
     stored = (pair.a.dtype, pair.b.dtype)
     whole = attempted(lambda: directions(A, B, k, stored=stored, seed=seed, device=device))
     if isinstance(whole, MatrixError):

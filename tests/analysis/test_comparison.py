@@ -6,7 +6,7 @@ import torch
 import transformers
 
 import htsr
-from htsr.analysis.distance import cka, distance
+from htsr.analysis.distance import cka, distance, squared_norm
 from tests.models import heavy_matrix, save_folder, state_dict
 
 
@@ -33,6 +33,17 @@ def test_distances_are_their_definitions(random):
     K, L = (centre @ X.T @ X @ centre for X in (A, B))
     expected = (K * L).sum() / ((K * K).sum() * (L * L).sum()).sqrt()
     assert found.cka == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(60, 25), (25, 60), (3, 20, 35)])
+def test_distances_do_not_depend_on_how_many_rows_are_read_at_a_time(random, monkeypatch, shape):
+    A, B = random.standard_normal((2, *shape)) + 0.5
+    whole = distance(A, B)
+    assert whole.cka == pytest.approx(cka(*np.reshape([A, B], (2, -1, *shape[-2:]))))
+    monkeypatch.setattr("htsr.analysis.distance._AT_ONCE", 100)
+    assert vars(distance(A, B)) == pytest.approx(vars(whole), rel=1e-12)
+    assert vars(distance(A.astype("float32"), B.astype("float32"))) == pytest.approx(vars(whole), rel=1e-5)
+    assert squared_norm(A, B) == pytest.approx(whole.frobenius**2)
 
 
 def test_a_small_difference_of_float64_matrices_keeps_its_size(random):
