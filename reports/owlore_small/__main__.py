@@ -58,11 +58,12 @@ _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_"
 
 @dataclass(frozen=True)
 class Size:
-    """What all runs share: optimizer steps, sequences a step, questions of the test."""
+    """What all runs share: optimizer steps, sequences a step, questions of the test, bfloat16 autocast or none."""
 
     steps: int
     batch: int
     questions: int
+    bf16: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def main() -> None:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         if args.quick:
-            size = Size(1, 2, 4)
+            size = Size(1, 2, 4, bf16=False)  # which processors without its instructions take minutes for
             prepare(args.data or sums(work / "sums"), work, size)
             print(json.dumps(run(Job("test", "owlore", 2e-4), size, work)), flush=True)
             return
@@ -195,7 +196,7 @@ def run(job: Job, size: Size, work: Path) -> dict[str, Any]:
             "warmup_steps": max(1, size.steps // 10),
             "logging_steps": 10,
             "save_strategy": "no",
-            "bf16": True,
+            "bf16": size.bf16,
         },
         **ARMS[job.arm],
     }
