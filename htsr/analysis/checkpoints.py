@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -18,10 +19,13 @@ from htsr.matrices.folders import SUFFIXES, model_files
 from htsr.matrices.hub import is_hub_id
 from htsr.matrices.sources import Source
 
+logger = logging.getLogger(__name__)
+
 Sources: TypeAlias = "Source | Iterable[Source] | Mapping[str | int, Source]"
 
 _STATE, _RESULTS = "trainer_state.json", "results.json"  # of the Trainer, which writes it last; of `htsr finetune`
-_WORDS = ("step", "checkpoint", "ckpt", "iter", "epoch")  # before the number in a name, the most telling first
+_EPOCH = "epoch"
+_WORDS = ("step", "checkpoint", "ckpt", "iter", _EPOCH)  # before the number in a name, the most telling first
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,8 @@ class Checkpoint:
         label: name by which it is known in a trajectory.
         source: model, as `htsr.analyze` takes it.
         revision: branch, tag or commit of a hub id; else None.
-        step: number of steps after which a run has left it; None where it is no step of one run.
-        run: folder of the run that it was found in; None where it was named itself.
+        step: number of steps, or of epochs, after which a run has left it; None where it is no step of one run.
+        run: folder of the run that it is in; None where it is in none, or in memory or on the hub.
     """
 
     label: str
@@ -91,7 +95,7 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
     A checkpoint is a folder, or a file of weights, whose name has a number after ``checkpoint``, ``step``, ``ckpt``,
     ``iter`` or ``epoch``, as in ``checkpoint-500`` or ``epoch=1-step=500.ckpt``. The final model is the one in the
     folder itself, or the adapter in ``adapter`` where the checkpoints are adapters; it counts where the folder says
-    after how many steps it was saved, and no checkpoint is of that step.
+    after how many steps it was saved, and no checkpoint is of that step. Epochs count where nothing else does.
 
     Returns:
         The checkpoints; nothing where the folder has none.
@@ -103,7 +107,11 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
         entries = [entry for entry in folder.iterdir() if entry.is_dir() or entry.suffix in SUFFIXES]
     except OSError as error:
         raise SourceError(f"{folder} cannot be read: {error.strerror or error}") from error
-    steps = {entry: step for entry in entries if (step := step_of(entry.name)) is not None}
+    numbered = {entry: number for entry in entries if (number := _number_in(entry.name)) is not None}
+    steps = {entry: step for entry, (word, step) in numbered.items() if word != _EPOCH}
+    if steps and (epochs := sorted(entry.name for entry in numbered.keys() - steps.keys())):
+        logger.warning("%s: left out, since epochs are no steps: %s", folder, ", ".join(epochs))
+    steps = steps or {entry: step for entry, (_, step) in numbered.items()}
     found = [Checkpoint(entry.name, entry, None, step, folder) for entry, step in steps.items()]
     found.sort(key=lambda checkpoint: (checkpoint.step, checkpoint.label))
     if found and (final := _final_model(folder, found)):
@@ -121,9 +129,15 @@ def step_of(name: str) -> int | None:
         >>> step_of("global_step500"), step_of("model-00001-of-00002.safetensors")  # DeepSpeed's states; a shard
         (None, None)
     """
+    found = _number_in(name)
+    return None if found is None else found[1]
+
+
+def _number_in(name: str) -> tuple[str, int] | None:
+    """The number in the `name` of a checkpoint, and the word before it."""
     for word in _WORDS:
         if match := re.search(rf"(?<!global_){word}s?[-_=]?(\d{{1,15}})", name, re.IGNORECASE):
-            return int(match[1])
+            return word, int(match[1])
     return None
 
 
@@ -152,8 +166,9 @@ def _expanded(source: Source) -> tuple[Any, list[Checkpoint]]:
         raise UsageError(f"{path} is a trajectory and no model: it is read alone, or gone on with (save=…, --save)")
     if os.path.isdir(path) and (found := find_checkpoints(path)):
         return path, found
-    step = step_of(path.name)
-    return None if step is None else path.parent, [Checkpoint(path.name or os.fspath(source), source, None, step)]
+    if os.path.exists(path) and (step := step_of(path.name)) is not None:
+        return path.parent, [Checkpoint(path.name, source, None, step, path.parent)]
+    return None, [Checkpoint(path.name or os.fspath(source), source)]
 
 
 def _whole_label(checkpoint: Checkpoint) -> str:
@@ -232,9 +247,9 @@ def label_of(checkpoints: Sequence[Checkpoint]) -> str:
         >>> label_of(checkpoints_of(["me/small@step1", "me/small@step2"])), label_of(checkpoints_of(["me/a", "me/b"]))
         ('me/small', 'me/a and 1 more')
     """
-    if len(checkpoints) == 1 and checkpoints[0].run is None:
-        return _whole_label(checkpoints[0])
     homes = {checkpoint.run or (checkpoint.source if checkpoint.revision else None) for checkpoint in checkpoints}
-    if len(homes) == 1 and None not in homes:
+    if len(homes) == 1 and None not in homes and checkpoints[0].step is not None:
         return os.fspath(homes.pop())  # type: ignore[arg-type]
+    if len(checkpoints) == 1:
+        return _whole_label(checkpoints[0])
     return f"{checkpoints[0].label} and {len(checkpoints) - 1} more"

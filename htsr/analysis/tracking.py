@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from htsr.analysis.analyze import Progress, analyze_model, make_options
 from htsr.analysis.checkpoints import Checkpoint, Sources, checkpoints_of, label_of
@@ -37,6 +37,8 @@ from htsr.ranks import Ranks
 from htsr.spectra.metrics import Options
 
 logger = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 _CALL, _ADVICE = "htsr.track", ", or one alone with distributed=False"
 _UNREADABLE = "unreadable"  # status of rows that another attempt may give numbers
@@ -141,9 +143,12 @@ def _begun(
         nonlocal file
         base = None if against is None else label_of(checkpoints_of([against]))
         reference = base or (None if checkpoints[0].step is None else checkpoints[0].label)
+        label = label_of(checkpoints)
         if save is not None and save.is_file() and save.stat().st_size:
-            reference = read_trajectory(save)[0].reference  # what was first then may be gone by now
-        header = Header(label_of(checkpoints), options, base, reference)
+            before, there = read_trajectory(save)
+            reference = before.reference  # what was first then may be gone by now
+            _insist_on_one_run(save, before.label, there, label, checkpoints)
+        header = Header(label, options, base, reference)
         if save is None:
             return header, Points()
         file = TrajectoryFile(save, header)
@@ -153,25 +158,48 @@ def _begun(
     return header, points, file
 
 
+def _insist_on_one_run(save: Path, before: str, points: Points, label: str, checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse to put checkpoints of two runs into one file, which may bear the same names; models may be added."""
+    then = {os.path.abspath(before) if point.step is not None else None for point in points}
+    now = os.path.abspath(label) if checkpoints[0].step is not None else None
+    if then - {now}:
+        raise UsageError(f"{save} is of {before}, and not of {label}: take another file")
+
+
 def _reference(
     checkpoints: Sequence[Checkpoint], header: Header, against: Source | None, ranks: Ranks
 ) -> Reference | None:
     """What changes are relative to; None where it is not known, or cannot be read any more."""
     if against is not None:
-        return Reference(open_model(against))
-    model: Model | None = None
+        return Reference(_on_all(ranks, lambda: open_model(against)))
     first = next((checkpoint for checkpoint in checkpoints if checkpoint.label == header.reference), None)
+    if first is None:
+        if header.reference is not None and ranks.is_first:
+            logger.warning(
+                "%s is not among the checkpoints any more: how far later ones are from it stays open", header.reference
+            )
+        return None
+
+    def weights() -> Model | None:
+        return None if _adapter(first) is not None else open_model(first.source, revision=first.revision)
+
     try:
-        if first is not None and first.step is not None and _adapter(first) is None:
-            model = open_model(first.source, revision=first.revision)
+        model = _on_all(ranks, weights)
     except SourceError:
-        pass  # said when its turn comes
-    there = all(ranks.gather([model is not None]))
-    if header.reference is not None and first is None and ranks.is_first:
-        logger.warning(
-            "%s is not among the checkpoints any more: how far later ones are from it stays open", header.reference
-        )
-    return Reference(model) if model is not None and there else None
+        return None  # said when its turn comes
+    return None if model is None else Reference(model)
+
+
+def _on_all(ranks: Ranks, make: Callable[[], Made]) -> Made:
+    """What `make` makes on this rank; what it raises on one is raised on all."""
+    made: list[Made] = []
+
+    def work() -> list[None]:
+        made.append(make())
+        return []
+
+    ranks.gather_from(work)
+    return made[0]
 
 
 @dataclass(frozen=True)
@@ -211,10 +239,9 @@ class _Run:
 
     def _opened(self, checkpoint: Checkpoint) -> tuple[Model, Model | None]:
         """The matrices that are measured, and those of the whole weights; what fails on one rank fails on all."""
-        opened: list[tuple[Model, Model | None]] = []
+        source, revision, against = checkpoint.source, checkpoint.revision, self.against
 
-        def open_both() -> list[None]:
-            source, revision, against = checkpoint.source, checkpoint.revision, self.against
+        def open_both() -> tuple[Model, Model | None]:
             adapter = _adapter(checkpoint)
             if adapter is None:
                 model = open_model(source, revision=revision, against=against)
@@ -226,11 +253,9 @@ class _Run:
                 more = {"base": against, "against": against} if config.needs_base or config.dora else {}
                 model = open_model(source, revision=revision, **more)
                 weights = open_model(source, revision=revision, base=against)
-            opened.append((model.filtered(self.where), weights))
-            return []
+            return model.filtered(self.where), weights
 
-        self.ranks.gather_from(open_both)
-        return opened[0]
+        return _on_all(self.ranks, open_both)
 
 
 def _adapter(checkpoint: Checkpoint) -> Path | None:

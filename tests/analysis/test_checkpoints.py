@@ -95,3 +95,15 @@ def test_what_is_being_written_is_known_by_what_the_trainer_writes_last(tmp_path
     assert [checkpoint.is_unfinished for checkpoint in find_checkpoints(run)] == [False, True]
     (run / "checkpoint-1" / "trainer_state.json").unlink()
     assert not any(checkpoint.is_unfinished for checkpoint in find_checkpoints(run))  # not by the Trainer
+
+
+def test_epochs_are_no_steps(tmp_path, caplog):
+    run = made(tmp_path, "epoch_1", "epoch_0", "step_500")
+    assert found(run) == [("step_500", 500)]
+    assert "left out, since epochs are no steps: epoch_0, epoch_1" in caplog.text
+    (run / "step_500").rename(run / "other")
+    assert found(run) == [("epoch_0", 0), ("epoch_1", 1)]
+
+
+def test_models_of_the_hub_whose_names_have_numbers_are_no_run():
+    assert found(["me/small-step-1", "me/large-step-2"]) == [("me/small-step-1", None), ("me/large-step-2", None)]

@@ -148,6 +148,21 @@ def test_other_options_do_not_go_into_one_file(tmp_path):
     assert htsr.track(save) == Trajectory.load(save)
 
 
+def test_two_runs_do_not_go_into_one_file(tmp_path, monkeypatch):
+    run, other = (made(tmp_path / name, 2, blocks=1) for name in ("run", "other"))
+    save = tmp_path / "spectra.jsonl"
+    htsr.track(run, save=save, **PLAIN)
+    for wrong in (other, {"a": other / "checkpoint-100"}, {1: state_dict()}):
+        with pytest.raises(htsr.UsageError, match=r"spectra.jsonl is of .*run, and not of"):
+            htsr.track(wrong, save=save, **PLAIN)
+    monkeypatch.chdir(tmp_path)
+    assert len(htsr.track("run", save=save, **PLAIN)) == 2 * 5
+    assert len(htsr.track([run / "checkpoint-100"], save=save, **PLAIN)) == 2 * 5
+    models = tmp_path / "models.jsonl"
+    htsr.track({"a": run / "checkpoint-100"}, save=models, **PLAIN)
+    assert htsr.track({"b": other / "checkpoint-200"}, save=models, **PLAIN).sources == ("a", "b")
+
+
 def test_a_checkpoint_that_was_interrupted_goes_on_where_it_stopped(tmp_path, measured, monkeypatch):
     monkeypatch.setenv("HTSR_CACHE", str(tmp_path / "cache"))
     run, save = made(tmp_path / "run", 2, blocks=1, width=16), tmp_path / "spectra.jsonl"
