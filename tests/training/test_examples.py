@@ -112,6 +112,16 @@ def test_accelerate(run):
     check(run("layerwise_accelerate")["optimizer"].optimizer, 20)
 
 
+def test_a_monitor_with_accelerate(run, tmp_path):
+    accelerator = run("monitor_accelerate")["accelerator"]
+    steps = htsr.Trajectory.load(tmp_path / "run" / "trajectory.jsonl").steps
+    assert {*steps} <= {5, 10, 15, 20}
+    monitor = htsr.SpectralMonitor(torch.nn.Linear(64, 64))
+    accelerator._custom_objects[:] = [monitor]
+    accelerator.load_state("run/checkpoint-20")
+    assert monitor.state_dict() == {"steps": 20}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="lightning is not installed")
 def test_lightning(run):
     trainer = run("layerwise_lightning")["trainer"]
