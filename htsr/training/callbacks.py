@@ -12,6 +12,7 @@ from htsr.training.layerwise.hooks import engine_of
 from htsr.training.layerwise.policy import PolicyLike, make_policy
 from htsr.training.layerwise.wrapper import layerwise, log_values
 from htsr.training.sampling.sampler import LayerSampler
+from htsr.training.trainer_log import Log, log_of_trainer
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -97,6 +98,7 @@ class LayerSamplerCallback(TrainerCallback):
 
     def __init__(self, sampler: LayerSampler) -> None:
         self.sampler = sampler
+        self._log: Log | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Freeze what does not train now: the model is wrapped, the optimizer made and, when resuming, loaded.
@@ -105,8 +107,9 @@ class LayerSamplerCallback(TrainerCallback):
             UsageError: `LayerSampler.attach` refuses the optimizer.
         """
         self.sampler.attach(kwargs["optimizer"])
+        self._log = log_of_trainer()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Log the lowest block that trains; backward ends there when the embedding is frozen."""
-        if logs is not None and "loss" in logs:
-            logs["lowest_active_block"] = self.sampler.active[0]
+        if logs is not None and "loss" in logs and self._log is not None:
+            self._log({"lowest_active_block": self.sampler.active[0]}, state.global_step)

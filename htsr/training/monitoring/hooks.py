@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from htsr.training.trainer_log import Log, log_of_trainer
+
 if TYPE_CHECKING:
-    from types import FrameType
-
     import torch
-
-Log = Callable[[dict[str, float], int], Any]
 
 
 class Hooks(TrainerCallback):
@@ -68,7 +65,7 @@ class Hooks(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin; the Trainer calls it."""
-        self._begin(kwargs["model"], state.global_step, args.output_dir, _log_of_trainer())
+        self._begin(kwargs["model"], state.global_step, args.output_dir, log_of_trainer())
         for entry in state.log_history:
             self._evaluated_by(entry, "eval_loss")
 
@@ -115,20 +112,3 @@ class Hooks(TrainerCallback):
 
 def _nothing(*_: Any, **__: Any) -> None:
     pass
-
-
-def _log_of_trainer() -> Log | None:
-    """How the Trainer that calls logs; None where there is none.
-
-    A callback is handed model and optimizer, and not the Trainer. To add values in `on_log` would be too late: trackers
-    come before the callbacks of a user. TRL's trainers add means of what they have counted since their last log to
-    whatever is logged, and begin again: theirs is passed by.
-    """
-    from transformers import Trainer
-
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if isinstance(trainer := frame.f_locals.get("self"), Trainer):
-            return lambda values, _: Trainer.log(trainer, values)
-        frame = frame.f_back
-    return None

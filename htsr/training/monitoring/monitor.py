@@ -17,9 +17,10 @@ from htsr.ranks import Ranks
 from htsr.spectra.metrics import NUMERIC
 from htsr.training.monitoring.alarms import Sign, Watch
 from htsr.training.monitoring.budget import Budget
-from htsr.training.monitoring.hooks import Hooks, Log
+from htsr.training.monitoring.hooks import Hooks
 from htsr.training.monitoring.record import Earlier, Record
 from htsr.training.monitoring.rounds import Rounds
+from htsr.training.trainer_log import Log
 
 if TYPE_CHECKING:
     import torch

@@ -102,6 +102,17 @@ def test_one_callback_serves_two_trainings(tmp_path):
         assert Trajectory.load(tmp_path / name / "trajectory.jsonl").steps == (2,)
 
 
+def test_a_sampler_tells_trackers_its_lowest_block(tmp_path):
+    """Trackers have logged before a callback of the user could add to what is logged."""
+    made = trainer(tmp_path, 8, htsr.SpectralMonitor())
+    made.add_callback(htsr.LayerSamplerCallback(htsr.LayerSampler(made.model, active=1)))
+    made.train()
+    assert [(step, logs["lowest_active_block"]) for step, logs in seen(made) if "lowest_active_block" in logs] == [
+        (4, 0),
+        (8, 0),
+    ]
+
+
 class FakeLightning:
     """Calls callbacks as Lightning's Trainer does: hooks by name, with the trainer and the module first."""
 

@@ -1,0 +1,34 @@
+"""How a callback logs by the transformers Trainer that calls it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+Log = Callable[[dict[str, float], int], Any]
+
+
+def log_of_trainer() -> Log | None:
+    """How the Trainer that calls logs values at a step, which is that of now; None where there is none.
+
+    A callback is handed model and optimizer, and not the Trainer. To add values in `on_log` would be too late: trackers
+    come before the callbacks of a user. TRL's trainers add means of what they have counted since their last log to
+    whatever is logged, and begin again: their own `log` is passed by.
+
+    Examples:
+        >>> from htsr.training.trainer_log import log_of_trainer
+        >>> log_of_trainer() is None  # no Trainer has called this
+        True
+    """
+    from transformers import Trainer
+
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if isinstance(trainer := frame.f_locals.get("self"), Trainer):
+            return lambda values, _: Trainer.log(trainer, values)
+        frame = frame.f_back
+    return None
