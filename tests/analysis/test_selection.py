@@ -217,3 +217,40 @@ def test_the_command(capsys, tmp_path):
     file = tmp_path / "unfrozen.yaml"
     assert run(capsys, "select", folder, "--for", "axolotl", "--output", str(file), "-q")[:2] == (0, "")
     assert file.read_text().startswith("unfrozen_parameters:\n- ^model.layers.")
+
+
+def test_stacked_experts_are_adapted_as_parameters():
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_experts=2, num_experts_per_tok=1, vocab_size=32, head_dim=16,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.model.layers[1].parameters():
+            if parameter.ndim > 1:
+                left, right = (
+                    torch.randn(*parameter.shape[:-1], 1),
+                    torch.randn(*parameter.shape[:-2], 1, parameter.shape[-1]),
+                )
+                parameter += left * right
+    selection = htsr.select(model, top=0.5)
+    experts = [name for name in selection.names if ".experts." in name]
+    assert experts == [f"model.layers.1.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")]
+    tuned = get_peft_model(model, LoraConfig(**selection.peft(rank=3)))
+    ranks = {
+        name: parameter.shape[0]
+        for name, parameter in tuned.named_parameters()
+        if parameter.requires_grad and name.endswith("lora_A.default.weight")
+    }
+    assert sum("experts" in name for name in ranks) == 2
+    assert all("layers.1." in name for name in ranks)
+    assert all(rank == (2 * 6 if "experts" in name else 6) for name, rank in ranks.items())  # one for each expert
+    patterns = [re.compile(line) for line in selection.export("regex").splitlines()]
+    base = Qwen3MoeForCausalLM(config)
+    trained = _unfrozen(base, lambda name: any(pattern.match(name) for pattern in patterns))
+    assert {*experts} < trained
+    assert len(trained) == len(selection.names)
