@@ -63,6 +63,12 @@ class WeightPair:
         return self.a.cost + self.b.cost
 
     @property
+    def is_comparable(self) -> bool:
+        """Whether one can be laid over the other: they have one shape, transposed or not, and one order of rows."""
+        alike = sorted(self.a.shape) == sorted(self.b.shape) and self.a.pieces == self.b.pieces
+        return alike and self.a.axes.order == self.b.axes.order
+
+    @property
     def is_transposed(self) -> bool:
         """Whether one of the two is stored transposed: told by the shapes, of square matrices by what is known."""
         if self.a.shape != self.b.shape:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from htsr.analysis.distance import squared_norm
 from htsr.analysis.matching import match
+from htsr.analysis.pairs import WeightPair
 from htsr.analysis.sharing import share
 from htsr.errors import MatrixError
 from htsr.matrices.models import Model, WeightMatrix
@@ -40,7 +41,8 @@ class Reference:
     ) -> dict[str, float]:
         """The length of the change of each matrix, by name.
 
-        Matrices are missing that the reference does not have in their shape, or that have no numbers.
+        Matrices are missing that the reference does not have in their shape, that have no numbers, or whose rows are in
+        an order that is not known.
 
         Args:
             measured: matrices that were measured: weights or their changes.
@@ -52,7 +54,7 @@ class Reference:
         pairs = []
         for row, other in match(list(map(_labels, measured)), list(map(_labels, self.model))):
             old, new = before[other.name], after.get(row.name) or after.get(other.name)
-            if new is not None and (new.shape, new.pieces) == (old.shape, old.pieces):
+            if new is not None and WeightPair(new, old).is_comparable:
                 pairs.append((row.name, new, old))
         mine = share([new.cost for _, new, _ in pairs], ranks.size)[ranks.rank]
         found = ranks.gather_from(lambda: [(pairs[i][0], self._length(*pairs[i][1:])) for i in mine])
@@ -63,8 +65,10 @@ class Reference:
             before = old.read()
             if old.name not in self.squared:
                 self.squared[old.name] = squared_norm(before)
-            whole = self.squared[old.name]
-            return math.sqrt(squared_norm(new.read(), before) / whole) if 0 < whole < math.inf else math.nan
+            whole, after = self.squared[old.name], new.read()
+            if WeightPair(new, old).is_transposed:
+                after = after.swapaxes(-1, -2)
+            return math.sqrt(squared_norm(after, before) / whole) if 0 < whole < math.inf else math.nan
 
         found = attempted(length)
         return found if not isinstance(found, MatrixError) and math.isfinite(found) else None

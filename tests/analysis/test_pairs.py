@@ -14,6 +14,7 @@ import htsr
 from htsr.analysis import execution
 from htsr.analysis.analyze import analyze_model, make_options
 from htsr.analysis.comparing import compare_analyses
+from htsr.analysis.reference import Reference
 from htsr.matrices.sources import open_model
 from htsr.spectra.subspaces import Directions, by_head, directions
 from tests.models import save_folder, state_dict
@@ -130,6 +131,35 @@ def test_a_transposed_matrix_is_noted_and_a_square_one_without_evidence_is_not_t
     turned = {name: W.T.contiguous() for name, W in square.items()}
     (pair,) = htsr.compare(square, turned, **OPTIONS)
     assert pair.distance.relative > 1
+
+
+def test_square_experts_of_which_one_side_has_no_configuration_are_not_turned():
+    """gpt-oss stores its experts (in, out) and all square: a state dict does not tell, and is stored alike."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "head_dim": 8, "num_local_experts": 2, "layer_types": ["full_attention"]}  # fmt: skip
+    base, tuned = made("GptOss", **sizes), trained(made("GptOss", **sizes))
+    for other in (tuned, dict(tuned.state_dict())):
+        pairs = [pair for pair in htsr.compare(base, other, directions=2, **OPTIONS) if "expert.down" in pair.a.role]
+        assert len(pairs) == 2
+        for e, pair in enumerate(pairs):
+            A, B = (model.model.layers[0].mlp.experts.down_proj[e].detach().T for model in (base, tuned))
+            assert numbers(pair.directions) == pytest.approx(numbers(directions(A, B, 2)))
+            assert pair.notes == ()
+
+
+def test_the_length_of_a_change_does_not_feel_the_layout_either():
+    """What `htsr track` divides by the base: of GPT-2's Conv1D and nanoGPT's Linear, and not where rows may differ."""
+    base, tuned = open_model(gpt2()), open_model(as_nanogpt(trained(gpt2())))
+    expected = {pair.b.name: pair.distance.relative for pair in htsr.compare(gpt2(), trained(gpt2()), **OPTIONS)}
+    found = Reference(base).relative(tuned, tuned)
+    assert len(found) == len(expected)
+    for name, relative in found.items():
+        assert relative == pytest.approx(expected[name], rel=1e-5)
+    unknown = [replace(m, axes=replace(m.axes, order="not known")) if m.role == "attn.q" else m for m in tuned]
+    missing = replace(tuned, matrices=tuple(unknown))
+    assert found.keys() - Reference(base).relative(missing, missing).keys() == {
+        matrix.name for matrix in tuned if matrix.role == "attn.q"
+    }
 
 
 def test_numbers_are_those_of_the_functions():
