@@ -1,39 +1,31 @@
 """Which numbers of directions tell full fine-tuning, LoRA and OwLore apart, and which go with forgetting.
 
-The models are fine-tuned on questions at the rates of `reports.repair`, which forget, and at four times OwLore's rate
-above; briefly, in float32. Forgetting is the rise of the loss on the Python language reference, which none was trained
-on. It is also shared out: how much the loss falls when one block's change is undone.
+The small model of `reports.repair` is fine-tuned on the Python language reference by each method, at rates that forget.
+Forgetting is the rise of the loss on sources of the standard library, on which the base was trained. It is also shared
+out: by how much the loss falls when the change of one matrix is undone.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import htsr
 from htsr.errors import MatrixError
 from htsr.matrices.models import Model
 from htsr.matrices.sources import open_model
 from htsr.spectra.subspaces import directions
-from reports import common
 from reports.checkpoints.measuring import Matrix, Row, auc, cached, changed, column, generator, spearman
-from reports.repair import training
-from reports.repair.evaluating import Size, load, reference, text_losses
+from reports.repair import small
+from reports.repair.evaluating import load, text_losses
 
-STEPS, BATCH, TOKENS = 20, 2, 64
-OWLORE: dict[str, Any] = {
-    "method": "owlore",
-    "sampling": {"active": 6, "interval": 4},
-    "low_rank": {"rank": 64, "scale": 1.0, "refresh_every": 20},
-    "training": {"learning_rate": 1.6e-3},
-}
-OWN = training.ARMS | {"owlore": OWLORE}
-ARMS = tuple(OWN)
-BLOCKS = range(0, 30, 3)
-TEXT = Size(windows=4, tokens=64, questions=0, asked=0)
+STEPS = 60
+RATES = small.RATES | {"owlore": 3e-3}
+ARMS = tuple(RATES)
+WINDOWS = 24  # of held-out text
 K = 10
 
 NUMBERS = {
@@ -57,51 +49,81 @@ NUMBERS = {
 SHAPE = ("left_excess", "right_excess", "share_left", "share_right", "share_both", "share_scaling", "effective_rank")
 
 
-def study(work: Path, data: Path | None, seeds: range, only_finished: bool) -> dict[str, Any]:
+def study(work: Path, seeds: range) -> dict[str, Any]:
     """Numbers by method, how well they tell the method, and what goes with forgetting."""
     work.mkdir(parents=True, exist_ok=True)
-    if not only_finished:
-        if data is None:
-            raise SystemExit("this section fine-tunes on questions: --data FOLDER says where they are")
-        training.questions(data, work)
+    base = base_of(work)
     runs = []
     for seed in seeds:
         for arm in ARMS:
-            if not only_finished and not training.is_there(arm, seed, work):
-                tune(arm, seed, work)
-            if training.is_there(arm, seed, work):
-                runs.append(cached(work / f"turned-{arm}-{seed}.json", lambda a=arm, s=seed: run(a, s, work)))  # type: ignore[misc]
-                print(f"{arm}, seed {seed}: turned", flush=True)
+            file = work / f"turned-{arm}-{seed}.json"
+            runs.append(cached(file, lambda a=arm, s=seed: run(base, tuned(base, a, s), a, s)))  # type: ignore[misc]
+            print(f"{arm}, seed {seed}: turned", flush=True)
     return summary(runs)
 
 
-def tune(arm: str, seed: int, work: Path) -> None:
-    """Fine-tune briefly."""
-    like = training.recipe("full", seed, work)
-    brief = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": BATCH,
-        "max_length": TOKENS,
-        "warmup_steps": 2,
-        "bf16": False,
-    }
-    output = work / f"{arm}-{seed}"
-    shutil.rmtree(output, ignore_errors=True)
-    whole = like | OWN[arm] | {"output": str(output), "training": like["training"] | OWN[arm]["training"] | brief}
-    whole["data"] = {"train": whole["data"]["train"], "limit": 2 * STEPS * BATCH}
-    common.finetune(whole)
+def base_of(work: Path) -> Path:
+    """The base, made once: that of the study of repair."""
+    folder = work / f"small-base-{small.FULL.base}"
+    if not (folder / "model.safetensors").exists():
+        model = small.model_of()
+        small.train(model, small.sources()[0], small.FULL.base, 3e-3, seed=0)
+        model.save_pretrained(folder)
+    return folder
 
 
-def run(arm: str, seed: int, work: Path) -> dict[str, Any]:
-    """Rows of the matrices of some blocks, the loss before and after, and with each of these blocks undone."""
-    folder, base = work / f"{arm}-{seed}", common.smollm2(work)
-    rows = list(compared(only(open_model(base)), only(open_model(folder))))
-    return {"arm": arm, "seed": seed, "rows": rows, **forgetting(base, folder)}
+def tuned(base: Path, arm: str, seed: int, steps: int = STEPS) -> Any:
+    """The base fine-tuned; LoRA merged into it."""
+    learn = small.reference()[0]
+    model = load(base)
+    if arm != "owlore":
+        return small.tune(model, arm, learn, steps, RATES[arm], seed)
+    outliers = htsr.measure_outliers(
+        model, _bytes, [bytes(w.tolist()).decode("latin-1") for w in small.windows(learn, 4)]
+    )
+    sampler = htsr.LayerSampler(model, "owlore", scores=outliers, active=2, interval=5, seed=seed)
+    optimizer = htsr.LowRankAdamW(htsr.low_rank_groups(model, rank=16), lr=RATES[arm], weight_decay=0.01)
+    sampler.attach(optimizer)
+    small.train(model, learn, steps, RATES[arm], seed, optimizer=optimizer)
+    return model
 
 
-def only(model: Model) -> Model:
-    """The matrices of the blocks that are looked at."""
-    return Model(model.label, tuple(m for m in model if m.block in BLOCKS))
+def _bytes(texts: list[str], **_: Any) -> Any:
+    """A tokenizer of one token a byte."""
+    import torch
+    from transformers import BatchEncoding
+
+    ids = torch.tensor([list(text.encode("latin-1")) for text in texts])
+    return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def run(base: Path, model: Any, arm: str, seed: int) -> dict[str, Any]:
+    """Rows of the matrices that changed, the loss on held-out sources before and after, and with each of them undone."""
+    import torch
+
+    before, after = load(base), model.eval()
+    rows = list(compared(blocks(open_model(before)), blocks(open_model(after))))
+    text = small.windows(small.sources()[1], WINDOWS)
+
+    def loss(of: Any) -> float:
+        return float(np.mean(text_losses(of, text)))
+
+    found: dict[str, Any] = {"arm": arm, "seed": seed, "rows": rows, "before": loss(before), "after": loss(after)}
+    olds = dict(before.named_parameters())
+    for row in rows:
+        name = f"{row['name']}.weight"
+        mine = after.get_parameter(name)
+        kept = mine.detach().clone()
+        with torch.no_grad():
+            mine.copy_(olds[name])
+            row["gives_back"] = found["after"] - loss(after)
+            mine.copy_(kept)
+    return found
+
+
+def blocks(model: Model) -> Model:
+    """The matrices of the blocks."""
+    return Model(model.label, tuple(m for m in model if m.block is not None))
 
 
 def compared(base: Model, tuned: Model) -> Iterator[Row]:
@@ -143,33 +165,6 @@ def numbers(found: Any) -> Row:
         "overlap_left_null": 1 - found.overlap_left_null,
         **{name: over(name) for name in ratios},
     }
-
-
-def forgetting(base: Path, folder: Path) -> dict[str, Any]:
-    """Losses on the reference text in nats per token: of the base, of the tuned model, and with one block undone."""
-    import torch
-    from transformers import AutoTokenizer
-
-    before, model = load(base), load(folder)
-    text = reference(AutoTokenizer.from_pretrained(base), TEXT)
-
-    def loss(of: Any) -> float:
-        return float(np.mean(text_losses(of, text)))
-
-    found: dict[str, Any] = {"before": loss(before), "after": loss(model), "undone": {}}
-    olds = dict(before.named_parameters())
-    for block in BLOCKS:
-        mine = {name: p for name, p in model.named_parameters() if f"layers.{block}." in name}
-        if all(torch.equal(p, olds[name]) for name, p in mine.items()):
-            continue
-        kept = {name: p.detach().clone() for name, p in mine.items()}
-        with torch.no_grad():
-            for name, p in mine.items():
-                p.copy_(olds[name])
-            found["undone"][str(block)] = loss(model)
-            for name, p in mine.items():
-                p.copy_(kept[name])
-    return found
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -224,17 +219,13 @@ def across(runs: list[dict[str, Any]], key: str) -> float:
     return spearman(means, np.array([r["after"] - r["before"] for r in runs]))
 
 
-def within(runs: list[dict[str, Any]], key: str) -> Row:
-    """Spearman over the blocks of a run of the mean number and of what undoing the block gives back; by method."""
+def within(runs: list[dict[str, Any]], key: str) -> dict[str, float]:
+    """Spearman over the matrices of a run of a number and of what undoing the matrix gives back; mean by method."""
     found: dict[str, list[float]] = {}
     for r in runs:
-        blocks = [int(block) for block in r["undone"]]
-        rows = {block: [row for row in r["rows"] if row["block"] == block] for block in blocks}
-        blocks = [block for block in blocks if rows[block]]
-        if len(blocks) > 4:
-            gives_back = np.array([r["after"] - r["undone"][str(block)] for block in blocks])
-            means = np.array([column(rows[block], key).mean() for block in blocks])
-            found.setdefault(r["arm"], []).append(spearman(means, gives_back) if np.ptp(means) > 0 else 0.0)
+        values = column(r["rows"], key)
+        rho = spearman(values, column(r["rows"], "gives_back")) if np.ptp(values) > 0 else 0.0
+        found.setdefault(r["arm"], []).append(rho)
     return {arm: float(np.mean(values)) for arm, values in found.items()}
 
 
@@ -252,13 +243,9 @@ def quick(model: Model) -> dict[str, Any]:
         return W * np.float32(1.05)
 
     base = Model(model.label, tuple(m for m in model if m.block == 0))
-    losses = {"before": 0.0, "after": 0.0, "undone": {}}
-    return summary(
-        [
-            {"arm": arm, "seed": 0, "rows": list(compared(base, changed(base, how))), **losses}
-            for arm, how in (("full", full), ("lora", lora), ("owlore", own))
-        ]
-    )
+    arms = (("full", full), ("lora", lora), ("owlore", own))
+    rows = {arm: [row | {"gives_back": 0.0} for row in compared(base, changed(base, how))] for arm, how in arms}
+    return summary([{"arm": arm, "seed": 0, "rows": rows[arm], "before": 0.0, "after": 0.0} for arm in ARMS])
 
 
 def _added(W: Matrix, noise: Matrix) -> Matrix:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reports import common
-from reports.checkpoints.turned import ARMS, BATCH, BLOCKS, NUMBERS, STEPS, TEXT, TOKENS, K
+from reports.checkpoints.turned import ARMS, NUMBERS, STEPS, WINDOWS, K
 
 VERDICT = Path(__file__).parent / "turned_verdict.md"
 LABELS = {"full": "full", "lora": "LoRA", "owlore": "OwLore"}
@@ -19,9 +19,9 @@ def section(found: dict[str, Any]) -> str:
     counts = ", ".join(f"{sum(r['arm'] == arm for r in found['runs'])} {LABELS[arm]}" for arm in ARMS)
     return f"""## Directions
 
-`htsr compare BASE TUNED --directions {K}` on SmolLM2-135M-Instruct after {STEPS} steps of {BATCH} × {TOKENS} tokens on questions, at
-rates that forget (`turned.py`): {counts}, {len(BLOCKS)} of the 30 blocks. Where a name says so a number is divided by its null; 1 is
-what a Gaussian change of the same norm gives.
+`htsr compare BASE TUNED --directions {K}` on the small model of `reports/repair` (4 blocks of width 128, trained on the
+sources of the standard library), fine-tuned for {STEPS} steps on the Python language reference at rates that forget: {counts}.
+Where a name says so a number is divided by its null; 1 is what a Gaussian change of the same norm gives.
 
 {VERDICT.read_text() if VERDICT.exists() else ""}
 ### What the methods leave
@@ -37,11 +37,11 @@ Area under the ROC curve between the matrices of two methods, 0.50 is chance; �
 {named_text(found["named"])}
 ### Which goes with forgetting
 
-Loss on {TEXT.windows} × {TEXT.tokens} tokens of the Python language reference, in nats per token, which none was trained on.
+Loss on {WINDOWS} windows of held-out sources, in nats per byte.
 
 {forgetting_table(found["runs"])}
-Spearman of a number and forgetting: over the runs, of its mean; and over the blocks of each run (mean over runs), of its
-mean in the block and how much the loss falls when the block's change is undone.
+Spearman of a number and forgetting: over the runs, of its mean; and over the matrices of a run (mean over runs), with how
+much the loss falls when the change of this matrix is undone.
 
 {predictor_table(found)}"""
 
@@ -93,6 +93,6 @@ def predictor_table(found: dict[str, Any]) -> str:
     rows = []
     for key, label in NUMBERS.items():
         of_runs = f"{found['across'][key]:+.2f}" if found["across"] else "–"
-        of_blocks = [f"{found['within'][key][arm]:+.2f}" if arm in found["within"][key] else "–" for arm in arms]
-        rows.append([label, of_runs, *of_blocks])
-    return common.table(["number", f"{len(found['runs'])} runs", *(f"blocks, {LABELS[arm]}" for arm in arms)], rows)
+        of_matrices = [f"{found['within'][key][arm]:+.2f}" if arm in found["within"][key] else "–" for arm in arms]
+        rows.append([label, of_runs, *of_matrices])
+    return common.table(["number", f"{len(found['runs'])} runs", *(f"matrices, {LABELS[arm]}" for arm in arms)], rows)

@@ -55,10 +55,19 @@ def model_of() -> Any:
     return LlamaForCausalLM(LlamaConfig(vocab_size=BYTES, bos_token_id=10, tie_word_embeddings=True, **sizes))
 
 
-def train(model: Any, tokens: torch.Tensor, steps: int, rate: float, seed: int, batch: int = 12) -> None:
-    """AdamW on random windows, warm-up over a tenth, then down to 0."""
+def train(
+    model: Any,
+    tokens: torch.Tensor,
+    steps: int,
+    rate: float,
+    seed: int,
+    batch: int = 12,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """AdamW, or another optimizer, on random windows, warm-up over a tenth, then down to 0."""
     draw = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.01)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.01)
     ramp = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / ramp, (steps - step) / (steps - ramp))
@@ -128,7 +137,7 @@ def study(work: Path, steps: Steps) -> list[dict[str, Any]]:
         for seed in range(steps.seeds):
             model = AutoModelForCausalLM.from_pretrained(base)
             tuned, repaired = work / "small-tuned", work / "small-repaired"
-            _tune(model, arm, learn, steps.tuned, rate, seed).save_pretrained(tuned)
+            tune(model, arm, learn, steps.tuned, rate, seed).save_pretrained(tuned)
             runs.append({"arm": arm, "seed": seed, "setting": "ΔW", "norm_kept": 1.0, **answers(tuned)})
             for setting, options in (LINE | REPAIRS).items():
                 shutil.rmtree(repaired, ignore_errors=True)
@@ -141,7 +150,7 @@ def study(work: Path, steps: Steps) -> list[dict[str, Any]]:
     return runs
 
 
-def _tune(model: Any, arm: str, tokens: torch.Tensor, steps: int, rate: float, seed: int) -> Any:
+def tune(model: Any, arm: str, tokens: torch.Tensor, steps: int, rate: float, seed: int) -> Any:
     """The model after fine-tuning; LoRA merged into it."""
     torch.manual_seed(seed)
     if arm == "full":

@@ -114,14 +114,12 @@ def test_directions_are_summed_up_by_method_and_set_beside_forgetting():
 
     def made(arm, seed, size):
         rows = [
-            {"name": f"{block}.{i}", "role": "mlp.up", "block": block}
+            {"name": str(i), "role": "mlp.up", "block": 0, "gives_back": i / 100}
             | {key: float(random.random()) for key in turned.NUMBERS}
-            | {"relative": size * (1 + block)}
-            for block in turned.BLOCKS
-            for i in range(2)
+            | {"relative": size * (1 + i / 30)}
+            for i in range(30)
         ]
-        undone = {str(block): 3.0 - size * (1 + block) / 10 for block in turned.BLOCKS}
-        return {"arm": arm, "seed": seed, "rows": rows, "before": 3.0 - size, "after": 3.0, "undone": undone}
+        return {"arm": arm, "seed": seed, "rows": rows, "before": 3.0 - size, "after": 3.0}
 
     sizes = {"full": 0.1, "lora": 10.0, "owlore": 1000.0}
     runs = [made(arm, seed, size * (1 + seed)) for arm, size in sizes.items() for seed in range(2)]
