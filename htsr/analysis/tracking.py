@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -113,21 +114,24 @@ def track(
     run = _Run(settings, as_filter(where), against, _reference(checkpoints, header, against, ranks), ranks)
     problems: dict[str, str] = {}
     failures: list[SourceError] = []
-    for number, checkpoint in enumerate(checkpoints):
-        report = None if progress is None else partial(_report, progress, number / len(checkpoints), len(checkpoints))
-        try:
-            found = run.measured(checkpoint, points, report, in_journal=save is not None)
-        except SourceError as error:
-            if len(checkpoints) == 1 and checkpoint.label not in points.by_source:
-                raise
-            failures.append(error)
-            is_last = checkpoint is checkpoints[-1]
-            if ranks.of_first(partial(_is_problem, checkpoint, is_last, str(error), points)):
-                problems[checkpoint.label] = str(error)
-            continue
-        ranks.of_first(partial(_append, file, found))
-        for point in found:
-            points.add(point)
+    with file or nullcontext():
+        for number, checkpoint in enumerate(checkpoints):
+            report = (
+                None if progress is None else partial(_report, progress, number / len(checkpoints), len(checkpoints))
+            )
+            try:
+                found = run.measured(checkpoint, points, report, in_journal=save is not None)
+            except SourceError as error:
+                if len(checkpoints) == 1 and checkpoint.label not in points.by_source:
+                    raise
+                failures.append(error)
+                is_last = checkpoint is checkpoints[-1]
+                if ranks.of_first(partial(_is_problem, checkpoint, is_last, str(error), points)):
+                    problems[checkpoint.label] = str(error)
+                continue
+            ranks.of_first(partial(_append, file, found))
+            for point in found:
+                points.add(point)
     if failures and not points.by_source:
         raise failures[0]
     return trajectory_of(header, points, problems)
