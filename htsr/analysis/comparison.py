@@ -225,7 +225,7 @@ class Comparison(Tabular):
 def _in_words(found: Sequence[Directions]) -> str:
     """Means of directions, each beside its null, in a sentence."""
     mean = means(found)
-    left, right = (_beside_null(mean, f"overlap_{side}", ".3f") for side in ("left", "right"))
+    left, right = (_beside_null(mean, f"overlap_{side}", ".4f") for side in ("left", "right"))
     count, where = sum(one.intruders for one in found), sum(one.intruders > 0 for one in found)
     return (
         f"mean overlap of the leading directions {left} left and {right} right (in brackets: a Gaussian change of the "

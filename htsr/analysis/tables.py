@@ -131,10 +131,10 @@ def _in_both(title: str, field: str, format: str) -> tuple[Column, Callable[[Rec
 
 
 _DIRECTIONS: tuple[tuple[Column, Callable[[Record], Value]], ...] = (
-    _in_both("U overlap", "overlap_left", ".3f"),
-    _in_both("U null", "overlap_left_null", ".3f"),
-    _in_both("V overlap", "overlap_right", ".3f"),
-    _in_both("V null", "overlap_right_null", ".3f"),
+    _in_both("U overlap", "overlap_left", ".4f"),
+    _in_both("U null", "overlap_left_null", ".4f"),
+    _in_both("V overlap", "overlap_right", ".4f"),
+    _in_both("V null", "overlap_right_null", ".4f"),
     _in_both("angle °", "angle_left", ".1f"),
     _in_both("intruders", "intruders", ".0f"),
     _in_both("eff. rank", "effective_rank", ".0f"),
