@@ -201,7 +201,7 @@ def write_up(results: dict[str, Any], folder: Path) -> None:
     verdict = folder / "verdict.md"
     text = f"""# Can a fine-tuned model be repaired from its weights alone?
 
-{first_line(found)}
+{first_line(found)}{"" if any("SmolLM2" in name for name in found) else " All on the small model; no repair of SmolLM2 has been asked yet."}
 
 `python -m reports.repair --data FOLDER --work FOLDER` makes this page. {common.facts(results["machine"])}
 
@@ -222,7 +222,8 @@ divergence of the model from its base).
     if models:
         plot(runs, folder / "repair.png")
         text += "\n![SmolLM2: what is kept against what is forgotten](repair.png)\n" + sections(runs)
-        text += f"\n### What is kept of a change\n\nMedian share of the directions, by role.\n\n{kept_table(runs)}"
+        if kept := kept_table(runs):
+            text += f"\n### What is kept of a change\n\nMedian share of the directions, by role.\n\n{kept}"
     if small:
         plot(small["runs"], folder / "small.png")
         steps = small["steps"]
@@ -240,9 +241,10 @@ for {steps["tuned"]} on the Python language reference, {steps["seeds"]} seeds: f
 
 def sections(runs: list[Run]) -> str:
     """The tables of each arm."""
-    text = ""
-    for arm, settings in compared(runs).items():
-        text += f"\n### {arm}\n\n{line_table(runs, arm)}\n{repairs_table(runs, settings, arm)}"
+    text, found = "", compared(runs)
+    for arm in dict.fromkeys(r["arm"] for r in runs if r["arm"] != "base"):
+        text += f"\n### {arm}\n\n{line_table(runs, arm)}\n"
+        text += repairs_table(runs, found[arm], arm) if arm in found else "No repair has been asked yet.\n"
     return text + f"\n{untouched(runs)}"
 
 
