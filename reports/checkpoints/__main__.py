@@ -43,7 +43,7 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         if args.only_directions:
             kept = json.loads((HERE / "results.json").read_text())
-            kept["directions"] = measuring.rounded(turned.study(work, range(3)))
+            kept["directions"] = measuring.rounded(turned.study(work, range(3), args.only_finished))
             (HERE / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
             rewrite()
             return
@@ -62,7 +62,7 @@ def main() -> None:
             seeds = range(args.seeds)
             base = rows.get(SMOLLM2, {}).get("trained", [])
             results["finetuned"] = finetuned.study(work, base, seeds, args.only_finished)
-            results["directions"] = turned.study(work, range(3))
+            results["directions"] = turned.study(work, range(3), args.only_finished)
     if args.quick:
         from reports.checkpoints.turned_text import told_table
         from reports.checkpoints.writing import quantized_table, separation_table

@@ -49,7 +49,7 @@ NUMBERS = {
 SHAPE = ("left_excess", "right_excess", "share_left", "share_right", "share_both", "share_scaling", "effective_rank")
 
 
-def study(work: Path, seeds: range) -> dict[str, Any]:
+def study(work: Path, seeds: range, only_finished: bool) -> dict[str, Any]:
     """Numbers by method, how well they tell the method, and what goes with forgetting."""
     work.mkdir(parents=True, exist_ok=True)
     base = base_of(work)
@@ -57,6 +57,8 @@ def study(work: Path, seeds: range) -> dict[str, Any]:
     for seed in seeds:
         for arm in ARMS:
             file = work / f"turned-{arm}-{seed}.json"
+            if only_finished and not file.exists():
+                continue
             runs.append(cached(file, lambda a=arm, s=seed: run(base, tuned(base, a, s), a, s)))  # type: ignore[misc]
             print(f"{arm}, seed {seed}: turned", flush=True)
     return summary(runs)
