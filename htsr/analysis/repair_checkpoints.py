@@ -123,7 +123,11 @@ class _Repairer:
 
 
 def row_of(matrix: WeightMatrix) -> RepairedMatrix:
-    """The row of a matrix of which nothing is known yet."""
+    """The row of a matrix of which nothing is known yet.
+
+    Args:
+        matrix: matrix of the fine-tuned model.
+    """
     rows, columns = matrix.shape
     return RepairedMatrix(name=matrix.name, role=matrix.role, block=matrix.block, rows=rows, columns=columns)
 
@@ -238,7 +242,11 @@ def repair_checkpoint(
 
 
 def torch_of(tensor: StoredTensor) -> torch.Tensor:
-    """A stored tensor, read."""
+    """The numbers of a stored tensor, in its shape and dtype.
+
+    Args:
+        tensor: tensor of a checkpoint, unread.
+    """
     import torch
 
     return torch.as_tensor(tensor.read())

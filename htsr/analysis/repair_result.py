@@ -153,6 +153,10 @@ class Repair(Tabular):
         return (*found, f"{where}, {self.changed} of {len(self.matrices)} matrices changed")
 
     def record(self, folder: Path) -> None:
-        """Write ``htsr_repair.json`` into a folder."""
+        """Write ``htsr_repair.json``.
+
+        Args:
+            folder: folder of the repaired checkpoint, in which the file is put.
+        """
         content = {"htsr": __version__, **self.facts(), "matrices": self.records()}
         (folder / RECORD).write_text(json.dumps(content, indent=1) + "\n")

@@ -132,10 +132,24 @@ class Operator(Protocol[Own]):
     """What is done to each matrix, and the row that says so."""
 
     def leave(self, matrix: WeightMatrix, status: str, why: str) -> Own:
-        """The row of a matrix that is left as it is."""
+        """The row of a matrix that is left as it is.
+
+        Args:
+            matrix: matrix that is left.
+            status: why, in one word.
+            why: the same as a sentence.
+        """
 
     def operate(self, matrix: WeightMatrix, W: torch.Tensor) -> tuple[torch.Tensor | None, Own]:
-        """The changed matrix, or None for the same, and its row; a MatrixError leaves it as it is."""
+        """The changed matrix and its row; a MatrixError that is raised leaves the matrix as it is.
+
+        Args:
+            matrix: matrix to change.
+            W: its weights, (m, n) or (pieces, m, n), in their stored dtype.
+
+        Returns:
+            The changed weights in the shape of `W`, or None where they stay the same; and the row.
+        """
 
 
 def operate(
@@ -184,7 +198,11 @@ def operate(
 
 
 def obstacle(matrix: WeightMatrix) -> tuple[str, str] | None:
-    """Why a matrix cannot be written: a status and a sentence; None where it can."""
+    """Why a matrix cannot be written: a status and a sentence; None where it can.
+
+    Args:
+        matrix: matrix to be written.
+    """
     if matrix.problem is not None:
         return matrix.problem
     if matrix.dtype not in FLOATS or "de-quantised" in matrix.warning:

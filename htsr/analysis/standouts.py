@@ -193,7 +193,11 @@ def standouts(rows: Iterable[LayerMetrics]) -> tuple[Standout, ...]:
 
 
 def by_kind(found: Iterable[Standout]) -> list[list[Standout]]:
-    """Standouts grouped: those of one role that stand out by the same number, in the order of the clearest of each."""
+    """Standouts grouped: those of one role that stand out by the same number, in the order of the clearest of each.
+
+    Args:
+        found: standouts, the clearest first.
+    """
     kinds: dict[tuple[str, str], list[Standout]] = {}
     for standout in found:
         kinds.setdefault((standout.role, standout.metric), []).append(standout)

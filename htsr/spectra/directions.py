@@ -215,7 +215,14 @@ def rescaled(matrix: Array, vectors: torch.Tensor, ratios: Vector) -> Array:
 
 
 def stack(matrix: Array) -> torch.Tensor:
-    """(pieces, m, n), sharing the memory of `matrix`."""
+    """A matrix as a stack of pieces, (pieces, m, n), that shares its memory.
+
+    Args:
+        matrix: matrix, (m, n) or (pieces, m, n).
+
+    Raises:
+        UsageError: it has other dimensions.
+    """
     import torch
 
     if matrix.ndim not in (2, 3):
