@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import importlib.util
+import logging
 import math
 import types
 import warnings
@@ -20,6 +21,8 @@ from htsr.finetuning.recipe_values import kind_of, nearest
 
 if TYPE_CHECKING:
     from htsr.finetuning.recipe import Lora, Recipe
+
+logger = logging.getLogger(__name__)
 
 _OWN = {
     "output_dir": "output",
@@ -116,6 +119,11 @@ def training_arguments(recipe: Recipe) -> Any:
 
     arguments = _tried("training", recipe.training, recipe.training, made)
     _check_packages(arguments)
+    if arguments.bf16 and arguments.use_cpu and torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2"):
+        logger.warning(
+            "training.bf16: this processor has no instructions for bfloat16 and takes many times as long with it as in "
+            "float32; leave bf16 out"
+        )
     for keys, what in ((_OF_THE_OPTIMIZER, _optimizer), (_OF_THE_SCHEDULE, _schedule)):
         _tried("training", recipe.training, keys, lambda given, what=what: what(made(given)))  # type: ignore[misc]
     return arguments

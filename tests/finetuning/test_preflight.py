@@ -115,6 +115,16 @@ def test_how_much_is_cut_is_said_and_is_what_trl_cuts(tmp_path, model, train, tr
     assert labels == found.labels - found.lost
 
 
+def test_bfloat16_on_a_processor_without_it_is_said(tmp_path, model, monkeypatch, caplog):
+    from htsr.finetuning.arguments import training_arguments
+
+    recipe = recipe_of(tmp_path, model, SHORT, training={"bf16": True})
+    for capability, said in (("AVX512", 0), ("AVX2", 1)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        training_arguments(recipe)
+        assert caplog.text.count("training.bf16: this processor has no instructions") == said
+
+
 def test_held_out_records_that_are_all_cut_leave_the_model_saved(tmp_path, model, monkeypatch):
     """And by then the trained model and its optimizer are gone, when the saved one is loaded for the questions."""
     import htsr.finetuning.placing as module
