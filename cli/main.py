@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from htsr_cli import layerwise, repair, track
+from htsr_cli import layerwise, repair, select, track
 from htsr_cli.options import (
     Alternatives,
     Block,
@@ -52,7 +52,6 @@ from htsr_cli.options import (
     Xmin,
     is_given,
 )
-from htsr_cli.select import select
 
 from htsr._version import __version__
 
@@ -66,7 +65,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(layerwise.app, name="layerwise")
-app.command()(select)
 
 
 def _version(value: bool) -> None:
@@ -236,6 +234,10 @@ def compare(
         a, b, chosen, options, Words(quiet, verbose), target,
         base=base, directions=run.parse_directions(directions, "--directions"), html=html,
     )  # fmt: skip
+
+
+app.command()(track.track)
+app.command()(select.select)
 
 
 @app.command()
@@ -460,8 +462,7 @@ def project(
     )  # fmt: skip
 
 
-app.command("repair")(repair.repair)
-app.command("track")(track.track)
+app.command()(repair.repair)
 
 
 def main(args: list[str] | None = None) -> int:
