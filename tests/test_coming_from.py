@@ -148,7 +148,8 @@ def test_the_presets_are_as_the_table_has_them():
     rows = [row for row in tables(PAGES / "coming-from" / "layerwise.md") if "`llr`" in row]
     fields_shown = [row["htsr"].strip("`").removeprefix("Policy.") for row in rows]
     assert len(fields_shown) > 10
-    for name, policy in PRESETS.items():
+    published = {name: policy for name, policy in PRESETS.items() if name != "ends"}
+    for name, policy in published.items():
         stated = {field: row[f"`{name}`"] for field, row in zip(fields_shown, rows, strict=True)}
         del stated["bounds"]  # in words of their own
         if name == "tempbalance":

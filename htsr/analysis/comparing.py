@@ -65,7 +65,7 @@ def compare(
             the default is ``auto``, the base that the adapter names; two adapters are compared as their ΔW.
         where: filter of the matrices that are wanted, also in a finished analysis; all by default.
         directions: number of leading singular vectors that are compared, ``"erg"`` for those of the first model's
-            effective correlation space, ``"tail"`` for those of its power-law tail; None for none.
+            effective correlation space, ``"tail"`` for those of its power-law tail by ``ks``; None for none.
         full: whether to add bulk, permuted weights and alternatives to the power law.
         distributed: whether the ranks of `accelerate launch` or `torchrun` share the matrices.
         **options: options as in `htsr.analyze`, but ``hill`` is the default of `fit`: its α, an index of one shape,

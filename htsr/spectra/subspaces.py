@@ -64,7 +64,8 @@ def directions(
         a: base A, (m, n) or (pieces, m, n), any float dtype.
         b: trained matrix B, in the shape of `a`.
         k: number of leading directions, at most min(m, n) of which are taken; ``"erg"`` for those of A's effective
-            correlation space, ``"tail"`` for those of the power-law tail of A's eigenvalues.
+            correlation space, ``"tail"`` for those of the power-law tail of A's eigenvalues,
+            by ``ks``.
         stored: dtypes that the entries of A and of B were stored in, as torch names them; None for those they have.
         draws: number of Gaussian changes whose mean is the null where it has no closed form; 0 for none.
         seed: seed of the draws.

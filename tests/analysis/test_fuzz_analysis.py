@@ -13,6 +13,7 @@ from htsr_cli.output import Target
 
 import htsr
 from htsr.reporting import html
+from htsr.reporting.analysis_page import analysis_document
 from tests.models import state_dict
 
 HOSTILE = (
@@ -50,7 +51,7 @@ def is_shown(analysis):
         with redirect_stdout(io.StringIO()) as out:
             Target(format, None).write(analysis)
         assert out.getvalue()
-    page = html.render(analysis._page(), "plotly")
+    page = html.render(analysis_document(analysis._page()), "plotly")
     page.encode("utf-8", "replace")
     assert len(repr(analysis)) < 1000
     return True

@@ -229,7 +229,7 @@ def test_directions_of_a_spectrum(k):
     state = state_dict(blocks=1)
     random = torch.Generator().manual_seed(0)
     tuned = {name: W + 0.1 * W.std(correction=0) * torch.randn(W.shape, generator=random) for name, W in state.items()}
-    for pair in htsr.compare(state, tuned, directions=k, **OPTIONS):
+    for pair in htsr.compare(state, tuned, directions=k, fit="ks", **OPTIONS):
         expected = pair.a.erg_num if k == "erg" else pair.a.num_pl_tail
         assert pair.directions.k == expected
         assert 0 < pair.directions.overlap_left <= 1
