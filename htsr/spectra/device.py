@@ -95,7 +95,8 @@ def on_device(matrix: Array, device: str) -> torch.Tensor:
     import torch
 
     if isinstance(matrix, np.ndarray):  # torch warns of those nobody may write to, and takes none that run backwards
-        matrix = np.ascontiguousarray(matrix if matrix.flags.writeable else matrix.copy())
+        as_it_is = matrix.flags.writeable and min(matrix.strides, default=0) >= 0
+        matrix = np.ascontiguousarray(matrix if as_it_is else matrix.copy())
     return torch.as_tensor(matrix).detach().to(device, non_blocking=torch.device(device).type != "cpu")
 
 

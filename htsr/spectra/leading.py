@@ -167,7 +167,7 @@ def _eigenvectors(gram: torch.Tensor, k: int) -> torch.Tensor:
         from scipy.linalg import eigh
 
         vectors = eigh(gram.numpy(), subset_by_index=[M - k, M - 1], overwrite_a=True, check_finite=False)[1]
-        return torch.from_numpy(np.ascontiguousarray(vectors[:, ::-1]))
+        return torch.from_numpy(vectors[:, ::-1].copy())  # of 1 × 1, ascontiguousarray would keep the stride
     return torch.linalg.eigh(gram)[1][:, M - k :].flip(1)
 
 

@@ -100,6 +100,20 @@ def test_the_other_methods(models, tmp_path):
     assert float((left - change).norm()) > 0.1 * float(change.norm())
 
 
+def test_a_head_of_one_label_and_a_depthwise_kernel(tmp_path):
+    shapes = {"score": (1, 32), "conv": (24, 1, 3, 3), "layers.0.up_proj": (20, 32)}
+    state = {f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+    changed = {name: W + 0.1 * torch.randn(W.shape) for name, W in state.items()}
+    save_folder(tmp_path / "base", state)
+    save_folder(tmp_path / "tuned", changed)
+    for method in ("denoise", "leading", "ecs", "intruders", "interpolate"):
+        found = htsr.repair(tmp_path / "tuned", tmp_path / "base", tmp_path / method, method)
+        statuses = {row.name: row.status for row in found.matrices}
+        assert statuses["score"] in ({"no_ecs"} if method == "ecs" else {"ok", "kept"}), method
+    rows = {row["name"]: row for row in htsr.compare(state, changed, directions=3).records()}
+    assert rows["score"]["directions"] == rows["conv"]["directions"] == 1
+
+
 def test_a_dry_run_says_the_same_and_writes_nothing(models, tmp_path):
     tuned, base = models
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

@@ -67,6 +67,15 @@ def test_numbers_are_those_of_full_decompositions(shape, size):
     assert (found.chance_left, found.chance_right) == (5 / shape[0], 5 / shape[1])
 
 
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1)])
+def test_a_single_row_or_column_has_one_direction(shape):
+    A, B = heavy(0, *shape), heavy(1, *shape)
+    found = directions(A, B, 1)
+    for name, value in plain(A, B, 1).items():
+        assert getattr(found, name) == pytest.approx(value, abs=1e-5, rel=1e-9), name
+    assert directions(A[::-1], B[:, ::-1], 1).values == pytest.approx(found.values)  # strides below 0
+
+
 def test_no_change_is_exactly_none():
     A = heavy(0, 30, 20)
     found = directions(A, A.copy(), 4)
