@@ -66,8 +66,8 @@ def repair(
         A `Repair`. A matrix that cannot be changed is left as it is, and its row says why.
 
     Raises:
-        SourceError: a model cannot be read, the two have no tensor in common, or the format is not written (GGUF,
-            quantised, adapters other than LoRA).
+        SourceError: a model cannot be read, no matrix is in both with one name and shape, or the format is not written
+            (GGUF, quantised, adapters other than LoRA).
         UsageError: the method or a number of it has no meaning, the base is not said, the output is in use, or no
             matrix passes the filter.
         HtsrError: the output cannot be written.

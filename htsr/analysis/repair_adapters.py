@@ -8,8 +8,9 @@ how much. Tensors that an adapter saves whole (`modules_to_save`) are kept.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,8 @@ def repair_adapter(
         progress: function that is called after each matrix.
 
     Raises:
-        SourceError: the adapter or its base cannot be read, or it is no LoRA adapter.
+        SourceError: the adapter or its base cannot be read, it is no LoRA adapter, or none of its changes fits a matrix
+            of the base.
         UsageError: the output is in use, the base is not known, or no matrix passes the filter.
         HtsrError: the output cannot be written.
     """
@@ -64,6 +66,8 @@ def repair_adapter(
     goal = None if output is None else check_goal(output, model)
     wanted = {m.position.tensor: m for m in reversed(open_model(folder).filtered(as_filter(where)).matrices)}
     names = [name for name in changes if name in wanted]
+    if base is not None:
+        base.insist_on_any(model.name, ((name, tuple(changes[name].shape)) for name in names))
     worker = _Worker(method, base, goal is None)
 
     def run(stored: dict[str, TensorInFile] | None) -> Repair:
@@ -125,31 +129,46 @@ class _Worker:
             raise MatrixError("unsupported", "it is the change of a kernel, whose offsets share their factors")
         change = torch.as_tensor(delta())
         base = None if self.base is None else self.base.read(tensor.name, tuple(tensor.shape)).to(change)
-        left, row = repaired(change, base, self.method, row, self.dry and base is not None)
-        if left is None or stored is None:
-            return row if left is None else replace(row, norm_lost=self._lost(delta, left))
-        if self.method.name == "interpolate":
+        factors: Callable[[torch.Tensor], _Factors] = lru_cache(maxsize=1)(lambda left: _factors(left, delta))
+        scaled = self.method.name == "interpolate"  # in the same rank
+        held = None if scaled else lambda left: factors(left).product(delta)
+        left, row = repaired(change, base, self.method, row, self.dry and base is not None, held)
+        if left is None:
+            return row
+        if scaled and stored is not None:
             assert self.method.factor is not None
             B = stored[delta.B.name].read()
             stored[delta.B.name].write((B.float() * self.method.factor).to(B.dtype))
+        if scaled:
             return row
-        B, A, lost = _factors(left.mT if delta.transposed else left, delta)
-        for place, factor in ((stored[delta.B.name], B), (stored[delta.A.name], A)):
-            old = place.read()
-            place.write(factor.reshape(old.shape).to(old.dtype))
-        return replace(row, norm_lost=lost)
-
-    def _lost(self, delta: Delta, left: torch.Tensor) -> float | None:
-        if self.method.name == "interpolate":
-            return None
-        return _factors(left.mT if delta.transposed else left, delta)[2]
+        found = factors(left)
+        if stored is not None:
+            for place, factor in ((stored[delta.B.name], found.B), (stored[delta.A.name], found.A)):
+                old = place.read()
+                place.write(factor.reshape(old.shape).to(old.dtype))
+        return replace(row, norm_lost=found.lost)
 
 
-def _factors(change: torch.Tensor, delta: Delta) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """B (out, r) and A (r, in) with scaling · B·A nearest to `change`, and the share of its norm² that is lost."""
+@dataclass(frozen=True)
+class _Factors:
+    """B (out, r) and A (r, in) with scaling · B·A nearest to a change, and the share of its norm² that is lost."""
+
+    B: torch.Tensor
+    A: torch.Tensor
+    lost: float
+
+    def product(self, delta: Delta) -> torch.Tensor:
+        """What they hold of the change, as W is stored."""
+        assert delta.scaling is not None
+        product = delta.scaling * self.B @ self.A
+        return product.mT if delta.transposed else product
+
+
+def _factors(left: torch.Tensor, delta: Delta) -> _Factors:
     import torch
 
     assert delta.scaling is not None
+    change = left.mT if delta.transposed else left
     rank = delta.A.shape[0]
     found = decompose(change)
     values = torch.from_numpy(found.values[0][::-1].copy())
@@ -164,4 +183,4 @@ def _factors(change: torch.Tensor, delta: Delta) -> tuple[torch.Tensor, torch.Te
         B[:, :k], A[:k] = kept * root, (kept.mT @ W) / root[:, None]
     else:
         B[:, :k], A[:k] = (W @ kept) / root, root[:, None] * kept.mT
-    return B, A, float(values[k:].sum() / values.sum())
+    return _Factors(B, A, float(values[k:].sum() / values.sum()))

@@ -52,8 +52,25 @@ class Base:
         self._tensors = {name: there[other] for name, other in paired_names(names, there).items()}
         self.read: Callable[[str, tuple[int, ...]], torch.Tensor] = lru_cache(maxsize=1)(self._read)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+    def insist_on_any(self, model: str, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+        """Insist that a matrix of the fine-tuned model is here, and in its shape.
+
+        Args:
+            model: what messages call the fine-tuned model.
+            shapes: name and shape of the tensors that its matrices lie in.
+
+        Raises:
+            SourceError: none is.
+        """
+        here = [(name, shape) for name, shape in shapes if name in self._tensors]
+        if not here:
+            raise SourceError(f"{model} and {self.name} have no matrix with the same name in common")
+        known = [(name, shape) for name, shape in here if self._tensors[name].problem is None]
+        if known and all(tuple(self._tensors[name].shape) != shape for name, shape in known):
+            raise SourceError(f"no matrix of {model} has its shape in {self.name}: {self._unlike(*known[0])}")
+
+    def _unlike(self, name: str, shape: tuple[int, ...]) -> str:
+        return f"{name} is {shape} here and {tuple(self._tensors[name].shape)} in {self.name}"
 
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         import torch
@@ -64,7 +81,7 @@ class Base:
         if tensor.problem is not None:
             raise MatrixError(*tensor.problem)
         if tuple(tensor.shape) != shape:
-            raise MatrixError("unmatched", f"{name} is {shape} here and {tuple(tensor.shape)} in {self.name}")
+            raise MatrixError("unmatched", self._unlike(name, shape))
         return torch.as_tensor(tensor.read())
 
 
@@ -133,7 +150,12 @@ def row_of(matrix: WeightMatrix) -> RepairedMatrix:
 
 
 def repaired(
-    change: torch.Tensor, base: torch.Tensor | None, method: Method, row: RepairedMatrix, count: bool
+    change: torch.Tensor,
+    base: torch.Tensor | None,
+    method: Method,
+    row: RepairedMatrix,
+    count: bool,
+    held: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor | None, RepairedMatrix]:
     """What is left of a change.
 
@@ -143,6 +165,7 @@ def repaired(
         method: what is done.
         row: row of the matrix, to be filled in.
         count: whether to count intruders under every method.
+        held: function that gives of the new change what will be written; None where all of it is.
 
     Returns:
         The new change, None where nothing is taken away; and the row.
@@ -171,7 +194,10 @@ def repaired(
     if base is not None and known is not None:
         asked: dict[str, Any] = {"k": method.k, "epsilon": method.epsilon} if method.name == "intruders" else {}
         before = intruders(known, base + change, **asked) if left.intruders is None else left.intruders
-        after = before if left.change is None else intruders(known, base + left.change, **asked)
+        if left.change is None:
+            after = before
+        else:
+            after = intruders(known, base + (left.change if held is None else held(left.change)), **asked)
         row = replace(row, intruders_before=before, intruders_after=after)
     return left.change, row
 
@@ -203,7 +229,7 @@ def repair_checkpoint(
         progress: function that is called after each matrix.
 
     Raises:
-        SourceError: a model cannot be read, or the two have no tensor in common.
+        SourceError: a model cannot be read, or no matrix is in both with one name and shape.
         UsageError: the output is in use, the base is an adapter, or no matrix passes the filter.
         HtsrError: the output cannot be written.
     """
@@ -212,13 +238,12 @@ def repair_checkpoint(
     wanted = everything.filtered(as_filter(where)).matrices
     tensors = {tensor.name: tensor for tensor in model.tensors()}
     base = Base(against, tensors)
-    if not any(m.position.tensor in base for m in wanted):
-        raise SourceError(f"{model.name} and {against.name} have no matrix with the same name in common")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    base.insist_on_any(model.name, ((m.position.tensor, shapes[m.position.tensor]) for m in wanted))
     places = {m.position.tensor for m in everything}
     others = _Others(
         method, len(wanted) == len(everything.matrices), base, [t for t in tensors.values() if t.name not in places]
     )
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     repairer = _Repairer(method, base, shapes, goal is None)
 
     def result(rows: list[RepairedMatrix], count: int) -> Repair:

@@ -38,7 +38,7 @@ class RepairedMatrix:
         intruders_before: number of intruder dimensions among the k leading left singular vectors of W, at k and ε of
             the method ``intruders``, else at 10 and 0.5. A Gaussian change of the same norm makes none, unless its
             largest singular value is like those of W itself.
-        intruders_after: the same number after the repair.
+        intruders_after: the same number after the repair; of an adapter, with the change that its rank holds.
         norm_lost: share of ‖ΔW'‖_F² that the rank of an adapter does not hold, and that is lost; None elsewhere.
     """
 
@@ -144,6 +144,8 @@ class Repair(Tabular):
         found = []
         if self.norm_kept is not None:
             found.append(f"{self.norm_kept:.1%} of ‖ΔW‖² is left over all matrices")
+        elif any(row.change_norm is None for row in self.matrices):
+            found.append("no matrix that could be compared has changed, there is nothing to repair")
         elif not self.others:
             found.append(f"{self.label} and {self.against} hold the same weights, there is nothing to repair")
         if self.others:

@@ -238,6 +238,9 @@ def test_refusals(models, tmp_path):
     save_folder(tmp_path / "other", {"fc.weight": torch.ones(9, 9)})
     with pytest.raises(SourceError, match="in common"):
         htsr.repair(tuned, tmp_path / "other", tmp_path / "out")
+    save_folder(tmp_path / "wide", state_dict(2, width=48))
+    with pytest.raises(SourceError, match=r"no matrix of .*tuned has its shape in .*wide: model.* is \("):
+        htsr.repair(tuned, tmp_path / "wide", tmp_path / "out")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(UsageError, match="no base model"):
@@ -309,6 +312,35 @@ def test_intruders_of_an_adapter_shrink_as_pefts_do(adapter, tmp_path):
         if rows[name].norm_lost is not None:
             kept = rows[name].norm_kept * float(before[name].norm()) ** 2
             assert float(ours[name].norm()) ** 2 == pytest.approx((1 - rows[name].norm_lost) * kept, rel=1e-3)
+
+
+def test_intruders_after_are_those_of_the_adapter_that_is_written(adapter, tmp_path):
+    """Rank 1 next to strong directions of the base: what is cut off with the rank makes or hides intruders."""
+    folder, base = adapter
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"r": 1, "lora_alpha": 1}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    file, draw = folder / "adapter_model.safetensors", torch.Generator().manual_seed(0)
+    state = {}
+    for name, W in load_file(file).items():
+        shape = (1, W.shape[1]) if "lora_A" in name else (W.shape[0], 1)
+        state[name] = torch.randn(shape, generator=draw) * (0.3 if "layers.0" in name else 0.15)
+    save_file(state, file, metadata={"format": "pt"})
+    old, cut = tensors(base), 0
+    for factor in (0.25, 0.5):
+        found = htsr.repair(folder, base, tmp_path / str(factor), "intruders", factor=factor)
+        after, _ = deltas(tmp_path / str(factor), base)
+        dry = htsr.repair(folder, base, None, "intruders", factor=factor)
+        for row in found.matrices:
+            W = old[f"{row.name}.weight"]
+            assert row.intruders_after == intruders(W, W + after[row.name], 10, 0.5)
+            cut += (row.norm_lost or 0) > 0.01
+        assert [row.intruders_after for row in dry.matrices] == [row.intruders_after for row in found.matrices]
+    assert cut
+    save_file(
+        {name: W[:, :-1].contiguous() if W.ndim == 2 else W for name, W in old.items()}, base / "model.safetensors"
+    )
+    with pytest.raises(SourceError, match=r"no matrix of .*adapter has its shape in .*base: "):
+        htsr.repair(folder, base, None, "intruders")
 
 
 def test_other_methods_of_an_adapter_need_no_base(adapter, tmp_path):
