@@ -142,7 +142,8 @@ def _number_in(name: str) -> tuple[str, int] | None:
 
 
 def _is_state_dict(mapping: Mapping[Any, Any]) -> bool:
-    return any(hasattr(value, "dtype") for value in mapping.values())
+    """Whether it holds tensors; models of transformers have a ``dtype``, too."""
+    return any(hasattr(value, "dtype") and not hasattr(value, "named_parameters") for value in mapping.values())
 
 
 def _parts(source: Source) -> tuple[Source, str | None]:
@@ -253,3 +254,18 @@ def label_of(checkpoints: Sequence[Checkpoint]) -> str:
     if len(checkpoints) == 1:
         return _whole_label(checkpoints[0])
     return f"{checkpoints[0].label} and {len(checkpoints) - 1} more"
+
+
+def run_of(checkpoints: Sequence[Checkpoint]) -> str | None:
+    """What tells the run of the `checkpoints` from others, wherever one is: None where they are no steps of one.
+
+    Examples:
+        >>> from htsr.analysis.checkpoints import checkpoints_of, run_of
+        >>> run_of(checkpoints_of(["me/small@step1", "me/small@step2"])), run_of(checkpoints_of(["me/a", "me/b"]))
+        ('me/small', None)
+    """
+    if checkpoints[0].step is None:
+        return None
+    folders = {checkpoint.run for checkpoint in checkpoints}
+    folder = folders.pop()
+    return label_of(checkpoints) if folders or folder is None else os.path.realpath(folder)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from htsr.analysis.analyze import Progress, analyze_model, make_options
-from htsr.analysis.checkpoints import Checkpoint, Sources, checkpoints_of, label_of
+from htsr.analysis.checkpoints import Checkpoint, Sources, checkpoints_of, label_of, run_of
 from htsr.analysis.journal import Journal
 from htsr.analysis.reference import Reference
 from htsr.analysis.trajectory import Trajectory, trajectory_of
@@ -147,12 +147,12 @@ def _begun(
         nonlocal file
         base = None if against is None else label_of(checkpoints_of([against]))
         reference = base or (None if checkpoints[0].step is None else checkpoints[0].label)
-        label = label_of(checkpoints)
+        label, run = label_of(checkpoints), run_of(checkpoints)
         if save is not None and save.is_file() and save.stat().st_size:
             before, there = read_trajectory(save)
             reference = before.reference  # what was first then may be gone by now
-            _insist_on_one_run(save, before.label, there, label, checkpoints)
-        header = Header(label, options, base, reference)
+            _insist_on_one_run(save, before, there, run, label)
+        header = Header(label, options, base, reference, run)
         if save is None:
             return header, Points()
         file = TrajectoryFile(save, header)
@@ -162,12 +162,13 @@ def _begun(
     return header, points, file
 
 
-def _insist_on_one_run(save: Path, before: str, points: Points, label: str, checkpoints: Sequence[Checkpoint]) -> None:
+def _insist_on_one_run(save: Path, before: Header, points: Points, run: str | None, label: str) -> None:
     """Refuse to put checkpoints of two runs into one file, which may bear the same names; models may be added."""
-    then = {os.path.abspath(before) if point.step is not None else None for point in points}
-    now = os.path.abspath(label) if checkpoints[0].step is not None else None
-    if then - {now}:
-        raise UsageError(f"{save} is of {before}, and not of {label}: take another file")
+    known = before.run
+    if known is None:  # an older file has the label alone, which may be a path from where one was then
+        known = os.path.realpath(before.label) if run and os.path.isabs(run) else before.label
+    if {known if point.step is not None else None for point in points} - {run}:
+        raise UsageError(f"{save} is of {before.run or before.label}, and not of {run or label}: take another file")
 
 
 def _reference(

@@ -40,6 +40,7 @@ class Trajectory(Tabular):
         reference: label of the model that `Point.relative` is relative to; None where there is none.
         problems: sentence on each source that could not be read when this was measured, by its name; files do not keep
             them.
+        run: absolute path of the folder of the run, or its hub id; None where the sources are no steps of a run.
 
     Iteration and `len` go by points.
 
@@ -64,6 +65,7 @@ class Trajectory(Tabular):
     against: str | None = None
     reference: str | None = None
     problems: Mapping[str, str] = field(default_factory=dict)
+    run: str | None = None
 
     def __repr__(self) -> str:
         names = {point.row.name for point in self.points}
@@ -246,7 +248,7 @@ class Trajectory(Tabular):
         write_trajectory(Path(path), self._header(), self.points)
 
     def _header(self) -> Header:
-        return Header(self.label, self.options, self.against, self.reference)
+        return Header(self.label, self.options, self.against, self.reference, self.run)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Trajectory:
@@ -263,4 +265,6 @@ class Trajectory(Tabular):
 
 def trajectory_of(header: Header, points: Points, problems: Mapping[str, str] | None = None) -> Trajectory:
     """The trajectory of the `points` below a `header`, and the `problems` of sources that have none."""
-    return Trajectory(header.label, tuple(points), header.options, header.against, header.reference, problems or {})
+    return Trajectory(
+        header.label, tuple(points), header.options, header.against, header.reference, problems or {}, header.run
+    )

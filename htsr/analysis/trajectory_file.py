@@ -40,12 +40,15 @@ class Header:
         against: label of the model that is subtracted, where spectra are those of changes; None where they are those of
             the weights themselves.
         reference: label of the model that `Point.relative` is relative to; None where there is none.
+        run: absolute path of the folder of the run, or its hub id; None where the sources are no steps of a run, and
+            in files that do not say it.
     """
 
     label: str
     options: Options
     against: str | None = None
     reference: str | None = None
+    run: str | None = None
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,7 @@ def _line(point: Point) -> str:
 def _insist_on_one(path: Path, there: Header, here: Header) -> None:
     """Refuse to mix numbers that do not compare; on which device they were computed changes none."""
     then, now = ({**asdict(header), **asdict(header.options)} for header in (there, here))
-    for name in then.keys() - {"label", "options", "device"}:
+    for name in then.keys() - {"label", "run", "options", "device"}:
         if then[name] != now[name]:
             raise UsageError(
                 f"{path} was measured with {name} {then[name]}, not {now[name]}: take the same, or another file"

@@ -163,6 +163,30 @@ def test_two_runs_do_not_go_into_one_file(tmp_path, monkeypatch):
     assert htsr.track({"b": other / "checkpoint-200"}, save=models, **PLAIN).sources == ("a", "b")
 
 
+def test_a_run_is_the_same_by_any_path_and_two_are_not_by_one(tmp_path, monkeypatch):
+    for name, seed in (("a", 0), ("b", 5)):
+        save_folder(tmp_path / name / "checkpoint-1", state_dict(blocks=1, seed=seed))
+    save, copy = tmp_path / "spectra.jsonl", tmp_path / "copy.jsonl"
+    monkeypatch.chdir(tmp_path / "a")
+    htsr.track(".", save=save, **PLAIN).save(copy)
+    monkeypatch.chdir(tmp_path / "b")
+    for file in (save, copy):
+        with pytest.raises(htsr.UsageError, match=r"is of .*a, and not of .*b"):
+            htsr.track(".", save=file, **PLAIN)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    for path in ("a", tmp_path / "a", "link"):
+        assert len(htsr.track(path, save=save, **PLAIN)) == 5
+
+
+def test_a_file_that_does_not_say_where_its_run_is_goes_on_by_its_label(tmp_path):
+    run, save = made(tmp_path / "run", 1, blocks=1), tmp_path / "spectra.jsonl"
+    replace(htsr.track(run, **PLAIN), run=None).save(save)
+    assert len(htsr.track(run, save=save, **PLAIN)) == 5
+    with pytest.raises(htsr.UsageError, match="is of"):
+        htsr.track(made(tmp_path / "other", 1, blocks=1), save=save, **PLAIN)
+
+
 def test_a_checkpoint_that_was_interrupted_goes_on_where_it_stopped(tmp_path, measured, monkeypatch):
     monkeypatch.setenv("HTSR_CACHE", str(tmp_path / "cache"))
     run, save = made(tmp_path / "run", 2, blocks=1, width=16), tmp_path / "spectra.jsonl"
@@ -294,6 +318,16 @@ def test_of_adapters_alone_the_lengths_are_not_known(adapters):
     found = htsr.track(adapters / "lora", **PLAIN)
     assert len(found) == 2 * 5
     assert {point.relative for point in found} == {None}
+
+
+def test_models_in_memory_have_the_labels_or_steps_that_they_are_given(tmp_path):
+    model = small_llama()
+    model.save_pretrained(tmp_path / "base")
+    rows = numbers(htsr.analyze(model, **PLAIN))
+    for sources in ({"a": model, "b": model}, {0: tmp_path / "base", 1: model}):
+        found = htsr.track(sources, **PLAIN)
+        assert found.sources == tuple(map(str, sources))
+        assert numbers(found.at(found.sources[1])) == rows
 
 
 def test_a_run_of_the_trainer(tmp_path):
