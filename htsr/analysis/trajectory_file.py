@@ -202,6 +202,19 @@ def write_trajectory(path: Path, header: Header, points: Iterable[Point]) -> Non
         file.writelines(f"{_line(point)}\n" for point in points)
 
 
+def read_header(path: Path) -> Header:
+    """What the first line of the trajectory file `path` says.
+
+    Raises:
+        SourceError: the file is no trajectory, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return _header(path, file.readline(_LONGEST))
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {reason_of(error, path)}") from error
+
+
 def read_trajectory(path: Path) -> tuple[Header, Points]:
     """What the trajectory file `path` holds; a last line that does not end is not read.
 

@@ -29,10 +29,12 @@ class Sketch:
     Attributes:
         sums: the sketch, (SIZE,) float64.
         norm: length ‖W‖_F, which is exact.
+        shape: shape of the matrix. Entries of another shape are added to other sums.
     """
 
     sums: Vector
     norm: float
+    shape: tuple[int, ...]
 
     def same(self, other: Sketch) -> bool:
         """Whether both are sketches of one matrix, as all but surely only those are equal.
@@ -40,7 +42,7 @@ class Sketch:
         Args:
             other: sketch with the same seed.
         """
-        return self.norm == other.norm and bool((self.sums == other.sums).all())
+        return (self.norm, self.shape) == (other.norm, other.shape) and bool((self.sums == other.sums).all())
 
 
 def sketch(matrix: Array | Product, seed: int) -> Sketch:
@@ -76,7 +78,7 @@ def sketch(matrix: Array | Product, seed: int) -> Sketch:
         places = torch.randint(2 * SIZE, part.shape, generator=generator, device=device)
         sums.index_add_(0, places, part)  # the upper half of the sums is to be subtracted
         square += part.square().sum()
-    return Sketch((sums[:SIZE] - sums[SIZE:]).cpu().numpy(), float(square.sqrt()))
+    return Sketch((sums[:SIZE] - sums[SIZE:]).cpu().numpy(), float(square.sqrt()), tuple(values.shape))
 
 
 def relative_change(now: Sketch, before: Sketch) -> float | None:
@@ -91,7 +93,7 @@ def relative_change(now: Sketch, before: Sketch) -> float | None:
         before: sketch of W_0 with the same seed.
 
     Returns:
-        The relative length; None where W_0 is zero or one of the two is not finite.
+        The relative length; None where W_0 is zero, one of the two is not finite, or they have different shapes.
 
     Examples:
         >>> import numpy as np
@@ -100,6 +102,8 @@ def relative_change(now: Sketch, before: Sketch) -> float | None:
         >>> relative_change(W, W)
         0.0
     """
+    if now.shape != before.shape:
+        return None
     length = float(((now.sums - before.sums) ** 2).sum() ** 0.5)
     if not 0 < before.norm < float("inf") or not length < float("inf"):
         return None

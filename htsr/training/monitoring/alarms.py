@@ -6,7 +6,7 @@ a training is lost. `SIGNS` say what is known and what is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from htsr.analysis.trajectory_file import Point
@@ -73,6 +73,14 @@ class Watch:
         self._alpha: dict[str, LayerMetrics] = {}
         self._random: dict[str, int] = {}
         self._said: set[tuple[str, str]] = set()
+
+    def began(self, ranks: Mapping[str, float | None]) -> None:
+        """Take down the weights before training.
+
+        Args:
+            ranks: about the stable rank of each matrix; None where that is not known.
+        """
+        self._first_rank |= {name: rank for name, rank in ranks.items() if rank is not None}
 
     def evaluated(self, loss: float) -> list[Sign]:
         """Take down an evaluation.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING
 
 from htsr.analysis.execution import measure_all
 from htsr.analysis.sharing import described, entries_difference, results_of_all, shared_out
+from htsr.arrays import Array, Product
 from htsr.errors import HtsrError, MatrixError
 from htsr.matrices.models import Filter, Model, WeightMatrix
 from htsr.matrices.roles import whole_name
 from htsr.matrices.sharded import LiveModel, open_live
 from htsr.ranks import Ranks
 from htsr.spectra.attempts import attempted
+from htsr.spectra.device import on_device, solving_device
 from htsr.spectra.metrics import LayerMetrics, Options
 from htsr.spectra.sketch import Sketch, sketch
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 _COMPARED = 64  # entries of a matrix that ranks compare
+_TURNS, _CHUNK = 8, 1 << 22  # of the power method, and entries that it takes at a time
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,19 @@ class Found:
 
     row: LayerMetrics
     sketch: Sketch | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is kept of a matrix as it is at the start of a run.
+
+    Attributes:
+        sketch: what is kept of its entries.
+        stable_rank: about its stable rank, by up to a fifth too large; None for a matrix of zeros.
+    """
+
+    sketch: Sketch
+    stable_rank: float | None
 
 
 def open_wanted(module: torch.nn.Module, wanted: Filter) -> LiveModel:
@@ -79,8 +96,8 @@ def insist_on_one(model: LiveModel, ranks: Ranks, options: Options, *, entries: 
         )
 
 
-def sketches_of(model: LiveModel, ranks: Ranks) -> dict[str, Sketch]:
-    """The sketches of all matrices of a model, on every rank; without those that cannot be read.
+def starts_of(model: LiveModel, ranks: Ranks) -> dict[str, Start]:
+    """What is kept of all matrices of a model, on every rank; without those that cannot be read.
 
     Whole matrices are shared by cost, and sharded ones are put together one a rank at a time.
 
@@ -89,8 +106,8 @@ def sketches_of(model: LiveModel, ranks: Ranks) -> dict[str, Sketch]:
         ranks: processes that share them.
     """
 
-    def work(matrices: Sequence[WeightMatrix]) -> list[tuple[str, Sketch | None]]:
-        return [(matrix.name, _sketch(matrix)) for matrix in matrices]
+    def work(matrices: Sequence[WeightMatrix]) -> list[tuple[str, Start | None]]:
+        return [(matrix.name, _start(matrix)) for matrix in matrices]
 
     whole, spread = shared_out(model.matrices, model.shards, ranks)
     found = results_of_all(whole, spread, model.shards, ranks, work)
@@ -127,8 +144,41 @@ def measured(model: LiveModel, options: Options, before: Mapping[str, Found], ra
 
 
 def _sketch(matrix: WeightMatrix) -> Sketch | None:
-    def read() -> Sketch:
-        return sketch(matrix.read(), zlib.crc32(matrix.name.encode()))
+    found = attempted(lambda: _sketch_of(matrix.read(), matrix.name))
+    return None if isinstance(found, MatrixError) else found
+
+
+def _sketch_of(values: Array | Product, name: str) -> Sketch:
+    return sketch(values, zlib.crc32(name.encode()))
+
+
+def _start(matrix: WeightMatrix) -> Start | None:
+    def read() -> Start:
+        values = matrix.read()
+        dense = values.dense() if isinstance(values, Product) else values
+        made = _sketch_of(dense, matrix.name)
+        largest = max(_largest(piece) for piece in dense.reshape(-1, *dense.shape[-2:]))
+        rank = made.norm**2 / largest if 0 < largest < math.inf else math.nan
+        return Start(made, rank if math.isfinite(rank) else None)
 
     found = attempted(read)
     return None if isinstance(found, MatrixError) else found
+
+
+def _largest(matrix: Array) -> float:
+    """The largest eigenvalue of WᵀW, or somewhat less, by the power method."""
+    import torch
+
+    device = solving_device("auto", matrix)
+    generator = torch.Generator(device).manual_seed(0)
+    vector = torch.randn(matrix.shape[1], generator=generator, device=device)
+    step, largest = max(1, _CHUNK // matrix.shape[1]), torch.zeros((), device=device)
+    for _ in range(_TURNS):
+        vector, before = torch.zeros_like(vector), vector / vector.norm()
+        largest = torch.zeros_like(largest)
+        for first in range(0, matrix.shape[0], step):
+            rows = on_device(matrix[first : first + step], device).float()
+            image = rows @ before
+            vector += image @ rows
+            largest += image @ image
+    return float(largest)

@@ -18,7 +18,7 @@ from htsr.spectra.metrics import NUMERIC
 from htsr.training.monitoring.alarms import Sign, Watch
 from htsr.training.monitoring.budget import Budget
 from htsr.training.monitoring.hooks import Hooks
-from htsr.training.monitoring.record import Earlier, Record
+from htsr.training.monitoring.record import Earlier, Record, is_of_a_run
 from htsr.training.monitoring.rounds import Rounds
 from htsr.training.trainer_log import Log
 
@@ -79,8 +79,8 @@ class SpectralMonitor(Hooks):
         **options: fields of `htsr.Options`; `bulk` is True by default, since the largest eigenvalues tell noise.
 
     Raises:
-        UsageError: an argument has no meaning; later, when training begins, no matrix passes the filter, or FSDP1 has
-            flattened the model.
+        UsageError: an argument has no meaning; later, when training begins, the model has no matrix, none passes the
+            filter, FSDP1 has flattened the model, or the file at `path` is somebody else's.
 
     Examples:
         >>> import htsr, torch
@@ -127,7 +127,7 @@ class SpectralMonitor(Hooks):
         self._rounds: Rounds | None = None
         self._steps = 0
         if model is not None:
-            self._begin(model, 0)
+            self._look(model, 0)
 
     def step(self, steps: int | None = None) -> None:
         """Measure, if it is time to. Call it after each step of the optimizer, on every process.
@@ -141,8 +141,9 @@ class SpectralMonitor(Hooks):
         """
         if self._rounds is None:
             raise UsageError("the monitor of a plain loop needs its model: htsr.SpectralMonitor(model, …)")
-        self._take_up(self._rounds)
-        self._steps = self._steps + 1 if steps is None else steps
+        done = self._steps + 1 if steps is None else steps
+        self._take_up(self._rounds, done)
+        self._steps = done
         if self._steps % self.every:
             return
         points = self._rounds.measure(self._steps)
@@ -192,30 +193,65 @@ class SpectralMonitor(Hooks):
             state: what `state_dict` returned.
         """
         self._steps = state["steps"]
+        self._looked_early = self._steps > 0
 
     def _begin(
         self, model: torch.nn.Module, steps: int, folder: str | Path | None = None, log: Log | None = None
     ) -> None:
+        self._look(model, steps, folder, log)
+        if self._rounds is not None:
+            self._take_up(self._rounds, steps)
+
+    def _look(
+        self, model: torch.nn.Module, steps: int, folder: str | Path | None = None, log: Log | None = None
+    ) -> None:
+        """Look at the weights at the start, and whether there may be a file."""
         self._ranks = Ranks.running() if self._distributed else Ranks()
         options = make_options(model, **self._options)
-        self._rounds = Rounds(model, self._wanted, options, Budget(self.share), self._ranks)
         self._file = self._path or (None if folder is None else Path(folder) / FILE)
+        self._ranks.of_first(lambda: self._file is not None and is_of_a_run(self._file))
+        self._rounds = Rounds(model, self._wanted, options, Budget(self.share), self._ranks)
         self._record: Record | None = None
         self._log_of_run, self._watch, self._steps, self._ready = log, Watch(), steps, False
+        self._looked_early = False  # before the weights of the checkpoint were loaded
 
-    def _take_up(self, rounds: Rounds) -> None:
-        """Before the first step, when the number of those before is known: open the file, and go on with it."""
+    def _take_up(self, rounds: Rounds, step: int) -> None:
+        """When the number of steps before is known: open the file, and go on with it.
+
+        Args:
+            rounds: rounds of the run.
+            step: step that the weights are of, as they are now.
+        """
         if self._ready:
             return
-        self._ready = True
-        if (earlier := self._ranks.of_first(lambda: self._open(rounds))) is not None:
+        since = step if self._looked_early else self._steps
+        if (earlier := self._ranks.of_first(lambda: self._open(rounds, since))) is not None:
             rounds.take_up(earlier.points, earlier.start)
-            self._watch.signs(earlier.points)  # they were said then
+        else:
+            self._start_at(since, rounds)
+        self._watch.began({name: start.stable_rank for name, start in rounds.start.items()})
+        self._watch.signs(earlier.points if earlier is not None else ())  # they were said then
+        self._ready = True
 
-    def _open(self, rounds: Rounds) -> Earlier | None:
+    def _start_at(self, step: int, rounds: Rounds) -> None:
+        if self._looked_early:
+            rounds.look_again()
+        if self._steps and self._ranks.is_first:
+            logger.warning(
+                "this run is resumed at step %d without a trajectory file of it: relative is the change since step %d",
+                self._steps,
+                step,
+            )
+        self._ranks.of_first(lambda: self._keep(rounds))
+
+    def _keep(self, rounds: Rounds) -> None:
+        if self._record is not None:
+            self._record.keep(rounds.start)
+
+    def _open(self, rounds: Rounds, since: int) -> Earlier | None:
         if self._file is None:
             return None
-        self._record = Record(self._file, rounds.label, rounds.options, self._steps, rounds.start, rounds.device)
+        self._record = Record(self._file, rounds.label, rounds.options, self._steps, since, rounds.device)
         return self._record.earlier
 
     def _warn(self, signs: Sequence[Sign]) -> None:

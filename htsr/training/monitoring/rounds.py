@@ -17,9 +17,9 @@ from htsr.matrices.modules import unwrapped
 from htsr.matrices.sharded import refuse_flat
 from htsr.ranks import Ranks
 from htsr.spectra.metrics import Options
-from htsr.spectra.sketch import Sketch, relative_change
+from htsr.spectra.sketch import relative_change
 from htsr.training.monitoring.budget import Budget
-from htsr.training.monitoring.measuring import Found, insist_on_one, measured, open_wanted, sketches_of
+from htsr.training.monitoring.measuring import Found, Start, insist_on_one, measured, open_wanted, starts_of
 
 if TYPE_CHECKING:
     import torch
@@ -41,10 +41,10 @@ class Rounds:
         label: what to call the model.
         options: options that say what is computed.
         device: kind of the device that the weights lie on, such as ``cpu``.
-        start: sketches of the weights at the start of the run, by matrix.
+        start: what is kept of the weights at the start of the run, by matrix.
 
     Raises:
-        UsageError: no matrix passes the filter, or FSDP1 has flattened the model.
+        UsageError: there is no matrix, none passes the filter, or FSDP1 has flattened the model.
         HtsrError: the ranks do not train one model.
     """
 
@@ -61,8 +61,10 @@ class Rounds:
         self._found: dict[str, Found] = {}
         self._points: dict[str, Point] = {}
         self._share_taken = 0.0
+        if not self._costs:
+            raise UsageError(f"{self.label} has no weight matrix to monitor")
         with self._spending():
-            self.start: Mapping[str, Sketch] = sketches_of(model, ranks)
+            self.start: Mapping[str, Start] = starts_of(model, ranks)
 
     @property
     def unmeasured(self) -> int:
@@ -72,12 +74,17 @@ class Rounds:
     def __len__(self) -> int:
         return len(self._costs)
 
-    def take_up(self, points: Sequence[Point], start: Mapping[str, Sketch]) -> None:
+    def look_again(self) -> None:
+        """Take the weights as they are now for those of the start, on every rank."""
+        with self._spending():
+            self.start = starts_of(open_wanted(self._module, self._wanted), self._ranks)
+
+    def take_up(self, points: Sequence[Point], start: Mapping[str, Start]) -> None:
         """Go on where a run has stopped.
 
         Args:
             points: what it has measured, in the order of its steps.
-            start: sketches of the weights at its start; those of now are forgotten.
+            start: what it has kept of the weights at its start; those of now are forgotten.
         """
         self._points = {point.row.name: point for point in points if point.row.name in self._costs}
         self.start = start
@@ -141,7 +148,7 @@ class Rounds:
 
     def _point(self, name: str, found: Found, step: int) -> Point:
         start = self.start.get(name)
-        relative = relative_change(found.sketch, start) if found.sketch and start else None
+        relative = relative_change(found.sketch, start.sketch) if found.sketch and start else None
         return Point(f"step-{step}", found.row, step, relative)
 
     def _wait_for_device(self) -> None:

@@ -224,7 +224,39 @@ class TestResuming:
         state = self.run(None, 4)
         self.run(tmp_path / "run.jsonl", 6, 4, state)
         trajectory = Trajectory.load(tmp_path / "run.jsonl")
-        assert (trajectory.steps, trajectory.reference) == ((6,), "step-4")
+        assert (trajectory.steps, trajectory.reference) == ((6,), "step-5")  # before it the weights may not be loaded
+
+    @pytest.mark.parametrize("kept", [False, True])
+    def test_weights_that_never_trained_are_no_reference(self, tmp_path, caplog, kept):
+        """The monitor is made before the checkpoint is loaded, and looks again where nothing else tells the start."""
+        path = tmp_path / "run.jsonl" if kept else None
+        state, logged, model = self.run(None, 4), [], TinyLM(seed=1)
+        monitor = htsr.SpectralMonitor(model, every=1, share=ALL, path=path, log=logger_to(logged))
+        model.load_state_dict(state["model"])
+        monitor.load_state_dict(state["monitor"])
+        monitor.step()
+        monitor.step()
+        assert [values["spectrum/relative/mlp.up"] for _, values in logged] == [0, 0]
+        assert caplog.text.count("resumed at step 4 without a trajectory file") == 1
+        if path is not None:
+            assert Trajectory.load(path).reference == "step-5"
+
+    def test_a_new_run_takes_no_file_of_somebody_else(self, tmp_path):
+        path, text = tmp_path / "data.jsonl", '{"text": "mine"}\n'
+        path.write_text(text)
+        with pytest.raises(htsr.UsageError, match=r"no trajectory of htsr.*take another path"):
+            htsr.SpectralMonitor(TinyLM(), path=path)
+        assert [file.name for file in tmp_path.iterdir()] == ["data.jsonl"]
+        assert path.read_text() == text
+        path.unlink()
+        path.with_suffix(".start").write_text(text)
+        with pytest.raises(htsr.UsageError, match=r"data\.start is not of htsr"):
+            htsr.SpectralMonitor(TinyLM(), path=path)
+
+    def test_where_nothing_can_be_written_is_said_before_the_first_step(self, tmp_path):
+        (tmp_path / "run.jsonl").mkdir()
+        with pytest.raises(htsr.HtsrError, match="it is a folder"):
+            htsr.SpectralMonitor(TinyLM(), path=tmp_path / "run.jsonl")
 
     def test_a_new_run_puts_the_file_of_the_old_one_aside(self, tmp_path, caplog):
         path = tmp_path / "run.jsonl"
@@ -233,6 +265,8 @@ class TestResuming:
         names = {file.name: Trajectory.load(file).steps for file in tmp_path.glob("*.jsonl")}
         assert names == {"run.jsonl": (2, 4, 6), "run-1.jsonl": (2,), "run-2.jsonl": (2, 4)}
         assert "is now called run-2.jsonl" in caplog.text
+        starts = [path.with_name(f"{name}.start") for name in ("run-1", "run-2", "run")]
+        assert all(start.exists() for start in starts)
 
     def test_other_options_are_refused(self, tmp_path):
         path = tmp_path / "run.jsonl"
@@ -242,6 +276,37 @@ class TestResuming:
         monitor.load_state_dict(state["monitor"])
         with pytest.raises(htsr.UsageError, match="measured with fit ks, not hill"):
             monitor.step()
+
+
+def test_a_matrix_of_another_shape_has_no_change():
+    model, logged = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64)), []
+    monitor = htsr.SpectralMonitor(model, every=1, share=ALL, log=logger_to(logged))
+    model[0] = nn.Linear(96, 128)
+    monitor.step()
+    assert logged[0][1]["spectrum/relative/other"] == 0  # that of the other one
+
+
+def test_a_collapse_before_the_first_measurement_is_told(caplog):
+    model = nn.Sequential(nn.Linear(96, 96), nn.Linear(96, 64))
+    small = torch.outer(torch.ones(64), torch.ones(96))  # a stable rank that was small from the start is none
+    with torch.no_grad():
+        model[1].weight.copy_(small + 0.1 * torch.randn(64, 96))
+    monitor = htsr.SpectralMonitor(model, every=5, share=ALL)
+    with torch.no_grad():
+        model[0].weight += 5
+    for _ in range(5):
+        monitor.step()
+    assert "less than half of what it was, in 0: one direction" in caplog.text
+
+
+@pytest.mark.parametrize("shape", [(80, 200), (200, 80), (3, 60, 60)])
+def test_the_stable_rank_at_the_start_is_about_right(shape, monkeypatch):
+    torch.manual_seed(0)
+    state = {"w.weight": torch.randn(shape)} if len(shape) == 2 else {"experts.down_proj": torch.randn(shape)}
+    monkeypatch.setattr(measuring, "_CHUNK", 999)
+    for matrix in htsr.describe(state).matrices:
+        exact = next(row.stable_rank for row in htsr.analyze(state) if row.name == matrix.name)
+        assert 1 <= measuring._start(matrix).stable_rank / exact < 1.2
 
 
 def test_a_disk_that_is_full_does_not_end_the_training(tmp_path, caplog, monkeypatch):
@@ -271,6 +336,7 @@ def test_a_disk_that_is_full_does_not_end_the_training(tmp_path, caplog, monkeyp
         ({"where": "*.q_proj"}, "where takes a Filter"),
         ({"model": "gpt2"}, "takes the model of a plain loop"),
         ({"model": nn.Linear(4, 4)}, "no matrix of Linear passes the filter"),
+        ({"model": nn.Sequential(nn.LayerNorm(3))}, "Sequential has no weight matrix to monitor"),
     ],
 )
 def test_what_has_no_meaning_is_refused_at_once(arguments, sentence):
