@@ -32,7 +32,7 @@ from htsr.analysis.trajectory_file import (
 from htsr.errors import SourceError, UsageError
 from htsr.matrices.adapter_config import read_adapter_config
 from htsr.matrices.adapters import adapter_folder
-from htsr.matrices.models import Filter, Model, as_filter
+from htsr.matrices.models import Filter, Model, WeightMatrix, as_filter
 from htsr.matrices.sources import Source, locate, open_model
 from htsr.ranks import Ranks
 from htsr.spectra.metrics import Options
@@ -111,7 +111,10 @@ def track(
         checkpoints = ranks.of_first(lambda: checkpoints)  # another rank may see one more that has just been written
     settings = make_options(checkpoints[0].source, full=full, **options)
     header, points, file = _begun(checkpoints, settings, against, Path(save) if save else None, ranks)
-    run = _Run(settings, as_filter(where), against, _reference(checkpoints, header, against, ranks), ranks)
+    reference = _reference(checkpoints, header, against, ranks)
+    if reference is not None and ranks.is_first:
+        _say_if_changed(reference, header, points)
+    run = _Run(settings, as_filter(where), against, reference, ranks)
     problems: dict[str, str] = {}
     failures: list[SourceError] = []
     with file or nullcontext():
@@ -195,6 +198,16 @@ def _reference(
     return None if model is None else Reference(model)
 
 
+def _say_if_changed(reference: Reference, header: Header, points: Points) -> None:
+    """Say that lengths of changes are measured again, since the files of the `reference` are others than before."""
+    if any(point.relative is not None and point.reference != reference.model.fingerprint for point in points):
+        logger.warning(
+            "%s may have changed since: how far others are from it is measured again, and of those that are gone it "
+            "is not known any more",
+            header.reference,
+        )
+
+
 def _on_all(ranks: Ranks, make: Callable[[], Made]) -> Made:
     """What `make` makes on this rank; what it raises on one is raised on all."""
     made: list[Made] = []
@@ -231,16 +244,26 @@ class _Run:
         """What `points` do not have yet of a checkpoint."""
         model, weights = self._opened(checkpoint)
         before = points.by_source.get(checkpoint.label, {})
-        todo = [matrix for matrix in model if not _is_known(before.get(matrix.name), model.fingerprint)]
+        known = {name: point for name, point in before.items() if _is_known(point, model.fingerprint)}
+        todo = [matrix for matrix in model if matrix.name not in known]
+        far: list[WeightMatrix] = []  # known, but for the length of the change
+        lengths, origin = dict[str, float](), None
+        if self.reference and weights:
+            origin = self.reference.model.fingerprint
+            far = [m for m in model if m.name in known and (origin is None or known[m.name].reference != origin)]
+            lengths = self.reference.relative([*todo, *far], weights, self.ranks)
+        moved = [replace(known[m.name], relative=lengths.get(m.name), reference=origin) for m in far]
         if not todo:
-            return []
-        lengths = self.reference.relative(todo, weights, self.ranks) if self.reference and weights else {}
+            return moved
         part = replace(model, matrices=tuple(todo))
         journal = Journal(part, self.options) if in_journal and model.fingerprint else None
         rows = analyze_model(part, self.options, journal, progress, ranks=self.ranks).rows
         if all(row.status == _UNREADABLE for row in rows):
             raise SourceError(rows[0].warning)
-        return [Point(checkpoint.label, row, checkpoint.step, lengths.get(row.name), model.fingerprint) for row in rows]
+        return moved + [
+            Point(checkpoint.label, row, checkpoint.step, lengths.get(row.name), model.fingerprint, origin)
+            for row in rows
+        ]
 
     def _opened(self, checkpoint: Checkpoint) -> tuple[Model, Model | None]:
         """The matrices that are measured, and those of the whole weights; what fails on one rank fails on all."""

@@ -1,9 +1,10 @@
 """Trajectories on disk: lines of JSON that are only ever appended to, so that a run can be watched while it goes on.
 
 The first line is a `Header`. Each further one is a `Point`, one matrix in one source: its ``source`` and ``step``, the
-fields of `LayerMetrics` that are not None, ``relative`` and ``fingerprint`` where they are known. Of two lines on one
-matrix in one source the later one counts; and of a source whose files have changed, only what was measured since. A
-last line that does not end is being written, and is not read.
+fields of `LayerMetrics` that are not None, ``relative``, ``fingerprint`` and ``reference`` where they are known. Of two
+lines on one matrix in one source the later one counts; of a source whose files have changed, only what was measured
+since; and of a reference whose files have changed, only lengths against what it is now. A last line that does not end
+is being written, and is not read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,6 +63,7 @@ class Point:
         relative: length of the change, ‖W - W_ref‖_F / ‖W_ref‖_F, against the reference of the trajectory; None where
             that is not known.
         fingerprint: text that changes when the files of the source do; None for a model in memory.
+        reference: the same text of the model that `relative` is relative to.
     """
 
     source: str
@@ -69,6 +71,7 @@ class Point:
     step: int | None = None
     relative: float | None = None
     fingerprint: str | None = None
+    reference: str | None = None
 
 
 @dataclass
@@ -77,16 +80,26 @@ class Points:
 
     Attributes:
         by_source: points by source and name of the matrix.
+        reference: `Point.reference` of all points whose ``relative`` is known.
     """
 
     by_source: dict[str, dict[str, Point]] = field(default_factory=dict)
+    reference: str | None = None
 
     def __iter__(self) -> Iterator[Point]:
         for points in self.by_source.values():
             yield from points.values()
 
     def add(self, point: Point) -> None:
-        """Take up one more `point`; older ones of its source go where its files were others then."""
+        """Take up one more `point`.
+
+        Older ones of its source go where its files were others then, and all older lengths where those of the reference
+        were.
+        """
+        if point.relative is not None and point.reference != self.reference:
+            self.reference = point.reference
+            for source, older in self.by_source.items():
+                self.by_source[source] = {name: replace(one, relative=None) for name, one in older.items()}
         points = self.by_source.setdefault(point.source, {})
         if points and next(iter(points.values())).fingerprint != point.fingerprint:
             points.clear()
@@ -264,7 +277,7 @@ def _header(path: Path, line: bytes) -> Header:
 
 def _take_up(record: Any, points: Points, options: Options) -> None:
     source, step = record.pop("source", None), record.pop("step", None)
-    more = {name: record.pop(name, None) for name in ("relative", "fingerprint")}
+    more = {name: record.pop(name, None) for name in ("relative", "fingerprint", "reference")}
     point = from_json(Point, {"source": source, "step": step, **more, "row": record})
     check(point.row, options.xmax, None, None)
     if point.relative is not None and not 0 <= point.relative < math.inf:
@@ -274,7 +287,7 @@ def _take_up(record: Any, points: Points, options: Options) -> None:
 
 def _line(point: Point) -> str:
     known = {name: value for name, value in asdict(point.row).items() if value is not None}
-    more = {"relative": point.relative, "fingerprint": point.fingerprint}
+    more = {"relative": point.relative, "fingerprint": point.fingerprint, "reference": point.reference}
     known |= {name: value for name, value in more.items() if value is not None}
     return json.dumps({"source": point.source, "step": point.step, **known})
 

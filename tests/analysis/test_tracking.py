@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import htsr
 from htsr import MatrixError, WeightMatrix
@@ -125,6 +126,35 @@ def test_what_was_measured_is_not_measured_again(tmp_path, measured, caplog):
     assert numbers(final.at("checkpoint-300")) == numbers(more.at("checkpoint-300"))
     assert [point.relative for point in final if point.source == "checkpoint-300"] == [None] * each
     assert "checkpoint-100 is not among the checkpoints any more" in caplog.text
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_lengths_are_all_against_one_reference(tmp_path, measured, caplog, with_base):
+    run, save = made(tmp_path / "run", blocks=1), tmp_path / "spectra.jsonl"
+    base = tmp_path / "base" if with_base else run / "checkpoint-100"
+    save_folder(base, states(blocks=1)[0])
+    options = {"against": base, **PLAIN} if with_base else PLAIN
+    before = htsr.track(run, save=save, **options)
+    gone = {point.row.name: point for point in before if point.source == "checkpoint-300"}
+    shutil.rmtree(run / "checkpoint-300")
+    save_folder(base, {name: 2 * W for name, W in states(blocks=1)[0].items()})
+    measured.clear()
+    found = htsr.track(run, save=save, **options)
+    assert len(measured) == (10 if with_base else 5)  # spectra of weights are what they were
+    assert "may have changed since" in caplog.text
+    alone = {(p.source, p.row.name): p for p in htsr.track(run, **options)}
+    assert found == Trajectory.load(save)
+    for point in found:
+        if point.source == "checkpoint-300":
+            assert point == replace(gone[point.row.name], relative=None)
+        else:
+            there = alone[point.source, point.row.name]
+            assert (numbers([point.row]), point.relative) == (numbers([there.row]), there.relative)
+    caplog.clear()
+    measured.clear()
+    assert htsr.track(run, save=save, **options) == found
+    assert not measured
+    assert not caplog.records
 
 
 def test_only_matrices_that_are_missing_are_measured(tmp_path, measured):
@@ -312,6 +342,19 @@ def test_checkpoints_of_adapters(adapters, method):
             assert point.relative == pytest.approx(expected, rel=1e-4)
             if "_proj" in name:
                 assert point.row.norm == pytest.approx(expected**2 * squared_norm(before[name].read()), rel=1e-3)
+
+
+def test_the_length_of_an_adapter_is_against_the_base_as_it_is_now(adapters, tmp_path, measured):
+    base, save = tmp_path / "base", tmp_path / "spectra.jsonl"
+    shutil.copytree(adapters / "base", base)
+    before = htsr.track(adapters / "lora", against=base, save=save, **PLAIN)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: 2 * W for name, W in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    measured.clear()
+    found = htsr.track(adapters / "lora", against=base, save=save, **PLAIN)
+    assert not measured  # ΔW is the adapter's own
+    old, new = ([p.relative for p in each if p.relative and "_proj" in p.row.name] for each in (before, found))
+    assert new == pytest.approx([length / 2 for length in old], rel=1e-4)
 
 
 def test_of_adapters_alone_the_lengths_are_not_known(adapters):
