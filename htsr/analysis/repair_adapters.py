@@ -29,6 +29,7 @@ from htsr.matrices.models import Filter, as_filter
 from htsr.matrices.roles import role_of, whole_name
 from htsr.matrices.sources import open_model
 from htsr.matrices.stored_tensors import StoredTensor
+from htsr.matrices.writing import folders_left_out
 from htsr.spectra.directions import decompose
 
 if TYPE_CHECKING:
@@ -87,7 +88,10 @@ def repair_adapter(
                 rows.append(replace(row, status=error.status, warning=f"left as it is: {error}"))
             if progress is not None:
                 progress(len(rows), len(names), row.name)
-        return Repair(model.name, None if base is None else base.name, method, goal, tuple(rows))
+        return Repair(
+            model.name, None if base is None else base.name, method, goal, tuple(rows), len(changes),
+            folders_left_out=folders_left_out(folder),
+        )  # fmt: skip
 
     if goal is None:
         return run(None)

@@ -22,6 +22,7 @@ from htsr.matrices.models import Filter, WeightMatrix, as_filter
 from htsr.matrices.quantized import dequantized
 from htsr.matrices.sources import open_model
 from htsr.matrices.stored_tensors import FLOATS, StoredTensor
+from htsr.matrices.writing import folders_left_out
 from htsr.spectra.denoising import intruders, left_vectors
 
 if TYPE_CHECKING:
@@ -247,7 +248,10 @@ def repair_checkpoint(
     repairer = _Repairer(method, base, shapes, goal is None)
 
     def result(rows: list[RepairedMatrix], count: int) -> Repair:
-        return Repair(model.name, against.name, method, goal, tuple(rows), count, others.change)
+        return Repair(
+            model.name, against.name, method, goal, tuple(rows), len(everything.matrices), count, others.change,
+            folders_left_out(model.place),
+        )  # fmt: skip
 
     if goal is None:
         rows = operate(wanted, repairer, lambda name: torch_of(tensors[name]), lambda *_: None, progress)

@@ -73,7 +73,7 @@ _COLUMNS: tuple[tuple[Column, Callable[[RepairedMatrix], Value]], ...] = (
     (Column("‖ΔW‖² kept", ".4f", optional=True), lambda r: r.norm_kept),
     (Column("intruders", optional=True), _arrow),
     (Column("lost", ".1e", optional=True), lambda r: r.norm_lost or None),
-    (Column("note", text=True, optional=True), lambda r: r.warning),
+    (Column("note", text=True, optional=True), lambda r: r.warning or (r.status if r.status == "unchanged" else "")),
 )
 
 
@@ -87,8 +87,11 @@ class Repair(Tabular):
         method: what was done, with its numbers.
         output: folder that was written; None where nothing was.
         matrices: one `RepairedMatrix` for each wanted matrix, in the model's order.
+        in_model: number of matrices of the model, wanted or not.
         others: number of tensors that are no matrices (norms, biases) and differ from the base.
         others_changed: whether these were changed, too, as only ``interpolate`` does.
+        folders_left_out: folders inside of the model's that hold weights of their own, such as an adapter or other
+            checkpoints, and were not copied.
     """
 
     label: str
@@ -96,8 +99,10 @@ class Repair(Tabular):
     method: Method
     output: Path | None
     matrices: tuple[RepairedMatrix, ...]
+    in_model: int
     others: int = 0
     others_changed: bool = False
+    folders_left_out: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Repair of {self.label!r} by {self.method.name}: {self.changed} of {len(self.matrices)} matrices>"
@@ -109,10 +114,19 @@ class Repair(Tabular):
 
     @property
     def norm_kept(self) -> float | None:
-        """Share of ‖ΔW‖_F² that is left, summed over all matrices; None where none has changed."""
-        rows = [(r.change_norm**2, r.norm_kept) for r in self.matrices if r.change_norm and r.norm_kept is not None]
-        total = sum(size for size, _ in rows)
-        return sum(size * share for size, share in rows) / total if total else None
+        """Share of ‖ΔW‖_F² that is left of those `matrices` whose change is known; None where none has changed.
+
+        Matrices that a filter leaves out are not among them. They keep all of their change.
+        """
+        rows = [row for row in self.matrices if row.change_norm and row.norm_kept is not None]
+        before = [(row.change_norm or 0.0) ** 2 for row in rows]
+        left = [(row.norm_kept or 0.0) * (1 - (row.norm_lost or 0.0)) for row in rows]
+        return sum(b * share for b, share in zip(before, left, strict=True)) / sum(before) if rows else None
+
+    @property
+    def compared(self) -> int:
+        """How many of `matrices` could be compared with the base, changed or not."""
+        return sum(row.change_norm is not None for row in self.matrices)
 
     def records(self) -> list[Record]:
         """One dictionary a matrix, with all fields of `RepairedMatrix`."""
@@ -135,15 +149,19 @@ class Repair(Tabular):
             "method": asdict(self.method),
             "changed": self.changed,
             "norm_kept": self.norm_kept,
+            "compared": self.compared,
+            "chosen": len(self.matrices),
+            "in_model": self.in_model,
             "others": self.others,
             "others_changed": self.others_changed,
+            "folders_left_out": list(self.folders_left_out),
         }
 
     def remarks(self) -> tuple[str, ...]:
         """How much is left, what became of tensors that are no matrices, and what is where."""
         found = []
         if self.norm_kept is not None:
-            found.append(f"{self.norm_kept:.1%} of ‖ΔW‖² is left over all matrices")
+            found.append(f"{self.norm_kept:.1%} of ‖ΔW‖² is left, summed over {self._summed()}")
         elif any(row.change_norm is None for row in self.matrices):
             found.append("no matrix that could be compared has changed, there is nothing to repair")
         elif not self.others:
@@ -151,8 +169,19 @@ class Repair(Tabular):
         if self.others:
             what = "interpolated, too" if self.others_changed else "kept as fine-tuned"
             found.append(f"{self.others} changed tensors that are no matrices (norms, biases …) are {what}")
+        if self.folders_left_out:
+            found.append(f"folders with weights of their own are not copied: {', '.join(self.folders_left_out)}")
         where = "nothing is written" if self.output is None else f"{self.output} holds {self.label}"
         return (*found, f"{where}, {self.changed} of {len(self.matrices)} matrices changed")
+
+    def _summed(self) -> str:
+        unknown, rest = len(self.matrices) - self.compared, self.in_model - len(self.matrices)
+        which = f"{self.compared} of the model's" if unknown or rest else "all"
+        return (
+            f"{which} {self.in_model} matrices"
+            + (f"; of {unknown} the change is not known" if unknown else "")
+            + (f"; what of the {rest} not chosen has changed is kept whole" if rest else "")
+        )
 
     def record(self, folder: Path) -> None:
         """Write ``htsr_repair.json``.

@@ -23,6 +23,7 @@ from htsr.errors import SourceError, UsageError
 from htsr.matrices import adapters
 from htsr.matrices.models import Filter, WeightMatrix, as_filter
 from htsr.matrices.sources import open_model
+from htsr.matrices.writing import folders_left_out
 from htsr.results import Column, Record, Table, Tabular, Value, column_types, tabulate
 from htsr.spectra.directions import Keep, project_tail
 from htsr.spectra.tail import FitMethod
@@ -96,11 +97,14 @@ class Surgery(Tabular):
         label: path or hub id of the model.
         output: folder that was written.
         operations: one `Operation` for each wanted matrix, in the model's order.
+        folders_left_out: folders inside of the model's that hold weights of their own, such as an adapter or other
+            checkpoints, and were not copied.
     """
 
     label: str
     output: Path
     operations: tuple[Operation, ...]
+    folders_left_out: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Surgery of {self.label!r} to {str(self.output)!r}: {self.changed} of {len(self.operations)} matrices>"
@@ -123,12 +127,18 @@ class Surgery(Tabular):
         return (tabulate(self.operations, _COLUMNS, spare=("role", "shape", "mean", "clipped")),)
 
     def facts(self) -> dict[str, Any]:
-        """The model, and the folder written."""
-        return {"model": self.label, "output": str(self.output)}
+        """The model, the folder written, and folders that were not copied."""
+        return {
+            "model": self.label,
+            "output": str(self.output),
+            "folders_left_out": list(self.folders_left_out),
+        }
 
     def remarks(self) -> tuple[str, ...]:
         """What is where."""
-        return (f"{self.output} holds {self.label} with {self.changed} matrices changed",)
+        left = ", ".join(self.folders_left_out)
+        said = (f"folders with weights of their own are not copied: {left}",) if left else ()
+        return (*said, f"{self.output} holds {self.label} with {self.changed} matrices changed")
 
 
 def project(
@@ -203,7 +213,7 @@ def project(
             raise SourceError(f"the matrices of {original.name} are quantised: de-quantise it first, and take that")
         changed = {m.position.tensor for m, o in zip(wanted, operations, strict=True) if o.status == "ok"}
         write_copies(copies, changed, stored)
-        surgery = Surgery(original.name, goal, tuple(operations))
+        surgery = Surgery(original.name, goal, tuple(operations), folders_left_out(original.place))
         _record(folder / RECORD, surgery, surgeon)
     return surgery
 
@@ -256,6 +266,7 @@ def _record(file: Path, surgery: Surgery, surgeon: _Surgeon) -> None:
         "htsr": __version__,
         "source": surgery.label,
         **asdict(surgeon),
+        "folders_left_out": list(surgery.folders_left_out),
         "operations": [asdict(operation) for operation in surgery.operations],
     }
     file.write_text(json.dumps(content, indent=1) + "\n")

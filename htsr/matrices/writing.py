@@ -6,12 +6,15 @@ Only one tensor is in memory at a time, and what is not overwritten stays as it 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from htsr.errors import HtsrError, SourceError
+from htsr.matrices.adapter_config import CONFIG
 from htsr.matrices.file_bytes import SAFETENSORS_DTYPES, TensorInFile, safetensors_header
 from htsr.matrices.folders import ModelFiles
 from htsr.matrices.pickles import PICKLES, load_pickle
@@ -25,6 +28,8 @@ _CODES = {name: code for code, name in SAFETENSORS_DTYPES.items()}
 
 def copy_checkpoint(source: Path, model: ModelFiles, target: Path) -> dict[str, TensorInFile]:
     """Copy a model: its weights as safetensors, and of a folder what else is in it (configuration, tokenizer).
+
+    Folders inside of it are copied but for `folders_left_out`.
 
     Args:
         source: folder or file of the model.
@@ -43,7 +48,7 @@ def copy_checkpoint(source: Path, model: ModelFiles, target: Path) -> dict[str, 
         if file.suffix not in (".safetensors", *PICKLES):
             raise SourceError(f"{file} cannot be changed: load it with transformers, save_pretrained it, and take that")
     if source.is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True, ignore=_no_weights)
+        shutil.copytree(source, target, dirs_exist_ok=True, ignore=_ignored(source))
     names = {file.name: _target_name(file, len(files)) for file in files}
     stored: dict[str, TensorInFile] = {}
     for file in files:
@@ -65,8 +70,53 @@ def copy_checkpoint(source: Path, model: ModelFiles, target: Path) -> dict[str, 
     return {cleaned[name]: tensor for name, tensor in stored.items()}
 
 
-def _no_weights(_folder: str, names: list[str]) -> set[str]:
-    return {name for name in names if name.endswith(_WEIGHT_SUFFIXES) or _INDEX.search(name)}
+def folders_left_out(source: Path) -> tuple[str, ...]:
+    """Folders inside of a model's that hold weights of their own: an adapter, earlier checkpoints, other formats.
+
+    What belongs to the model does not count: the modules of sentence-transformers that its ``modules.json`` names.
+
+    Args:
+        source: folder or file of the model.
+
+    Returns:
+        Their paths from `source` on, sorted; none for a file.
+    """
+    modules = _modules(source)
+    found = []
+    for folder, inside, names in os.walk(source):
+        path = Path(folder).relative_to(source).as_posix()
+        if path in modules:
+            inside.clear()
+        elif path != "." and any(_is_weight(name) or name == CONFIG for name in names):
+            inside.clear()
+            found.append(path)
+    return tuple(sorted(found))
+
+
+def _ignored(source: Path) -> Callable[[str, list[str]], set[str]]:
+    left_out = set(folders_left_out(source))
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        own = Path(folder).relative_to(source)
+        top = own == Path()
+        return {name for name in names if (own / name).as_posix() in left_out or (top and _is_weight(name))}
+
+    return ignored
+
+
+def _is_weight(name: str) -> bool:
+    return name.endswith(_WEIGHT_SUFFIXES) or _INDEX.search(name) is not None
+
+
+def _modules(source: Path) -> set[str]:
+    """Folders of the modules of a model of sentence-transformers, but for the model's own."""
+    file = source / "modules.json"
+    try:
+        listed = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    except ValueError:
+        return set()
+    paths = [entry.get("path") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    return {Path(path).as_posix() for path in paths if isinstance(path, str)} - {"."}
 
 
 def _target_name(file: Path, count: int) -> str:

@@ -77,6 +77,57 @@ def test_interpolation_is_the_line_between_the_two_in_every_tensor(models, tmp_p
     assert torch.equal(after["model.layers.0.input_layernorm.weight"], new["model.layers.0.input_layernorm.weight"])
 
 
+def test_the_share_that_is_left_says_of_which_matrices(models, tmp_path):
+    tuned, base = models
+    whole = htsr.repair(tuned, base, method="interpolate", factor=0.5)
+    assert whole.remarks()[0] == "25.0% of ‖ΔW‖² is left, summed over all 9 matrices"
+    found = htsr.repair(tuned, base, tmp_path / "out", "interpolate", factor=0.5, where=htsr.Filter(roles="mlp.*"))
+    assert found.norm_kept == pytest.approx(0.25)
+    said, rest = found.remarks()[0].split("; ")
+    assert said == "25.0% of ‖ΔW‖² is left, summed over 4 of the model's 9 matrices"
+    assert rest == "what of the 5 not chosen has changed is kept whole"
+    record = json.loads((tmp_path / "out" / "htsr_repair.json").read_text())
+    assert (record["compared"], record["chosen"], record["in_model"]) == (4, 4, 9)
+    state = tensors(tuned)
+    state["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(state, tuned / "model.safetensors")
+    broken = htsr.repair(tuned, base, method="interpolate")
+    assert "over 8 of the model's 9 matrices; of 1 the change is not known" in broken.remarks()[0]
+
+
+def test_what_an_adapters_rank_does_not_hold_is_not_left(adapter):
+    found = htsr.repair(*adapter, method="intruders", factor=0.3)
+    before = sum(row.change_norm**2 for row in found.matrices)
+    left = sum(row.change_norm**2 * row.norm_kept * (1 - (row.norm_lost or 0)) for row in found.matrices)
+    assert any(row.norm_lost for row in found.matrices)
+    assert found.norm_kept == pytest.approx(left / before)
+
+
+def test_folders_with_weights_of_their_own_are_left_out_and_named(models, tmp_path):
+    tuned, base = models
+    for inside, name in (("adapter", "adapter_model.safetensors"), ("runs/checkpoint-5", "model.safetensors")):
+        (tuned / inside).mkdir(parents=True)
+        (tuned / inside / "config.json").write_text("{}")
+        save_file({"w": torch.ones(2)}, tuned / inside / name)
+    for inside in ("1_Pooling", "2_Dense"):
+        (tuned / inside).mkdir()
+        (tuned / inside / "config.json").write_text("{}")
+    save_file({"w": torch.ones(2)}, tuned / "2_Dense" / "model.safetensors")
+    paths = ["", "1_Pooling", "2_Dense"]
+    (tuned / "modules.json").write_text(json.dumps([{"idx": i, "path": path} for i, path in enumerate(paths)]))
+    left_out = ["adapter", "runs/checkpoint-5"]
+    found = htsr.repair(tuned, base, tmp_path / "repaired")
+    surgery = htsr.project(tuned, tmp_path / "projected", 4)
+    for folder, result in ((tmp_path / "repaired", found), (tmp_path / "projected", surgery)):
+        files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        record = {name for name in files if name.startswith("htsr_")}
+        modules = {"modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"}
+        assert files - record == {"model.safetensors"} | modules
+        assert json.loads((folder / record.pop()).read_text())["folders_left_out"] == left_out
+        assert list(result.facts()["folders_left_out"]) == left_out
+        assert any("not copied: adapter, runs/checkpoint-5" in remark for remark in result.remarks())
+
+
 def test_the_other_methods(models, tmp_path):
     tuned, base = models
     old, new = tensors(base), tensors(tuned)

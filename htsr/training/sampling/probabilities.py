@@ -37,7 +37,8 @@ def block_probabilities(
     ``alpha``    p_l ∝ LLR's multiplier of the mean α of the block's matrices, linear from 1 (lowest) to 5 (highest):
                  the less trained, the more often
     ``erg``      the same with the mean ⟨ln λ̃⟩ of the power-law tail in place of α
-    ``snr``      p_l ∝ mean signal-to-noise ratio (Spectrum; needs an analysis with ``bulk=True``)
+    ``snr``      p_l ∝ mean of `signal_to_noise`, with the edge λ₊ and divided by σ_max as Spectrum does (`htsr.select`
+                 does not divide); needs an analysis with ``bulk=True``
     ``increase`` p_l ∝ l + 1 with depth l
     ``decrease`` p_l ∝ L - l
     ============ ===================================================================================================
