@@ -162,8 +162,10 @@ class Repair(Tabular):
         found = []
         if self.norm_kept is not None:
             found.append(f"{self.norm_kept:.1%} of ‖ΔW‖² is left, summed over {self._summed()}")
-        elif any(row.change_norm is None for row in self.matrices):
+        elif self.compared < len(self.matrices):
             found.append("no matrix that could be compared has changed, there is nothing to repair")
+        elif self.in_model > len(self.matrices):
+            found.append("no matrix of those chosen has changed, there is nothing to repair in them")
         elif not self.others:
             found.append(f"{self.label} and {self.against} hold the same weights, there is nothing to repair")
         if self.others:

@@ -89,6 +89,11 @@ def test_the_share_that_is_left_says_of_which_matrices(models, tmp_path):
     record = json.loads((tmp_path / "out" / "htsr_repair.json").read_text())
     assert (record["compared"], record["chosen"], record["in_model"]) == (4, 4, 9)
     state = tensors(tuned)
+    one = htsr.Filter(include="*layers.1.mlp.up_proj")
+    state["model.layers.1.mlp.up_proj.weight"] = tensors(base)["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, tuned / "model.safetensors")
+    same = htsr.repair(tuned, base, where=one)  # of the others nothing is said
+    assert same.remarks()[0] == "no matrix of those chosen has changed, there is nothing to repair in them"
     state["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(state, tuned / "model.safetensors")
     broken = htsr.repair(tuned, base, method="interpolate")
