@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from types import FrameType
+
+    from transformers import Trainer
 
 Log = Callable[[dict[str, float], int], Any]
 
@@ -17,7 +20,8 @@ def log_of_trainer() -> Log | None:
 
     A callback is handed model and optimizer, and not the Trainer. To add values in `on_log` would be too late: trackers
     come before the callbacks of a user. TRL's trainers add means of what they have counted since their last log to
-    whatever is logged, and begin again: their own `log` is passed by.
+    whatever is logged, and begin again: their own `log` is passed by. A callback that is kept does not keep the
+    Trainer, with its optimizer and data.
 
     Examples:
         >>> from htsr.training.trainer_log import log_of_trainer
@@ -29,6 +33,18 @@ def log_of_trainer() -> Log | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if isinstance(trainer := frame.f_locals.get("self"), Trainer):
-            return lambda values, _: Trainer.log(trainer, values)
+            return _log_of(trainer)
         frame = frame.f_back
     return None
+
+
+def _log_of(trainer: Trainer) -> Log:
+    from transformers import Trainer
+
+    kept = weakref.ref(trainer)
+
+    def log(values: dict[str, float], _: int) -> None:
+        if (alive := kept()) is not None:
+            Trainer.log(alive, values)
+
+    return log

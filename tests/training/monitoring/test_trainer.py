@@ -1,7 +1,9 @@
 """The monitor under the Trainer of transformers and under Lightning."""
 
+import gc
 import importlib.util
 import json
+import weakref
 
 import pytest
 import torch
@@ -111,6 +113,19 @@ def test_a_sampler_tells_trackers_its_lowest_block(tmp_path):
         (4, 0),
         (8, 0),
     ]
+
+
+def test_a_callback_that_is_kept_keeps_no_trainer(tmp_path):
+    monitor = htsr.SpectralMonitor(every=2, share=ALL)
+    made = trainer(tmp_path, 2, monitor)
+    sampling = htsr.LayerSamplerCallback(htsr.LayerSampler(made.model, active=1))
+    made.add_callback(sampling)
+    made.train()
+    alive = weakref.ref(made)
+    del made
+    gc.collect()
+    assert alive() is None
+    assert monitor is not sampling  # both are kept
 
 
 class FakeLightning:
