@@ -12,7 +12,6 @@ from htsr_cli.options import (
     Dtype,
     Exclude,
     ExcludeRole,
-    Fit,
     Format,
     Full,
     Html,
@@ -51,7 +50,14 @@ def track(
     block: Block = None,
     min_size: MinSize = 0,
     max_size: MaxSize = None,
-    fit: Fit = "ks",
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            help="How the tail is chosen: ks, hill …; by default as in the file of --save, else hill for steps of one "
+            "run, and ks for models.",
+            show_default=False,
+        ),
+    ] = None,
     full: Full = False,
     null: Null = True,
     route: Route = "auto",

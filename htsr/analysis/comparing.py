@@ -30,10 +30,11 @@ from htsr.ranks import Ranks
 from htsr.spectra.bulk import jensen_shannon_distance
 from htsr.spectra.metrics import LayerMetrics, Options
 from htsr.spectra.subspaces import Subspace
+from htsr.spectra.tail import FitMethod
 
 logger = logging.getLogger(__name__)
 
-FIT = "hill"  # separates the exponents of one matrix in two models better than ks: reports/estimators
+FIT: FitMethod = "hill"  # separates the exponents of one matrix in two models better than ks: reports/estimators
 _DECISIVE = ("fit", "xmin", "xmax", "windows")  # options under which α is another number
 
 _DRAWN = {"gof": ("gof_p",), "bootstrap": ("alpha_low", "alpha_high")}  # metrics by the number of draws behind them

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from htsr.analysis.analyze import Progress, analyze_model, make_options
 from htsr.analysis.checkpoints import Checkpoint, Sources, checkpoints_of, label_of, run_of
+from htsr.analysis.comparing import FIT
 from htsr.analysis.journal import Journal
 from htsr.analysis.reference import Reference
 from htsr.analysis.trajectory import Trajectory, trajectory_of
@@ -36,6 +37,7 @@ from htsr.matrices.models import Filter, Model, WeightMatrix, as_filter
 from htsr.matrices.sources import Source, locate, open_model
 from htsr.ranks import Ranks
 from htsr.spectra.metrics import Options
+from htsr.spectra.tail import FitMethod
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,9 @@ def track(
         progress: function that is called after each matrix; its `Progress.fraction` is that of all checkpoints.
         distributed: whether the ranks of `accelerate launch` or `torchrun` share the matrices; each of them then has to
             call this with the same sources. Only the first one writes.
-        **options: fields of `htsr.Options`, as in `htsr.analyze`.
+        **options: fields of `htsr.Options`, as in `htsr.analyze`, but `fit` is by default that of the file where `save`
+            goes on, and for steps of one run ``hill``, as in `htsr.compare`: its α, an index of one shape, tells two
+            states of a matrix apart where that of ``ks`` does not.
 
     Returns:
         A `Trajectory`; with `save`, of all that is in the file. A checkpoint that cannot be read is in its `problems`,
@@ -109,8 +113,10 @@ def track(
     checkpoints = checkpoints_of(sources)
     if all(isinstance(checkpoint.source, (str, os.PathLike)) for checkpoint in checkpoints):
         checkpoints = ranks.of_first(lambda: checkpoints)  # another rank may see one more that has just been written
-    settings = make_options(checkpoints[0].source, full=full, **options)
-    header, points, file = _begun(checkpoints, settings, against, Path(save) if save else None, ranks)
+    header, points, file = _begun(
+        checkpoints, options | {"full": full}, against, Path(save) if save is not None else None, ranks
+    )
+    settings = _options(checkpoints, header.options.fit, options | {"full": full})
     reference = _reference(checkpoints, header, against, ranks)
     if reference is not None and ranks.is_first:
         _say_if_changed(reference, header, points)
@@ -141,7 +147,7 @@ def track(
 
 
 def _begun(
-    checkpoints: Sequence[Checkpoint], options: Options, against: Source | None, save: Path | None, ranks: Ranks
+    checkpoints: Sequence[Checkpoint], given: Mapping[str, Any], against: Source | None, save: Path | None, ranks: Ranks
 ) -> tuple[Header, Points, TrajectoryFile | None]:
     """Header, what was measured before, and on the first rank the file that more is appended to."""
     file: TrajectoryFile | None = None
@@ -149,13 +155,16 @@ def _begun(
     def begin() -> tuple[Header, Points]:
         nonlocal file
         base = None if against is None else label_of(checkpoints_of([against]))
-        reference = base or (None if checkpoints[0].step is None else checkpoints[0].label)
+        of_one_run = checkpoints[0].step is not None
+        fit: FitMethod = FIT if of_one_run else Options.fit
+        reference = base or (checkpoints[0].label if of_one_run else None)
         label, run = label_of(checkpoints), run_of(checkpoints)
         if save is not None and save.is_file() and save.stat().st_size:
             before, there = read_trajectory(save)
             reference = before.reference  # what was first then may be gone by now
+            fit = before.options.fit
             _insist_on_one_run(save, before, there, run, label)
-        header = Header(label, options, base, reference, run)
+        header = Header(label, _options(checkpoints, fit, given), base, reference, run)
         if save is None:
             return header, Points()
         file = TrajectoryFile(save, header)
@@ -163,6 +172,11 @@ def _begun(
 
     header, points = ranks.of_first(begin)
     return header, points, file
+
+
+def _options(checkpoints: Sequence[Checkpoint], fit: FitMethod, given: Mapping[str, Any]) -> Options:
+    """The options that are `given`, with this `fit` where none is."""
+    return make_options(checkpoints[0].source, **{"fit": fit} | dict(given))
 
 
 def _insist_on_one_run(save: Path, before: Header, points: Points, run: str | None, label: str) -> None:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from htsr.analysis.movement import Move, moves
@@ -21,9 +22,10 @@ from htsr.results import Record, Table, Tabular, column_types
 from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
 
 _SHOWN = 10  # matrices that have moved most
+_SURE = 2  # standard errors from which on α has moved
 _RANKING = (
-    "models are in the order of their mean α; smaller is heavier-tailed, which HT-SR takes for better trained among "
-    "models of one architecture, and α depends on shapes: others do not compare"
+    "models are in the order of their mean α ({fit}); smaller is heavier-tailed, which HT-SR takes for better trained "
+    "among models of one architecture, and α depends on shapes: others do not compare"
 )
 
 
@@ -41,6 +43,8 @@ class Trajectory(Tabular):
         problems: sentence on each source that could not be read when this was measured, by its name; files do not keep
             them.
         run: absolute path of the folder of the run, or its hub id; None where the sources are no steps of a run.
+        wanted: number of matrices that a monitor was to measure, of which it may not have come to some; None where all
+            are measured in each source.
 
     Iteration and `len` go by points.
 
@@ -66,11 +70,10 @@ class Trajectory(Tabular):
     reference: str | None = None
     problems: Mapping[str, str] = field(default_factory=dict)
     run: str | None = None
+    wanted: int | None = None
 
     def __repr__(self) -> str:
-        names = {point.row.name for point in self.points}
-        what = "steps" if self.steps else "models"
-        return f"<Trajectory of {self.label!r}: {len(names)} matrices, {len(self.sources)} {what}>"
+        return f"<Trajectory of {self.label!r}: {self._size('step')}>"
 
     def _repr_html_(self) -> str:
         from htsr.reporting.html import table_html
@@ -162,30 +165,53 @@ class Trajectory(Tabular):
         return moves(self._in_order(), metric)
 
     def tables(self) -> tuple[Table, ...]:
-        """Means of the sources, then the matrices whose α has moved most.
+        """Means of the sources, then the matrices whose α has moved most, from two standard errors on.
 
         Models are in the order of their mean α; of more than 40 checkpoints, as many are shown, evenly spaced.
         """
         means = shown_table(self.summary(), self.steps)
-        far = [move for move in self.moved() if move.beyond and move.beyond > 1] if self.steps else []
+        far = [move for move in self.moved() if _has_moved(move)] if self.steps else []
         return (means, moved_table(far[:_SHOWN])) if far else (means,)
 
     def remarks(self) -> tuple[str, ...]:
         """How much was measured, what the tables say, and which sources could not be read."""
-        names = {point.row.name for point in self.points}
-        kinds = "checkpoints" if self.steps else "models"
-        said = [f"{self.label}: {len(names)} matrices, {len(self.sources)} {kinds}"]
-        if not self.steps and len(self.sources) > 1:
-            said.append(_RANKING)
+        said = [f"{self.label}: {self._size('checkpoint')}", *self._findings()]
         if len(self.steps) > LINES:
             said.append(f"the table shows {LINES} of the {len(self.steps)} checkpoints; --format csv has all")
-        if len(self.steps) > 1:
-            beyond = [move.beyond for move in self.moved() if move.beyond is not None]
-            far = sum(value > 1 for value in beyond)
-            said.append(f"the α of {far} of {len(beyond)} matrices has moved by more than its standard error")
         if self.problems:
             said.append(f"could not be read: {', '.join(self.problems)}")
         return tuple(said)
+
+    def _size(self, point: str) -> str:
+        matrices = _counted(len({point.row.name for point in self.points}), "matrix", "matrices")
+        kinds = (point, f"{point}s") if self.steps else ("model", "models")
+        return f"{matrices}, {_counted(len(self.sources), *kinds)}"
+
+    def _alphas(self) -> list[float]:
+        return [point.row.alpha for point in self.points if point.row.alpha is not None]
+
+    def _findings(self) -> Iterator[str]:
+        """What the numbers say, and what they are of."""
+        measured = len({point.row.name for point in self.points})
+        if self.wanted is not None and measured < self.wanted:
+            yield (
+                f"{self.wanted - measured} of {self.wanted} matrices were never measured, and means are without them: "
+                "a monitor measures more with a larger share="
+            )
+        if not self.steps and len(self.sources) > 1:
+            yield _RANKING.format(fit=self.options.fit)
+        moved = self.moved() if self.steps else ()
+        if moved:
+            first, last = (fmean(getattr(move, end) for move in moved) for end in ("first", "last"))
+            over = _counted(len(moved), "matrix", "matrices")
+            yield f"mean α ({self.options.fit}) {first:.3f} → {last:.3f} over {over}, from the first number to the last"
+            known = [move for move in moved if move.beyond is not None]
+            far, over = sum(map(_has_moved, known)), _counted(len(known), "matrix", "matrices")
+            yield f"the α of {far} of {over} has moved by two standard errors or more"
+        elif (self.steps or len(self.sources) == 1) and (alphas := self._alphas()):
+            yield f"mean α ({self.options.fit}) {fmean(alphas):.3f} over {_counted(len(alphas), 'matrix', 'matrices')}"
+        if self.reference and any(point.relative is not None for point in self.points):
+            yield f"‖ΔW‖/‖W‖ is against {self.reference}"
 
     def facts(self) -> dict[str, Any]:
         """Run, options, what changes are against, means by source, and the sources that could not be read."""
@@ -211,7 +237,8 @@ class Trajectory(Tabular):
         from htsr.analysis.trajectory_report import page_of
         from htsr.reporting.trajectory_page import write_trajectory_page
 
-        page = page_of(self._header(), self.records(), sources_table(self.summary(), self.steps), self.problems)
+        said = [*self._findings(), *(f"{source}: {problem}" for source, problem in self.problems.items())]
+        page = page_of(self._header(), self.records(), sources_table(self.summary(), self.steps), said)
         write_trajectory_page(page, Path(path))
 
     def plot(self, metric: str = "alpha", by: Literal["role", "block", "matrix"] = "role", *, ax: Any = None) -> Any:
@@ -248,7 +275,7 @@ class Trajectory(Tabular):
         write_trajectory(Path(path), self._header(), self.points)
 
     def _header(self) -> Header:
-        return Header(self.label, self.options, self.against, self.reference, self.run)
+        return Header(self.label, self.options, self.against, self.reference, self.run, self.wanted)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Trajectory:
@@ -265,6 +292,12 @@ class Trajectory(Tabular):
 
 def trajectory_of(header: Header, points: Points, problems: Mapping[str, str] | None = None) -> Trajectory:
     """The trajectory of the `points` below a `header`, and the `problems` of sources that have none."""
-    return Trajectory(
-        header.label, tuple(points), header.options, header.against, header.reference, problems or {}, header.run
-    )
+    return Trajectory(points=tuple(points), problems=problems or {}, **vars(header))
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def _has_moved(move: Move) -> bool:
+    return move.beyond is not None and move.beyond >= _SURE

@@ -43,6 +43,8 @@ class Header:
         reference: label of the model that `Point.relative` is relative to; None where there is none.
         run: absolute path of the folder of the run, or its hub id; None where the sources are no steps of a run, and
             in files that do not say it.
+        wanted: number of matrices that a monitor is to measure, of which it may not have come to some; None where all
+            are measured at each point.
     """
 
     label: str
@@ -50,6 +52,7 @@ class Header:
     against: str | None = None
     reference: str | None = None
     run: str | None = None
+    wanted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -295,7 +298,7 @@ def _line(point: Point) -> str:
 def _insist_on_one(path: Path, there: Header, here: Header) -> None:
     """Refuse to mix numbers that do not compare; on which device they were computed changes none."""
     then, now = ({**asdict(header), **asdict(header.options)} for header in (there, here))
-    for name in then.keys() - {"label", "run", "options", "device"}:
+    for name in then.keys() - {"label", "run", "options", "device", "wanted"}:
         if then[name] != now[name]:
             raise UsageError(
                 f"{path} was measured with {name} {then[name]}, not {now[name]}: take the same, or another file"

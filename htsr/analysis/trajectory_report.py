@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from htsr._version import __version__
 from htsr.analysis.report import described
@@ -12,14 +12,14 @@ from htsr.results import Record, Table
 from htsr.spectra.metrics import NUMERIC, LayerMetrics
 
 
-def page_of(header: Header, records: Sequence[Record], table: Table, problems: Mapping[str, str]) -> TrajectoryPage:
+def page_of(header: Header, records: Sequence[Record], table: Table, remarks: Sequence[str]) -> TrajectoryPage:
     """The page of a trajectory.
 
     Args:
         header: what holds for the whole.
         records: records of its points.
         table: table of the means of its sources.
-        problems: sentence on each source that could not be read, by its name.
+        remarks: sentences on what the numbers say, and on each source that could not be read.
     """
     sources = {record["source"]: record["step"] for record in records}
     relative = f"length of the change against {header.reference}, over that of its weights" if header.reference else ""
@@ -33,7 +33,7 @@ def page_of(header: Header, records: Sequence[Record], table: Table, problems: M
             "fit": header.options.fit,
             "htsr": __version__,
         },
-        remarks=[f"{source}: {problem}" for source, problem in problems.items()],
+        remarks=remarks,
         records=records,
         about=described(LayerMetrics) | {"relative": relative},
         numeric=("relative", *NUMERIC),

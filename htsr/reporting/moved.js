@@ -57,7 +57,7 @@ function movedColumns() {
 function sigmaColumn(keys) {
   if (!keys) return [];
   const cells = keys.map((value) => (value == null ? "" : value.toFixed(1)));
-  return [{ header: BEYOND, keys, cells, numeric: true, about: "Size of the change over √(σ² of the first + σ² of the last)" }];
+  return [{ header: BEYOND, keys, cells, numeric: true, about: "Size of the change over √(σ² of the first + σ² of the last); from 2 on it counts as moved" }];
 }
 
 const SVG = "http://www.w3.org/2000/svg";

@@ -17,6 +17,7 @@ from tests.models import save_folder, state_dict
 from tests.processes import in_two_processes, leave_with, one_thread
 
 PLAIN = {"null": False, "device": "cpu"}
+HILL = PLAIN | {"fit": "hill"}  # the fit of steps of a run
 
 
 def states(count=3, **options):
@@ -82,7 +83,7 @@ def test_rows_are_those_of_analyze_and_lengths_those_of_compare(tmp_path):
     )
     first = htsr.describe(run / "checkpoint-100")
     for source in found.sources:
-        assert numbers(found.at(source)) == numbers(htsr.analyze(run / source, **PLAIN))
+        assert numbers(found.at(source)) == numbers(htsr.analyze(run / source, **HILL))
         for old, new, point in zip(
             first, htsr.describe(run / source), (p for p in found if p.source == source), strict=True
         ):
@@ -94,7 +95,7 @@ def test_changes_against_a_base(tmp_path):
     found = htsr.track(run, against=base, **PLAIN)
     assert (found.against, found.reference) == (base, base)
     for source in found.sources:
-        assert numbers(found.at(source)) == numbers(htsr.analyze(run / source, against=base, **PLAIN))
+        assert numbers(found.at(source)) == numbers(htsr.analyze(run / source, against=base, **HILL))
     pairs = htsr.compare(base, run / "checkpoint-300", **PLAIN)
     lengths = [point.relative for point in found if point.source == "checkpoint-300"]
     # compare divides by the norm of its first model, too
@@ -168,7 +169,7 @@ def test_only_matrices_that_are_missing_are_measured(tmp_path, measured):
 def test_other_options_do_not_go_into_one_file(tmp_path):
     run, save = made(tmp_path / "run", 1, blocks=1), tmp_path / "spectra.jsonl"
     htsr.track(run, save=save, **PLAIN)
-    for changes in ({"fit": "hill"}, {"null": True}, {"against": run / "checkpoint-100"}):
+    for changes in ({"fit": "ks"}, {"null": True}, {"against": run / "checkpoint-100"}):
         with pytest.raises(htsr.UsageError, match="was measured with"):
             htsr.track(run, save=save, **{**PLAIN, **changes})
     with pytest.raises(htsr.UsageError, match=r"saved as \.jsonl"):
@@ -176,6 +177,19 @@ def test_other_options_do_not_go_into_one_file(tmp_path):
     with pytest.raises(htsr.UsageError, match="read as it is"):
         htsr.track(save, fit="hill")
     assert htsr.track(save) == Trajectory.load(save)
+
+
+def test_steps_are_fitted_by_hill_models_by_ks_and_a_file_goes_on_with_its_own_fit(tmp_path):
+    run, save = made(tmp_path / "run", 2, blocks=1), tmp_path / "spectra.jsonl"
+    models = [run / "checkpoint-100", save_folder(tmp_path / "other", state_dict(blocks=1))]
+    for sources, fit in ((run, "hill"), (run / "checkpoint-100", "hill"), (models, "ks")):
+        found = htsr.track(sources, **PLAIN)
+        assert found.options.fit == fit
+        assert f"({fit})" in "".join(found.remarks())
+        assert {point.row.fit for point in found} == {fit}
+        assert htsr.track(sources, fit="clip_xmax", **PLAIN).options.fit == "clip_xmax"
+    htsr.track([run / "checkpoint-100"], save=save, fit="ks", **PLAIN)
+    assert {point.row.fit for point in htsr.track(run, save=save, **PLAIN)} == {"ks"}
 
 
 def test_two_runs_do_not_go_into_one_file(tmp_path, monkeypatch):
@@ -366,9 +380,9 @@ def test_of_adapters_alone_the_lengths_are_not_known(adapters):
 def test_models_in_memory_have_the_labels_or_steps_that_they_are_given(tmp_path):
     model = small_llama()
     model.save_pretrained(tmp_path / "base")
-    rows = numbers(htsr.analyze(model, **PLAIN))
+    rows = numbers(htsr.analyze(model, **HILL))
     for sources in ({"a": model, "b": model}, {0: tmp_path / "base", 1: model}):
-        found = htsr.track(sources, **PLAIN)
+        found = htsr.track(sources, **HILL)
         assert found.sources == tuple(map(str, sources))
         assert numbers(found.at(found.sources[1])) == rows
 

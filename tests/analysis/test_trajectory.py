@@ -162,9 +162,44 @@ def test_what_has_moved_most_goes_by_the_error_of_alpha():
     (means, far) = trajectory.tables()
     assert [cells[0] for cells in means.cells()] == ["checkpoint-1", "checkpoint-5", "checkpoint-9"]
     assert [cells[0] for cells in far.cells()] == ["a"]  # b: less than its error
-    assert "the α of 1 of 2 matrices" in trajectory.remarks()[1]
+    assert "the α of 1 of 2 matrices" in trajectory.remarks()[2]
     with pytest.raises(UsageError, match="no number 'name'"):
         trajectory.moved("name")
+
+
+def test_two_standard_errors_are_a_move_and_the_fit_is_named(tmp_path):
+    points = [
+        Point(f"checkpoint-{step}", LayerMetrics(name=name, alpha=alpha, sigma=sigma), step, relative)
+        for step, alpha, relative in ((1, 3.0, None), (2, 2.0, 0.25))
+        for name, sigma in (("two", 0.5 / 2**0.5), ("less", 0.36))
+    ]
+    trajectory = Trajectory("run", tuple(points), HEADER.options, reference="checkpoint-1")
+    assert [cells[0] for cells in trajectory.tables()[1].cells()] == ["two"]
+    said = trajectory.remarks()
+    assert said == (
+        "run: 2 matrices, 2 checkpoints",
+        "mean α (hill) 3.000 → 2.000 over 2 matrices, from the first number to the last",
+        "the α of 1 of 2 matrices has moved by two standard errors or more",
+        "‖ΔW‖/‖W‖ is against checkpoint-1",
+    )
+    trajectory.to_html(tmp_path / "run.html")
+    page = (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert all(sentence in page for sentence in said[1:])
+
+
+def test_what_a_monitor_never_measured_is_said_by_its_file(tmp_path):
+    with TrajectoryFile(tmp_path / "run.jsonl", replace(HEADER, reference="step-0", wanted=17)) as file:
+        file.append([point(30, relative=0.5)])
+    trajectory = Trajectory.load(tmp_path / "run.jsonl")
+    trajectory.save(tmp_path / "again.jsonl")
+    assert repr(trajectory) == "<Trajectory of 'run': 1 matrix, 1 step>"
+    assert Trajectory.load(tmp_path / "again.jsonl").remarks() == (
+        "run: 1 matrix, 1 checkpoint",
+        "16 of 17 matrices were never measured, and means are without them: a monitor measures more with a larger "
+        "share=",
+        "mean α (hill) 3.000 over 1 matrix",
+        "‖ΔW‖/‖W‖ is against step-0",
+    )
 
 
 def test_of_models_the_smallest_alpha_comes_first(tmp_path):
@@ -186,4 +221,4 @@ def test_of_very_many_steps_the_table_has_some():
     lines = [int(cells[1]) for cells in trajectory.tables()[0].cells()]
     assert (len(lines), lines[0], lines[-1]) == (40, 0, 99)
     assert {b - a for a, b in pairwise(lines)} == {2, 3}
-    assert "shows 40 of the 100 checkpoints" in trajectory.remarks()[1]
+    assert "shows 40 of the 100 checkpoints" in trajectory.remarks()[-1]

@@ -176,7 +176,8 @@ class SpectralMonitor(Hooks):
             self._record.close()
         if rounds.unmeasured and self._ranks.is_first:
             logger.warning(
-                "%d of %d matrices were not measured once: they did not fit in %g of the time of so short a training",
+                "%d of %d matrices were not measured once: they did not fit in %g of the time of so short a training, "
+                "and a larger share= measures more",
                 rounds.unmeasured,
                 len(rounds),
                 self.share,
@@ -251,7 +252,7 @@ class SpectralMonitor(Hooks):
     def _open(self, rounds: Rounds, since: int) -> Earlier | None:
         if self._file is None:
             return None
-        self._record = Record(self._file, rounds.label, rounds.options, self._steps, since, rounds.device)
+        self._record = Record(self._file, rounds.label, rounds.options, self._steps, since, rounds.device, len(rounds))
         return self._record.earlier
 
     def _warn(self, signs: Sequence[Sign]) -> None:

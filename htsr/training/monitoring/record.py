@@ -59,6 +59,7 @@ class Record:
         step: optimizer steps that the run has done before.
         since: step whose weights ``relative`` is relative to, where there is no file of the run.
         device: kind of the device that makes sketches, such as ``cpu``: those of another kind do not compare.
+        wanted: number of matrices that are to be measured.
 
     Attributes:
         earlier: what the same run has left behind; None where it has no file.
@@ -68,14 +69,17 @@ class Record:
         HtsrError: the file cannot be read or written.
     """
 
-    def __init__(self, path: Path, label: str, options: Options, step: int, since: int, device: str) -> None:
+    def __init__(
+        self, path: Path, label: str, options: Options, step: int, since: int, device: str, wanted: int
+    ) -> None:
         self._start, self._device = path.with_suffix(".start"), device
         there = is_of_a_run(path)
         if there and step == 0:
             there = False
             _put_aside(path)
         self.earlier = self._taken_up(path, step) if there else None
-        header = Header(label, options, reference=self.earlier.reference if self.earlier else f"step-{since}")
+        reference = self.earlier.reference if self.earlier else f"step-{since}"
+        header = Header(label, options, reference=reference, wanted=wanted)
         self._file: TrajectoryFile | None = TrajectoryFile(path, header)
         self._file.points.by_source.clear()
 

@@ -132,14 +132,16 @@ class TestWhenTimeIsShort:
         assert values["spectrum/age/mlp.up"] == sum(ages) / 2
         assert values["spectrum/share_of_time"] <= 0.11
 
-    def test_what_was_never_measured_is_said_at_the_end(self, clock, caplog):
+    def test_what_was_never_measured_is_said_at_the_end(self, clock, caplog, tmp_path):
         model = TinyLM()
-        monitor = htsr.SpectralMonitor(model, every=1, share=0.1)
+        monitor = htsr.SpectralMonitor(model, every=1, share=0.1, path=tmp_path / "run.jsonl")
         for _ in range(12):
             clock[0] += 1.0
             monitor.step()
         monitor.close()
         assert "of 8 matrices were not measured once" in caplog.text
+        assert "larger share= measures more" in caplog.text
+        assert "of 8 matrices were never measured" in htsr.track(tmp_path / "run.jsonl").remarks()[1]
 
 
 def test_frozen_weights_are_measured_once(monkeypatch):
