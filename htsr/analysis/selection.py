@@ -6,7 +6,8 @@ print(selection.export("axolotl"))
 That is the idea of Spectrum (arXiv 2406.06623), with three differences. The edge of noise is that of Marchenko and
 Pastur, σ(√N + √M): Spectrum's lacks the √N, so all of a matrix of noise is signal there. The ratio is not divided by
 the largest singular value, which would change it with the units of the weights. And every score is the distance from
-what noise of the same shape has, so that a matrix without signal is not taken, however few its role has.
+what one of 100 matrices of noise of the same shape passes, so that a matrix without signal is not taken, however few
+its role has.
 
 `htsr.spectra.signal` has the scores. Those but ``snr`` are ours; which of them all is best for a task is not known.
 """
@@ -70,7 +71,7 @@ class SelectionRow:
         parameters: number of entries.
         side: smaller side of its matrices; None where only activations are known.
         value: number that the selection goes by; None where there is none.
-        null: the same number of Gaussian noise of that shape.
+        null: bound that this number of Gaussian noise of that shape passes in about one of 100 matrices.
         score: distance of the two, larger for more signal (`htsr.spectra.signal`).
         place: place among the scores of its role, 1 for the first to train; None without a score.
         of: number of scores in its role.
@@ -145,8 +146,7 @@ class Selection(Tabular):
         """
         if rank < 1:
             raise UsageError(f"a rank is at least 1, not {rank}")
-        if not self.names:
-            raise UsageError(f"nothing of {self.label} is selected, so there is nothing to adapt")
+        self._require_some()
         chosen = [row for row in self.rows if row.selected]
         taken = Counter(row.role for row in chosen)
         wanted = {row.name: round(rank * max(row.of or 1, taken[row.role]) / taken[row.role]) for row in chosen}
@@ -163,10 +163,13 @@ class Selection(Tabular):
             rank: rank of the adapters of ``peft``, as `peft` takes it.
 
         Raises:
-            UsageError: there is no such tool, or nothing is selected for PEFT.
+            UsageError: there is no such tool, or nothing is selected: an empty list is read as no list, and all of
+                the model trains. The scores for ``spectrum`` are written all the same.
         """
         if tool == "peft":
             return json.dumps(self.peft(rank), indent=1) + "\n"
+        if tool in ("axolotl", "regex"):
+            self._require_some()
         if tool == "axolotl":
             return training_lists.axolotl(self.names)
         if tool == "spectrum":
@@ -175,6 +178,11 @@ class Selection(Tabular):
         if tool == "regex":
             return "".join(f"{regex}\n" for regex in training_lists.regexes(self.names))
         raise UsageError(f"there is no list for {tool!r}: {', '.join(get_args(Tool))}")
+
+    def _require_some(self) -> None:
+        if not self.names:
+            reason = "; ".join(self.remarks()[1:]) or "no matrix is a candidate"
+            raise UsageError(f"nothing of {self.label} is selected, so there is nothing to train: {reason}")
 
     def records(self) -> list[Record]:
         """One dictionary a tensor, with all fields of `SelectionRow`."""
@@ -202,14 +210,17 @@ class Selection(Tabular):
         return _parameters(self.rows) / (sum(row.parameters for row in self.rows) or 1)
 
     def remarks(self) -> tuple[str, ...]:
-        """How much trains, and what has no signal."""
+        """How much trains, what has no signal, and, where nothing trains, why the others have no score."""
         noise = sum(row.note == _NOISE for row in self.rows)
+        others = Counter(row.note for row in self.rows if row.note and row.note != _NOISE)
         lines = [
             f"{self.label}: {len(self.names)} of {len(self.rows)} matrices train, "
             f"{_parameters(self.rows):,} parameters ({self.share:.1%})"
         ]
         if noise:
             lines.append(f"{noise} matrices have no more signal than noise and are not taken, whatever their place")
+        if not self.names:
+            lines += [f"{count} matrices do not train: {note}" for note, count in others.most_common(3)]
         return tuple(lines)
 
 
@@ -287,7 +298,7 @@ def select(
         >>> htsr.select(state, top=0.25, by="stable_rank").names
         ['layers.3.mlp.up_proj']
     """
-    if not 0 < top <= 1:
+    if isinstance(top, bool) or not 0 < top <= 1:
         raise UsageError(f"top is a share of each role, above 0 and at most 1, not {top!r}")
     if by not in get_args(By):
         raise UsageError(f"there is no selection by {by!r}: {', '.join(get_args(By))}")
@@ -366,20 +377,16 @@ def _slices(row: LayerMetrics) -> int:
 
 
 def _of_outliers(outliers: OutlierShares, threshold: float) -> list[SelectionRow]:
+    from scipy.stats import binom
+
     shares = outliers.of_matrices(threshold)
-    null = math.erfc(threshold / math.pi**0.5)
-    return [
-        SelectionRow(
-            name=row.name,
-            role=row.role,
-            block=row.block,
-            parameters=row.parameters,
-            value=shares[row.name],
-            null=null,
-            score=shares[row.name] - null,
-        )
-        for row in outliers.rows
-    ]
+    found = []
+    for row in outliers.rows:
+        value = shares[row.name]
+        null = float(binom.isf(0.01, row.parameters, math.erfc(threshold / math.pi**0.5))) / row.parameters
+        own = SelectionRow(row.name, row.role, row.block, row.parameters, None, value, null, value - null)
+        found.append(own)
+    return found
 
 
 def _scored(analysis: Analysis, row: LayerMetrics, by: By) -> tuple[float, float, float] | str:

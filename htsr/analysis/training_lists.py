@@ -31,7 +31,7 @@ def axolotl(names: Sequence[str]) -> str:
     Axolotl puts a backslash before every dot of a pattern itself, so dots stand as they are.
 
     Args:
-        names: names of the tensors that train.
+        names: names of the tensors that train, at least one: of an empty list Axolotl trains the whole model.
 
     Examples:
         >>> from htsr.analysis.training_lists import axolotl
@@ -39,8 +39,6 @@ def axolotl(names: Sequence[str]) -> str:
         unfrozen_parameters:
         - ^layers.3.mlp.up_proj(.weight)?$
     """
-    if not names:
-        return "unfrozen_parameters: []\n"
     return "unfrozen_parameters:\n" + "".join(f"- ^{name}(.weight)?$\n" for name in names)
 
 
