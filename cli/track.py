@@ -83,6 +83,7 @@ def track(
     For example:  [bold]htsr track runs/mine --save runs/mine/spectra.jsonl --html track.html[/bold]
     """
     from htsr_cli import run
+    from htsr_cli.conditions import say_error
     from htsr_cli.output import Target, Words
 
     from htsr.analysis.tracking import track as measure
@@ -118,4 +119,8 @@ def track(
     target.write(trajectory, words)
     if html is not None:
         words.say(f"htsr: the page is in {html}")
+    if trajectory.points and all(point.row.num_eigenvalues is None for point in trajectory):
+        first = trajectory.points[0].row
+        say_error(f"no matrix of {trajectory.label} could be analyzed; {first.name} is {first.status}: {first.warning}")
+        raise typer.Exit(1)
     raise typer.Exit(1 if trajectory.problems else 0)

@@ -48,6 +48,16 @@ def test_a_broken_checkpoint_ends_with_one_and_the_others_are_there(capsys, capl
     assert err.splitlines()[-1] == "htsr: could not be read: checkpoint-200"
 
 
+@pytest.mark.parametrize("quiet", [(), ("-q",)])
+def test_a_base_that_no_matrix_fits_ends_with_one_and_is_said(capsys, run_folder, tmp_path, quiet):
+    base = save_folder(tmp_path / "base", state_dict(blocks=1, width=24))
+    code, _, err = run(capsys, run_folder, "--against", base, *quiet)
+    assert code == 1
+    assert f"htsr: no matrix of {run_folder} could be analyzed; " in err.splitlines()[-1]
+    assert "is unmatched: " in err.splitlines()[-1]
+    assert run(capsys, run_folder, "--against", run_folder / "checkpoint-100")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("args", "code", "sentence"),
     [
