@@ -26,6 +26,8 @@ SECTIONS_OF: Mapping[str, tuple[str, ...]] = {
     "owlore": ("sampling", "low_rank"),
     "galore": ("low_rank",),
 }
+USUAL_RATE = 2e-5  # SFTConfig's own, for whole matrices
+ADAPTER_RATE = 2e-4  # that of the guides of PEFT and TRL; adapters begin at ΔW = 0 and have far to go
 
 
 def _at_least(section: str, least: int, **values: int | None) -> None:
@@ -188,17 +190,19 @@ class Recipe:
         low_rank: section of owlore and galore.
         lora: section of lora and qlora.
         training: any argument of TRL's ``SFTConfig``: learning_rate, max_steps, max_length, packing, report_to …
+            Without a learning_rate it is 2e-4 for lora and qlora, and 2e-5 for the others.
 
     Raises:
-        UsageError: a section or a layerwise policy has no meaning for the method, or a number is out of its range.
+        UsageError: a section or a layerwise policy has no meaning for the method or would change nothing, or a number
+            is out of its range.
 
     Examples:
         The method brings its sections along, with their defaults:
 
         >>> from htsr.finetuning.recipe import Data, Recipe
         >>> recipe = Recipe(model="org/name", output="out", data=Data(train="train.jsonl"), method="galore")
-        >>> recipe.low_rank.rank, recipe.sampling
-        (128, None)
+        >>> recipe.low_rank.rank, recipe.sampling, recipe.training
+        (128, None, {'learning_rate': 2e-05})
     """
 
     model: str
@@ -225,6 +229,8 @@ class Recipe:
             needed = section in wanted and not ("lora" in wanted and section == "sampling")
             if getattr(self, section) is None and needed:
                 object.__setattr__(self, section, make())
+        rate = ADAPTER_RATE if "lora" in wanted else USUAL_RATE
+        object.__setattr__(self, "training", {"learning_rate": rate, **self.training})
         _between("", 0, 2**32, closed=True, seed=self.seed)
         for name in ("model", "output"):
             if not getattr(self, name).strip() or "\0" in getattr(self, name):
@@ -245,6 +251,17 @@ class Recipe:
         if self.layerwise != "none" and self.lora is not None:
             raise UsageError(
                 f"layerwise sets learning rates of whole matrices, which the method {self.method} does not train"
+            )
+        if self.layerwise == "ends" and self.sampling is not None and self.sampling.embedding == "freeze":
+            raise UsageError(
+                "layerwise: ends sets the learning rates of embedding and head, which sampling.embedding: freeze does "
+                "not train: take sampling.embedding: train, or leave layerwise out"
+            )
+        if self.layerwise == "alphadecay" and not any(
+            self.training.get(key) for key in ("weight_decay", "optim_args", "deepspeed")
+        ):
+            raise UsageError(
+                "layerwise: alphadecay shares out weight decay, which is 0 where training.weight_decay is not set"
             )
         if self.layerwise != "none" and self.low_rank is not None and self.low_rank.gradients == "update":
             raise UsageError("low_rank.gradients: update steps before layerwise can set a rate; take project or keep")

@@ -136,6 +136,7 @@ def _train(
     _reset_peak()
     if checkpoint:
         say(f"going on from {checkpoint.path.name}")
+    say(f"training by {recipe.method}, learning rate {arguments.learning_rate:g}")
     started = time.perf_counter()
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     seconds, steps = time.perf_counter() - started, outcome.global_step

@@ -6,13 +6,11 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from htsr.errors import HtsrError, SourceError, UsageError, reason_of
 from htsr.files import written
-
-if TYPE_CHECKING:
-    from htsr.finetuning.recipe import Recipe
+from htsr.finetuning.recipe import USUAL_RATE, Recipe
 
 RECIPE, RESULTS = "recipe.json", "results.json"
 PREPARED = (RECIPE, "spectra_before.npz", "accuracy_before.json", "outliers.json")
@@ -68,7 +66,7 @@ def check_same_run(recipe: Recipe, output: Path, say: Callable[[str], None]) -> 
         if any(output.glob("checkpoint-*")):
             say(f"{output} holds no {RECIPE}; whether its run is one of this recipe is not known")
         return
-    then, now = dict(leaves(kept)), dict(leaves(plain(recipe)))
+    then, now = dict(kept_leaves(kept)), dict(leaves(plain(recipe)))
     changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
     changed = [key for key in changed if key not in _MAY_CHANGE]
     if changed:
@@ -135,6 +133,18 @@ def leaves(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
             yield from leaves(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value
+
+
+def kept_leaves(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The `leaves` of the `content` of a kept recipe; one of an older version may leave SFTConfig's learning rate out.
+
+    Examples:
+        >>> from htsr.finetuning.run_folder import kept_leaves
+        >>> dict(kept_leaves({"method": "lora", "training": {}}))
+        {'method': 'lora', 'training.learning_rate': 2e-05}
+    """
+    training = {"learning_rate": USUAL_RATE, **(content.get("training") or {})}
+    return leaves({**content, "training": training})
 
 
 def _word(content: Mapping[str, Any], key: str) -> str:

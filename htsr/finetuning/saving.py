@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from htsr.calibration.loading import load_model
 from htsr.files import written
-from htsr.finetuning.run_folder import RESULTS, leaves, plain, write_json
+from htsr.finetuning.run_folder import RESULTS, kept_leaves, leaves, plain, write_json
 from htsr.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ def finished_result(recipe: Recipe, output: Path) -> Result | None:
 
     try:
         content = json.loads((output / RESULTS).read_text(encoding="utf-8"))
-        then, now = ({k: v for k, v in leaves(one) if v is not None} for one in (content["recipe"], plain(recipe)))
+        both = kept_leaves(content["recipe"]), leaves(plain(recipe))
+        then, now = ({k: v for k, v in one if v is not None} for one in both)
         if then != now:  # a recipe of an older version lacks keys that are not set
             return None
         return Result(content["output"], content["metrics"], tuple(Coverage(**row) for row in content["coverage"]))

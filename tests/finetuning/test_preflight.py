@@ -341,8 +341,24 @@ def test_the_folder_keeps_the_recipe_and_only_what_changes_no_weight_may_change(
     )
     assert finetune(other, resume=True, say=said.append).metrics["steps"] == 3
     assert "going on from checkpoint-3" in said
+    assert "training by lisa, learning rate 0.01" in said
     assert read_recipe(str(run / "recipe.json")) == other
     assert all(torch.equal(trained[name], value) for name, value in weights(run).items())
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_folder_of_an_older_version_names_no_learning_rate(tmp_path, model, method):
+    from htsr.finetuning.run_folder import check_same_run, plain
+
+    recipe = recipe_of(tmp_path, model, SHORT, method=method)
+    recipe = dataclasses.replace(recipe, training={"max_steps": 3})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(plain(recipe) | {"training": {"max_steps": 3}}))
+    if method == "full":
+        check_same_run(recipe, tmp_path / "run", pytest.fail)
+    else:
+        with pytest.raises(htsr.UsageError, match=r"mix the two: training.learning_rate was 2e-05 and is 0.0002\. "):
+            check_same_run(recipe, tmp_path / "run", pytest.fail)
 
 
 @pytest.fixture(scope="module")

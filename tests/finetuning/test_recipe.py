@@ -76,6 +76,15 @@ def test_defaults_and_numbers(tmp_path):
         ({"method": "lora", "lora": {"options": {"use_dorra": True}}}, "did you mean use_dora"),
         ({"method": "lora", "lora": {"options": {"init_lora_weights": "pissa"}}}, "pissa changes the weights"),
         ({"method": "lora", "layerwise": "llr"}, "which the method lora does not train"),
+        (
+            {"method": "owlore", "layerwise": "ends"},
+            "ends sets the learning rates of embedding and head, which sampling.embedding: freeze",
+        ),
+        ({"method": "lisa", "layerwise": "ends"}, "does not train: take sampling.embedding: train, or leave layerwise"),
+        (
+            {"method": "full", "layerwise": "alphadecay"},
+            "alphadecay shares out weight decay, which is 0 where training",
+        ),
         ({"training": {"learning_rat": 1}}, "training.learning_rat is no argument of SFTConfig; did you mean learning"),
         ({"training": {"seed": 1}}, "training.seed is set by seed"),
         ({"rounding": "up"}, "rounding is one of stochastic, kahan, master, nearest, not 'up'"),
@@ -89,6 +98,29 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path, change, message):
     with pytest.raises(htsr.UsageError) as error:
         read_recipe(write(tmp_path, MINIMAL | change))
     assert message in str(error.value)
+
+
+def test_layerwise_rates_of_what_trains(tmp_path):
+    for more in ({"method": "galore"}, {"method": "lisa", "sampling": {"embedding": "train"}}):
+        assert read_recipe(write(tmp_path, MINIMAL | more | {"layerwise": "ends"})).layerwise == "ends"
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"), [("full", 2e-5), ("lora", 2e-4), ("qlora", 2e-4), ("lisa", 2e-5), ("galore", 2e-5)]
+)
+def test_a_learning_rate_that_is_not_named_is_the_methods(tmp_path, method, rate):
+    from trl import SFTConfig
+
+    from htsr.finetuning.arguments import training_arguments
+    from htsr.finetuning.model_card import model_card
+    from htsr.finetuning.recipe import USUAL_RATE
+    from htsr.finetuning.result import Result
+
+    recipe = read_recipe(write(tmp_path, MINIMAL | {"method": method}))
+    assert recipe.training == {"learning_rate": rate}
+    assert training_arguments(recipe).learning_rate == rate
+    assert f"| training.learning_rate | {rate} |" in model_card(recipe, Result("o", {}, ()), None)
+    assert SFTConfig.learning_rate == USUAL_RATE
 
 
 def test_no_recipe(tmp_path):

@@ -71,9 +71,10 @@ def recipe_file(work, output, method, **more):
 def test_killed_and_resumed_is_uninterrupted(work, tmp_path, method, layerwise):
     if method == "qlora":
         pytest.importorskip("bitsandbytes")
-    whole = recipe_file(work, tmp_path / "whole", method, layerwise=layerwise)
+    more = {"layerwise": layerwise, "training": {"weight_decay": 0.1}}
+    whole = recipe_file(work, tmp_path / "whole", method, **more)
     assert main(["finetune", "--quiet", "--config", whole]) == 0
-    broken = recipe_file(work, tmp_path / "broken", method, layerwise=layerwise)
+    broken = recipe_file(work, tmp_path / "broken", method, **more)
     with killed_after(5):
         main(["finetune", "--quiet", "--config", broken])
     assert main(["finetune", "--quiet", "--config", broken]) == 2  # not into a folder with a run in it
