@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from htsr.errors import UsageError
-from htsr.results import Record, Table, Tabular
+from htsr.results import Column, Record, Table, Tabular
 
 _UP = ":up"
 _ALIASES = {"note": "warning"}  # the header of the tables
@@ -43,7 +43,7 @@ class Order:
                 (i for i in places if values[i] is not None), key=lambda i: _key(values[i]), reverse=not self.up
             )
             places = known + [i for i in places if values[i] is None]
-        return Ordered(result, tuple(places[: self.top]))
+        return Ordered(result, tuple(places[: self.top]), self.column)
 
 
 def parse_order(sort: str | None, top: int | None, known: Collection[str] | None = None) -> Order | None:
@@ -60,8 +60,8 @@ def parse_order(sort: str | None, top: int | None, known: Collection[str] | None
     if sort is None and top is None:
         return None
     column = None if sort is None else sort.removesuffix(_UP)
-    column = _ALIASES.get(column, column) if column else column
     if known is not None and column is not None:
+        column = column if column in known else _ALIASES.get(column, column)
         insist_on(column, known)
     return Order(column, sort is not None and sort.endswith(_UP), top)
 
@@ -88,10 +88,12 @@ class Ordered(Tabular):
     Attributes:
         result: the result.
         places: places in it of the rows that are shown, in their order.
+        column: field of the records that they are sorted by, which the table shows in any width; None for none.
     """
 
     result: Tabular
     places: Sequence[int]
+    column: str | None = None
 
     @property
     def label(self) -> str:  # type: ignore[override]
@@ -111,7 +113,24 @@ class Ordered(Tabular):
         """The rows at these places, then the means or sums of all."""
         first, *rest = self.result.tables()
         tones = tuple(first.tones[i] for i in self.places) if first.tones else ()
-        return replace(first, rows=tuple(first.rows[i] for i in self.places), tones=tones), *rest
+        some = replace(first, rows=tuple(first.rows[i] for i in self.places), tones=tones)
+        return self._with_column(some), *rest
+
+    def _with_column(self, table: Table) -> Table:
+        """The table with the column that its rows are sorted by: kept where it has it, else beside the names."""
+        if self.column is None:
+            return table
+        shown = next((column for column in table.columns if column.field == self.column), None)
+        if shown is not None:
+            kept = (shown.title, shown.beside)
+            return replace(table, spare=tuple(title for title in table.spare if title not in kept))
+        values = [record[self.column] for record in self.records()]
+        if all(value in (None, "") for value in values):
+            return table
+        text = any(isinstance(value, str) for value in values)
+        column = Column(self.column, "" if text else ".4g", text=text, field=self.column)
+        rows = tuple((row[0], value, *row[1:]) for row, value in zip(table.rows, values, strict=True))
+        return replace(table, columns=(table.columns[0], column, *table.columns[1:]), rows=rows)
 
     def facts(self) -> dict[str, Any]:
         """What is true of the whole."""

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, get_args, get_type_hints
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, get_args, get_type_hints
+
+import numpy as np
 
 from htsr._version import __version__
 
@@ -21,6 +24,14 @@ Record: TypeAlias = dict[str, Any]
 """A row with all its columns: text, numbers, truth values or None by field."""
 Value: TypeAlias = str | float | None
 Row = TypeVar("Row")
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+NamedRow = TypeVar("NamedRow", bound=_Named)
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,9 @@ class Column:
         text: whether it holds words, which stand on the left.
         optional: whether it is left out where no row has anything in it.
         bar: whether it holds shares from 0 to 1 that a terminal draws as bars; no other format has the column.
+        field: field of the records that it shows; empty where it is none of them.
+        beside: title of the column that it qualifies, as a null does a number: a narrow terminal that leaves out that
+            one leaves out both.
     """
 
     title: str
@@ -42,6 +56,8 @@ class Column:
     text: bool = False
     optional: bool = False
     bar: bool = False
+    field: str = ""
+    beside: str = ""
 
     @property
     def header(self) -> str:
@@ -153,6 +169,29 @@ class Tabular:
         import pandas as pd
 
         return pd.DataFrame(self.records())
+
+
+def by_key(rows: tuple[NamedRow, ...], key: str | int | slice, label: str) -> NamedRow | tuple[NamedRow, ...]:
+    """The row of a result by name or position, or the rows of a slice.
+
+    Args:
+        rows: rows that have a ``name``.
+        key: name, position or slice.
+        label: what has no such row, for the message.
+
+    Raises:
+        KeyError: no row has this name; the message has the nearest one.
+        TypeError: the key is neither a name nor a position nor a slice.
+    """
+    if isinstance(key, (slice, int, np.integer)):
+        return rows[key]
+    if not isinstance(key, str):
+        raise TypeError(f"rows go by name, position or slice, not by {type(key).__name__}")
+    for row in rows:
+        if row.name == key:
+            return row
+    near = get_close_matches(key, [row.name for row in rows], n=1, cutoff=0)
+    raise KeyError(f"{label} has no matrix {key}" + "".join(f"; the nearest is {name}" for name in near))
 
 
 def column_types(row: type) -> dict[str, type]:

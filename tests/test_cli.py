@@ -8,14 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from htsr_cli.conditions import KNOWN, NEEDS
 from htsr_cli.main import app, main
+from htsr_cli.order import Order
 from htsr_cli.output import _is_unsaid
 
 import htsr
 from htsr.analysis.execution import measure_all
 from htsr.analysis.journal import Journal
 from htsr.ranks import Ranks
+from htsr.reporting.terminal import as_text
 from htsr.spectra.notes import CAUTION
 from tests.models import save_folder, state_dict
 
@@ -491,6 +494,32 @@ def test_rows_without_a_number_come_last_and_a_column_that_is_none_is_known_befo
     code, out, err = run(capsys, "analyze", folder, "--sort", "alfa")
     assert (code, out) == (2, "")
     assert "--sort: rows have no 'alfa'; the nearest is alpha" in err
+
+
+@pytest.mark.parametrize("width", [60, 80, 220])
+def test_the_column_of_the_order_is_in_every_width(width):
+    """Also where the table has none of it; a null goes only with the number that it belongs to."""
+    base = state_dict(blocks=2)
+    tuned = {
+        name: W + 0.01 * torch.randn(W.shape, generator=torch.Generator().manual_seed(0)) for name, W in base.items()
+    }
+    tuned["model.embed_tokens.weight"] = base["model.embed_tokens.weight"]  # which has a note
+    analysis = htsr.analyze(base, device="cpu", permuted=True)
+    comparison = htsr.compare(base, tuned, directions=3, device="cpu", null=False)
+    asked = {"stable_rank": analysis, "D": analysis, "entropy": analysis, "warning": analysis, "cka": comparison,
+             "overlap_right_null": comparison, "directions_gap": comparison, "note": comparison}  # fmt: skip
+    for field, result in asked.items():
+        table = Order(field, up=False, top=3).of(result).tables()[0]
+        (column,) = [column for column in table.columns if column.field == field]
+        heads = as_text([table], width).splitlines()[1]
+        assert f" {column.title} " in f"{heads} "
+        assert "…" not in heads
+        assert sum(map(len, table.rows)) == 3 * len(table.columns)
+    for table in (*analysis.tables()[:2], comparison.tables()[0], comparison.heads.tables()[0]):
+        for column in [column for column in table.columns if column.title.endswith(" null")]:
+            heads = as_text([table], width).splitlines()[1]
+            assert column.beside in [other.title for other in table.columns]
+            assert (f" {column.title} " in heads) == (f" {column.beside} " in heads)
 
 
 def test_where_to_look_first_is_the_last_table(capsys, tmp_path):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from htsr.analysis.direction_rows import Heads, columns, heads_of, intruders, me
 from htsr.analysis.distance import Distance
 from htsr.analysis.result import Analysis
 from htsr.analysis.tables import changes_table, pairs_table
-from htsr.results import Record, Table, Tabular, column_types
+from htsr.results import Record, Table, Tabular, by_key, column_types
 from htsr.spectra.direction_numbers import Directions
 from htsr.spectra.metrics import NUMERIC, LayerMetrics
 from htsr.spectra.subspaces import Subspace
@@ -93,6 +93,21 @@ class Comparison(Tabular):
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @overload
+    def __getitem__(self, key: str | int) -> Pair: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Pair, ...]: ...
+
+    def __getitem__(self, key: str | int | slice) -> Pair | tuple[Pair, ...]:
+        """A pair by its name in the first model or its position, or the pairs of a slice.
+
+        Raises:
+            KeyError: no pair has this name; the message has the nearest one.
+            TypeError: the key is neither a name nor a position nor a slice.
+        """
+        return by_key(self.pairs, key, f"the comparison of {self.label}")
 
     def summary(self) -> dict[str, tuple[float, float, float]]:
         """Metric by metric: mean in a, mean in b, mean difference b - a, over the matrices that have it in both."""

@@ -172,7 +172,7 @@ def change_of(pair: WeightPair, k: Subspace | None, device: str = "cpu", seed: i
         >>> (a,), (b,) = (htsr.describe({"up_proj.weight": stored}) for stored in (W, W.T.contiguous()))
         >>> change = change_of(WeightPair(a, b), k=2)
         >>> change.distance.frobenius, change.directions.overlap_left, change.notes
-        (0.0, 1.0, ('stored transposed in one of the two',))
+        (0.0, 1.0, ('unchanged', 'stored transposed in one of the two'))
     """
     orders = pair.a.axes.order, pair.b.axes.order
     if orders[0] != orders[1]:
@@ -189,6 +189,8 @@ def change_of(pair: WeightPair, k: Subspace | None, device: str = "cpu", seed: i
         logger.warning("%s has no distance: %s", pair.a.name, apart)
         notes.append(str(apart))
         apart = None
+    if apart is not None and apart.frobenius == 0:
+        notes.insert(0, "unchanged")
     found, heads = _directions(pair, A, B, k, device, seed, notes) if k is not None else (None, ())
     return Change(apart, found, heads, tuple(notes))
 

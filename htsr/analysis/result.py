@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -16,7 +15,7 @@ from htsr.analysis.standouts import Standout, standouts
 from htsr.analysis.tables import means_table, metrics_table, standouts_table
 from htsr.arrays import Vector
 from htsr.errors import UsageError
-from htsr.results import Record, Table, Tabular, column_types
+from htsr.results import Record, Table, Tabular, by_key, column_types
 from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
 from htsr.spectra.notes import CAUTION
 
@@ -93,15 +92,7 @@ class Analysis(Tabular):
             KeyError: no row has this name; the message has the nearest one.
             TypeError: the key is neither a name nor a position nor a slice.
         """
-        if isinstance(key, (slice, int, np.integer)):
-            return self.rows[key]
-        if not isinstance(key, str):
-            raise TypeError(f"rows go by name, position or slice, not by {type(key).__name__}")
-        for row in self.rows:
-            if row.name == key:
-                return row
-        near = get_close_matches(key, [row.name for row in self.rows], n=1, cutoff=0)
-        raise KeyError(f"{self.label} has no matrix {key}" + "".join(f"; the nearest is {name}" for name in near))
+        return by_key(self.rows, key, self.label)
 
     def summary(self) -> dict[str, float]:
         """Mean of every metric over the matrices that have it; ``matrices`` and ``fitted`` are numbers of matrices."""

@@ -13,8 +13,8 @@ Shown = tuple[Column, Callable[[LayerMetrics], Value]]
 _LIGHT, _HEAVY = 6, 2
 
 
-def _of(title: str, field: str, format: str, *, optional: bool = False) -> Shown:
-    return Column(title, format, optional=optional), lambda row: getattr(row, field)
+def _of(title: str, field: str, format: str, *, optional: bool = False, beside: str = "") -> Shown:
+    return Column(title, format, optional=optional, field=field, beside=beside), lambda row: getattr(row, field)
 
 
 def _shape(row: LayerMetrics) -> str:
@@ -27,14 +27,14 @@ def _note(row: LayerMetrics) -> str:
 
 
 METRICS: tuple[Shown, ...] = (
-    (Column("matrix", text=True), lambda row: row.name),
-    (Column("role", text=True), lambda row: row.role),
+    (Column("matrix", text=True, field="name"), lambda row: row.name),
+    (Column("role", text=True, field="role"), lambda row: row.role),
     (Column("shape"), _shape),
     _of("α", "alpha", ".2f"),
     _of("± σ", "sigma", ".2f"),
     _of("D", "D", ".3f"),
     _of("tail", "num_pl_tail", ".0f"),
-    _of("α null", "alpha_null", ".1f"),
+    _of("α null", "alpha_null", ".1f", beside="α"),
     _of("⟨ln λ̃⟩", "trace_log", ".2f"),
     _of("stable rank", "stable_rank", ".1f"),
     _of("log ‖W‖²", "log_norm", ".2f"),
@@ -45,15 +45,15 @@ METRICS: tuple[Shown, ...] = (
     _of("spikes", "num_spikes", ".0f", optional=True),
     _of("traps", "num_traps", ".0f", optional=True),
     _of("to random", "rand_distance", ".3f", optional=True),
-    (Column("law", text=True, optional=True), lambda row: row.best_law),
-    (Column("note", text=True), _note),
+    (Column("law", text=True, optional=True, field="best_law"), lambda row: row.best_law),
+    (Column("note", text=True, field="warning"), _note),
 )
 """What the short table of an analysis shows; the page of definitions in the documentation has all columns."""
 
 
 _SPARE = (
-    *("D", "log ‖W‖²", "± σ", "stable rank", "role", "α null"),
-    *("to random", "law", "spikes", "shape", "traps", "tail", "note"),
+    *("D", "log ‖W‖²", "± σ", "stable rank", "role"),
+    *("to random", "law", "spikes", "shape", "traps", "tail", "⟨ln λ̃⟩", "note"),
 )
 
 
@@ -77,7 +77,11 @@ Means = tuple[str, Mapping[str, float]]
 
 
 def _mean(title: str, field: str, format: str) -> tuple[Column, Callable[[Means], Value]]:
-    return Column(title, format, optional=True), lambda line: line[1].get(field)
+    beside = title.removesuffix(" null")
+    return (
+        Column(title, format, optional=True, beside="" if beside == title else beside),
+        lambda line: line[1].get(field),
+    )
 
 
 _MEANS: tuple[tuple[Column, Callable[[Means], Value]], ...] = (
@@ -103,7 +107,7 @@ def means_table(groups: Mapping[str, Mapping[str, float]], whole: Mapping[str, f
         groups: means of each role by metric, with the number of ``matrices``.
         whole: means of all matrices, likewise.
     """
-    spare = ("log ‖W‖²", "log λ_max", "entropy", "α̂", "stable rank", "matrices", "α null", "traps", "spikes")
+    spare = ("log ‖W‖²", "log λ_max", "entropy", "α̂", "stable rank", "matrices", "traps", "spikes")
     tones = (*[""] * len(groups), "total")
     lines = [*groups.items(), ("all", whole)]
     return tabulate(lines, _MEANS, spare=spare, tones=tones, elsewhere="--format json has all")
@@ -126,24 +130,24 @@ def standouts_table(standouts: Sequence[Standout]) -> Table:
     return tabulate(lines[:LINES], _STANDOUTS, spare=("more",), elsewhere="--format json has all")
 
 
-def _in_both(title: str, field: str, format: str) -> tuple[Column, Callable[[Record], Value]]:
-    return Column(title, format, optional=True), lambda record: record.get(field)
+def _in_both(title: str, field: str, format: str, beside: str = "") -> tuple[Column, Callable[[Record], Value]]:
+    return Column(title, format, optional=True, field=field, beside=beside), lambda record: record.get(field)
 
 
 _DIRECTIONS: tuple[tuple[Column, Callable[[Record], Value]], ...] = (
     _in_both("U overlap", "overlap_left", ".4f"),
-    _in_both("U null", "overlap_left_null", ".4f"),
+    _in_both("U null", "overlap_left_null", ".4f", beside="U overlap"),
     _in_both("V overlap", "overlap_right", ".4f"),
-    _in_both("V null", "overlap_right_null", ".4f"),
+    _in_both("V null", "overlap_right_null", ".4f", beside="V overlap"),
     _in_both("angle °", "angle_left", ".1f"),
     _in_both("intruders", "intruders", ".0f"),
     _in_both("eff. rank", "effective_rank", ".0f"),
 )
-_SPARE_OF_DIRECTIONS = ("V null", "eff. rank", "V overlap", "angle °", "U null")
+_SPARE_OF_DIRECTIONS = ("eff. rank", "V overlap", "angle °")
 
 _PAIRS: tuple[tuple[Column, Callable[[Record], Value]], ...] = (
-    (Column("matrix", text=True), lambda record: record["name"]),
-    (Column("role", text=True), lambda record: record["role"]),
+    (Column("matrix", text=True, field="name"), lambda record: record["name"]),
+    (Column("role", text=True, field="role"), lambda record: record["role"]),
     _in_both("α a", "alpha_a", ".2f"),
     _in_both("α b", "alpha_b", ".2f"),
     _in_both("Δα", "alpha_delta", ".2f"),
@@ -154,13 +158,13 @@ _PAIRS: tuple[tuple[Column, Callable[[Record], Value]], ...] = (
     _in_both("CKA", "cka", ".4f"),
     _in_both("ESD dist.", "esd_distance", ".4f"),
     *_DIRECTIONS,
-    (Column("note", text=True, optional=True), lambda record: record["note"]),
+    (Column("note", text=True, optional=True, field="note"), lambda record: record["note"]),
 )
 
 _HEADS: tuple[tuple[Column, Callable[[Record], Value]], ...] = (
-    (Column("matrix", text=True), lambda record: record["name"]),
-    (Column("role", text=True), lambda record: record["role"]),
-    (Column("head", ".0f"), lambda record: record["head"]),
+    (Column("matrix", text=True, field="name"), lambda record: record["name"]),
+    (Column("role", text=True, field="role"), lambda record: record["role"]),
+    (Column("head", ".0f", field="head"), lambda record: record["head"]),
     _in_both("‖A-B‖/‖A‖", "relative", ".4f"),
     *_DIRECTIONS,
 )
@@ -168,13 +172,15 @@ _HEADS: tuple[tuple[Column, Callable[[Record], Value]], ...] = (
 
 def pairs_table(records: Sequence[Record]) -> Table:
     """The short table of a comparison, one line for each pair of its `records`."""
-    spare = ("CKA", "role", "⟨ln λ̃⟩ a", "⟨ln λ̃⟩ b", "cosine", "ESD dist.", "α a", *_SPARE_OF_DIRECTIONS, "α b", "note")
+    of_metrics = ("⟨ln λ̃⟩ a", "⟨ln λ̃⟩ b", "cosine", "ESD dist.", "α a", "α b")
+    least = "‖A-B‖/‖A‖" if any(record.get("intruders") for record in records) else "intruders"
+    spare = ("CKA", "role", *of_metrics, *_SPARE_OF_DIRECTIONS, "Δα", least, "note", "U overlap")
     return tabulate(records, _PAIRS, spare=spare)
 
 
 def heads_table(records: Sequence[Record]) -> Table:
     """The short table of attention heads in both models, one line for each of the `records`."""
-    return tabulate(records, _HEADS, spare=("role", *_SPARE_OF_DIRECTIONS))
+    return tabulate(records, _HEADS, spare=("role", *_SPARE_OF_DIRECTIONS, "U overlap"))
 
 
 def changes_table(summary: Mapping[str, tuple[float, float, float]], labels: Mapping[str, str]) -> Table:

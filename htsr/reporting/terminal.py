@@ -94,8 +94,8 @@ def _fitting(columns: _Columns, longest: int, width: int, spare: Sequence[str]) 
         room = width - _GAP - sum(w + _GAP for w in least)
         if room >= min(longest, _LEAST_NAME) or title is None:
             break
-        left_out += [c.header for c, _ in columns if c.title == title and not c.bar]
-        columns = [(c, cells) for c, cells in columns if c.title != title]
+        left_out += [c.header for c, _ in columns if title in (c.title, c.beside) and not c.bar]
+        columns = [(c, cells) for c, cells in columns if title not in (c.title, c.beside)]
     note = max(room - longest, 0) + _LEAST_NOTE  # what the names leave
     told = tuple(kind for kind, title in _TOLD.items() if title in {c.title for c, _ in columns})
     shown = [

@@ -29,7 +29,8 @@ class Directions:
     The nulls of overlaps, angles and intruders are those of seeded draws, one by default. Draws scatter (standard
     deviation over draws, on matrices of SmolLM2): the median angle by 2 to 8 %, 1 - overlap and the largest angle by
     15 to 40 %, since they hang on the gap between the k-th singular value and the next. Only what is a few times its
-    null, or several draws, says something of one matrix; means over many matrices need one draw.
+    null, or several draws, says something of one matrix; means over many matrices need one draw. Where the k-th and
+    the next singular value are so close that the null scatters more, `notes` say so.
 
     Of a stack of matrices, such as the kernel of a convolution, numbers are means over its pieces; counts of intruders
     are sums, largest angles and errors the largest, the gap is the smallest; what is listed for each direction is

@@ -45,6 +45,7 @@ _DRAWN = (
     "intruders",
 )
 _EQUAL = 1e-6  # relative difference of singular values that are equal but for rounding
+_MIXED = 8**-0.5  # standard deviation of sin² of an angle of which nothing is known
 
 
 def directions(
@@ -203,6 +204,11 @@ def _directions(A: Sum, B: Sum, k: Subspace, stored: tuple[str, str], draws: int
         nulls = closed_nulls(m, n, kept) | (_drawn_nulls(vectors, base, norm, draws, seed, exact) if draws else {})
         if norm**2 <= 2 * rounding * m * n:
             notes.append("the change is no larger than the rounding errors of the entries")
+        if draws and kept < min(m, n) and _scatters(base, norm, nulls):
+            notes.append(
+                f"null scatters: singular values {kept} and {kept + 1} of A are so close that by them alone "
+                "1 - overlap of a Gaussian change varies by more than half of itself from draw to draw"
+            )
     return Directions(
         k=kept,
         **(_beside(vectors, base, tuned) if where else _unchanged(base)),
@@ -297,6 +303,20 @@ def _drawn_nulls(
     nulls: dict[str, Any] = {f"{name}_null": float(np.mean([one[name] for one in found])) for name in _DRAWN}
     nulls["intruder_counts_null"] = tuple(np.mean([one["intruder_counts"] for one in found], axis=0).tolist())
     return nulls
+
+
+def _scatters(base: Leading, norm: float, nulls: dict[str, Any]) -> bool:
+    """Whether the nulls of overlaps hang on how the k-th and the next singular vector happen to mix.
+
+    To first order a Gaussian change, each entry with variance s², turns the one towards the other by an angle with
+    variance c = s² (σ_k² + σ_{k+1}²) / (σ_k² - σ_{k+1}²)², on which 1 - overlap has the standard deviation √2 c / k.
+    """
+    m, n, k = len(base.left), len(base.right), len(base.values)
+    last, following = float(base.values[-1]), base.following
+    apart = (last**2 - following**2) ** 2
+    mixed = norm**2 / (m * n) * (last**2 + following**2) / apart if apart > 0 else np.inf
+    lost = 1 - min(nulls["overlap_left_null"], nulls["overlap_right_null"])
+    return bool(min(2**0.5 * mixed, _MIXED) / k > lost / 2)
 
 
 def _first(found: Leading, k: int) -> Leading:

@@ -124,9 +124,9 @@ def test_the_layout_does_not_matter(layout):
 def test_a_transposed_matrix_is_noted_and_a_square_one_without_evidence_is_not_turned():
     pairs = by_role(htsr.compare(gpt2(), as_nanogpt(gpt2()), directions=2, **OPTIONS))
     assert {pair.notes for role, pair in pairs.items() if role.startswith(("attn", "mlp"))} == {
-        ("stored transposed in one of the two",)
+        ("unchanged", "stored transposed in one of the two")
     }
-    assert pairs["embed"].notes == ()
+    assert pairs["embed"].notes == ("unchanged",)
     square = {"layers.0.mlp.up_proj.weight": torch.randn(16, 16, generator=torch.Generator().manual_seed(0))}
     turned = {name: W.T.contiguous() for name, W in square.items()}
     (pair,) = htsr.compare(square, turned, **OPTIONS)
@@ -144,7 +144,7 @@ def test_square_experts_of_which_one_side_has_no_configuration_are_not_turned():
         for e, pair in enumerate(pairs):
             A, B = (model.model.layers[0].mlp.experts.down_proj[e].detach().T for model in (base, tuned))
             assert numbers(pair.directions) == pytest.approx(numbers(directions(A, B, 2)))
-            assert pair.notes == ()
+            assert pair.notes == ("unchanged",)  # and not stored transposed
 
 
 def test_the_length_of_a_change_does_not_feel_the_layout_either():
@@ -274,6 +274,22 @@ def test_results_of_directions():
     assert "the number of attention heads is not known" in unknown.remarks()[-1]
 
 
+def test_pairs_go_by_name_and_position():
+    base, tuned = gpt2(), gpt2()
+    with torch.no_grad():
+        tuned.transformer.h[0].mlp.c_fc.weight += 0.01
+    comparison = htsr.compare(base, tuned, **OPTIONS)
+    name = next(pair.name for pair in comparison if "c_fc" in pair.name)
+    assert comparison[0] is comparison.pairs[0]
+    assert comparison[-2:] == comparison.pairs[-2:]
+    assert comparison[name].name == name
+    with pytest.raises(KeyError, match=f"has no matrix {name}x; the nearest is {name}"):
+        comparison[f"{name}x"]
+    with pytest.raises(TypeError, match="by name, position or slice"):
+        comparison[1.0]
+    assert {pair.name for pair in comparison if "unchanged" not in pair.notes} == {name}
+
+
 def test_each_pair_is_read_once_and_alone(monkeypatch):
     """For distance, directions and heads together; what is held is one pair."""
     monkeypatch.setattr(execution, "SIDE_BY_SIDE", 0)
@@ -347,7 +363,7 @@ def test_a_rank_deficient_pair_says_how_many_directions_it_has(tmp_path):
     state = {"up_proj.weight": low, "down_proj.weight": torch.randn(12, 16, generator=random)}
     pairs = {pair.name: pair for pair in htsr.compare(state, save_folder(tmp_path, state), directions=5, **OPTIONS)}
     assert (pairs["up_proj"].directions.k, pairs["down_proj"].directions.k) == (2, 5)
-    assert "2 singular values above the rounding" in pairs["up_proj"].notes[0]
+    assert "2 singular values above the rounding" in pairs["up_proj"].notes[1]
 
 
 def test_the_page_and_plots_of_a_comparison(tmp_path):

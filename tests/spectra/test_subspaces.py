@@ -214,6 +214,20 @@ def test_the_null_is_that_of_perturbation_theory(size):
         assert getattr(found, name) == pytest.approx(getattr(found, f"{name}_null"), rel=relative)
 
 
+@pytest.mark.parametrize(("following", "scatters"), [(7.0, False), (8.0, False), (9.8, True)])
+def test_a_null_that_hangs_on_two_close_singular_values_says_so(following, scatters):
+    """Held against draws: the deviation of 1 - overlap over them, relative to its mean."""
+    m, n, k = 40, 30, 3
+    A = np.eye(m, n) * np.concatenate([[14.0, 12.0, 10.0, following], np.linspace(5, 1, n - 4)])
+    G = np.random.default_rng(1).standard_normal((m, n))
+    B = A + 1.5 * G / np.linalg.norm(G)
+    draws = [directions(A, B, k, seed=seed) for seed in range(30)]
+    said = [any(note.startswith("null scatters: singular values 3 and 4") for note in one.notes) for one in draws]
+    lost = [1 - one.overlap_left_null for one in draws]
+    assert np.std(lost) / np.mean(lost) > 0.5 if scatters else np.std(lost) / np.mean(lost) < 0.3
+    assert np.mean(said) > 0.7 if scatters else not any(said)
+
+
 def test_the_null_effective_rank_is_that_of_gaussian_matrices():
     draws = [np.random.default_rng(seed).standard_normal((120, 70)) for seed in range(3)]
     mean = np.mean([effective_rank(np.linalg.svd(G, compute_uv=False)) for G in draws])
