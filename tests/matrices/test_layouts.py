@@ -146,7 +146,7 @@ def test_where_the_order_is_not_known_nothing_is_compared(tmp_path):
         assert (pair.distance is None) == (pair.directions is None) == unknown
         assert ("may be in two orders: what llama.cpp does to plamo is not known" in str(pair.notes)) == unknown
     for pair in htsr.compare(str(path), str(path), device="cpu", null=False, directions=2):
-        assert (pair.distance.frobenius, pair.directions.overlap_left, pair.notes) == (0.0, 1.0, ())
+        assert (pair.distance.frobenius, pair.directions.overlap_left, pair.notes) == (0.0, 1.0, ("unchanged",))
 
 
 def test_layouts_that_cannot_be_subtracted_are_told(tmp_path):
