@@ -15,17 +15,20 @@ its role has.
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import numpy as np
 
 from htsr.analysis import training_lists
 from htsr.analysis.analyze import analyze_model, make_options
+from htsr.analysis.loaded_names import loaded_names
 from htsr.analysis.result import Analysis
 from htsr.errors import MatrixError, UsageError
 from htsr.matrices.models import Filter, as_filter
@@ -35,6 +38,8 @@ from htsr.matrices.sources import Source, open_model
 from htsr.results import Column, Record, Table, Tabular, column_types, tabulate
 from htsr.spectra.metrics import LayerMetrics
 from htsr.spectra.signal import SIGNALS
+
+logger = logging.getLogger(__name__)
 
 By: TypeAlias = Literal["snr", "alpha", "erg", "outliers", "stable_rank"]
 Tool: TypeAlias = Literal["peft", "axolotl", "spectrum", "regex"]
@@ -65,7 +70,7 @@ class SelectionRow:
     """One stored tensor, and whether it trains. Parts of a fused tensor are one row, with the means of their numbers.
 
     Attributes:
-        name: name of the tensor, without ``.weight``.
+        name: name of the tensor, without ``.weight``; of a checkpoint, as the model has it that transformers loads.
         role: role of the tensor, within which scores are compared.
         block: index of its block; None outside of all blocks.
         parameters: number of entries.
@@ -138,8 +143,8 @@ class Selection(Tabular):
                 quarter of a role has four times this rank, and no more than the smaller side of its matrices.
 
         Returns:
-            ``r``, ``lora_alpha``, ``target_modules``, ``rank_pattern``, ``alpha_pattern``, and for stacked experts
-            ``target_parameters``.
+            ``r``, ``lora_alpha``, ``target_modules``, ``rank_pattern``, ``alpha_pattern``, for stacked experts
+            ``target_parameters``, and ``exclude_modules`` where the name of a selected module ends that of another.
 
         Raises:
             UsageError: `rank` is below 1, or nothing is selected.
@@ -151,7 +156,8 @@ class Selection(Tabular):
         taken = Counter(row.role for row in chosen)
         wanted = {row.name: round(rank * max(row.of or 1, taken[row.role]) / taken[row.role]) for row in chosen}
         ranks = {row.name: min(wanted[row.name], row.side or wanted[row.name]) for row in chosen}
-        return training_lists.peft(ranks, [row.name for row in chosen if row.stacked], rank)
+        others = [row.name for row in self.rows if not row.selected]
+        return training_lists.peft(ranks, [row.name for row in chosen if row.stacked], rank, others=others)
 
     def export(self, tool: Tool, rank: int = 8) -> str:
         """The selection as another tool takes it.
@@ -302,6 +308,7 @@ def select(
         raise UsageError(f"top is a share of each role, above 0 and at most 1, not {top!r}")
     if by not in get_args(By):
         raise UsageError(f"there is no selection by {by!r}: {', '.join(get_args(By))}")
+    in_memory = False
     if by == "outliers":
         if isinstance(source, Analysis) or not isinstance(source, OutlierShares):
             raise UsageError("a selection by outliers takes htsr.Outliers, which htsr.measure_outliers returns")
@@ -310,12 +317,31 @@ def select(
         if isinstance(source, OutlierShares) and not isinstance(source, Analysis):
             raise UsageError(f"outliers have no {by}: by='outliers'")
         if not isinstance(source, Analysis):
+            in_memory = not isinstance(source, (str, os.PathLike))
             model = open_model(source, revision=revision).filtered(as_filter(where))
             source = analyze_model(model, make_options(source, null=False))
         rows = _of_analysis(source, by)
     if also:
         require(also, {text for row in rows for text in (row.name, row.role)}, source.label, "role or matrix")
-    return Selection(source.label, _chosen(rows, top, reverse, also), by, top, reverse)
+    chosen = _chosen(rows, top, reverse, also)
+    return Selection(
+        source.label, chosen if in_memory else _as_loaded(chosen, source.label, revision), by, top, reverse
+    )
+
+
+def _as_loaded(rows: Sequence[SelectionRow], label: str, revision: str | None) -> tuple[SelectionRow, ...]:
+    """The rows of the checkpoint `label`, under the names that the loaded model has."""
+    names = loaded_names(label, [row.name for row in rows], revision)
+    if names is None:
+        return tuple(rows)
+    unknown = [row.name for row in rows if row.selected and names.get(row.name) is None]
+    if unknown:
+        logger.warning(
+            "%s of the %s selected matrices of %s may be called otherwise in the loaded model, as %s: choose from the "
+            "model itself, in Python",
+            *(len(unknown), sum(row.selected for row in rows), label, unknown[0]),
+        )
+    return tuple(replace(row, name=names.get(row.name) or row.name) for row in rows)
 
 
 def _chosen(rows: Sequence[SelectionRow], top: float, reverse: bool, also: Sequence[str]) -> tuple[SelectionRow, ...]:

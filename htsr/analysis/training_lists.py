@@ -62,7 +62,9 @@ def spectrum(scores: Mapping[str, float]) -> str:
     return json.dumps(content, indent=4) + "\n"
 
 
-def peft(ranks: Mapping[str, int], stacks: Sequence[str], rank: int, scaling: float = 2.0) -> dict[str, Any]:
+def peft(
+    ranks: Mapping[str, int], stacks: Sequence[str], rank: int, scaling: float = 2.0, others: Sequence[str] = ()
+) -> dict[str, Any]:
     """Arguments of PEFT's ``LoraConfig`` for adapters on these modules and on no others.
 
     Args:
@@ -70,6 +72,8 @@ def peft(ranks: Mapping[str, int], stacks: Sequence[str], rank: int, scaling: fl
         stacks: names among them of tensors that hold a matrix for each expert and are parameters, no modules.
         rank: rank that a uniform adapter would have.
         scaling: lora_alpha/r of every adapter.
+        others: names of the tensors that do not train. PEFT takes every module whose name ends in a listed one;
+            those of them are excluded by name.
 
     Examples:
         >>> from htsr.analysis.training_lists import peft
@@ -85,7 +89,9 @@ def peft(ranks: Mapping[str, int], stacks: Sequence[str], rank: int, scaling: fl
         "rank_pattern": patterns,
         "alpha_pattern": {pattern: scaling * own for pattern, own in patterns.items()},
     }
-    return config | ({"target_parameters": list(stacks)} if stacks else {})
+    hit = [name for name in others if any(name.endswith(f".{module}") for module in config["target_modules"])]
+    more = {"target_parameters": list(stacks), "exclude_modules": hit}
+    return config | {key: names for key, names in more.items() if names}
 
 
 def _type_of(name: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,6 +121,28 @@ def test_peft_adapts_exactly_what_is_selected_with_the_parameters_of_the_uniform
     uniform = sum(4 * (row.parameters // row.side + row.side) for row in selection.rows if row.of)
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     assert trained == uniform
+
+
+def test_peft_leaves_a_module_whose_name_ends_as_that_of_a_selected_one():
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    torch.manual_seed(0)
+
+    def tower(strongest):
+        layers = nn.ModuleList(nn.ModuleDict({"up_proj": nn.Linear(60, 40, bias=False)}) for _ in range(4))
+        with torch.no_grad():
+            layers[strongest]["up_proj"].weight += 1.0
+        return layers
+
+    model = nn.ModuleDict({"layers": tower(1), "vision": nn.ModuleDict({"layers": tower(2)})})
+    selection = htsr.select(model)
+    assert selection.names == ["layers.1.up_proj", "vision.layers.2.up_proj"]
+    tuned = get_peft_model(model, LoraConfig(**selection.peft()))
+    adapted = [name for name, _ in tuned.named_modules() if name.endswith(".lora_A.default")]
+    assert [
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.default") for name in adapted
+    ] == selection.names
 
 
 def _unfrozen(model, found):
@@ -274,3 +297,38 @@ def test_stacked_experts_are_adapted_as_parameters():
     trained = _unfrozen(base, lambda name: any(pattern.match(name) for pattern in patterns))
     assert {*experts} < trained
     assert len(trained) == len(selection.names)
+
+
+def test_names_are_those_of_the_loaded_model(tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "vocab_size": 40,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3], "rope_type": "default"},
+    }  # fmt: skip
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2}
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, vocab_size=40))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter += 0.05 * torch.outer(*map(torch.randn, parameter.shape))
+    model.save_pretrained(tmp_path / "vl")
+    selection = htsr.select(tmp_path / "vl", top=0.5)
+    assert any(name.startswith("model.language_model.layers.") for name in selection.names)
+    assert set(selection.names) == set(htsr.select(model, top=0.5).names)
+    code, out, _ = run(capsys, "select", str(tmp_path / "vl"), "--top", "0.5", "--for", "regex")
+    patterns = [re.compile(line) for line in out.splitlines()]
+    wanted = {f"{name}.weight" for name in selection.names}
+    assert (code, _unfrozen(model, lambda name: any(p.match(name) for p in patterns))) == (0, wanted)
+    tuned = get_peft_model(model, LoraConfig(**selection.peft(rank=2)))
+    assert sum(name.endswith("lora_A.default") for name, _ in tuned.named_modules()) == len(selection.names)
+
+
+def test_names_that_nobody_tells_are_a_warning(tmp_path, caplog):
+    folder = Path(save_folder(tmp_path / "model", state_dict(2)))
+    (folder / "config.json").write_text(json.dumps({"model_type": "unheard", "vision_config": {}}))
+    htsr.select(folder, reverse=True)
+    assert "may be called otherwise in the loaded model" in caplog.text
