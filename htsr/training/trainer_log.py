@@ -15,6 +15,25 @@ if TYPE_CHECKING:
 Log = Callable[[dict[str, float], int], Any]
 
 
+def calling_trainers() -> list[Trainer]:
+    """The transformers Trainers that call, the innermost first: one may train in a callback of another.
+
+    Examples:
+        >>> from htsr.training.trainer_log import calling_trainers
+        >>> calling_trainers()
+        []
+    """
+    from transformers import Trainer
+
+    found: list[Trainer] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if isinstance(trainer := frame.f_locals.get("self"), Trainer) and not any(trainer is one for one in found):
+            found.append(trainer)
+        frame = frame.f_back
+    return found
+
+
 def log_of_trainer() -> Log | None:
     """How the Trainer that calls logs values at a step, which is that of now; None where there is none.
 
@@ -30,21 +49,14 @@ def log_of_trainer() -> Log | None:
     """
     from transformers import Trainer
 
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if isinstance(trainer := frame.f_locals.get("self"), Trainer):
-            return _log_of(trainer)
-        frame = frame.f_back
-    return None
-
-
-def _log_of(trainer: Trainer) -> Log:
-    from transformers import Trainer
-
-    kept = weakref.ref(trainer)
+    trainers = calling_trainers()
+    if not trainers:
+        return None
+    of_trainer = weakref.ref(trainers[0])
+    del trainers
 
     def log(values: dict[str, float], _: int) -> None:
-        if (alive := kept()) is not None:
-            Trainer.log(alive, values)
+        if (trainer := of_trainer()) is not None:
+            Trainer.log(trainer, values)
 
     return log

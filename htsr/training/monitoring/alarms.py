@@ -7,7 +7,7 @@ a training is lost. `SIGNS` say what is known and what is not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from htsr.analysis.trajectory_file import Point
 from htsr.spectra.metrics import LayerMetrics
@@ -25,9 +25,10 @@ SIGNS = {
     ),
     "random": (
         "still cannot be told from noise after {times} measurements, while most matrices can: {names}. A layer that "
-        "is frozen, not used, or gets no gradient stays so; some that train a little do, too. See whether it has a "
-        "gradient"
+        "is frozen, not used, or gets no gradient stays so; some that train do, too: what has moved, by the part of "
+        "‖W‖ that is given, does get one, or decays. See whether the others have a gradient"
     ),
+    "broken": "NaN, infinite or overflowing entries in {names}: the loss is lost. Go back to an earlier checkpoint",
 }
 HEAVY, COLLAPSED, FALLEN, PATIENCE, MOST = 2.0, 2.0, 0.5, 3, 0.5
 _NAMED = 5
@@ -40,14 +41,17 @@ class Sign:
     Attributes:
         kind: key of `SIGNS`.
         matrices: names of the matrices that have it for the first time.
+        moved: how far they have moved, ‖W - W_0‖ / ‖W_0‖, where that is known and not 0.
     """
 
     kind: str
     matrices: tuple[str, ...]
+    moved: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         more = len(self.matrices) - _NAMED
-        names = ", ".join(self.matrices[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+        named = [f"{name} (moved by {self.moved[name]:.2g})" if name in self.moved else name for name in self.matrices]
+        names = ", ".join(named[:_NAMED]) + (f" and {more} more" if more > 0 else "")
         return SIGNS[self.kind].format(names=names, times=PATIENCE)
 
 
@@ -71,6 +75,7 @@ class Watch:
         self._losses: list[float] = []
         self._first_rank: dict[str, float] = {}
         self._alpha: dict[str, LayerMetrics] = {}
+        self._moved: dict[str, float] = {}
         self._random: dict[str, int] = {}
         self._said: set[tuple[str, str]] = set()
 
@@ -106,6 +111,7 @@ class Watch:
         for point in points:
             row = point.row
             self._alpha[row.name] = row
+            self._moved[row.name] = point.relative or 0.0
             if row.stable_rank is not None:
                 self._first_rank.setdefault(row.name, row.stable_rank)
             if (noise := is_like_noise(row)) is not None:
@@ -118,12 +124,14 @@ class Watch:
             "heavy": [row.name for row in rows if is_heavy(row)] if is_rising(self._losses) else [],
             "collapse": [row.name for row in rows if self._is_collapsed(row)],
             "random": self._still_random(),
+            "broken": [row.name for row in rows if row.status == "nan"],
         }
         signs = []
         for kind, names in found.items():
             if new := tuple(name for name in names if (kind, name) not in self._said):
                 self._said.update((kind, name) for name in new)
-                signs.append(Sign(kind, new))
+                moved = {name: self._moved[name] for name in new if self._moved[name] and kind == "random"}
+                signs.append(Sign(kind, new, moved))
         return signs
 
     def _is_collapsed(self, row: LayerMetrics) -> bool:

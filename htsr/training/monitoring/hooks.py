@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from htsr.training.trainer_log import Log, log_of_trainer
+from htsr.errors import UsageError
+from htsr.training.trainer_log import Log, calling_trainers, log_of_trainer
 
 if TYPE_CHECKING:
     import torch
+    from transformers import Trainer
 
 
 class Hooks(TrainerCallback):
@@ -24,6 +27,8 @@ class Hooks(TrainerCallback):
 
     state_key = _legacy_state_key = "htsr.SpectralMonitor"
     _seen = 0  # steps that Lightning has told
+    _trainer: weakref.ref[Trainer] | None = None  # that is training
+    _followed: str | None = None  # the loss that is followed, where there are evaluations of several data sets
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("on_") or name in ("setup", "teardown"):
@@ -64,10 +69,21 @@ class Hooks(TrainerCallback):
         """End the monitoring."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin; the Trainer calls it."""
+        """Begin; the Trainer calls it.
+
+        Raises:
+            UsageError: another Trainer is in the midst of a training with this monitor.
+        """
+        callers = calling_trainers()
+        if self._trainer is not None and any(one is self._trainer() for one in callers[1:]):
+            raise UsageError(
+                "this monitor is in use by a training that goes on: give each Trainer a monitor of its own"
+            )
+        self._trainer = weakref.ref(callers[0]) if callers else None
+        self._followed = _loss_of_best(args.metric_for_best_model)
         self._begin(kwargs["model"], state.global_step, args.output_dir, log_of_trainer())
         for entry in state.log_history:
-            self._evaluated_by(entry, "eval_loss")
+            self._follow(entry)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go on; the Trainer calls it after each step of the optimizer."""
@@ -77,7 +93,7 @@ class Hooks(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Take down the loss; the Trainer calls it."""
-        self._evaluated_by(metrics or {}, "eval_loss")
+        self._follow(metrics or {})
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Begin; Lightning calls it."""
@@ -103,11 +119,27 @@ class Hooks(TrainerCallback):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """End; the Trainer and Lightning call it, each with arguments of its own."""
+        self._trainer = None
         self.close()
+
+    def _follow(self, metrics: Any) -> None:
+        """Take down one loss of an evaluation: of several data sets, it is that of the best model, or the first."""
+        losses = [name for name in metrics if name.startswith("eval_") and name.endswith("_loss")]
+        if self._followed is None and losses:
+            self._followed = "eval_loss" if "eval_loss" in losses else losses[0]
+        if self._followed is not None:
+            self._evaluated_by(metrics, self._followed)
 
     def _evaluated_by(self, metrics: Any, name: str) -> None:
         if name in metrics:
             self.evaluated(float(metrics[name]))
+
+
+def _loss_of_best(metric: str | None) -> str | None:
+    """The loss that names the best model; None where that is another metric, or there is none."""
+    if metric is None or not metric.endswith("loss"):
+        return None
+    return metric if metric.startswith("eval_") else f"eval_{metric}"
 
 
 def _nothing(*_: Any, **__: Any) -> None:

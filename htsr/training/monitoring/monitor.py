@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from htsr.analysis.analyze import make_options
 from htsr.analysis.trajectory_file import is_trajectory
-from htsr.errors import UsageError
+from htsr.errors import UsageError, reason_of
 from htsr.matrices.models import Filter, as_filter
 from htsr.ranks import Ranks
 from htsr.spectra.metrics import NUMERIC
@@ -57,12 +58,16 @@ class SpectralMonitor(Hooks):
     beside the trajectory file, so that it has a standard error of 2.2 % of itself.
 
     A warning is logged, once for each matrix, where α lies below 2 while the evaluation loss rises, where the stable
-    rank collapses, and where a matrix stays like noise while most do not; the guide *Monitor a training* says what is
-    known of each.
+    rank collapses, where a matrix stays like noise while most do not, and where entries are NaN or infinite; the guide
+    *Monitor a training* (``reports/documentation/pages/monitor.md``) says what is known of each.
+
+    Under transformers the values go through ``Trainer.log`` itself: the `log` of a subclass, as TRL's trainers have
+    one, is passed by, and sees none of them; callbacks do.
 
     Processes that train together (DDP, FSDP2, DeepSpeed's ZeRO) share the matrices, one whole matrix each at a time;
     the first decides what fits, and alone writes. A resumed run goes on with its file: what was measured after the
-    step where it is resumed is dropped, and a new run puts the file of an old one aside.
+    step where it is resumed is dropped, and a new run puts the file of an old one aside. Without that file a resumed
+    run has ``relative`` against the weights that it was resumed with, in a plain loop those after its first step.
 
     Args:
         model: model in training, as it is before the first step, wrapped or not. For a plain loop only.
@@ -116,8 +121,9 @@ class SpectralMonitor(Hooks):
         distributed: bool = True,
         **options: Any,
     ) -> None:
+        metrics = metrics if isinstance(metrics, str) else tuple(metrics)
         _check(model, every, metrics, share)
-        self.every, self.metrics, self.share = every, tuple(metrics), share
+        self.every, self.metrics, self.share = int(every), tuple(metrics), float(share)
         self._path = None if path is None else Path(path)
         if self._path is not None and not is_trajectory(self._path):
             raise UsageError(f"a trajectory is kept as .jsonl, not as {self._path.name}")
@@ -125,7 +131,8 @@ class SpectralMonitor(Hooks):
         self._options, self._distributed = {"bulk": True} | options, distributed
         make_options(**self._options)  # refuses what has no meaning
         self._rounds: Rounds | None = None
-        self._steps = 0
+        self._steps, self._closed = 0, False
+        self._log_fails = self._unknown_is_said = False
         if model is not None:
             self._look(model, 0)
 
@@ -140,7 +147,11 @@ class SpectralMonitor(Hooks):
             HtsrError: the trajectory file cannot be begun, or the ranks do not train one model.
         """
         if self._rounds is None:
-            raise UsageError("the monitor of a plain loop needs its model: htsr.SpectralMonitor(model, …)")
+            raise UsageError(
+                "the monitor is closed, or its training has ended: make a new one"
+                if self._closed
+                else "the monitor of a plain loop needs its model: htsr.SpectralMonitor(model, …)"
+            )
         done = self._steps + 1 if steps is None else steps
         self._take_up(self._rounds, done)
         self._steps = done
@@ -152,10 +163,11 @@ class SpectralMonitor(Hooks):
         if self._record is not None:
             self._record.append(points)
         values = self._rounds.values(self.metrics, self._steps)
+        self._say_unknown(values)
         if self._own_log is None and self._log_of_run is not None:
             self._log_of_run(values, self._steps)
         elif self._own_log is not None and self._ranks.is_first:
-            self._own_log(values, self._steps)
+            self._log(self._own_log, values)
         self._warn(self._watch.signs(points))
 
     def evaluated(self, loss: float) -> None:
@@ -172,6 +184,7 @@ class SpectralMonitor(Hooks):
         rounds, self._rounds = self._rounds, None
         if rounds is None:
             return
+        self._closed, self._log_of_run = True, None
         if self._record is not None:
             self._record.close()
         if rounds.unmeasured and self._ranks.is_first:
@@ -214,7 +227,7 @@ class SpectralMonitor(Hooks):
         self._rounds = Rounds(model, self._wanted, options, Budget(self.share), self._ranks)
         self._record: Record | None = None
         self._log_of_run, self._watch, self._steps, self._ready = log, Watch(), steps, False
-        self._looked_early = False  # before the weights of the checkpoint were loaded
+        self._closed = self._looked_early = False  # before the weights of the checkpoint were loaded
 
     def _take_up(self, rounds: Rounds, step: int) -> None:
         """When the number of steps before is known: open the file, and go on with it.
@@ -255,6 +268,23 @@ class SpectralMonitor(Hooks):
         self._record = Record(self._file, rounds.label, rounds.options, self._steps, since, rounds.device, len(rounds))
         return self._record.earlier
 
+    def _log(self, log: Log, values: dict[str, float]) -> None:
+        """Log on the first process, which would leave the others waiting if it failed there."""
+        try:
+            log(values, self._steps)
+        except Exception as error:
+            if not self._log_fails:
+                logger.warning("step %d: log failed, and the training goes on: %s", self._steps, reason_of(error))
+            self._log_fails = True
+
+    def _say_unknown(self, values: Mapping[str, float]) -> None:
+        """Say once which metrics no matrix has, as where the options do not ask for them."""
+        known = {key.split("/")[1] for key in values}
+        unknown = [name for name in self.metrics if name not in known and name != "relative"]
+        if unknown and not self._unknown_is_said and self._ranks.is_first:
+            logger.warning("no matrix has a number for %s, which is not logged: see Options", ", ".join(unknown))
+        self._unknown_is_said = True
+
     def _warn(self, signs: Sequence[Sign]) -> None:
         if self._ranks.is_first:
             for sign in signs:
@@ -267,9 +297,9 @@ def _check(model: object, every: int, metrics: Sequence[str], share: float) -> N
             f"SpectralMonitor takes the model of a plain loop, and {type(model).__name__} is none; under a Trainer it "
             "takes nothing: Trainer(…, callbacks=[htsr.SpectralMonitor()])"
         )
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+    if isinstance(every, bool) or not isinstance(every, Integral) or every < 1:
         raise UsageError(f"every is a number of steps, at least 1, not {every!r}")
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or math.isnan(share) or share <= 0:
+    if isinstance(share, bool) or not isinstance(share, Real) or math.isnan(share) or share <= 0:
         raise UsageError(f"share is a part of the time of training such as 0.01, not {share!r}")
-    if isinstance(metrics, str) or not {*metrics} <= {*NUMERIC, "relative"}:
+    if isinstance(metrics, str) or not all(name in (*NUMERIC, "relative") for name in metrics):
         raise UsageError(f"metrics are fields of LayerMetrics with numbers, or 'relative', not {metrics!r}")

@@ -72,7 +72,7 @@ class Record:
     def __init__(
         self, path: Path, label: str, options: Options, step: int, since: int, device: str, wanted: int
     ) -> None:
-        self._start, self._device = path.with_suffix(".start"), device
+        self._path, self._start, self._device = path, path.with_suffix(".start"), device
         there = is_of_a_run(path)
         if there and step == 0:
             there = False
@@ -88,6 +88,8 @@ class Record:
         if self._file is None:
             return
         try:
+            if not self._path.exists():
+                raise HtsrError(f"{self._path} has been removed")
             self._file.append(points)
         except HtsrError as error:
             logger.warning("the monitor goes on without its file: %s", error)

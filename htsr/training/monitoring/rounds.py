@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -23,6 +24,8 @@ from htsr.training.monitoring.measuring import Found, Start, insist_on_one, meas
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "spectrum"
 
@@ -96,14 +99,16 @@ class Rounds:
             step: number of optimizer steps that are done.
         """
         self._wait_for_device()
+        with self._spending():
+            model = open_wanted(self._module, self._wanted)
+            self._follow(model.matrices)
         names, self._share_taken = self._ranks.of_first(self._next)
         if not names:
             return []
         with self._spending(names):
-            model = open_wanted(self._module, self._wanted)
             insist_on_one(model, self._ranks, self.options)
             kept = {matrix.name: matrix for matrix in model.matrices}
-            model = replace(model, matrices=tuple(kept[name] for name in names if name in kept))
+            model = replace(model, matrices=tuple(kept[name] for name in names))
             found = measured(model, self.options, self._found, self._ranks)
         points = [self._point(matrix.name, found[matrix.name], step) for matrix in model.matrices]
         self._found |= found
@@ -131,6 +136,18 @@ class Rounds:
         values[f"{PREFIX}/measured"] = len(self._points) / len(self._costs)
         values[f"{PREFIX}/share_of_time"] = self._share_taken
         return values
+
+    def _follow(self, matrices: Sequence[WeightMatrix]) -> None:
+        """Take up matrices that are new, and forget those that are gone."""
+        costs = {matrix.name: matrix.cost for matrix in in_turn(matrices)}
+        new, gone = costs.keys() - self._costs.keys(), self._costs.keys() - costs.keys()
+        if (new or gone) and self._ranks.is_first:
+            logger.warning(
+                "the model has changed since the monitor began: matrices %s are new, %s are gone",
+                *(", ".join(sorted(names)) or "none" for names in (new, gone)),
+            )
+        self._costs = {name: costs[name] for name in self._costs if name in costs} | costs
+        self._points = {name: point for name, point in self._points.items() if name in costs}
 
     def _next(self) -> tuple[list[str], float]:
         """Names of the matrices whose turn it is, and the share of time that was taken so far: asked on rank 0."""

@@ -43,12 +43,24 @@ def test_a_layer_that_stays_random_is_told_once_most_have_left():
     watch = Watch()
     for step in range(PATIENCE + 2):
         assert watch.signs(points(step, a=noise, b=noise, c=noise)) == []  # all are: the training is young
-    assert kinds(watch.signs(points(9, b=trained, c=trained))) == [("random", ("a",))]
+    (sign,) = watch.signs(points(9, b=trained, c=trained))
+    assert (sign.kind, sign.matrices) == ("random", ("a",))
+    assert "can: a. A layer" in str(sign)
     assert watch.signs(points(10, a=noise)) == []
     assert watch.signs(points(11, b=noise)) == []
     watch = Watch()
     for step in range(PATIENCE):  # not three times in a row
         assert watch.signs(points(step, a=trained if step == 1 else noise, b=trained, c=trained)) == []
+
+
+def test_a_layer_that_stays_random_though_it_moves_is_told_with_its_change():
+    noise = {"alpha_minus_null": 0.1, "alpha_null_sd": 0.2, "num_spikes": 0}
+    watch = Watch()
+    watch.signs(points(0, b=noise | {"num_spikes": 4}))
+    row = LayerMetrics(name="a", **noise)
+    signs = [watch.signs([Point(f"step-{step}", row, step, relative=0.412)]) for step in range(PATIENCE)]
+    assert signs[:-1] == [[]] * (PATIENCE - 1)
+    assert "can: a (moved by 0.41). A layer" in str(signs[-1][0])
 
 
 def test_noise_is_like_noise_and_a_spike_is_not():
@@ -61,6 +73,6 @@ def test_noise_is_like_noise_and_a_spike_is_not():
     assert is_like_noise(htsr.analyze({"w.weight": noise[0]})[0]) is None
 
 
-@pytest.mark.parametrize("kind", ["heavy", "collapse", "random"])
+@pytest.mark.parametrize("kind", ["heavy", "collapse", "random", "broken"])
 def test_a_sentence_names_five(kind):
     assert "m0, m1, m2, m3, m4 and 3 more" in str(Sign(kind, tuple(f"m{i}" for i in range(8))))

@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -325,6 +326,16 @@ def test_a_disk_that_is_full_does_not_end_the_training(tmp_path, caplog, monkeyp
     assert caplog.text.count("the monitor goes on without its file") == 1
 
 
+def test_a_file_that_is_removed_is_told(tmp_path, caplog):
+    model, path = nn.Linear(64, 64), tmp_path / "run.jsonl"
+    monitor = htsr.SpectralMonitor(model, every=1, share=ALL, path=path)
+    monitor.step()
+    path.unlink()
+    monitor.step()
+    monitor.step()
+    assert caplog.text.count("run.jsonl has been removed") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -332,6 +343,7 @@ def test_a_disk_that_is_full_does_not_end_the_training(tmp_path, caplog, monkeyp
         ({"share": 0}, "share is a part of the time"),
         ({"share": "1 %"}, "share is a part of the time"),
         ({"metrics": "alpha"}, "metrics are fields of LayerMetrics"),
+        ({"metrics": ["alpha", ["x"]]}, "metrics are fields of LayerMetrics"),
         ({"metrics": ["alpha", "alhpa"]}, "metrics are fields of LayerMetrics"),
         ({"path": "run.json"}, "kept as .jsonl"),
         ({"fit": "hil"}, "unknown fit"),
@@ -349,6 +361,56 @@ def test_what_has_no_meaning_is_refused_at_once(arguments, sentence):
 def test_a_step_without_a_model_is_refused():
     with pytest.raises(htsr.UsageError, match="needs its model"):
         htsr.SpectralMonitor().step()
+    monitor = htsr.SpectralMonitor(TinyLM())
+    monitor.close()
+    with pytest.raises(htsr.UsageError, match="is closed"):
+        monitor.step()
+
+
+def test_metrics_that_nothing_computes_are_named_once(caplog):
+    model, logged = nn.Linear(64, 64), []
+    names = (name for name in ("alpha", "gof_p"))
+    monitor = htsr.SpectralMonitor(
+        model, every=np.int64(1), share=np.float32("inf"), metrics=names, log=logger_to(logged)
+    )
+    monitor.step()
+    monitor.step()
+    assert "spectrum/alpha/other" in logged[0][1]
+    assert caplog.text.count("no matrix has a number for gof_p") == 1
+
+
+def test_a_tracker_that_fails_does_not_end_the_training(caplog):
+    def fails(values, step):
+        raise ConnectionError("no network")
+
+    monitor = htsr.SpectralMonitor(nn.Linear(64, 64), every=1, share=ALL, log=fails)
+    monitor.step()
+    monitor.step()
+    assert caplog.text.count("step 1: log failed, and the training goes on: no network") == 1
+
+
+def test_matrices_that_come_and_go_are_followed(caplog):
+    model, logged = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)}), []
+    monitor = htsr.SpectralMonitor(model, every=1, share=ALL, log=logger_to(logged), metrics=("stable_rank",))
+    monitor.step()
+    del model["b"]
+    model["c"] = nn.Linear(64, 64)
+    monitor.step()
+    monitor.step()
+    assert caplog.text.count("matrices c are new, b are gone") == 1
+    mean = sum(row.stable_rank for row in htsr.analyze(model)) / 2
+    assert logged[-1][1]["spectrum/stable_rank/other"] == pytest.approx(mean)
+    assert logged[-1][1]["spectrum/measured"] == 1
+
+
+def test_entries_that_are_no_numbers_are_told(caplog):
+    model = nn.Linear(64, 64)
+    monitor = htsr.SpectralMonitor(model, every=1, share=ALL)
+    with torch.no_grad():
+        model.weight[0, 0] = float("nan")
+    monitor.step()
+    monitor.step()
+    assert caplog.text.count("NaN, infinite or overflowing entries in") == 1
 
 
 def test_warnings_are_logged_with_their_step(caplog):

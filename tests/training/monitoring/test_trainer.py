@@ -97,6 +97,49 @@ def test_evaluations_reach_the_warnings_also_after_resuming(tmp_path, monkeypatc
     assert len(losses) == 5
 
 
+@pytest.mark.parametrize(("best", "followed"), [(None, "eval_a_loss"), ("b_loss", "eval_b_loss")])
+def test_of_several_data_sets_one_loss_is_followed(tmp_path, monkeypatch, best, followed):
+    monitor, losses = htsr.SpectralMonitor(every=4), []
+    monkeypatch.setattr(monitor, "evaluated", losses.append)
+    made = trainer(tmp_path, 2, monitor, eval_strategy="steps", eval_steps=1, metric_for_best_model=best)
+    made.eval_dataset = {"a": made.eval_dataset, "b": made.train_dataset[:4]}
+    made.train()
+    assert losses == [entry[followed] for entry in made.state.log_history if followed in entry]
+    assert len(losses) == 2
+
+
+def test_a_monitor_keeps_no_trainer(tmp_path):
+    monitor = htsr.SpectralMonitor(every=1, share=ALL)
+    made = trainer(tmp_path, 1, monitor)
+    made.train()
+    kept = weakref.ref(made)
+    del made
+    gc.collect()
+    assert kept() is None
+
+
+def test_one_monitor_in_two_trainings_at_once_is_refused(tmp_path):
+    monitor = htsr.SpectralMonitor(every=1)
+
+    class Probe(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            trainer(tmp_path / "probe", 1, monitor).train()
+
+    made = trainer(tmp_path / "outer", 1, monitor)
+    made.add_callback(Probe())
+    with pytest.raises(htsr.UsageError, match="give each Trainer a monitor of its own"):
+        made.train()
+    trainer(tmp_path / "after", 1, monitor).train()  # a training that has failed stands in no one's way
+
+
+def test_a_foreign_file_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "trajectory.jsonl").write_text("{}\n")
+    made = trainer(tmp_path, 1, htsr.SpectralMonitor())
+    with pytest.raises(htsr.UsageError, match="no trajectory of htsr"):
+        made.train()
+    assert made.state.global_step == 0
+
+
 def test_one_callback_serves_two_trainings(tmp_path):
     monitor = htsr.SpectralMonitor(every=2, share=ALL)
     for name in ("a", "b"):
