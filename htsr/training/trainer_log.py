@@ -28,8 +28,11 @@ def calling_trainers() -> list[Trainer]:
     found: list[Trainer] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if isinstance(trainer := frame.f_locals.get("self"), Trainer) and not any(trainer is one for one in found):
-            found.append(trainer)
+        code = frame.f_code
+        if code.co_varnames[:1] == ("self",) and hasattr(Trainer, code.co_name):  # f_locals of others outlive the call
+            trainer = frame.f_locals.get("self")
+            if isinstance(trainer, Trainer) and not any(trainer is one for one in found):
+                found.append(trainer)
         frame = frame.f_back
     return found
 
