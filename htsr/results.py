@@ -171,6 +171,17 @@ class Tabular:
         return pd.DataFrame(self.records())
 
 
+def counted(number: int, one: str, several: str) -> str:
+    """A number and what there is that many of.
+
+    Examples:
+        >>> from htsr.results import counted
+        >>> counted(1, "matrix", "matrices"), counted(0, "matrix", "matrices")
+        ('1 matrix', '0 matrices')
+    """
+    return f"{number} {one if number == 1 else several}"
+
+
 def by_key(rows: tuple[NamedRow, ...], key: str | int | slice, label: str) -> NamedRow | tuple[NamedRow, ...]:
     """The row of a result by name or position, or the rows of a slice.
 

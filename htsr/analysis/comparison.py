@@ -14,7 +14,7 @@ from htsr.analysis.direction_rows import Heads, columns, heads_of, intruders, me
 from htsr.analysis.distance import Distance
 from htsr.analysis.result import Analysis
 from htsr.analysis.tables import changes_table, pairs_table
-from htsr.results import Record, Table, Tabular, by_key, column_types
+from htsr.results import Record, Table, Tabular, by_key, column_types, counted
 from htsr.spectra.direction_numbers import Directions
 from htsr.spectra.metrics import NUMERIC, LayerMetrics
 from htsr.spectra.subspaces import Subspace
@@ -80,7 +80,8 @@ class Comparison(Tabular):
     def __repr__(self) -> str:
         alpha = self.summary().get("alpha")
         means = f", mean alpha {alpha[0]:.3f} and {alpha[1]:.3f}" if alpha else ""
-        return f"<Comparison of {self.a.label!r} and {self.b.label!r}: {len(self)} matrices in both{means}>"
+        both = counted(len(self), "matrix", "matrices")
+        return f"<Comparison of {self.a.label!r} and {self.b.label!r}: {both} in both{means}>"
 
     def _repr_html_(self) -> str:
         from htsr.reporting.figures import LABELS
@@ -227,7 +228,8 @@ class Comparison(Tabular):
         said = []
         if alpha := self.summary().get("alpha"):
             both = sum(pair.a.alpha is not None and pair.b.alpha is not None for pair in self)
-            said.append(f"mean α ({self.a.options.fit}) {alpha[0]:.3f} → {alpha[1]:.3f} over {both} matrices")
+            over = counted(both, "matrix", "matrices")
+            said.append(f"mean α ({self.a.options.fit}) {alpha[0]:.3f} → {alpha[1]:.3f} over {over}")
         if found := self._directions():
             said.append(_in_words(found))
         if any(p.directions and not p.heads and p.a.role.endswith(_HEADS_OF) for p in self):
@@ -244,7 +246,8 @@ def _in_words(found: Sequence[Directions]) -> str:
     count, where = sum(one.intruders for one in found), sum(one.intruders > 0 for one in found)
     return (
         f"mean overlap of the leading directions {left} left and {right} right (in brackets: a Gaussian change of the "
-        f"same norm); {count} intruder dimensions in {where} of {len(found)} matrices"
+        f"same norm); {counted(count, 'intruder dimension', 'intruder dimensions')} in "
+        f"{where} of {counted(len(found), 'matrix', 'matrices')}"
     )
 
 

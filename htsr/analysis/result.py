@@ -15,7 +15,7 @@ from htsr.analysis.standouts import Standout, standouts
 from htsr.analysis.tables import means_table, metrics_table, standouts_table
 from htsr.arrays import Vector
 from htsr.errors import UsageError
-from htsr.results import Record, Table, Tabular, by_key, column_types
+from htsr.results import Record, Table, Tabular, by_key, column_types, counted
 from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
 from htsr.spectra.notes import CAUTION
 
@@ -64,9 +64,8 @@ class Analysis(Tabular):
     def __repr__(self) -> str:
         means = self.summary()
         alpha = f", mean alpha {means['alpha']:.3f}" if "alpha" in means else ""
-        return (
-            f"<Analysis of {self.label!r}: {len(self)} matrices, {means['fitted']} fitted by {self.options.fit}{alpha}>"
-        )
+        matrices = counted(len(self), "matrix", "matrices")
+        return f"<Analysis of {self.label!r}: {matrices}, {means['fitted']} fitted by {self.options.fit}{alpha}>"
 
     def _repr_html_(self) -> str:
         from htsr.reporting.html import table_html
@@ -186,9 +185,10 @@ class Analysis(Tabular):
         """How many matrices in which time, and what notes on tails do not mean."""
         failed = sum(row.status != "ok" for row in self)
         problems = f", {failed} without a fit" if failed else ""
-        counted = f"{self.label}: {len(self)} matrices{problems} in {self.meta.get('seconds', 0):.1f} s"
+        matrices = counted(len(self), "matrix", "matrices")
+        measured = f"{self.label}: {matrices}{problems} in {self.meta.get('seconds', 0):.1f} s"
         noted = any(kind in row.warning for row in self for kind in ("heavy tail", "light tail"))
-        return (counted, CAUTION) if noted else (counted,)
+        return (measured, CAUTION) if noted else (measured,)
 
     def to_pandas(self) -> pandas.DataFrame:
         """All rows as a table, one column per field; columns that are empty in every row are left out."""

@@ -18,7 +18,7 @@ from htsr.analysis.result import means_of
 from htsr.analysis.trajectory_file import Header, Point, Points, read_trajectory, write_trajectory
 from htsr.analysis.trajectory_tables import LINES, moved_table, shown_table, sources_table
 from htsr.errors import UsageError
-from htsr.results import Record, Table, Tabular, column_types
+from htsr.results import Record, Table, Tabular, column_types, counted
 from htsr.spectra.metrics import NUMERIC, LayerMetrics, Options
 
 _SHOWN = 10  # matrices that have moved most
@@ -183,9 +183,9 @@ class Trajectory(Tabular):
         return tuple(said)
 
     def _size(self, point: str) -> str:
-        matrices = _counted(len({point.row.name for point in self.points}), "matrix", "matrices")
+        matrices = counted(len({point.row.name for point in self.points}), "matrix", "matrices")
         kinds = (point, f"{point}s") if self.steps else ("model", "models")
-        return f"{matrices}, {_counted(len(self.sources), *kinds)}"
+        return f"{matrices}, {counted(len(self.sources), *kinds)}"
 
     def _alphas(self) -> list[float]:
         return [point.row.alpha for point in self.points if point.row.alpha is not None]
@@ -203,13 +203,13 @@ class Trajectory(Tabular):
         moved = self.moved() if self.steps else ()
         if moved:
             first, last = (fmean(getattr(move, end) for move in moved) for end in ("first", "last"))
-            over = _counted(len(moved), "matrix", "matrices")
+            over = counted(len(moved), "matrix", "matrices")
             yield f"mean α ({self.options.fit}) {first:.3f} → {last:.3f} over {over}, from the first number to the last"
             known = [move for move in moved if move.beyond is not None]
-            far, over = sum(map(_has_moved, known)), _counted(len(known), "matrix", "matrices")
+            far, over = sum(map(_has_moved, known)), counted(len(known), "matrix", "matrices")
             yield f"the α of {far} of {over} has moved by two standard errors or more"
         elif (self.steps or len(self.sources) == 1) and (alphas := self._alphas()):
-            yield f"mean α ({self.options.fit}) {fmean(alphas):.3f} over {_counted(len(alphas), 'matrix', 'matrices')}"
+            yield f"mean α ({self.options.fit}) {fmean(alphas):.3f} over {counted(len(alphas), 'matrix', 'matrices')}"
         if self.reference and any(point.relative is not None for point in self.points):
             yield f"‖ΔW‖/‖W‖ is against {self.reference}"
 
@@ -293,10 +293,6 @@ class Trajectory(Tabular):
 def trajectory_of(header: Header, points: Points, problems: Mapping[str, str] | None = None) -> Trajectory:
     """The trajectory of the `points` below a `header`, and the `problems` of sources that have none."""
     return Trajectory(points=tuple(points), problems=problems or {}, **vars(header))
-
-
-def _counted(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
 
 
 def _has_moved(move: Move) -> bool:

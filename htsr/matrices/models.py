@@ -13,7 +13,7 @@ from htsr.matrices import roles
 from htsr.matrices.axes import Axes
 from htsr.matrices.patterns import matches, require
 from htsr.matrices.positions import Position
-from htsr.results import Column, Record, Table, Tabular, tabulate
+from htsr.results import Column, Record, Table, Tabular, counted, tabulate
 
 Read = TypeVar("Read")
 
@@ -257,7 +257,7 @@ class Model(Tabular):
     fingerprint: str | None = None
 
     def __repr__(self) -> str:
-        return f"<Model {self.label!r}: {len(self.matrices)} matrices>"
+        return f"<Model {self.label!r}: {counted(len(self.matrices), 'matrix', 'matrices')}>"
 
     def __iter__(self) -> Iterator[WeightMatrix]:
         return iter(self.matrices)
@@ -303,7 +303,7 @@ class Model(Tabular):
     def remarks(self) -> tuple[str, ...]:
         """How many matrices and parameters there are."""
         total = sum(m.parameters for m in self.matrices)
-        return (f"{self.label}: {len(self.matrices)} matrices, {total:,} parameters in them",)
+        return (f"{self.label}: {counted(len(self.matrices), 'matrix', 'matrices')}, {total:,} parameters in them",)
 
     def filtered(self, wanted: Filter, *, checked: bool = False) -> Model:
         """The same model with the wanted matrices only.
