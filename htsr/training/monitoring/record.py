@@ -113,7 +113,7 @@ class Record:
         return Earlier(kept, self._kept(), header.reference)
 
     def keep(self, start: Mapping[str, Start]) -> None:
-        """Write down what is kept of the weights at the start of the run.
+        """Write down `start`, what is kept of the weights at the start of the run.
 
         Raises:
             HtsrError: the file beside the trajectory cannot be written.
