@@ -20,8 +20,26 @@ function depthColour(share) {
 
 // ---- axes -------------------------------------------------------------------------------------------------------
 
+const ROOM = 24; // letters below an axis: longer names would cover each other, or be hidden as they leave the plot
+
+// Of long names what is about the first letter in which they differ.
+function shortened(names) {
+  const all = names.map((name) => [...name]);
+  const differ = all[0]?.findIndex((letter, i) => all.some((other) => other[i] !== letter));
+  return all.map((letters) => {
+    if (letters.length <= ROOM) return letters.join("");
+    const start = Math.max(0, Math.min(differ - ROOM / 3, letters.length - ROOM));
+    const end = start + ROOM;
+    return `${start ? "…" : ""}${letters.slice(start, end).join("")}${end < letters.length ? "…" : ""}`;
+  });
+}
+
 function sourceAxis(more = {}) {
-  const ticks = data.steps ? {} : { tickvals: positions, ticktext: data.sources.map(inPlot), tickangle: shape.sources > 6 ? -40 : 0 };
+  const names = data.steps ? [] : shortened(data.sources);
+  const narrow = Math.max(...names.map((name) => name.length)) * names.length > 60;
+  const ticks = data.steps ? {} : {
+    tickvals: positions, ticktext: names.map(inPlot), tickangle: narrow ? -40 : 0, ticklabeloverflow: "allow",
+  };
   const title = data.steps ? { title: { text: "step" } } : {};
   return { gridcolor: colour("line"), zeroline: false, automargin: true, ...title, ...ticks, ...more };
 }

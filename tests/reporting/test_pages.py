@@ -222,3 +222,18 @@ def test_a_browser_draws_the_page_of_a_trajectory(trajectory, tmp_path):
     assert dom.count('class="path"') == len(NAMES)
     assert re.search(r'<tr [^>]*aria-current="true"', dom)
     assert "<img src=" not in dom
+    assert not re.search(r'<g class="xtick"><text[^>]*display: none', dom)  # plotly hides what leaves the plot
+
+
+@pytest.mark.skipif(not NODE, reason="no node to run the script in")
+def test_long_names_below_an_axis_show_where_they_differ():
+    names = [f"runs/of/a/long/path/model-{i}/checkpoint-1000" for i in range(3)]
+    script = re.search(r"const ROOM.*?\n}\n", html._asset("lines.js"), re.DOTALL)[0]
+    program = script + 'console.log(JSON.stringify(JSON.parse(require("fs").readFileSync(0)).map(shortened)))'
+    groups = [names, ["a", "☃" * 30], ["one" * 10], [names[0] + str(i) for i in range(2)]]
+    ran = subprocess.run([NODE, "-e", program], input=json.dumps(groups), capture_output=True, text=True, check=True)
+    run, short, alone, ends = json.loads(ran.stdout)
+    assert run == [f"…h/model-{i}/checkpoint-100…" for i in range(3)]
+    assert short == ["a", f"{'☃' * 24}…"]
+    assert alone == [("one" * 10)[:24] + "…"]
+    assert [label[-2:] for label in ends] == ["00", "01"]
