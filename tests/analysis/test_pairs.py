@@ -289,7 +289,7 @@ def test_pairs_go_by_name_and_position():
     with pytest.raises(TypeError, match="by name, position or slice"):
         comparison[1.0]
     assert {pair.name for pair in comparison if "unchanged" not in pair.notes} == {name}
-    alone = htsr.compare(base, tuned, include="*c_fc*", **OPTIONS)
+    alone = htsr.compare(base, tuned, where=htsr.Filter(include=("*c_fc*",)), **OPTIONS)
     assert "1 matrix in both" in repr(alone)
     assert alone.remarks()[0].endswith("over 1 matrix")
 
