@@ -225,12 +225,15 @@ class Selection(Tabular):
         ]
         if noise:
             lines.append(f"{noise} matrices have no more signal than noise and are not taken, whatever their place")
+        if unnamed := [row.name for row in self.rows if row.note == _UNNAMED]:
+            lines.append(f"{len(unnamed)} selected matrices, as {unnamed[0]}, {_UNNAMED}")
         if not self.names:
             lines += [f"{count} matrices do not train: {note}" for note, count in others.most_common(3)]
         return tuple(lines)
 
 
 _NOISE = "no more signal than noise"
+_UNNAMED = "may be called otherwise in the loaded model: choose from the model itself, in Python"
 
 
 def _parameters(rows: Sequence[SelectionRow]) -> int:
@@ -334,14 +337,15 @@ def _as_loaded(rows: Sequence[SelectionRow], label: str, revision: str | None) -
     names = loaded_names(label, [row.name for row in rows], revision)
     if names is None:
         return tuple(rows)
-    unknown = [row.name for row in rows if row.selected and names.get(row.name) is None]
-    if unknown:
-        logger.warning(
-            "%s of the %s selected matrices of %s may be called otherwise in the loaded model, as %s: choose from the "
-            "model itself, in Python",
-            *(len(unknown), sum(row.selected for row in rows), label, unknown[0]),
-        )
-    return tuple(replace(row, name=names.get(row.name) or row.name) for row in rows)
+    known = tuple(
+        replace(row, name=names.get(row.name) or row.name, note=row.note if names.get(row.name) else _UNNAMED)
+        if row.selected or names.get(row.name)
+        else row
+        for row in rows
+    )
+    if unknown := [row.name for row in known if row.note == _UNNAMED]:
+        logger.warning("%s: %s selected matrices, as %s, %s", label, len(unknown), unknown[0], _UNNAMED)
+    return known
 
 
 def _chosen(rows: Sequence[SelectionRow], top: float, reverse: bool, also: Sequence[str]) -> tuple[SelectionRow, ...]:

@@ -330,5 +330,6 @@ def test_names_are_those_of_the_loaded_model(tmp_path, capsys):
 def test_names_that_nobody_tells_are_a_warning(tmp_path, caplog):
     folder = Path(save_folder(tmp_path / "model", state_dict(2)))
     (folder / "config.json").write_text(json.dumps({"model_type": "unheard", "vision_config": {}}))
-    htsr.select(folder, reverse=True)
+    selection = htsr.select(folder, reverse=True)
     assert "may be called otherwise in the loaded model" in caplog.text
+    assert "may be called otherwise in the loaded model" in selection.remarks()[1]
