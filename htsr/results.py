@@ -174,6 +174,11 @@ class Tabular:
 def counted(number: int, one: str, several: str) -> str:
     """A number and what there is that many of.
 
+    Args:
+        number: how many there are.
+        one: word for one of them.
+        several: word for any other number.
+
     Examples:
         >>> from htsr.results import counted
         >>> counted(1, "matrix", "matrices"), counted(0, "matrix", "matrices")
