@@ -25,8 +25,8 @@ SIGNS = {
     ),
     "random": (
         "still cannot be told from noise after {times} measurements, while most matrices can: {names}. A layer that "
-        "is frozen, not used, or gets no gradient stays so; some that train do, too: what has moved, by the part of "
-        "‖W‖ that is given, does get one, or decays. See whether the others have a gradient"
+        "is frozen, not used, or gets no gradient stays so; some that train do, too: they have moved, as has what only "
+        "decays. See whether it has a gradient"
     ),
     "broken": "NaN, infinite or overflowing entries in {names}: the loss is lost. Go back to an earlier checkpoint",
 }
