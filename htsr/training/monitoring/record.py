@@ -87,12 +87,14 @@ class Record:
         """Write `points` at once. Training goes on where that fails, without a record, and says so."""
         if self._file is None:
             return
+        problem = None if self._path.exists() else f"{self._path} has been removed"
         try:
-            if not self._path.exists():
-                raise HtsrError(f"{self._path} has been removed")
-            self._file.append(points)
+            if problem is None:
+                self._file.append(points)
         except HtsrError as error:
-            logger.warning("the monitor goes on without its file: %s", error)
+            problem = str(error)
+        if problem is not None:
+            logger.warning("the monitor goes on without its file: %s", problem)
             self._file = None
             return
         self._file.points.by_source.clear()  # they are on disk
