@@ -201,11 +201,12 @@ def _merged(folder: Path, base: list[StoredTensor], config: dict[str, Any]) -> l
 
 
 def _fingerprint(files: Any) -> str:
+    """Path, size and date of all `files` but journals and trajectories, which may be written beside a model."""
     import hashlib
 
     digest = hashlib.sha256()
     for file in sorted(files):
-        if file.is_file():
+        if file.is_file() and file.suffix != ".jsonl":
             stat = file.stat()
             digest.update(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]

@@ -106,6 +106,7 @@ def test_state_dict_file_and_folder_are_the_same_rows(tmp_path):
 def test_a_fingerprint_changes_with_the_files(tmp_path):
     folder = save_folder(tmp_path / "model", state_dict(blocks=1))
     first = htsr.describe(folder).fingerprint
+    (tmp_path / "model" / "spectra.jsonl").write_text("{}")  # a journal or trajectory beside the weights
     assert first == htsr.describe(folder).fingerprint
     save_folder(tmp_path / "model", state_dict(blocks=2))
     assert htsr.describe(folder).fingerprint != first
