@@ -126,9 +126,9 @@ class Trajectory(Tabular):
         by_source: dict[str, dict[str, Point]] = {source: {} for source in self.sources}
         for point in self.points:
             by_source[point.source][point.row.name] = point
-        found, latest = {}, dict[str, Point]()
+        found, latest, of_a_run = {}, dict[str, Point](), bool(self.steps)
         for source, points in by_source.items():
-            latest = {**latest, **points} if self.steps else points
+            latest = {**latest, **points} if of_a_run else points
             changes = [point.relative for point in latest.values() if point.relative is not None]
             found[source] = means_of([point.row for point in latest.values()])
             if changes:
@@ -160,8 +160,7 @@ class Trajectory(Tabular):
             raise UsageError(
                 f"{self.label} are models and no steps of a run: htsr.compare tells how two of them differ"
             )
-        if metric not in (*NUMERIC, "relative"):
-            raise UsageError(f"rows have no number {metric!r}; among others alpha, trace_log, stable_rank, relative")
+        _require_number(metric)
         return moves(self._in_order(), metric)
 
     def tables(self) -> tuple[Table, ...]:
@@ -258,8 +257,7 @@ class Trajectory(Tabular):
         """
         from htsr.reporting.plots import plot_trajectory
 
-        if metric not in ("relative", *NUMERIC):
-            raise UsageError(f"rows have no number {metric!r}; among others alpha, trace_log, stable_rank, relative")
+        _require_number(metric)
         return plot_trajectory(self.records(), metric, by, ax=ax)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -293,6 +291,11 @@ class Trajectory(Tabular):
 def trajectory_of(header: Header, points: Points, problems: Mapping[str, str] | None = None) -> Trajectory:
     """The trajectory of the `points` below a `header`, and the `problems` of sources that have none."""
     return Trajectory(points=tuple(points), problems=problems or {}, **vars(header))
+
+
+def _require_number(metric: str) -> None:
+    if metric not in (*NUMERIC, "relative"):
+        raise UsageError(f"rows have no number {metric!r}; among others alpha, trace_log, stable_rank, relative")
 
 
 def _has_moved(move: Move) -> bool:
