@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from htsr.arrays import Array, Vector
-from htsr.spectra.exact_products import exact_products
+from htsr.arrays import Vector
 from htsr.spectra.sums import Sum
 
 if TYPE_CHECKING:
@@ -47,6 +46,13 @@ class LeftVectors:
 
         Returns:
             (j,) float64, in [0, 1].
+
+        Examples:
+            >>> import numpy as np, torch
+            >>> from htsr.spectra.denoising import left_vectors
+            >>> (known,) = left_vectors(np.diag([3.0, 2.0, 0.0]))  # vectors of singular value 0 are none
+            >>> known.nearest(torch.tensor([[0.6, 0.8, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64).T)
+            array([0.8, 0. ])
         """
         squares = (self.leading.mT @ vectors) ** 2
         largest = squares.amax(dim=0)
@@ -74,31 +80,3 @@ class LeftVectors:
         wide = self.matrix.shape[0] <= self.matrix.shape[1]
         values, basis = torch.linalg.eigh((self.matrix.T if wide else self.matrix).gram())
         return values, basis
-
-
-def nearest_cosines(base: Array, vectors: torch.Tensor) -> Vector:
-    """The largest |cosine| of each vector with any left singular vector of a matrix.
-
-    Args:
-        base: A, (m, n), any float dtype; vectors of singular value 0 are none of its directions.
-        vectors: vectors of length 1 as columns, (m, j) float64, on the device of A.
-
-    Returns:
-        (j,) float64, in [0, 1].
-
-    Raises:
-        MatrixError: entries of A are NaN, infinite or overflow (status ``nan``), are so small that their squares vanish
-            (``underflow``), or there are none (``empty``).
-
-    Source: Shuttleworth, Andreas, Torralba & Sharma (arXiv 2410.21228).
-
-    Examples:
-        >>> import numpy as np, torch
-        >>> from htsr.spectra.intruders import nearest_cosines
-        >>> u = torch.tensor([[0.6, 0.8, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64).T
-        >>> nearest_cosines(np.diag([3.0, 2.0, 0.0]), u)
-        array([0.8, 0. ])
-    """
-    A = Sum.of(base, str(vectors.device))
-    with exact_products(A.device):
-        return LeftVectors(A, 0 * vectors[:, :1]).nearest(vectors)

@@ -9,8 +9,9 @@ import torch
 from htsr.errors import MatrixError, UsageError
 from htsr.spectra import leading as leading_module
 from htsr.spectra.changes import effective_rank
+from htsr.spectra.denoising import left_vectors
 from htsr.spectra.direction_numbers import EPSILONS, Directions
-from htsr.spectra.intruders import LeftVectors, nearest_cosines
+from htsr.spectra.intruders import LeftVectors
 from htsr.spectra.leading import TURNED, leading
 from htsr.spectra.subspaces import by_head, directions
 from htsr.spectra.sums import Sum
@@ -154,7 +155,7 @@ def test_leading_vectors_decide_on_intruders_where_they_can(monkeypatch):
     A = Sum.of(heavy(0, 60, 50))
     known = leading(A, 6).left
     near = leading(A.plus(Sum.of(heavy(1, 60, 50)), 0.02), 6).left
-    full = nearest_cosines(heavy(0, 60, 50), near)
+    full = left_vectors(heavy(0, 60, 50))[0].nearest(near)
     monkeypatch.setattr(LeftVectors, "_decomposed", property(lambda self: pytest.fail("A was decomposed")))
     np.testing.assert_allclose(LeftVectors(A, known).nearest(near), full, atol=1e-12)
 
