@@ -1,0 +1,78 @@
+"""What `htsr memory` predicts for the run of a recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from htsr.finetuning.checkpoints import count_processes
+from htsr.finetuning.placing import is_to_be_sharded
+from htsr.training.memory.plan import LOW_RANK, SAMPLED, MemoryPlan
+from htsr.training.memory.prediction import predict_memory
+
+if TYPE_CHECKING:
+    from htsr.finetuning.recipe import Recipe
+
+
+def setting_of(recipe: Recipe, arguments: Any, longest: int | None = None) -> dict[str, Any]:
+    """The keyword arguments of `predict_memory` for the run of a `recipe` in one process.
+
+    An embedding that is drawn like a block (``sampled``) is counted as one that trains, which is the most it can take.
+    Of ``qlora`` with sampled adapters all adapters are counted.
+
+    Args:
+        recipe: recipe of the run.
+        arguments: arguments of TRL, as `training_arguments` makes them of the recipe.
+        longest: number of tokens of the longest record, where it is known; ``max_length`` and packing go with it.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> from htsr.finetuning.memory import setting_of
+        >>> from htsr.finetuning.recipe import Data, Recipe
+        >>> recipe = Recipe(model="org/name", output="out", data=Data(train="train.jsonl"), method="lisa")
+        >>> arguments = {"per_device_train_batch_size": 4, "max_length": 1024, "packing": False}
+        >>> setting = setting_of(recipe, SimpleNamespace(**arguments, gradient_checkpointing=True), longest=300)
+        >>> setting["batch"], setting["sequence"], setting["active_blocks"], setting["embeddings"]
+        (4, 300, 2, 'freeze')
+    """
+    sampling, low_rank = recipe.sampling, recipe.low_rank
+    length = arguments.max_length
+    if longest is not None and not (arguments.packing and length):
+        length = longest if length is None else min(length, longest)
+    setting: dict[str, Any] = {
+        "method": recipe.method,
+        "batch": arguments.per_device_train_batch_size,
+        "sequence": length or 1024,
+        "dtype": {"auto": None}.get(recipe.dtype, recipe.dtype),
+        "checkpointing": bool(arguments.gradient_checkpointing),
+        "rounding": recipe.rounds,
+        "frozen_weights": recipe.frozen_weights,
+        "revision": recipe.revision,
+    }
+    if sampling is not None and recipe.method != "qlora":
+        setting["active_blocks"] = sampling.active
+    if sampling is not None and recipe.method in SAMPLED:
+        full = sampling.embedding == "sampled" or (sampling.embedding == "lowrank" and recipe.method not in LOW_RANK)
+        setting["embeddings"] = "train" if full else sampling.embedding
+    if low_rank is not None:
+        setting |= {"rank": low_rank.rank, "state_dtype": low_rank.state_dtype, "gradients": low_rank.gradients}
+    if recipe.lora is not None:
+        setting["rank"] = recipe.lora.rank
+    return setting
+
+
+def predicted_memory(recipe: Recipe, arguments: Any, longest: int | None = None) -> MemoryPlan | None:
+    """The plan of the run of a `recipe`; None where it is sharded over processes, of which no plan is made.
+
+    Args:
+        recipe: recipe of the run.
+        arguments: arguments of TRL.
+        longest: number of tokens of the longest record, where it is known.
+
+    Raises:
+        SourceError: the model's configuration cannot be read, or no training step of it simulated.
+        UsageError: the model cannot have such a rank or so many active blocks.
+    """
+    sharded = is_to_be_sharded(arguments) or getattr(arguments, "deepspeed_plugin", None) is not None
+    if sharded and count_processes(arguments) > 1:
+        return None
+    return predict_memory(recipe.model, **setting_of(recipe, arguments, longest))

@@ -1,0 +1,40 @@
+import pytest
+
+import htsr
+from htsr.finetuning.arguments import training_arguments
+from htsr.finetuning.memory import predicted_memory
+from htsr.finetuning.recipe import Data, Lora, LowRank, Recipe, Sampling
+from tests.transformer import llama
+
+pytest.importorskip("trl.trainer.sft_trainer")
+
+
+def test_every_method_of_a_recipe_has_the_plan_of_its_own_settings(tmp_path):
+    llama(4).save_pretrained(tmp_path)
+    training = {"per_device_train_batch_size": 3, "max_length": 32, "gradient_checkpointing": True}
+
+    def plan(method, longest=None, **more):
+        recipe = Recipe(
+            model=str(tmp_path), output="out", data=Data(train="t"), method=method, training=training, **more
+        )
+        return predicted_memory(recipe, training_arguments(recipe), longest)
+
+    def expected(method, **more):
+        given = {"dtype": "float32", "batch": 3, "sequence": 32, "checkpointing": True}
+        return htsr.predict_memory(str(tmp_path), method, **(given | more))
+
+    assert plan("full") == expected("full")
+    assert plan("full", longest=20) == expected("full", sequence=20) != expected("full")
+    assert plan("full", longest=99) == expected("full")
+    assert plan("lora", lora=Lora(rank=4)) == expected("lora", rank=4)
+    sampled = plan("lora", lora=Lora(rank=4), sampling=Sampling(active=1))
+    assert sampled == expected("lora", rank=4, active_blocks=1)
+    assert plan("qlora", dtype="bfloat16", sampling=Sampling()).method == "qlora"
+    assert plan("galore", low_rank=LowRank(rank=8, state_dtype="8bit", gradients="project")) == expected(
+        "galore", rank=8, state_dtype="8bit", gradients="project"
+    )
+    for embedding, counted in (("freeze", "freeze"), ("train", "train"), ("sampled", "train")):
+        found = plan("lisa", sampling=Sampling(active=1, embedding=embedding), frozen_weights="host")
+        assert found == expected("lisa", active_blocks=1, embeddings=counted, frozen_weights="host")
+    low = plan("owlore", sampling=Sampling(active=1, embedding="lowrank"), low_rank=LowRank(rank=8))
+    assert low == expected("owlore", active_blocks=1, embeddings="lowrank", rank=8)
