@@ -35,6 +35,7 @@ def plan(
     reverse: Annotated[bool, typer.Option("--reverse", help="Favour small scores.")] = False,
     unit: Annotated[str | None, typer.Option(help="What shares a multiplier: matrix, block, role.")] = None,
     embeddings: Annotated[str | None, typer.Option(help="max, measured, leave, or a multiplier.")] = None,
+    head: Annotated[str | None, typer.Option(help="The same of the output head; by default as --embeddings.")] = None,
     min_size: Annotated[int | None, typer.Option(min=1, help="Smaller matrices stay at 1.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Roles or names that stay at 1. Repeatable.")] = None,
     pin: Annotated[
@@ -69,6 +70,7 @@ def plan(
         "reverse": reverse or None,
         "unit": unit,
         "embeddings": _number(embeddings) if embeddings else None,
+        "head": _number(head) if head else None,
         "min_size": min_size,
         "exclude": tuple(exclude) if exclude else None,
         "pin": _pins(pin),

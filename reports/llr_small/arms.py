@@ -7,6 +7,7 @@ multiple of the learning rate is also one of the decay.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -80,9 +81,15 @@ class Arm:
         return self.policy is not None and optimizer.param_groups[0]["htsr_event"] == step
 
 
-def ends_only(name: str, shape: tuple[int, ...], multiplier: float = S2) -> float:
-    """The embedding and the head, by default at LLR's largest multiplier."""
-    return multiplier if role_of(name) in ENDS else 1.0
+def ends_only(name: str, shape: tuple[int, ...], multiplier: float = S2, roles: tuple[str, ...] = ENDS) -> float:
+    """The embedding and the head, or one of them, by default at LLR's largest multiplier."""
+    return multiplier if role_of(name) in roles else 1.0
+
+
+def embedding_by_width(name: str, shape: tuple[int, ...]) -> float:
+    """The embedding at √width, to which its best rate over the body's is proportional for large vocabularies (arXiv
+    2506.15025, which leaves the constant open; here it is 1)."""
+    return math.sqrt(shape[1]) if role_of(name) == "embed" else 1.0
 
 
 def by_shape(name: str, shape: tuple[int, ...]) -> float:
@@ -108,4 +115,7 @@ ARMS: dict[str, Arm] = {
     "alphadecay": Arm("AlphaDecay", policy="alphadecay"),
     "matched": Arm("LLR in the body, ends ×15, 5 × the body's mean", policy="llr", changes={"embeddings": 15.0}),
     "ends-15": Arm("embedding and head alone, ×15", partial(ends_only, multiplier=15.0)),
+    "embed": Arm("embedding alone, ×5", partial(ends_only, roles=("embed",))),
+    "head": Arm("head alone, ×5", partial(ends_only, roles=("head",))),
+    "sqrt-width": Arm("embedding alone, ×√width", embedding_by_width),
 }

@@ -36,6 +36,7 @@ from htsr.training.layerwise.units import (
     has_tied_head,
     matrix_units,
     pinned,
+    require_head,
     require_patterns,
     unit_of,
 )
@@ -105,6 +106,7 @@ class Layerwise:
         places = {unit.name: i for i, unit in enumerate(matrices)}
         vectors = [name for name in names.values() if unit_of(name, places) is None]
         require_patterns(policy, matrices, vectors, type(model).__name__)
+        require_head(policy, matrices, type(model).__name__)
         tied = has_tied_head(model)
         values = fixed(policy, matrices, tied=tied)
         of_any_size = fixed(replace(policy, min_size=0), matrices, tied=tied)

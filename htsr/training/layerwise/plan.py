@@ -18,7 +18,15 @@ from htsr.results import Column, Record, Table, Tabular, Value, column_types, ta
 from htsr.training.layerwise.groups import parameter_names
 from htsr.training.layerwise.live_scores import Failure, refuse_faults, scores
 from htsr.training.layerwise.policy import Policy, PolicyLike, make_policy
-from htsr.training.layerwise.units import ParameterUnit, decide, fixed, has_tied_head, matrix_units, require_patterns
+from htsr.training.layerwise.units import (
+    ParameterUnit,
+    decide,
+    fixed,
+    has_tied_head,
+    matrix_units,
+    require_head,
+    require_patterns,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +44,8 @@ class PlanRow:
         parts: number of matrices in it: 1, or more of a fused or stacked tensor.
         score: mean score over the parts; None where not measured.
         multiplier: multiplier of the learning rate or weight decay.
-        why: ``measured``, ``embedding``, ``small`` (fewer eigenvalues than `min_size`), ``fixed`` (pinned, excluded, or
-            nothing is measured), or ``no score``.
+        why: ``measured``, ``embedding``, ``head``, ``small`` (fewer eigenvalues than `min_size`), ``fixed`` (pinned,
+            excluded, or nothing is measured), or ``no score``.
     """
 
     name: str
@@ -158,6 +166,7 @@ def layerwise_plan(source: Source, policy: PolicyLike = "llr", *, revision: str 
     else:
         tied, vectors = has_tied_head(source), parameter_names(source).values()
     require_patterns(chosen, units, vectors, model.label)
+    require_head(chosen, units, model.label)
     settled = fixed(chosen, units, tied=tied)
     wanted = {part for unit, value in zip(units, settled, strict=True) if value is None for part in unit.parts}
     found = scores([matrix for matrix in model if matrix.name in wanted], chosen, device_of(source) or "cpu")
@@ -179,5 +188,5 @@ def _why(policy: Policy, unit: ParameterUnit, settled: float | None, score: floa
     if settled is None:
         return "no score" if score is None else "measured"
     if unit.is_embedding and not policy.pin:
-        return "embedding"
+        return "head" if unit.is_head else "embedding"
     return "small" if unit.size < policy.min_size and settled == 1.0 else "fixed"

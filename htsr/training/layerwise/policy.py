@@ -34,7 +34,7 @@ class Policy:
     Attributes:
         score: score of a matrix, see `htsr.spectra.scores`: ``alpha``, ``alpha_null`` (static by shape),
             ``alpha_minus_null`` (shape-corrected), ``erg_gap``, ``trace_log``, ``stable_rank``, or a function of an
-            `ESD`. None measures nothing: only what is pinned, embeddings included, leaves 1.
+            `ESD`. None measures nothing: only what is pinned, embeddings and head included, leaves 1.
         fit: how the power-law tail is chosen.
         windows: FARMS windows; None decomposes whole matrices.
         spectrum: what is decomposed: the ``weights``, their ``gradients``, or the optimizer's ``momentum``.
@@ -46,8 +46,10 @@ class Policy:
         interval: steps between events, which fall on step 1 and on the multiples of `interval`; None for step 1 only.
         ramp: steps over which a multiplier moves to its new value, linearly.
         active_fraction: share of `total_steps` in which events happen, its last step included.
-        embeddings: multiplier of input embeddings and output head: a number, ``max`` (the largest that any measured
-            matrix gets; the upper bound where none is measured), ``measured`` (like any matrix), ``leave`` (1).
+        embeddings: multiplier of input embeddings: a number, ``max`` (the largest that any measured matrix gets; the
+            upper bound where none is measured), ``measured`` (like any matrix), ``leave`` (1).
+        head: multiplier of the output head, as `embeddings`; None for that of `embeddings`. A head that is tied to the
+            embedding is one tensor with it, whose multiplier `embeddings` says.
         min_size: matrices with fewer eigenvalues stay at 1; the slices of a kernel count together.
         exclude: patterns of matrices that stay at 1.
         exclude_ends: whether the first and the last layer stay at 1: embeddings and the head, and where there are none
@@ -89,6 +91,7 @@ class Policy:
     ramp: int = 50
     active_fraction: float = 0.2
     embeddings: Embeddings = "max"
+    head: Embeddings | None = None
     min_size: int = 50
     exclude: tuple[str, ...] = ()
     exclude_ends: bool = False
@@ -108,10 +111,11 @@ class Policy:
         _one_of("dtype", self.dtype, ("float32", "float64"))
         if not (self.score is None or callable(self.score)):
             _one_of("score", self.score, get_args(ScoreName))
-        if isinstance(self.embeddings, str):
-            _one_of("embeddings", self.embeddings, ("max", "measured", "leave"))
-        elif not _is_multiplier(self.embeddings):
-            raise UsageError(f"embeddings is max, measured, leave or a finite number ≥ 0, not {self.embeddings!r}")
+        for name, rule in (("embeddings", self.embeddings), ("head", self.head)):
+            if isinstance(rule, str):
+                _one_of(name, rule, ("max", "measured", "leave"))
+            elif not (_is_multiplier(rule) or (name == "head" and rule is None)):
+                raise UsageError(f"{name} is max, measured, leave or a finite number ≥ 0, not {rule!r}")
         self._require_numbers()
         if not (self.windows is None or isinstance(self.windows, Windows)):
             raise UsageError(f"windows is htsr.Windows(rows, count) or None, not {self.windows!r}")
@@ -139,6 +143,11 @@ class Policy:
         require_count("min_size", self.min_size, 0)
         if not (_is_multiplier(self.active_fraction) and 0 < self.active_fraction <= 1):
             raise UsageError(f"active_fraction lies in (0, 1], unlike {self.active_fraction!r}")
+
+    @property
+    def of_head(self) -> Embeddings:
+        """Rule of the output head: `head`, or what None stands for."""
+        return self.embeddings if self.head is None else self.head
 
     @property
     def static(self) -> bool:

@@ -47,7 +47,12 @@ class ParameterUnit:
     @property
     def is_embedding(self) -> bool:
         """Whether it is an input embedding or an output head."""
-        return not {"embed", "head"}.isdisjoint(self.role.split("."))
+        return self.is_head or "embed" in self.role.split(".")
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it is an output head."""
+        return "head" in self.role.split(".")
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,24 @@ def require_patterns(policy: Policy, units: Sequence[ParameterUnit], vectors: It
                 )
 
 
+def require_head(policy: Policy, units: Iterable[ParameterUnit], of: str) -> None:
+    """Refuse a rule of a `policy` for a head that no unit is.
+
+    Args:
+        policy: policy whose head is looked at.
+        units: all units of the model.
+        of: name of the model, for the message.
+
+    Raises:
+        UsageError: there is no head of its own, and the policy has another rule for it than for embeddings.
+    """
+    if policy.of_head != policy.embeddings and not any(unit.is_head for unit in units):
+        raise UsageError(
+            f"head is {policy.head!r}, and {of} has no output head of its own: one that is tied to the embedding is "
+            "one tensor with it, whose multiplier embeddings says"
+        )
+
+
 def pinned(unit: ParameterUnit, pin: Mapping[str, float]) -> float | None:
     """The multiplier that the first matching pattern gives.
 
@@ -202,7 +225,7 @@ def ends(units: Sequence[ParameterUnit], *, tied: bool = False) -> set[int]:
     found = {i for i in matrices if units[i].is_embedding}
     if not any(units[i].role.split(".")[-1] == "embed" for i in found):
         found.add(matrices[0])
-    if not tied and not any("head" in units[i].role.split(".") for i in found):
+    if not tied and not any(units[i].is_head for i in found):
         found.add(matrices[-1])
     return found
 
@@ -225,8 +248,8 @@ def fixed(policy: Policy, units: Sequence[ParameterUnit], *, tied: bool = False)
         tied: whether the embedding is the head, too.
 
     Returns:
-        A multiplier for each unit; None where the unit is to be measured; NaN where it is the embeddings' ``max``,
-        which the others decide.
+        A multiplier for each unit; None where the unit is to be measured; NaN where it is ``max``, which the
+        others decide.
 
     Examples:
         >>> from htsr.training.layerwise.policy import Policy
@@ -244,9 +267,9 @@ def fixed(policy: Policy, units: Sequence[ParameterUnit], *, tied: bool = False)
         unwanted = any(_first({pattern: 1.0}, unit.role, unit.name) for pattern in policy.exclude)
         if not unit.parts or unwanted or index in left_out:
             return 1.0
-        if unit.is_embedding and policy.embeddings != "measured":
-            rules = {"leave": 1.0, "max": np.nan}
-            return rules[policy.embeddings] if isinstance(policy.embeddings, str) else float(policy.embeddings)
+        rule = policy.of_head if unit.is_head else policy.embeddings
+        if unit.is_embedding and rule != "measured":
+            return {"leave": 1.0, "max": np.nan}[rule] if isinstance(rule, str) else float(rule)
         return 1.0 if unit.size < policy.min_size or policy.score is None else None
 
     return [of(i, unit) for i, unit in enumerate(units)]

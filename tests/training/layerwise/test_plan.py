@@ -29,7 +29,7 @@ def run(capsys, *args):
     ("policy", "changes"),
     [
         ("llr", {}),
-        ("llr", {"embeddings": "measured", "unit": "block"}),
+        ("llr", {"embeddings": "measured", "head": 2.0, "unit": "block"}),
         ("llr", {"score": "alpha_null", "map": "rank", "reverse": True}),
         ("tempbalance", {"interval": 5}),
         ({"mlp.*": 6, "embed": 10}, {}),

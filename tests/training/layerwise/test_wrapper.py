@@ -123,6 +123,36 @@ class TestArms:
         expected = linear(alphas(), 1, 5) | {"rest": 1}
         assert rates(multipliers_at_start(embeddings="leave")) == pytest.approx(expected, abs=1e-3)
 
+    @pytest.mark.parametrize(
+        ("changes", "embedding", "head"),
+        [
+            ({"embeddings": 40, "head": 2}, 40, 2),
+            ({"embeddings": "leave", "head": 3}, 1, 3),
+            ({"embeddings": 3, "head": "max"}, 3, 5),
+            ({"head": "leave"}, 5, 1),
+            ({"head": 0.0}, 5, 0),
+        ],
+    )
+    def test_embedding_and_head_apart(self, changes, embedding, head):
+        expected = linear(alphas(), 1, 5) | {"embed_tokens": embedding, "lm_head": head}
+        assert rates(multipliers_at_start(**changes)) == pytest.approx(
+            {name: m for name, m in expected.items() if m != 1 or name in alphas()} | {"rest": 1}, abs=1e-3
+        )
+
+    def test_a_measured_head_beside_a_fixed_embedding(self):
+        every = alphas() | {"lm_head": hill_alpha(TinyLM().lm_head.weight.detach().numpy())}
+        expected = linear(every, 1, 5) | {"embed_tokens": 7, "rest": 1}
+        assert rates(multipliers_at_start(embeddings=7, head="measured")) == pytest.approx(expected, abs=1e-3)
+
+    def test_a_tied_head_has_the_multiplier_of_the_embedding(self):
+        found = rates(multipliers_at_start(model=TinyLM(tied=True), score=None, embeddings=3))
+        assert found == {"embed_tokens": 3, "rest": 1}
+        for source in (TinyLM(tied=True), {k: v for k, v in TinyLM(tied=True).state_dict().items() if "head" not in k}):
+            with pytest.raises(UsageError, match="no output head of its own"):
+                htsr.layerwise_plan(source, score=None, embeddings=3, head=2)
+        with pytest.raises(UsageError, match="no output head of its own"):
+            multipliers_at_start(model=TinyLM(tied=True), head=2)
+
     def test_embeddings_alone(self):
         assert rates(multipliers_at_start("ends")) == {"embed_tokens": 5.0, "lm_head": 5.0, "rest": 1.0}
         assert rates(multipliers_at_start(score=None, embeddings=3)) == {"embed_tokens": 3, "lm_head": 3, "rest": 1}
@@ -463,6 +493,8 @@ class TestRefusals:
             ("alphadecay", {"decouple_weight_decay": True}, "decouple"),
             ({"mlp.*": -1}, {}, "not negative"),
             *[("llr", {"bounds": value}, "^bounds are") for value in ((1, math.inf), (1,), "15", 5, (math.nan, 2))],
+            ("llr", {"head": "most"}, "unknown head"),
+            ("llr", {"head": -1.0}, "^head is"),
             *[("llr", {"embeddings": value}, "^embeddings is") for value in (math.inf, math.nan, None, True)],
             *[("llr", {"pin": {"attn.q": value}}, "^pin gives.*attn.q") for value in (math.inf, "4", None)],
             ("llr", {"pin": ["attn.q"]}, "^pin is"),
