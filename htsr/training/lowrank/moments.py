@@ -24,7 +24,7 @@ BLOCK = 256  # entries that share a scale
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
-def create(state: dict[str, Any], like: Tensor, dtype: StateDtype) -> None:
+def create(state: dict[str, Any], like: Tensor, dtype: StateDtype, second: bool = True) -> None:
     """Put zero moments for a gradient into its state; they are sharded like it.
 
     Where float32 is asked, the moments of a float64 gradient are float64.
@@ -33,12 +33,13 @@ def create(state: dict[str, Any], like: Tensor, dtype: StateDtype) -> None:
         state: state of one parameter; ``exp_avg``, ``exp_avg_sq`` and, in 8 bits, their ``_scale`` are put into it.
         like: the gradient, of any shape.
         dtype: ``float32``, ``bfloat16`` or ``8bit``.
+        second: whether there is a second moment; Muon has none.
 
     Raises:
         UsageError: a sharded gradient is to have moments in 8 bits.
         MissingDependencyError: bitsandbytes, which 8 bits need, is not installed.
     """
-    for name in _SIGNED:
+    for name in _SIGNED if second else ("exp_avg",):
         if dtype == "8bit":
             if is_distributed(like):
                 raise UsageError("8-bit states of sharded parameters are not supported; take state_dtype bfloat16")

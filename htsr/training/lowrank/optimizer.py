@@ -188,8 +188,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         pending = self._pending()
         with without_autocast(one.parameter for one in pending):
             self._check(pending)
-            for batch in in_batches(map(self._projected, pending)):
-                update(batch)
+            self._update(map(self._projected, pending))
         self._places.clear()
         self._hook()
         return loss
@@ -291,8 +290,9 @@ class LowRankAdamW(torch.optim.Optimizer):
         one = self._one(group, parameter, index, G)
         with without_autocast([parameter]):
             if self.gradients == "project":
-                anew = is_due(one) and (released.spent or "projector" not in one.state)  # of the step's first backward
-                R = coordinates(one, self._average, anew=anew, checked=False)
+                first = released.spent or "projector" not in one.state  # backward of the step
+                anew = first and self._is_due(one)
+                R = self._coordinates(one, anew=anew, checked=False)
                 released.R = R if released.spent or released.R is None else released.R.add_(R)
             else:
                 if not released.spent:
@@ -303,7 +303,7 @@ class LowRankAdamW(torch.optim.Optimizer):
                 if self._optimizer_step_pre_hooks:
                     raise UsageError("step hooks do not act on updates during backward; take gradients='project'")
                 one = self._projected(one)
-                update([one])
+                self._update([one])
                 released.used = torch.linalg.vector_norm(one.R)
         released.spent = False
 
@@ -390,7 +390,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         insist_on_finite(
             one
             for one in pending
-            if one.group["rank"] is not None and not isinstance(one.R, ReleasedGradient) and is_due(one)
+            if one.group["rank"] is not None and not isinstance(one.R, ReleasedGradient) and self._is_due(one)
         )
 
     def _projected(self, one: Pending, steps: bool = True) -> Pending:
@@ -406,9 +406,23 @@ class LowRankAdamW(torch.optim.Optimizer):
             R = G
         else:
             kept = self.gradients == "keep"
-            R = coordinates(one, self._average, anew=is_due(one), checked=kept and not is_distributed(G), keeps=steps)
+            checked = kept and not is_distributed(G)
+            R = self._coordinates(one, anew=self._is_due(one), checked=checked, keeps=steps)
         R = self._average(R)
         return one if R is G else Pending(*one[:-1], R)
+
+    def _is_due(self, one: Pending) -> bool:
+        """Whether this step computes the parameter's subspace anew."""
+        return is_due(one)
+
+    def _coordinates(self, one: Pending, *, anew: bool, checked: bool, keeps: bool = True) -> Tensor:
+        """What of a gradient goes into the moments of a group with a rank; see `coordinates`."""
+        return coordinates(one, self._average, anew=anew, checked=checked, keeps=keeps)
+
+    def _update(self, pending: Iterable[Pending]) -> None:
+        """Make a step of these, which are projected."""
+        for batch in in_batches(pending):
+            update(batch)
 
     def _average(self, gradient: Tensor) -> Tensor:
         if self.process_group is None:

@@ -59,15 +59,28 @@ def coordinates(
         HtsrError: the gradient has NaN or Inf.
         UsageError: the parameter is no matrix any more.
     """
+    return project(one.R, basis(one, average, anew=anew, checked=checked, keeps=keeps))
+
+
+def basis(
+    one: Pending, average: Callable[[Tensor], Tensor], *, anew: bool, checked: bool, keeps: bool = True
+) -> Tensor:
+    """The basis of a gradient's subspace: arguments and errors are those of `coordinates`.
+
+    Returns:
+        (min(m, n), r) basis P, of a stack (E, min(m, n), r).
+    """
     G, state, group = one.R, one.state, one.group
     if G.ndim < 2:
         raise UsageError(
             f"parameter {one.number} of a group with rank has become flat, {tuple(G.shape)}: DeepSpeed's ZeRO and "
             "FSDP1 leave no matrix to project; take DDP or FSDP2"
         )
+    old: Tensor | None = state.get("projector")
     if not anew:
-        return project(G, state["projector"])
-    old, G = state.get("projector"), average(G)
+        assert old is not None
+        return old
+    G = average(G)
     generator = torch.Generator().manual_seed(noise_seed("subspace", group, one.number, one.done))
     try:
         new = projector(G, group["rank"], group["method"], old, generator, checked)
@@ -79,7 +92,7 @@ def coordinates(
             old_moments = moments.read(state, "exp_avg"), moments.read(state, "exp_avg_sq")
             for name, value in zip(("exp_avg", "exp_avg_sq"), rotated(*old_moments, old, new, G.shape), strict=True):
                 moments.write(state, name, value)
-    return project(G, new)
+    return new
 
 
 def without_autocast(parameters: Iterable[Tensor]) -> AbstractContextManager[object]:

@@ -209,29 +209,45 @@ def _add_full(
 
 def _update_low_rank(batch: list[Pending], steps: list[int]) -> None:
     exp_avg, denominators = _adam(batch, steps, _moment_keys(batch, steps))
-    sizes, narrow = _step_sizes(batch, steps), _narrow(batch, steps)
     directions = [torch.div(m, d, out=d) for m, d in zip(exp_avg, denominators, strict=True)]
+    sizes = _step_sizes(batch, steps)
     factors = [size * one.constants.scale for one, size in zip(batch, sizes, strict=True)]
+    add_directions(batch, steps, directions, factors)
+
+
+def add_directions(batch: list[Pending], steps: list[int], directions: list[Tensor], factors: list[float]) -> None:
+    """W ← (1 - lr·weight_decay)·W + factor·D of each parameter, D projected back where it is in a subspace.
+
+    Narrow weights are computed in float32 and rounded once, as their group's ``rounding`` says.
+
+    Args:
+        batch: parameters that agree as those of `in_batches` do; they, and what their roundings keep, are changed.
+        steps: number of this step for each of them, counted from 1.
+        directions: D of each, in the shape of this process's part of its R.
+        factors: factor of each.
+    """
+    narrow = _narrow(batch, steps)
     for some in narrow:
         for rows in _pieces(local(batch[some.places[0]].parameter), 1) if len(some.places) == 1 else [...]:
-            _add_low_rank_narrow(some, batch, directions, factors, rows)
+            _add_narrow(some, batch, directions, factors, rows)
     if not narrow:
         for one, D, factor in zip(batch, directions, factors, strict=True):
-            _add_low_rank(one, local(one.parameter), D, factor)
+            _add(one, local(one.parameter), D, factor)
 
 
-def _add_low_rank_narrow(
-    some: _Narrow, batch: list[Pending], directions: list[Tensor], factors: list[float], rows: Any
-) -> None:
+def _add_narrow(some: _Narrow, batch: list[Pending], directions: list[Tensor], factors: list[float], rows: Any) -> None:
     """A function for the reason of `_update_rows`."""
     wide = some.read(rows)
     for i, W in zip(some.places, wide.unbind(0), strict=True):
-        _add_low_rank(batch[i], W, directions[i], factors[i], rows)
+        _add(batch[i], W, directions[i], factors[i], rows)
     some.write(wide, rows)
 
 
-def _add_low_rank(one: Pending, W: Tensor, D: Tensor, factor: float, rows: Any = ...) -> None:
+def _add(one: Pending, W: Tensor, D: Tensor, factor: float, rows: Any = ...) -> None:
     """W ← (1 - lr·weight_decay)·W + factor·(D projected back), for these rows of both."""
+    if one.group["rank"] is None:
+        W.mul_(_kept(one)).add_(D if rows is ... else D[rows], alpha=factor)
+        return
     right, P = projects_right(one.parameter.shape), local(one.state["projector"])
     if rows is not ...:
         D = D[rows] if right or D.ndim == 3 else D
