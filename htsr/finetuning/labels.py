@@ -1,19 +1,19 @@
-"""Tokens of the training records: which of them have a label, that is, enter the loss, and what cutting leaves.
+"""How many tokens of the training records have a label, that is, enter the loss, and what is refused for want of them.
 
-The tokens are made as TRL makes them, without a model, so that it can be said before one is loaded that a record has no
-label left, or a token that the model does not know.
+So that it can be said before a model is loaded that a record has no label left, or a token that the model lacks.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from htsr.calibration.record_forms import Record, is_chat, question_of, text_of, written_by_template
+from htsr.calibration.record_forms import Record, is_chat
 from htsr.errors import SourceError, UsageError, reason_of
+from htsr.finetuning.tokens import bounds, tokenized
 
 
 @dataclass(frozen=True)
@@ -53,57 +53,22 @@ def count_labels(records: Sequence[Record], tokenizer: Any, arguments: Any) -> L
     Args:
         records: records that were checked (`htsr.calibration.record_forms.checked`).
         tokenizer: tokenizer of the model.
-        arguments: arguments of TRL; max_length, truncation_mode, packing and completion_only_loss are read.
+        arguments: arguments of TRL; max_length, truncation_mode, packing, completion_only_loss and assistant_only_loss
+            are read.
 
     Raises:
         SourceError: the chat template cannot write a record.
     """
-    limit = arguments.max_length
-    if arguments.packing and arguments.packing_strategy in ("wrapped", "bfd_split"):
-        limit = None  # what is too long goes on in the next sequence
-    from_end = arguments.truncation_mode == "keep_end" and not arguments.packing
     cut = empty = labels = lost = highest = 0
-    for begin, ids in _tokenized(records, tokenizer, arguments):
-        size = len(ids)
-        highest = max(highest, max(ids, default=0))
-        first, last = (0, size) if limit is None else (size - limit, size) if from_end else (0, limit)
-        kept = max(0, min(last, size) - max(first, begin, 0))
-        cut += limit is not None and size > limit
+    for tokens in tokenized(records, tokenizer, arguments):
+        first, last = bounds(len(tokens.ids), arguments)
+        kept, wanted = sum(tokens.labels[first:last]), sum(tokens.labels)
+        highest = max(highest, max(tokens.ids, default=0))
+        cut += last - first < len(tokens.ids)
         empty += kept == 0
-        labels += size - begin
-        lost += size - begin - kept
+        labels += wanted
+        lost += wanted - kept
     return Labels(len(records), cut, empty, labels, lost, highest)
-
-
-def _tokenized(records: Sequence[Record], tokenizer: Any, arguments: Any) -> Iterator[tuple[int, list[int]]]:
-    """First label and token ids of each record."""
-    end = tokenizer.eos_token
-    whole = arguments.completion_only_loss is False
-
-    def ids_of(text: str) -> list[int]:
-        return list(tokenizer(text)["input_ids"])
-
-    for record in records:
-        if is_chat(record):
-            turns, prompt, both = record.get("messages"), "", ""
-            if turns is None:
-                turns = [*record["prompt"], *record["completion"]]
-                prompt = written_by_template(record["prompt"], record, tokenizer, add_generation_prompt=True)
-            both = written_by_template(turns, record, tokenizer)
-            encode: Callable[[str], list[int]] = lambda text: list(  # noqa: E731  # templates write special tokens
-                tokenizer(text, add_special_tokens=False)["input_ids"]
-            )
-        else:
-            prompt = question_of(record)[0] if "question" in record else record.get("prompt", "")
-            both = text_of(record)
-            both, encode = both if both.endswith(end) else both + end, ids_of
-        ids = encode(both)
-        yield (_common(encode(prompt), ids) if prompt and not whole else 0), ids
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
 
 
 def take_own(name: str, tokenizer: Any, arguments: Any) -> None:

@@ -1,0 +1,89 @@
+"""What is shown before training is what TRL makes of the records."""
+
+import json
+
+import pytest
+import yaml
+
+from htsr.finetuning.preview import preview
+from tests.transformer import llama, word_tokenizer
+
+pytest.importorskip("trl")
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role == 'user' and '<s> ' or '' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }} </s> {% endgeneration %}{% else %}{{ m.content }} {% endif %}{% endfor %}"
+)
+TEXTS = [{"text": " ".join(f"w{4 + j}" for j in range(size))} for size in (3, 9, 20, 1, 7, 40)]
+COMPLETIONS = [{"prompt": " ".join(["w5"] * size), "completion": " w6 w7"} for size in (2, 5, 31, 40)]
+CHATS = [
+    {"messages": [{"role": "user", "content": f"w{i} w9"}, {"role": "assistant", "content": "w6"}] * i}
+    for i in (4, 5, 6)
+]
+TURNS = [
+    {"prompt": [{"role": "user", "content": f"w{i}"}], "completion": [{"role": "assistant", "content": "w6 w7"}]}
+    for i in (4, 5, 6)
+]
+
+
+@pytest.mark.parametrize(
+    ("records", "training"),
+    [
+        (TEXTS, {}),
+        (TEXTS, {"packing": True, "packing_strategy": "wrapped"}),
+        (TEXTS, {"packing": True, "packing_strategy": "bfd", "shuffle_dataset": True}),
+        (COMPLETIONS, {}),
+        (COMPLETIONS, {"truncation_mode": "keep_end"}),
+        (COMPLETIONS, {"completion_only_loss": False}),
+        (CHATS, {"max_length": 20}),
+        (CHATS, {"assistant_only_loss": True}),
+        (TURNS, {}),
+        (TURNS, {"assistant_only_loss": True}),
+    ],
+)
+def test_the_preview_is_what_trl_makes(tmp_path, records, training):
+    from htsr.calibration.record_forms import as_dataset
+    from htsr.finetuning.arguments import training_arguments
+    from htsr.finetuning.reading import read_recipe
+    from htsr.finetuning.trainer import FinetuneTrainer
+
+    content = {"model": "m", "output": str(tmp_path / "run"), "data": {"train": "t.jsonl"}, "method": "full"}
+    content["training"] = {"max_length": 32, "max_steps": 1, "report_to": "none", **training}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(content))))
+    recipe = read_recipe(str(tmp_path / "recipe.yaml"))
+    arguments = training_arguments(recipe)
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    found = preview(records, tokenizer, arguments)
+    trainer = FinetuneTrainer(
+        recipe=recipe, model=llama(1), args=arguments, processing_class=tokenizer, train_dataset=as_dataset(records)
+    )
+    theirs = list(trainer.train_dataset)
+    assert found.sequences == len(theirs)
+    assert found.records == len(records)
+    assert found.labels == sum(label != -100 for row in theirs for label in row["labels"])
+    if arguments.packing:
+        assert found.tokens == sum(len(row["input_ids"]) for row in theirs)
+        return
+    by_text = {tokenizer.decode(row["input_ids"]): row for row in theirs}
+    assert len(found.shown) == 3
+    for shown in found.shown:
+        text = "".join(piece for piece, _ in shown.pieces)
+        assert len(text.split()) == shown.tokens
+        if shown.labels:
+            row = by_text[text]
+            marks = [has_label for piece, has_label in shown.pieces for _ in piece.split()]
+            assert marks == [label != -100 for label in row["labels"]]
+    assert found.cut.cut == sum(size > arguments.max_length for size in found_sizes(records, tokenizer))
+    assert found.lengths["longest"] == max(found_sizes(records, tokenizer))
+
+
+def found_sizes(records, tokenizer):
+    sizes = []
+    for record in records:
+        if "messages" in record or isinstance(record.get("prompt"), list):
+            turns = record.get("messages") or record["prompt"] + record["completion"]
+            sizes.append(len(tokenizer.apply_chat_template(turns, tokenize=False).split()))
+        else:
+            sizes.append(len((record.get("text") or record["prompt"] + record["completion"]).split()) + 1)
+    return sizes
