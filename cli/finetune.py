@@ -1,20 +1,53 @@
-"""What `htsr finetune` does, once its arguments are understood."""
+"""The `htsr finetune` command."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from htsr_cli.output import Target, Words
-
-from htsr.finetuning.reading import check_options, read_keys
-from htsr.finetuning.run_folder import check_output
-from htsr.ranks import is_first
+import typer
+from htsr_cli.options import Format, Quiet, Table, Verbose
 
 
-def finetune(config: str, changes: dict[str, Any], words: Words, target: Target, *, resume: bool) -> int:
-    """Read the recipe, run it, and say what came of it on the first process; returns the exit code."""
-    recipe = read_keys(config, {key: value for key, value in changes.items() if value is not None})
+def finetune(
+    context: typer.Context,
+    config: Annotated[
+        str, typer.Option(help="The recipe: a YAML file, or one that htsr carries (`htsr recipe` lists them).")
+    ],
+    method: Annotated[
+        str | None, typer.Option(help="Method in place of the recipe's: full, lora, qlora, lisa, owlore, galore.")
+    ] = None,
+    layerwise: Annotated[
+        str | None, typer.Option(help="Policy in place of the recipe's: none, ends, llr, tempbalance, alphadecay.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder in place of the recipe's.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any key in place of the recipe's, as in training.learning_rate=1e-4; the value is YAML. Repeatable.",
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+    format: Format = None,
+    table: Table = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fine-tune a causal language model by a recipe; also as `accelerate launch -m htsr.finetune`.
+
+    For example:  [bold]htsr finetune --config recipe.yaml --set training.learning_rate=1e-4 --output runs/lora[/bold]
+    """
+    from htsr_cli.output import Target, Words
+
+    from htsr.finetuning.reading import check_options, read_keys
+    from htsr.finetuning.run_folder import check_output
+    from htsr.ranks import is_first
+
+    words, target = Words(quiet, verbose), Target.of(context, "table")
+    changes = {"method": method, "layerwise": layerwise, "output": output}
+    recipe = read_keys(config, {key: value for key, value in changes.items() if value is not None}, set_ or ())
     check_output(Path(recipe.output), resume)  # before what takes long to import
     first = is_first()
     with words.of_others():
@@ -27,9 +60,8 @@ def finetune(config: str, changes: dict[str, Any], words: Words, target: Target,
         except KeyboardInterrupt:
             last = last_checkpoint(Path(recipe.output))
             words.say(f"htsr: interrupted; --resume {f'goes on from {last.path.name}' if last else 'begins again'}")
-            return 130
+            raise typer.Exit(130) from None
     if first:
         target.write(result, words)
         if resume:
             words.say("htsr: the train loss is the mean over all steps, those of earlier runs included")
-    return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from htsr_cli import layerwise, repair, select, track
+from htsr_cli import finetune, layerwise, recipe, repair, select, track
 from htsr_cli.options import (
     Alternatives,
     Block,
@@ -389,36 +389,8 @@ def outliers(
     )  # fmt: skip
 
 
-@app.command()
-def finetune(
-    context: typer.Context,
-    config: Annotated[
-        str,
-        typer.Option(help="The recipe: a YAML file, or one of one_cpu, one_gpu_8gb, one_gpu_24gb, several_gpus_fsdp2"),
-    ],
-    method: Annotated[
-        str | None, typer.Option(help="Method in place of the recipe's: full, lora, qlora, lisa, owlore, galore.")
-    ] = None,
-    layerwise: Annotated[
-        str | None, typer.Option(help="Policy in place of the recipe's: none, llr, tempbalance, alphadecay.")
-    ] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder in place of the recipe's.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
-    format: Format = None,
-    table: Table = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Fine-tune a causal language model by a recipe; also as `accelerate launch -m htsr.finetune`.
-
-    For example:  [bold]htsr finetune --config recipe.yaml --method lora --output runs/lora[/bold]
-    """
-    from htsr_cli.finetune import finetune as start
-    from htsr_cli.output import Target, Words
-
-    changes = {"method": method, "layerwise": layerwise, "output": output}
-    code = start(config, changes, Words(quiet, verbose), Target.of(context, "table"), resume=resume)
-    raise typer.Exit(code)
+app.command()(finetune.finetune)
+app.command()(recipe.recipe)
 
 
 @app.command()

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from htsr.errors import SourceError
 from htsr.finetuning.arguments import check_lora, check_training
+from htsr.finetuning.overrides import override, split_override
 from htsr.finetuning.recipe import SECTIONS_OF, Recipe
 from htsr.finetuning.recipe_values import load_yaml, made
 
 FOLDER = Path(__file__).parent / "recipes"
 
 
-def read_recipe(path: str, changes: Mapping[str, Any] | None = None) -> Recipe:
+def read_recipe(path: str, changes: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, or one that htsr carries, by its name (``one_cpu``, ``one_gpu_24gb`` …).
 
     Args:
         path: path of the file, or a name.
         changes: top-level keys that replace the file's.
+        overrides: any keys that replace the file's, as in ``training.learning_rate=1e-4``; values are YAML.
 
     Raises:
         SourceError: there is no such file, or it is no YAML.
         UsageError: a key is unknown, or a value is of the wrong kind or out of its range; its place is named.
         MissingDependencyError: TRL is not installed.
     """
-    recipe = read_keys(path, changes)
+    recipe = read_keys(path, changes, overrides)
     check_options(recipe)
     return recipe
 
@@ -43,12 +45,39 @@ def check_options(recipe: Recipe) -> None:
         check_lora(recipe.lora)
 
 
-def read_keys(path: str, changes: Mapping[str, Any] | None = None) -> Recipe:
+def recipe_text(path: str) -> str:
+    """The text of the file `path`, or of the recipe that htsr carries under that name.
+
+    Raises:
+        SourceError: there is no such file, or it is no text.
+    """
+    try:
+        return _file(path).read_text(encoding="utf-8")
+    except OSError as error:
+        known = ", ".join(shipped())
+        raise SourceError(f"{path} is neither a file nor one of the recipes {known}") from error
+    except ValueError as error:
+        raise SourceError(f"{path} is no YAML: {error}") from error
+
+
+def shipped() -> dict[str, str]:
+    """The recipes that htsr carries: what each is for, its first line, by name."""
+    files = sorted(FOLDER.glob("*.yaml"))
+    return {file.stem: file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for file in files}
+
+
+def _file(path: str) -> Path:
+    file, carried = Path(path), FOLDER / f"{path}.yaml"
+    return carried if not file.exists() and carried.exists() else file
+
+
+def read_keys(path: str, changes: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe without checking the options of TRL and PEFT: neither is imported.
 
     Args:
         path: path of the file, or a name.
         changes: top-level keys that replace the file's.
+        overrides: any keys that replace the file's, as in ``training.learning_rate=1e-4``; values are YAML.
 
     Raises:
         SourceError: there is no such file, or it is no YAML.
@@ -60,24 +89,20 @@ def read_keys(path: str, changes: Mapping[str, Any] | None = None) -> Recipe:
         >>> recipe.method, recipe.seed, recipe.sampling.active
         ('lisa', 3, 4)
     """
-    file = Path(path)
     try:
-        if not file.exists() and (FOLDER / f"{path}.yaml").exists():
-            file = FOLDER / f"{path}.yaml"
-        content = load_yaml(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        known = ", ".join(sorted(found.stem for found in FOLDER.glob("*.yaml")))
-        raise SourceError(f"{path} is neither a file nor one of the recipes {known}") from error
+        content = load_yaml(recipe_text(path))
     except ValueError as error:
-        raise SourceError(f"{file} is no YAML: {error}") from error
+        raise SourceError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):
-        raise SourceError(f"{file} holds no keys and values")
-    content |= changes or {}
-    if changes and "method" in changes:  # the file's sections may be those of another method
-        content = {
-            k: v
-            for k, v in content.items()
-            if k not in ("sampling", "low_rank", "lora") or k in SECTIONS_OF.get(str(changes["method"]), ())
-        }
-    recipe: Recipe = made(Recipe, content, file.name)
+        raise SourceError(f"{path} holds no keys and values")
+    wanted = [split_override(text) for text in overrides]
+    changes = {**(changes or {}), **{key: value for key, value in wanted if key == "method"}}
+    content |= changes
+    if "method" in changes:  # the file's sections may be those of another method
+        known = {section for sections in SECTIONS_OF.values() for section in sections}
+        mine = SECTIONS_OF.get(str(changes["method"]), ())
+        content = {key: value for key, value in content.items() if key not in known or key in mine}
+    for key, value in wanted:
+        override(content, key, value)
+    recipe: Recipe = made(Recipe, content, _file(path).name)
     return recipe

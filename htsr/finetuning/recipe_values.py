@@ -31,9 +31,7 @@ def load_yaml(text: str) -> Any:
         raise ValueError(f"a text of more than {MOST_CHARACTERS:,} characters is no recipe")
     if sum(map(text.count, "[{,\n")) > MOST_ENTRIES:  # the parser is slow, and takes the square of a depth
         raise ValueError(f"more than {MOST_ENTRIES:,} entries: no recipe has as many")
-    Loader: Any = type("Loader", (yaml.SafeLoader,), {})  # YAML 1.1 takes 1e-4 for a word; here it is a number
-    number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    Loader = _with_numbers(yaml.SafeLoader)
     try:
         loader = Loader(text)
         try:
@@ -47,6 +45,38 @@ def load_yaml(text: str) -> Any:
         raise ValueError("sections inside sections without end") from None
     except Exception as error:  # besides its own errors, those of dates, numbers and keys
         raise ValueError(" ".join(str(error).split())[:300]) from error
+
+
+def dump_yaml(content: Any) -> str:
+    """`content` as a YAML text from which `load_yaml` reads the same.
+
+    Args:
+        content: dictionaries, lists, texts, numbers, true, false and null.
+
+    Examples:
+        >>> from htsr.finetuning.recipe_values import dump_yaml
+        >>> print(dump_yaml({"model": "1e-4", "training": {"learning_rate": 1e-4}}), end="")
+        model: '1e-4'
+        training:
+          learning_rate: 0.0001
+    """
+    import yaml
+
+    Dumper = _with_numbers(yaml.SafeDumper)
+    Dumper.ignore_aliases = lambda *_: True
+    how = {"Dumper": Dumper, "sort_keys": False, "width": 120}
+    text = str(yaml.dump(content, allow_unicode=True, **how))
+    if any(mark in text for mark in "\x85\u2028\u2029"):  # which PyYAML writes as line breaks, and reads as spaces
+        text = str(yaml.dump(content, allow_unicode=False, **how))
+    return text
+
+
+def _with_numbers(base: type) -> Any:
+    """A loader or dumper for which 1e-4 is a number, which YAML 1.1 takes for a word."""
+    kind: Any = type(base.__name__, (base,), {})
+    number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    kind.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return kind
 
 
 def _written_out(node: Any, known: dict[int, int]) -> int:

@@ -8,7 +8,7 @@ taken up with `--resume` from its last checkpoint and ends with the same weights
 before the model is loaded is checked before (`htsr.finetuning.preflight`); the model is saved before it is evaluated.
 
 The folder of the result holds the model as plain transformers loads it (and LoRA's adapter under ``adapter``), a model
-card, ``results.json``, the recipe as ``recipe.json``, ``spectra_before.npz`` and ``spectra_after.npz`` with their
+card, ``results.json``, the recipe as ``recipe.yaml``, ``spectra_before.npz`` and ``spectra_after.npz`` with their
 comparison as ``spectra.csv``, ``outliers.json`` where blocks were drawn by outliers, and the checkpoints.
 """
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from htsr._version import __version__
 from htsr.errors import HtsrError, SourceError, UsageError, reason_of
 from htsr.files import written
 from htsr.finetuning.recipe import USUAL_RATE, Recipe
+from htsr.finetuning.recipe_values import dump_yaml, load_yaml, made
 
-RECIPE, RESULTS = "recipe.json", "results.json"
-PREPARED = (RECIPE, "spectra_before.npz", "accuracy_before.json", "outliers.json")
+RECIPE, RESULTS = "recipe.yaml", "results.json"
+_OLD_RECIPE = "recipe.json"  # of 0.2.0 and before
+PREPARED = (RECIPE, _OLD_RECIPE, "spectra_before.npz", "accuracy_before.json", "outliers.json")
 _MAY_CHANGE = frozenset(  # neither of these changes a weight; the folder may have another name by now
     (
         "output",
@@ -87,11 +91,12 @@ def begin_folder(recipe: Recipe, output: Path, resume: bool) -> None:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for name in (RESULTS,) if resume else PREPARED:
+        for name in (RESULTS, _OLD_RECIPE) if resume else PREPARED:
             (output / name).unlink(missing_ok=True)
     except OSError as error:
         raise HtsrError(f"output: {output} cannot be made: {error.strerror}") from error
-    write_json(output / RECIPE, plain(recipe))
+    with written(output / RECIPE) as temporary:
+        temporary.write_text(resolved(recipe), encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -102,11 +107,12 @@ def write_json(path: Path, content: Any) -> None:
 
 def _kept_recipe(output: Path) -> Any:
     """The recipe in a folder, or in the results there: those of a run of an older version; None where there is none."""
-    for name, inside in ((RECIPE, ()), (RESULTS, ("recipe",))):
+    for name, inside in ((RECIPE, ()), (_OLD_RECIPE, ()), (RESULTS, ("recipe",))):
         path = output / name
         try:
             if path.exists():
-                found = json.loads(path.read_text(encoding="utf-8"))
+                text = path.read_text(encoding="utf-8")
+                found = load_yaml(text) if name == RECIPE else json.loads(text)
                 for key in inside:
                     found = found[key]
                 return dict(found)
@@ -118,6 +124,12 @@ def _kept_recipe(output: Path) -> Any:
 def plain(recipe: Recipe) -> dict[str, Any]:
     """The `recipe` as JSON has it."""
     return dict(json.loads(json.dumps(dataclasses.asdict(recipe), default=str)))
+
+
+def resolved(recipe: Recipe) -> str:
+    """The `recipe` as YAML, each default filled in, from which `htsr.finetuning.reading.read_recipe` makes the same."""
+    content = {key: value for key, value in plain(recipe).items() if value is not None}
+    return f"# a recipe of htsr finetune, every default filled in by htsr {__version__}\n{dump_yaml(content)}"
 
 
 def leaves(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -136,15 +148,21 @@ def leaves(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
 
 
 def kept_leaves(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The `leaves` of the `content` of a kept recipe; one of an older version may leave SFTConfig's learning rate out.
+    """The `leaves` of the `content` of a kept recipe, with the defaults of keys that an older version had not.
+
+    One of an older version may leave SFTConfig's learning rate out.
 
     Examples:
         >>> from htsr.finetuning.run_folder import kept_leaves
-        >>> dict(kept_leaves({"method": "lora", "training": {}}))
-        {'method': 'lora', 'training.learning_rate': 2e-05}
+        >>> kept = {"model": "org/name", "output": "out", "data": {"train": "train.jsonl"}, "lora": {"rank": 4}}
+        >>> found = dict(kept_leaves(kept))
+        >>> found["training.learning_rate"], found["lora.rank"], found["frozen_weights"]
+        (2e-05, 4, 'device')
     """
-    training = {"learning_rate": USUAL_RATE, **(content.get("training") or {})}
-    return leaves({**content, "training": training})
+    content = {**content, "training": {"learning_rate": USUAL_RATE, **(content.get("training") or {})}}
+    with suppress(UsageError):  # of a version that had other keys
+        content = plain(made(Recipe, content, RECIPE))
+    return leaves(content)
 
 
 def _word(content: Mapping[str, Any], key: str) -> str:

@@ -233,7 +233,7 @@ def test_a_start_that_failed_locks_nothing(tmp_path, model, monkeypatch):
         patched.setattr("htsr.finetuning.methods.prepare", lambda *_args, **_kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             finetune(recipe)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"spectra_before.npz", "recipe.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"spectra_before.npz", "recipe.yaml"}
     (tmp_path / "run" / "spectra_before.npz").write_text("of another model")
     assert finetune(recipe).metrics["steps"] == 3
     with pytest.raises(htsr.UsageError, match="is not empty"):
@@ -333,7 +333,7 @@ def test_the_folder_keeps_the_recipe_and_only_what_changes_no_weight_may_change(
     recipe = recipe_of(tmp_path, model, SHORT, method="lisa", sampling={"active": 1})
     finetune(recipe)
     run = tmp_path / "run"
-    assert read_recipe(str(run / "recipe.json")) == recipe
+    assert read_recipe(str(run / "recipe.yaml")) == recipe
     trained = weights(run)
     said = []
     other = recipe_of(
@@ -342,7 +342,7 @@ def test_the_folder_keeps_the_recipe_and_only_what_changes_no_weight_may_change(
     assert finetune(other, resume=True, say=said.append).metrics["steps"] == 3
     assert "going on from checkpoint-3" in said
     assert "training by lisa, learning rate 0.01" in said
-    assert read_recipe(str(run / "recipe.json")) == other
+    assert read_recipe(str(run / "recipe.yaml")) == other
     assert all(torch.equal(trained[name], value) for name, value in weights(run).items())
 
 
