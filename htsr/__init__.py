@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from htsr.training.layerwise.wrapper import layerwise, log_values, multipliers, remove_layerwise
     from htsr.training.lora import lora_config
     from htsr.training.lowrank.groups import low_rank_groups
+    from htsr.training.lowrank.gum import GUM
+    from htsr.training.lowrank.gum_groups import gum_groups
     from htsr.training.lowrank.optimizer import LowRankAdamW
     from htsr.training.memory.plan import MemoryPlan
     from htsr.training.memory.prediction import predict_memory
@@ -82,6 +84,8 @@ _HOMES = {
     "htsr.training.layerwise.plan": ("Plan", "layerwise_plan"),
     "htsr.training.lowrank.optimizer": ("LowRankAdamW",),
     "htsr.training.lowrank.groups": ("low_rank_groups",),
+    "htsr.training.lowrank.gum": ("GUM",),
+    "htsr.training.lowrank.gum_groups": ("gum_groups",),
     "htsr.training.memory.prediction": ("MemoryPlan", "predict_memory"),
     "htsr.training.layerwise.policy": ("Policy",),
     "htsr.training.monitoring.monitor": ("SpectralMonitor",),
@@ -94,6 +98,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ESD",
+    "GUM",
     "Analysis",
     "Comparison",
     "Filter",
@@ -132,6 +137,7 @@ __all__ = [
     "describe",
     "esd",
     "fit_power_law",
+    "gum_groups",
     "layerwise",
     "layerwise_plan",
     "log_values",

@@ -106,6 +106,7 @@ class LowRankAdamW(torch.optim.Optimizer):
     Source: GaLore (arXiv 2403.03507), algorithm 2; AdamW (arXiv 1711.05101), algorithm 2.
     """
 
+    _own_defaults: Group  # options of a subclass
     _hooked: set[Tensor]
     _places: dict[Tensor, tuple[Group, int]]
 
@@ -149,7 +150,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             "rounding": rounding,
             "drops": 0,  # states that were dropped, see `noise_seed`
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | getattr(self, "_own_defaults", {}))
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group.
@@ -189,8 +190,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         with without_autocast(one.parameter for one in pending):
             self._check(pending)
             self._update(map(self._projected, pending))
-        self._places.clear()
-        self._hook()
+        self._end_step()
         return loss
 
     @torch.no_grad()
@@ -343,6 +343,10 @@ class LowRankAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 yield group, parameter, index
                 index += 1
+
+    def _end_step(self) -> None:
+        self._places.clear()
+        self._hook()
 
     def _hook(self) -> None:
         """Release gradients during backward; parameters that were exchanged since (FSDP) are found at the next step."""
