@@ -54,6 +54,8 @@ def setting_of(recipe: Recipe, arguments: Any, longest: int | None = None) -> di
         full = sampling.embedding == "sampled" or (sampling.embedding == "lowrank" and recipe.method not in LOW_RANK)
         setting["embeddings"] = "train" if full else sampling.embedding
     if low_rank is not None:
+        if sampling is None:
+            setting["embeddings"] = low_rank.embedding
         setting |= {"rank": low_rank.rank, "state_dtype": low_rank.state_dtype, "gradients": low_rank.gradients}
     if recipe.lora is not None:
         setting["rank"] = recipe.lora.rank

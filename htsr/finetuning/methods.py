@@ -15,6 +15,7 @@ from htsr.errors import UsageError
 from htsr.finetuning.placing import on_device
 from htsr.ranks import Ranks
 from htsr.training.lora import lora_config
+from htsr.training.sampling.members import freeze_embedding
 from htsr.training.sampling.probabilities import Strategy
 from htsr.training.sampling.sampler import LayerSampler
 from htsr.training.streaming.streaming import stream_frozen
@@ -65,6 +66,8 @@ def prepare(
     if recipe.lora is not None:
         model = _with_adapters(recipe, model, before)
     if given is None or strategy is None:
+        if recipe.embedding == "freeze":
+            freeze_embedding(model)
         return model, None
     sampler = LayerSampler(
         model,

@@ -201,7 +201,7 @@ def check_sizes(recipe: Recipe, config: Any) -> None:
             raise UsageError(f"sampling.active is {sampling.active}, and {recipe.model} has {blocks} blocks to draw")
     if recipe.low_rank is not None:
         try:
-            low_rank_groups(model, recipe.low_rank.rank, embeddings=bool(sampling and sampling.embedding == "lowrank"))
+            low_rank_groups(model, recipe.low_rank.rank, embeddings=recipe.embedding == "lowrank")
         except UsageError as error:
             raise UsageError(f"low_rank.rank: {error}") from error
 

@@ -114,6 +114,8 @@ class LowRank:
         method: method of the projector.
         moments: what becomes of the moments at a refresh.
         state_dtype: dtype of the moments.
+        embedding: what becomes of embedding and head where no blocks are sampled: ``train`` them in full rank, as
+            published; train them at low rank, too, ``lowrank``; or ``freeze`` them.
         gradients: what becomes of gradients. ``project`` and ``update`` keep no full gradient of a low-rank matrix, in
             one process; ``update`` has one backward a step and no clipping. The gradient norm that ``project`` clips is
             that in the subspaces.
@@ -125,6 +127,7 @@ class LowRank:
     method: Literal["randomized", "svd"] = "randomized"
     moments: Literal["keep", "rotate"] = "keep"
     state_dtype: Literal["float32", "bfloat16", "8bit"] = "float32"
+    embedding: Literal["train", "lowrank", "freeze"] = "train"
     gradients: Literal["keep", "project", "update"] = "keep"
 
     def __post_init__(self) -> None:
@@ -265,6 +268,10 @@ class Recipe:
             )
         if self.layerwise != "none" and self.low_rank is not None and self.low_rank.gradients == "update":
             raise UsageError("low_rank.gradients: update steps before layerwise can set a rate; take project or keep")
+        if self.sampling is not None and self.low_rank is not None and self.low_rank.embedding != "train":
+            raise UsageError("low_rank.embedding is for methods that train all blocks; here it is sampling.embedding")
+        if self.layerwise == "ends" and self.low_rank is not None and self.low_rank.embedding == "freeze":
+            raise UsageError("layerwise: ends sets the rates of embedding and head, which low_rank.embedding freezes")
         for key in ("optim", "optim_args"):
             if self.low_rank is not None and key in self.training:
                 raise UsageError(
@@ -275,6 +282,12 @@ class Recipe:
                     f"rounding: {self.rounding} is for htsr's AdamW, and training.{key} asks for another optimizer: "
                     "leave one of them out"
                 )
+
+    @property
+    def embedding(self) -> str:
+        """What becomes of embedding and head where blocks are sampled or states are at low rank; else ``train``."""
+        section = self.sampling or self.low_rank
+        return section.embedding if section is not None else "train"
 
     @property
     def rounds(self) -> Rounding:

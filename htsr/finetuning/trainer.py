@@ -115,11 +115,8 @@ class FinetuneTrainer(SFTTrainer):
         low_rank, args = self.recipe.low_rank, self.args
         assert low_rank is not None
         _check_gradients(low_rank.gradients, args)
-        sampling = self.recipe.sampling
-        groups = low_rank_groups(
-            model, low_rank.rank, embeddings=sampling is not None and sampling.embedding == "lowrank"
-        )
-        own = {name: value for name, value in asdict(low_rank).items() if name != "rank"}
+        groups = low_rank_groups(model, low_rank.rank, embeddings=self.recipe.embedding == "lowrank")
+        own = {name: value for name, value in asdict(low_rank).items() if name not in ("rank", "embedding")}
         return LowRankAdamW(groups, weight_decay=args.weight_decay, **self._options(), **own)
 
     def _options(self) -> dict[str, Any]:

@@ -36,5 +36,8 @@ def test_every_method_of_a_recipe_has_the_plan_of_its_own_settings(tmp_path):
     for embedding, counted in (("freeze", "freeze"), ("train", "train"), ("sampled", "train")):
         found = plan("lisa", sampling=Sampling(active=1, embedding=embedding), frozen_weights="host")
         assert found == expected("lisa", active_blocks=1, embeddings=counted, frozen_weights="host")
+    frozen = plan("galore", low_rank=LowRank(rank=8, embedding="freeze"))
+    assert frozen == expected("galore", rank=8, embeddings="freeze")
+    assert frozen.optimizer < plan("galore", low_rank=LowRank(rank=8)).optimizer
     low = plan("owlore", sampling=Sampling(active=1, embedding="lowrank"), low_rank=LowRank(rank=8))
     assert low == expected("owlore", active_blocks=1, embeddings="lowrank", rank=8)

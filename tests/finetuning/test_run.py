@@ -429,11 +429,15 @@ def test_released_gradients_resume(work, tmp_path):
     "training", [{"gradient_accumulation_steps": 2, "max_grad_norm": 0}, {"max_grad_norm": 1.0}, {"max_grad_norm": 0}]
 )
 def test_update_during_backward_is_refused_where_it_cannot_be(work, tmp_path, capsys, training):
-    low_rank = {"rank": 8, "gradients": "update"}
+    low_rank = {"rank": 8, "gradients": "update", "embedding": "freeze"}
     path = recipe_file(work, tmp_path / "run", "galore", low_rank=low_rank, training=training)
     possible = training == {"max_grad_norm": 0}
     assert main(["finetune", "--quiet", "--config", path]) == (0 if possible else 2)
     assert possible or "low_rank.gradients: update takes one backward" in capsys.readouterr().err
+    if possible:
+        start, end = (load_file(folder / "model.safetensors") for folder in (work / "model", tmp_path / "run"))
+        resting = {name for name in start if torch.equal(start[name], end[name])}
+        assert resting == {name for name in start if "embed" in name or "head" in name}
 
 
 def test_a_rank_that_does_not_come_is_told_before_there_is_a_group(work, tmp_path, monkeypatch):

@@ -74,8 +74,8 @@ def predict_memory(
         state_dtype: dtype of Adam's moments; by default float32 under ``galore`` and ``owlore``, else the parameter's
             own.
         embeddings: what becomes of embedding and head: under ``lisa`` and ``owlore`` ``freeze``, the default as in
-            `LayerSampler`, or ``train`` as in the papers; under ``galore`` and ``owlore`` also ``lowrank``, with
-            low-rank states.
+            `LayerSampler`, or ``train`` as in the papers; ``train`` is that of ``galore``, which can ``freeze`` them,
+            too; under ``galore`` and ``owlore`` also ``lowrank``, with low-rank states.
         gradients: what ``galore`` and ``owlore`` do with gradients, see `LowRankAdamW`.
         rounding: how weights that train in bfloat16 or float16 are rounded, see `LowRankAdamW`; by default
             ``stochastic``, as in a recipe. ``nearest`` is torch's fused AdamW under the methods without low-rank state.
@@ -119,7 +119,7 @@ def predict_memory(
         if value is not None and value not in known:
             raise UsageError(f"unknown {name} {value!r}: one of {', '.join(known)}")
     if embeddings is not None and not embeddings_fit(method, embeddings):
-        where = " and ".join(SAMPLED if embeddings == "freeze" else LOW_RANK)
+        where = "galore, owlore and lisa" if embeddings == "freeze" else " and ".join(LOW_RANK)
         raise UsageError(f"embeddings={embeddings!r} is for {where}, not for {method}")
     if gradients != "keep" and method not in LOW_RANK:
         raise UsageError(f"gradients={gradients!r} is for {' and '.join(LOW_RANK)}, not for {method}")
@@ -160,7 +160,7 @@ def predict_memory(
 
 def embeddings_fit(method: TrainingMethod, embeddings: Embeddings) -> bool:
     """Whether `embeddings` is a way in which this `method` can treat embedding and head."""
-    return embeddings == "train" or method in (SAMPLED if embeddings == "freeze" else LOW_RANK)
+    return embeddings == "train" or method in LOW_RANK or (embeddings == "freeze" and method in SAMPLED)
 
 
 def _configuration(source: Source, revision: str | None) -> tuple[str, Any]:

@@ -22,7 +22,7 @@ from htsr.training.lowrank.moments import BLOCK
 from htsr.training.lowrank.rounding import NARROW
 from htsr.training.lowrank.subspace import OVERSAMPLING
 from htsr.training.memory.plan import LOW_RANK, PARTS, MemoryPlan, Setting
-from htsr.training.sampling.members import trainable
+from htsr.training.sampling.members import freeze_embedding, trainable
 from htsr.training.streaming.block import resident
 from htsr.training.streaming.layout import Layout
 
@@ -230,6 +230,8 @@ def _model(label: str, config: Any, setting: Setting) -> Any:
         active = _active(label, model, setting)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in active)
+    elif setting.embeddings == "freeze":
+        freeze_embedding(model)
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from htsr.matrices.blocks import Blocks
+from htsr.matrices.blocks import Blocks, find_blocks
 from htsr.matrices.roles import role_of
 from htsr.matrices.stored_tensors import base_name, clean_name
 
@@ -73,6 +73,21 @@ def trainable(model: torch.nn.Module, blocks: Blocks) -> Trainable:
         else:
             found.rest.append(name)
     return found
+
+
+def freeze_embedding(model: torch.nn.Module) -> None:
+    """Freeze the embedding with all that comes before the first block, and the head.
+
+    Args:
+        model: model, wrapped or not.
+
+    Raises:
+        SourceError: the model has no blocks.
+    """
+    frozen = set(trainable(model, find_blocks(model)).embedding)
+    for name, parameter in model.named_parameters():
+        if clean_name(name) in frozen:
+            parameter.requires_grad_(False)
 
 
 def _embeds(name: str, before: bool) -> bool:

@@ -216,7 +216,7 @@ def test_sources(folder, tmp_path):
     ("arguments", "code", "sentence"),
     [
         (["{folder}", "--method", "adapters"], 2, "unknown method 'adapters'"),
-        (["{folder}", "--method", "lora", "--embeddings", "freeze"], 2, "embeddings='freeze' is for lisa and owlore"),
+        (["{folder}", "--method", "lora", "--embeddings", "freeze"], 2, "is for galore, owlore and lisa, not for lora"),
         (["{folder}", "--frozen-weights", "tape"], 2, "unknown frozen_weights 'tape': one of device, host, disk"),
         (["{folder}", "--method", "full", "--frozen-weights", "host"], 2, "is for lora, lisa, owlore, not for full"),
         (["{folder}", "--dtype", "int8"], 2, "unknown dtype 'int8'"),
