@@ -39,6 +39,7 @@ def finetune(
 
     For example:  [bold]htsr finetune --config recipe.yaml --set training.learning_rate=1e-4 --output runs/lora[/bold]
     """
+    from htsr_cli.live import Live
     from htsr_cli.output import Target, Words
 
     from htsr.finetuning.reading import check_options, read_keys
@@ -49,18 +50,20 @@ def finetune(
     changes = {"method": method, "layerwise": layerwise, "output": output}
     recipe = read_keys(config, {key: value for key, value in changes.items() if value is not None}, set_ or ())
     check_output(Path(recipe.output), resume)  # before what takes long to import
-    first = is_first()
+    first, live = is_first(), Live(words)
     with words.of_others():
         check_options(recipe)
         from htsr.finetuning.checkpoints import last_checkpoint
         from htsr.finetuning.run import finetune as run
 
         try:
-            result = run(recipe, resume=resume, say=words.say if first else lambda _: None)
+            result = run(recipe, resume=resume, say=live.say, show=live.show)
         except KeyboardInterrupt:
             last = last_checkpoint(Path(recipe.output))
-            words.say(f"htsr: interrupted; --resume {f'goes on from {last.path.name}' if last else 'begins again'}")
+            live.say(f"htsr: interrupted; --resume {f'goes on from {last.path.name}' if last else 'begins again'}")
             raise typer.Exit(130) from None
+        finally:
+            live.clear()
     if first:
         target.write(result, words)
         if resume:

@@ -170,16 +170,20 @@ class Words:
 
     @contextmanager
     def of_others(self) -> Iterator[None]:
-        """Stdout is for data: what transformers, TRL and datasets print goes to stderr, or nowhere if quiet."""
-        if not self.quiet:
-            with redirect_stdout(sys.stderr):
-                yield
-            return
+        """Stdout is for data: what transformers, TRL and datasets print goes to stderr, or nowhere if quiet.
+
+        Their bars are for a terminal: in a log each of their states would be a line.
+        """
         with ExitStack() as stack:
-            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-            stack.enter_context(_no_bars())
+            if self.quiet or not sys.stderr.isatty():
+                stack.enter_context(_no_bars())
+            if self.quiet:
+                stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+                stack.enter_context(_no_warnings())
+            else:
+                stack.enter_context(redirect_stdout(sys.stderr))
             yield
 
     @contextmanager
@@ -213,13 +217,12 @@ class Words:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """transformers and datasets without bars and warnings; the Trainer, too, has bars only where there are warnings."""
+    """transformers and datasets without bars."""
     from importlib.util import find_spec
 
     from transformers.utils import logging as said
 
-    level, drew = said.get_verbosity(), said.is_progress_bar_enabled()  # type: ignore[no-untyped-call]
-    said.set_verbosity_error()  # type: ignore[no-untyped-call]
+    drew = said.is_progress_bar_enabled()  # type: ignore[no-untyped-call]
     said.disable_progress_bar()  # type: ignore[no-untyped-call]
     datasets_drew = False
     if find_spec("datasets") is not None:
@@ -230,11 +233,23 @@ def _no_bars() -> Iterator[None]:
     try:
         yield
     finally:
-        said.set_verbosity(level)
         if drew:
             said.enable_progress_bar()  # type: ignore[no-untyped-call]
         if datasets_drew:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """transformers without warnings; the Trainer has bars only where there are warnings."""
+    from transformers.utils import logging as said
+
+    level = said.get_verbosity()  # type: ignore[no-untyped-call]
+    said.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        said.set_verbosity(level)
 
 
 def console() -> Console:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,12 @@ class Accuracy:
 
 
 def multiple_choice_accuracy(
-    model: torch.nn.Module, tokenizer: Any, records: Sequence[Record], *, batch_size: int = 16
+    model: torch.nn.Module,
+    tokenizer: Any,
+    records: Sequence[Record],
+    *,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Accuracy:
     """Ask a causal language model questions, prompt ``Question: …\\nAnswer:``, continuations `` <choice>``.
 
@@ -50,6 +55,7 @@ def multiple_choice_accuracy(
         tokenizer: tokenizer of the model.
         records: records with ``question``, ``choices`` and ``answer``, the index of the right choice.
         batch_size: number of prompts with a continuation that run at a time.
+        progress: function that is called with the number of choices of this process that are done, and of all of them.
 
     Returns:
         The `Accuracy` over all records.
@@ -80,7 +86,7 @@ def multiple_choice_accuracy(
     ranks = Ranks.launched(_CALL)
     _agree(ranks, model, asked)
     mine = asked[ranks.rank :: ranks.size]
-    right = ranks.gather_from(lambda: _answered(model, tokenizer, mine, batch_size))
+    right = ranks.gather_from(lambda: _answered(model, tokenizer, mine, batch_size, progress))
     total = np.array(right, dtype=np.float64)
     p, per_character = total.mean(axis=0)
     return Accuracy(float(p), float(per_character), len(total), float(np.sqrt(p * (1 - p) / len(total))))
@@ -98,11 +104,15 @@ def _agree(ranks: Ranks, model: torch.nn.Module, asked: Sequence[tuple[str, Sequ
 
 
 def _answered(
-    model: torch.nn.Module, tokenizer: Any, asked: Sequence[tuple[str, Sequence[str], int]], batch_size: int
+    model: torch.nn.Module,
+    tokenizer: Any,
+    asked: Sequence[tuple[str, Sequence[str], int]],
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
 ) -> list[tuple[bool, bool]]:
     """Whether each question is answered rightly, by the likelihood of the choices and by that per character."""
     pairs = [(prompt, choice) for prompt, choices, _ in asked for choice in choices]
-    scores = log_likelihoods(model, tokenizer, pairs, batch_size=batch_size)
+    scores = log_likelihoods(model, tokenizer, pairs, batch_size=batch_size, progress=progress)
     right, start = [], 0
     for _, choices, answer in asked:
         found = scores[start : start + len(choices)]
@@ -113,7 +123,12 @@ def _answered(
 
 
 def log_likelihoods(
-    model: torch.nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]], *, batch_size: int = 16
+    model: torch.nn.Module,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Log-likelihood log p(continuation | prompt) of each pair, the sum over the continuation's tokens, in nats.
 
@@ -125,6 +140,7 @@ def log_likelihoods(
         tokenizer: tokenizer of the model.
         pairs: pairs of prompt and continuation.
         batch_size: number of pairs that run at a time, longest first.
+        progress: function that is called with the number of pairs done and the number of all.
 
     Returns:
         (pairs,) float64 log-likelihoods.
@@ -174,4 +190,6 @@ def log_likelihoods(
                 likely = logits[row, begin - 1 : len(ids) - 1].float().log_softmax(-1).gather(-1, wanted)
                 said.append(likely.sum(dtype=wide))
             result[indices] = torch.stack(said).cpu().numpy()  # the one thing that is waited for
+            if progress:
+                progress(start + len(indices), len(order))
     return result

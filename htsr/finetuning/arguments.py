@@ -107,6 +107,7 @@ def training_arguments(recipe: Recipe) -> Any:
 
     SFTConfig = _sft_config()
     defaults: dict[str, Any] = {"report_to": "none", "save_strategy": "steps", "save_steps": 100, "save_total_limit": 2}
+    defaults["logging_first_step"] = True
     if not torch.accelerator.is_available():
         defaults |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
     else:

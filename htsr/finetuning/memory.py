@@ -1,12 +1,14 @@
-"""What `htsr memory` predicts for the run of a recipe."""
+"""The memory of the run of a recipe: what `htsr memory` predicts for it, and what it took."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from typing import TYPE_CHECKING, Any
 
 from htsr.finetuning.checkpoints import count_processes
 from htsr.finetuning.placing import is_to_be_sharded
-from htsr.training.memory.plan import LOW_RANK, SAMPLED, MemoryPlan
+from htsr.training.memory.plan import LOW_RANK, SAMPLED, MemoryPlan, beside
 from htsr.training.memory.prediction import predict_memory
 
 if TYPE_CHECKING:
@@ -78,3 +80,48 @@ def predicted_memory(recipe: Recipe, arguments: Any, longest: int | None = None)
     if sharded and count_processes(arguments) > 1:
         return None
     return predict_memory(recipe.model, **setting_of(recipe, arguments, longest))
+
+
+def predicted_mib(recipe: Recipe, arguments: Any, longest: int | None = None) -> float | None:
+    """The plan of the run of a `recipe` in MiB, of what `peak` measures; None where no plan is made.
+
+    Args:
+        recipe: recipe of the run.
+        arguments: arguments of TRL.
+        longest: number of tokens of the longest record, where it is known.
+
+    Raises:
+        SourceError: the model's configuration cannot be read, or no training step of it simulated.
+        UsageError: the model cannot have such a rank or so many active blocks.
+    """
+    plan = predicted_memory(recipe, arguments, longest)
+    if plan is None:
+        return None
+    return (plan.total + (0 if _counts_memory() else beside(plan)["process"])) / 2**20
+
+
+def reset_peak() -> None:
+    """Begin to count the peak memory of the accelerator, where there is one."""
+    import torch
+
+    if _counts_memory():
+        torch.accelerator.reset_peak_memory_stats()
+
+
+def peak() -> dict[str, Any]:
+    """Peak memory: what the accelerator allocated in training, or what this process ever had resident."""
+    import torch
+
+    if _counts_memory():
+        return {"peak_mib": torch.accelerator.max_memory_allocated() / 2**20, "peak_of": "accelerator, training"}
+    unit = 2**10 if sys.platform != "darwin" else 2**20
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return {"peak_mib": resident, "peak_of": "resident, whole process"}
+
+
+def _counts_memory() -> bool:
+    """Whether there is an accelerator whose allocator keeps statistics; that of MPS does not."""
+    import torch
+
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return device is not None and device.type != "mps"

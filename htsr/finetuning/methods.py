@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from htsr.training.streaming.streaming import stream_frozen
 if TYPE_CHECKING:
     import torch
 
+    from htsr.finetuning.progress import Voice
     from htsr.finetuning.recipe import Recipe
 
 
@@ -33,7 +34,7 @@ def prepare(
     train: Sequence[Record],
     before: Analysis | None,
     output: Path,
-    say: Callable[[str], None],
+    voice: Voice,
     device: torch.device,
 ) -> tuple[torch.nn.Module, LayerSampler | None]:
     """The model with its adapters, and the sampler of blocks or None, as the recipe's method has them.
@@ -47,7 +48,7 @@ def prepare(
         train: training records, on which outliers are measured where the method asks for them.
         before: analysis of the model, for what depends on spectra.
         output: folder in which ``outliers.json`` is kept.
-        say: function that is told, in one sentence, what takes a while.
+        voice: voice of the run.
         device: device on which outliers are measured, and the model trains.
 
     Raises:
@@ -58,7 +59,7 @@ def prepare(
     strategy = (given.strategy or default) if given else None
     scores: Outliers | Analysis | None = None
     if strategy in ("owlore", "reverse"):
-        scores = _outliers(recipe, model, tokenizer, train, output / "outliers.json", say, device)
+        scores = _outliers(recipe, model, tokenizer, train, output / "outliers.json", voice, device)
     elif strategy in ("alpha", "erg", "snr"):
         if before is None:
             raise UsageError(f"the strategy {strategy} needs spectra: true")
@@ -85,7 +86,7 @@ def prepare(
         streaming = stream_frozen(model, sampler, device=device, where=recipe.frozen_weights)
         place = "on disk" if recipe.frozen_weights == "disk" else "in host memory"
         here = f"visit {device} to compute" if device.type != "cpu" else "compute on the CPU, where that saves nothing"
-        say(f"frozen_weights: {len(streaming.streamed)} blocks live {place} and {here}")
+        voice.say(f"frozen_weights: {len(streaming.streamed)} blocks live {place} and {here}")
     return model, sampler
 
 
@@ -95,7 +96,7 @@ def _outliers(
     tokenizer: Any,
     train: Sequence[Record],
     path: Path,
-    say: Callable[[str], None],
+    voice: Voice,
     device: torch.device,
 ) -> Outliers:
     """Outliers from the recipe's file, from the run's own when resuming, or measured by the first process for all."""
@@ -107,12 +108,13 @@ def _outliers(
     def measured() -> Outliers:
         if path.exists():
             return Outliers.load(path)
-        say("measuring outliers on the training data")
+        voice.say("measuring outliers on the training data")
+        stage = voice.stage("outliers", "records")
         texts = [text_of(record, tokenizer) for record in train[: given.calibration_samples]]
         length = recipe.training.get("max_length") or 512
         thresholds = sorted({3.0, 5.0, 7.0, 10.0, given.threshold})
         with on_device(model, device):
-            found = measure_outliers(model, tokenizer, texts, thresholds=thresholds, length=length)
+            found = measure_outliers(model, tokenizer, texts, thresholds=thresholds, length=length, progress=stage)
         found = replace(found, label=recipe.model)
         found.save(path)
         return found

@@ -39,7 +39,7 @@ def load_placed(arguments: Any, name: str, *, streamed: bool = False, **how: Any
         return load_model(name, **how)
     if not is_to_be_sharded(arguments):
         return load_model(name, **how).to(arguments.device)
-    with _whole_on_every_rank():
+    with whole_on_every_rank():
         return load_model(name, **how)
 
 
@@ -51,7 +51,7 @@ def is_to_be_sharded(arguments: Any) -> bool:
 
 
 @contextmanager
-def _whole_on_every_rank() -> Iterator[None]:
+def whole_on_every_rank() -> Iterator[None]:
     """Within it transformers loads weights on all ranks; else those but the first have none, and nothing to measure.
 
     Nor could accelerate tell the optimizer's parameters apart, which it does by their addresses.

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
+from htsr.finetuning.progress import clock
 from htsr.results import Column, Record, Table, Tabular
 from htsr.training.sampling.coverage import Coverage
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How far training has moved one matrix.
+
+    Attributes:
+        name: name of the matrix.
+        relative: relative distance ‖W′ - W‖_F / ‖W‖_F; None where one of the two is zero or not finite.
+        alpha_before: α of the matrix before training; None where it has none.
+        alpha_after: α of the matrix after training; None where it has none.
+    """
+
+    name: str
+    relative: float | None
+    alpha_before: float | None
+    alpha_after: float | None
 
 
 @dataclass(frozen=True)
@@ -15,16 +38,22 @@ class Result(Tabular):
 
     Attributes:
         output: folder of the model.
-        metrics: ``train_loss`` (mean over all steps, those before a resume included) and ``eval_loss`` (nats per
-            token), ``accuracy`` and ``before_accuracy`` …, ``seconds_per_step`` (of the steps since a resume),
-            ``steps``, ``peak_mib`` (of ``peak_of``), ``trainable_parameters``, and ``rounding`` where the weights that
-            train are in bfloat16 or float16.
+        metrics: ``train_loss`` (mean over all steps, those before a resume included), ``before_eval_loss`` and
+            ``eval_loss`` (nats per token), ``before_accuracy`` and ``accuracy`` …, ``seconds`` and ``seconds_per_step``
+            (of the steps since a resume), ``steps``, ``best_step`` where the best model was kept, ``peak_mib`` (of
+            ``peak_of``) and ``predicted_mib`` (of the same), ``trainable_parameters``, and ``rounding`` where the
+            weights that train are in bfloat16 or float16.
         coverage: how often each block trained, where blocks were sampled.
+        losses: step and training loss of each log, the mean since the log before.
+        moved: the matrices that moved most: the three of the largest relative distance, then the three whose α changed
+            most; empty where spectra were not measured.
     """
 
     output: str
     metrics: dict[str, Any]
     coverage: tuple[Coverage, ...] = ()
+    losses: tuple[tuple[int, float], ...] = ()
+    moved: tuple[Moved, ...] = ()
 
     @property
     def label(self) -> str:  # type: ignore[override]
@@ -37,15 +66,105 @@ class Result(Tabular):
 
     def tables(self) -> tuple[Table, ...]:
         """The metrics in words and units."""
-        rows = [(key.replace("_", " "), _shown(value)) for key, value in self.metrics.items() if "peak" not in key]
-        if "peak_mib" in self.metrics:
-            rows.append(("peak memory", f"{self.metrics['peak_mib']:.0f} MiB ({self.metrics['peak_of']})"))
+        left = dict(self.metrics)
+        rows = [*_losses(left, self.losses), *_accuracy(left), *_memory(left), *_time(left)]
+        rows += [(key.replace("_", " "), _shown(value)) for key, value in left.items()]
         columns = (Column("metric", text=True), Column("value", text=True))
-        return (Table(columns, (*rows, ("model", self.output))),)
+        return (Table(columns, (*rows, *_moved(self.moved), ("model", self.output))),)
 
     def facts(self) -> dict[str, Any]:
-        """The folder, and how often each block trained."""
-        return {"output": self.output, "coverage": [asdict(block) for block in self.coverage]}
+        """The folder, how often each block trained, the losses, and what moved most."""
+        return {
+            "output": self.output,
+            "coverage": [asdict(block) for block in self.coverage],
+            "losses": [list(point) for point in self.losses],
+            "moved": [asdict(matrix) for matrix in self.moved],
+        }
+
+    def remarks(self) -> tuple[str, ...]:
+        """How to go on with the model."""
+        folder = shlex.quote(self.output)
+        said = [f'in Python: AutoModelForCausalLM.from_pretrained("{self.output}")']
+        if self.moved:
+            said.append(f"htsr compare {folder}/spectra_before.npz {folder}/spectra_after.npz")
+        return tuple(said)
+
+
+def _losses(left: dict[str, Any], losses: Sequence[tuple[int, float]]) -> list[tuple[str, str]]:
+    """The rows of the losses, whose metrics are taken from those that are `left`."""
+    rows = []
+    if len(losses) > 1:
+        first, last = losses[0][1], losses[-1][1]
+        rows.append(("training loss", f"{first:.4g} {sparkline([loss for _, loss in losses])} {last:.4g}"))
+    if left.get("train_loss") is not None:
+        rows.append(("mean training loss", _shown(left["train_loss"])))
+    left.pop("train_loss", None)
+    before, after = left.pop("before_eval_loss", None), left.pop("eval_loss", None)
+    if after is not None:
+        rows.append(("evaluation loss", _shown(after) if before is None else f"{_shown(before)} → {_shown(after)}"))
+    if "best_step" in left:
+        rows.append(("best model", f"of step {left.pop('best_step')}"))
+    return rows
+
+
+def _accuracy(left: dict[str, Any]) -> list[tuple[str, str]]:
+    if "accuracy" not in left:
+        return []
+    rows = []
+    error, before_error = left.pop("standard_error", None), left.pop("before_standard_error", None)
+    for key, spread, spread_before in (("accuracy", error, before_error), ("per_character", None, None)):
+        before, after = left.pop(f"before_{key}", None), left.pop(key, None)
+        if after is not None:
+            pair = [(before, spread_before), (after, spread)] if before is not None else [(after, spread)]
+            words = [f"{value:.4f}" + (f" ± {of:.4f}" if of is not None else "") for value, of in pair]
+            rows.append((key.replace("per_character", "accuracy per character"), " → ".join(words)))
+    left.pop("before_questions", None)
+    if "questions" in left:
+        rows.append(("questions", _shown(left.pop("questions"))))
+    return rows
+
+
+def _memory(left: dict[str, Any]) -> list[tuple[str, str]]:
+    predicted, used, of = left.pop("predicted_mib", None), left.pop("peak_mib", None), left.pop("peak_of", "")
+    words = [f"{used:.0f} MiB ({of})"] if used is not None else []
+    words += [f"{predicted:.0f} MiB predicted"] if predicted is not None else []
+    return [("peak memory", ", ".join(words))] if words else []
+
+
+def _time(left: dict[str, Any]) -> list[tuple[str, str]]:
+    seconds, step = left.pop("seconds", None), left.pop("seconds_per_step", None)
+    words = [clock(seconds)] if seconds is not None else []
+    words += [f"{step:.4g} s a step"] if step is not None else []
+    return [("training time", ", ".join(words))] if words else []
+
+
+def _moved(matrices: Sequence[Moved]) -> list[tuple[str, str]]:
+    rows = []
+    for matrix in matrices:
+        words = [f"{100 * matrix.relative:.3g} % of its norm"] if matrix.relative is not None else []
+        if matrix.alpha_before is not None and matrix.alpha_after is not None:
+            words.append(f"α {matrix.alpha_before:.3f} → {matrix.alpha_after:.3f}")
+        rows.append((f"moved {matrix.name}", ", ".join(words)))
+    return rows
+
+
+def sparkline(values: Sequence[float], width: int = 24) -> str:
+    """A curve of at most `width` characters, each the mean of a stretch of `values`; a gap where one is not finite.
+
+    Examples:
+        >>> from htsr.finetuning.result import sparkline
+        >>> sparkline([4.0, 3.0, 2.0, 1.5, 1.2, 1.0, 1.0, 1.0])
+        '█▆▃▂▁▁▁▁'
+        >>> sparkline([2.0, 2.0])
+        '▁▁'
+    """
+    count = min(width, len(values))
+    edges = [len(values) * i // count for i in range(count + 1)] if count else []
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    finite = [mean for mean in means if abs(mean) < float("inf")]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    step = (high - low) / (len(_BARS) - 1) or 1.0
+    return "".join(_BARS[round((mean - low) / step)] if abs(mean) < float("inf") else " " for mean in means)
 
 
 def _shown(value: Any) -> str:

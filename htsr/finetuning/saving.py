@@ -13,9 +13,9 @@ from htsr.finetuning.run_folder import RESULTS, kept_leaves, leaves, plain, writ
 from htsr.ranks import Ranks
 
 if TYPE_CHECKING:
-    from htsr.analysis.result import Analysis
+    from htsr.analysis.comparison import Comparison
     from htsr.finetuning.recipe import Recipe
-    from htsr.finetuning.result import Result
+    from htsr.finetuning.result import Moved, Result
 
 
 def save_model(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks: Ranks) -> None:
@@ -56,26 +56,20 @@ def _save_merged(recipe: Recipe, output: Path) -> None:
     PeftModel.from_pretrained(base, str(output / "adapter")).merge_and_unload().save_pretrained(output)
 
 
-def write_reports(
-    recipe: Recipe, result: Result, output: Path, before: Analysis | None, after: Analysis | None
-) -> None:
+def write_reports(recipe: Recipe, result: Result, output: Path, comparison: Comparison | None) -> None:
     """Write the comparison of the spectra, the model card, and last ``results.json``, the mark of a finished run.
 
     Args:
         recipe: recipe of the run.
         result: result of the run.
         output: folder of the result.
-        before: analysis of the model before training, None where none is wanted.
-        after: analysis of the trained model, None where none is wanted.
+        comparison: the model before training beside the trained one, None where neither was analyzed.
     """
-    from htsr.analysis.comparing import compare_analyses
     from htsr.finetuning.model_card import model_card
     from htsr.reporting.formats import as_csv
     from htsr.reporting.text import encodable
 
-    comparison = None
-    if before is not None and after is not None:
-        comparison = compare_analyses(before, after)
+    if comparison is not None:
         with written(output / "spectra.csv") as temporary:
             temporary.write_text(encodable(as_csv(comparison.records())), encoding="utf-8")
     with written(output / "README.md") as temporary:
@@ -83,9 +77,34 @@ def write_reports(
     write_json(output / RESULTS, {"recipe": dataclasses.asdict(recipe), **dataclasses.asdict(result)})
 
 
+def most_moved(comparison: Comparison | None, count: int = 3) -> tuple[Moved, ...]:
+    """The matrices that moved most: `count` by the weights, then as many others by α.
+
+    Args:
+        comparison: the model before training beside the trained one; None for none.
+        count: number of matrices by each measure.
+    """
+    from htsr.finetuning.result import Moved
+
+    if comparison is None:
+        return ()
+    rows = [
+        Moved(pair.name, pair.distance.relative if pair.distance else None, pair.a.alpha, pair.b.alpha)
+        for pair in comparison.pairs
+    ]
+    by_weights = sorted((row for row in rows if row.relative), key=lambda row: -(row.relative or 0.0))[:count]
+    others = [row for row in rows if row not in by_weights and _change(row)]
+    return (*by_weights, *sorted(others, key=_change, reverse=True)[:count])
+
+
+def _change(row: Moved) -> float:
+    """How far α has changed; 0 where there is none."""
+    return 0.0 if row.alpha_before is None or row.alpha_after is None else abs(row.alpha_after - row.alpha_before)
+
+
 def finished_result(recipe: Recipe, output: Path) -> Result | None:
     """The result of a run of this very `recipe` that came to its end in `output`; None where there is none."""
-    from htsr.finetuning.result import Result
+    from htsr.finetuning.result import Moved, Result
     from htsr.training.sampling.coverage import Coverage
 
     try:
@@ -94,6 +113,12 @@ def finished_result(recipe: Recipe, output: Path) -> Result | None:
         then, now = ({k: v for k, v in one if v is not None} for one in both)
         if then != now:  # a recipe of an older version lacks keys that are not set
             return None
-        return Result(content["output"], content["metrics"], tuple(Coverage(**row) for row in content["coverage"]))
+        return Result(
+            content["output"],
+            content["metrics"],
+            tuple(Coverage(**row) for row in content["coverage"]),
+            tuple((int(step), float(loss)) for step, loss in content.get("losses", ())),
+            tuple(Moved(**row) for row in content.get("moved", ())),
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from htsr.errors import UsageError
 from htsr.finetuning.checkpoints import Checkpoint, LossSum, count_processes
+from htsr.finetuning.memory import reset_peak
+from htsr.finetuning.progress import TrainingLines, Voice
 from htsr.training.callbacks import LayerSamplerCallback, LayerwiseCallback
 from htsr.training.layerwise.wrapper import layerwise
 from htsr.training.lowrank.groups import low_rank_groups
@@ -33,12 +38,14 @@ class FinetuneTrainer(SFTTrainer):
         recipe: recipe, of which method, rounding, low_rank, layerwise and seed are read.
         sampler: sampler of the model's blocks, where they are sampled.
         checkpoint: checkpoint from which training will go on.
+        voice: voice of the run, which tells the losses where it shows how far something is.
         arguments: arguments of SFTTrainer.
 
     Attributes:
         losses: sum of the training loss, over the pieces of an interrupted run.
         epoch_steps: number of optimizer steps of one epoch, known when training begins.
         rounding: how narrow weights are rounded, known when training begins; None where none train.
+        began: when the first batch was trained, in seconds of `time.perf_counter`; None before.
     """
 
     def __init__(
@@ -47,12 +54,15 @@ class FinetuneTrainer(SFTTrainer):
         recipe: Recipe,
         sampler: LayerSampler | None = None,
         checkpoint: Checkpoint | None = None,
+        voice: Voice | None = None,
         **arguments: Any,
     ) -> None:
         self.recipe, self.sampler, self.checkpoint = recipe, sampler, checkpoint
         self.losses = LossSum(checkpoint, count_processes(arguments["args"]))
         self.epoch_steps: int | None = None
         self.rounding: Rounding | None = None
+        self.began: float | None = None
+        self.lines = TrainingLines(voice) if voice is not None and voice.show is not None else None
         callbacks = [self.losses, *([LayerSamplerCallback(sampler)] if sampler else [])]
         super().__init__(callbacks=callbacks, **arguments)
         if recipe.method == "qlora":  # TRL has put adapters in bfloat16, where small updates are lost
@@ -60,6 +70,9 @@ class FinetuneTrainer(SFTTrainer):
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
+        if self.lines is not None:  # in place of transformers' bar and of all that it logs
+            self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
+            self.add_callback(self.lines)
         if recipe.layerwise != "none":
             self.add_callback(LayerwiseCallback(self))
 
@@ -73,9 +86,37 @@ class FinetuneTrainer(SFTTrainer):
         Returns:
             The loss, a scalar on the device.
         """
+        if self.began is None:
+            self.began = time.perf_counter()
+            reset_peak()
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
         self.losses.add(loss)
         return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run forward of one batch of held-out records.
+
+        Args:
+            args: positional arguments of the Trainer's method.
+            kwargs: keyword arguments of the Trainer's method.
+
+        Returns:
+            What the Trainer's method returns: the loss first, a scalar on the device.
+        """
+        found = super().prediction_step(*args, **kwargs)
+        if self.lines is not None and found[0] is not None:
+            self.lines.add_evaluation(float(found[0]))
+        return found
+
+    def longest(self) -> int | None:
+        """Number of tokens of the longest training record as it was prepared; None where it is not known."""
+        import pyarrow.compute as pc
+
+        table = getattr(self.train_dataset, "data", None)
+        if table is None or "input_ids" not in table.column_names:
+            return None
+        longest: int | None = pc.max(pc.list_value_length(table.column("input_ids"))).as_py()
+        return longest
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's plan, with no epoch where the checkpoint is at its end: else one more step would be trained.

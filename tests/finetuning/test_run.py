@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -202,15 +203,21 @@ def test_adapters_train_in_float32_whatever_the_rounding(work, tmp_path):
     assert all(one["exp_avg"].dtype == torch.float32 for one in state["state"].values())
 
 
-@pytest.mark.parametrize("bars", [True, False])
-def test_data_are_alone_on_stdout_and_quiet_is_quiet(work, tmp_path, capsys, bars):
-    training = {"disable_tqdm": None if bars else True, "logging_steps": 1, "max_steps": 2}
+def test_data_are_alone_on_stdout_and_words_are_few(work, tmp_path, capsys):
+    training = {"disable_tqdm": None, "logging_steps": 2, "max_steps": 5}
     path = recipe_file(work, tmp_path / "run", "full", training=training)
     assert main(["finetune", "--config", path, "--format", "json"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out)["rows"][0]["steps"] == 2
-    assert "'loss'" in err
-    assert ("2/2" in err) == bars
+    content = json.loads(out)
+    assert content["rows"][0]["steps"] == 5
+    losses = [(int(step), float(loss)) for step, loss in re.findall(r"^step (\d+)/5  .*  loss (\S+)  lr", err, re.M)]
+    assert [step for step, _ in losses] == [step for step, _ in content["losses"]] == [1, 2, 4]
+    np.testing.assert_allclose([loss for _, loss in losses], [loss for _, loss in content["losses"]], rtol=1e-3)
+    before, after = (content["rows"][0][key] for key in ("before_eval_loss", "eval_loss"))
+    assert f"before training  evaluation loss {before:.4g}\n" in err
+    assert f"step 5/5  evaluation loss {after:.4g}\n" in err
+    assert not re.search(r"\r|entropy|it/s", err)  # no bar in a log, and of the twenty keys those of the line
+    assert len(err.splitlines()) < 16
     path = recipe_file(work, tmp_path / "quiet", "full", training=training)
     assert main(["finetune", "--config", path, "--format", "csv", "-q"]) == 0
     out, err = capsys.readouterr()
