@@ -29,6 +29,7 @@ _OWN = {
     "seed": "seed",
     "model_init_kwargs": "model and dtype",
     "resume_from_checkpoint": "--resume",
+    "hub_token": "nothing in a recipe, which is kept and pushed: log in by hf auth login, or set HF_TOKEN",
 }
 _LORA_OWN = {
     "r": "lora.rank",
@@ -63,6 +64,8 @@ def check_training(training: Mapping[str, Any]) -> None:
         MissingDependencyError: TRL is not installed.
     """
     _check("training", training, _sft_config(), _OWN)
+    if training.get("hub_strategy") not in (None, "end"):
+        raise UsageError("training.hub_strategy: a run pushes its result, once, at its end; leave it out")
     for key, value in training.items():
         number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
         if number is None:
@@ -108,6 +111,10 @@ def training_arguments(recipe: Recipe) -> Any:
     SFTConfig = _sft_config()
     defaults: dict[str, Any] = {"report_to": "none", "save_strategy": "steps", "save_steps": 100, "save_total_limit": 2}
     defaults["logging_first_step"] = True
+    if recipe.early_stopping is not None or recipe.training.get("load_best_model_at_end"):
+        defaults |= _of_the_best(recipe.training)
+    if recipe.training.get("push_to_hub"):
+        defaults["hub_strategy"] = "end"
     if not torch.accelerator.is_available():
         defaults |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
     else:
@@ -128,6 +135,14 @@ def training_arguments(recipe: Recipe) -> Any:
     for keys, what in ((_OF_THE_OPTIMIZER, _optimizer), (_OF_THE_SCHEDULE, _schedule)):
         _tried("training", recipe.training, keys, lambda given, what=what: what(made(given)))  # type: ignore[misc]
     return arguments
+
+
+def _of_the_best(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults under which every checkpoint has an evaluation, and the best is kept."""
+    strategy = given.get("eval_strategy") or given.get("save_strategy") or "steps"
+    steps = given.get("eval_steps") or given.get("save_steps") or 100
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    return best | {"eval_strategy": strategy, "save_strategy": strategy, "eval_steps": steps, "save_steps": steps}
 
 
 def _tried(section: str, given: Mapping[str, Any], keys: Any, make: Callable[[Mapping[str, Any]], Any]) -> Any:

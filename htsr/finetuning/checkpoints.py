@@ -28,6 +28,7 @@ class Checkpoint:
         loss: sum of the training loss over `loss_steps` steps.
         loss_steps: number of steps in that sum; fewer than `step` where an older version of htsr began the run.
         processes: number of processes that trained, see `count_processes`; None where an older version of htsr did.
+        stopped: whether training had come to its end there, at the last step or by early stopping.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class Checkpoint:
     loss: float
     loss_steps: int
     processes: int | None = None
+    stopped: bool = False
 
 
 def count_processes(arguments: Any) -> int:
@@ -70,7 +72,9 @@ def _read(folder: Path) -> Checkpoint | None:
     try:
         state: Any = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         step = int(state["global_step"])
-        losses = (state.get("stateful_callbacks") or {}).get(LossSum.__name__) or {}
+        callbacks = state.get("stateful_callbacks") or {}
+        control = (callbacks.get("TrainerControl") or {}).get("args") or {}
+        losses = callbacks.get(LossSum.__name__) or {}
         kept = losses.get("attributes") or {}
         processes = kept.get("processes")
         return Checkpoint(
@@ -79,6 +83,7 @@ def _read(folder: Path) -> Checkpoint | None:
             float(kept.get("total", 0.0)),
             int(kept.get("steps", 0)),
             None if processes is None else int(processes),
+            bool(control.get("should_training_stop")),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

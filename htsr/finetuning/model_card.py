@@ -64,7 +64,8 @@ def model_card(recipe: Recipe, result: Result, comparison: Comparison | None) ->
 
 
 def _settings(recipe: Recipe) -> list[tuple[str, str]]:
-    sections = [("low_rank", recipe.low_rank), ("lora", recipe.lora), ("sampling", recipe.sampling)]
+    names = ("low_rank", "lora", "sampling", "early_stopping")
+    sections = [(name, getattr(recipe, name)) for name in names]
     rows: list[tuple[str, str]] = [("dtype", recipe.dtype)]
     if recipe.dtype != "float32":
         rows.append(("rounding", recipe.rounds))

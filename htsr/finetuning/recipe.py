@@ -168,6 +168,23 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlyStopping:
+    """When training stops before its last step; the model that is saved is then the best.
+
+    Attributes:
+        patience: number of evaluations one after the other without an improvement after which training stops.
+        threshold: smallest improvement of the evaluation loss that counts, in nats per token.
+    """
+
+    patience: int = 3
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least("early_stopping.", 1, patience=self.patience)
+        _between("early_stopping.", 0, math.inf, closed=True, threshold=self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A fine-tuning run.
 
@@ -192,6 +209,9 @@ class Recipe:
         sampling: section of lisa and owlore, and of lora and qlora where adapters are sampled by block.
         low_rank: section of owlore and galore.
         lora: section of lora and qlora.
+        early_stopping: when training stops for want of improvement, see `EarlyStopping`; None for never. To keep the
+            best model without it, ``training.load_best_model_at_end``. With both evaluations come with the checkpoints
+            where ``training`` says nothing else.
         training: any argument of TRL's ``SFTConfig``: learning_rate, max_steps, max_length, packing, report_to …
             Without a learning_rate it is 2e-4 for lora and qlora, and 2e-5 for the others.
 
@@ -222,6 +242,7 @@ class Recipe:
     sampling: Sampling | None = None
     low_rank: LowRank | None = None
     lora: Lora | None = None
+    early_stopping: EarlyStopping | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -245,6 +266,8 @@ class Recipe:
         if self.frozen_weights != "device" and (self.sampling is None or self.method == "qlora"):
             which = "lora with the section sampling, lisa and owlore"
             raise UsageError(f"frozen_weights: {self.frozen_weights} is for blocks that are sampled, by {which}")
+        if self.early_stopping is not None and self.training.get("load_best_model_at_end") is False:
+            raise UsageError("early_stopping saves the best model: leave training.load_best_model_at_end out")
         compiles = sorted(key for key in self.training if key.startswith("torch_compile") and self.training[key])
         if self.frozen_weights != "device" and compiles:
             raise UsageError(

@@ -9,8 +9,9 @@ before the model is loaded is checked before (`htsr.finetuning.preflight`); the 
 asked and analyzed, and so is the untrained one, where the method needs no spectra (`htsr.finetuning.measuring`).
 
 The folder of the result holds the model as plain transformers loads it (and LoRA's adapter under ``adapter``), a model
-card, ``results.json``, the recipe as ``recipe.yaml``, ``spectra_before.npz`` and ``spectra_after.npz`` with their
-comparison as ``spectra.csv``, ``outliers.json`` where blocks were drawn by outliers, and the checkpoints.
+card, ``results.json``, the recipe as ``recipe.yaml``, ``spectra_before.npz`` and ``spectra_after.npz``, ``spectra.csv``
+with their comparison and how far each matrix moved, ``outliers.json`` where blocks were drawn by outliers, and the
+checkpoints.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def finetune(
     from htsr.finetuning.arguments import training_arguments
     from htsr.finetuning.measuring import accuracies, moved
     from htsr.finetuning.preflight import agree, check_sharding, prepare_data
+    from htsr.finetuning.publishing import hub_repository, publish
     from htsr.finetuning.saving import finished_result, most_moved, write_reports
 
     with all_launched("htsr finetune"):
@@ -89,6 +91,7 @@ def finetune(
         return finished
     prepared = prepare_data(recipe, arguments, resume, say)
     agree(ranks, recipe, prepared)
+    repository = ranks.of_first(lambda: hub_repository(arguments))
     ranks.of_first(lambda: begin_folder(recipe, output, resume))
     set_seed(recipe.seed)
     metrics, losses, coverage = _train(recipe, arguments, prepared, output, ranks, voice)
@@ -97,6 +100,9 @@ def finetune(
     comparison = moved(recipe, output, ranks, voice) if recipe.spectra else None
     result = Result(str(output), metrics, coverage, losses, most_moved(comparison))
     ranks.of_first(lambda: write_reports(recipe, result, output, comparison))
+    if repository is not None:
+        voice.say(f"pushing to {repository}")
+        ranks.of_first(lambda: publish(repository, arguments, output))
     return result
 
 
@@ -110,6 +116,7 @@ def _train(
     from htsr.finetuning.methods import prepare
     from htsr.finetuning.placing import load_placed
     from htsr.finetuning.saving import save_model
+    from htsr.finetuning.stopping import best_step
     from htsr.finetuning.trainer import FinetuneTrainer
 
     train, held_out, checkpoint = prepared.train, prepared.held_out, prepared.checkpoint
@@ -149,6 +156,8 @@ def _train(
     if trained:
         metrics |= {"seconds": seconds, "seconds_per_step": seconds / trained}
     metrics["trainable_parameters"] = sum(prod(whole_shape(p)) for p in trainer.model.parameters() if p.requires_grad)
+    if arguments.load_best_model_at_end and (best := best_step(trainer.state)) is not None:
+        metrics["best_step"] = best
     if trainer.rounding is not None:
         metrics["rounding"] = trainer.rounding
     metrics |= peak() | _predicted(recipe, arguments, trainer)

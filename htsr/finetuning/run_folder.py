@@ -24,7 +24,8 @@ _MAY_CHANGE = frozenset(  # neither of these changes a weight; the folder may ha
         "frozen_weights",
         *(f"training.save_{key}" for key in ("steps", "strategy", "total_limit")),
         *(f"training.logging_{key}" for key in ("steps", "strategy", "first_step")),
-        *(f"training.{key}" for key in ("report_to", "run_name", "disable_tqdm", "log_level")),
+        *(f"training.{key}" for key in ("report_to", "run_name", "disable_tqdm", "log_level", "push_to_hub")),
+        *(f"training.hub_{key}" for key in ("model_id", "private_repo", "revision", "strategy", "always_push")),
     )
 )
 

@@ -16,6 +16,7 @@ from htsr.errors import UsageError
 from htsr.finetuning.checkpoints import Checkpoint, LossSum, count_processes
 from htsr.finetuning.memory import reset_peak
 from htsr.finetuning.progress import TrainingLines, Voice
+from htsr.finetuning.stopping import EarlyStopping, KeptBest
 from htsr.training.callbacks import LayerSamplerCallback, LayerwiseCallback
 from htsr.training.layerwise.wrapper import layerwise
 from htsr.training.lowrank.groups import low_rank_groups
@@ -63,7 +64,11 @@ class FinetuneTrainer(SFTTrainer):
         self.rounding: Rounding | None = None
         self.began: float | None = None
         self.lines = TrainingLines(voice) if voice is not None and voice.show is not None else None
-        callbacks = [self.losses, *([LayerSamplerCallback(sampler)] if sampler else [])]
+        callbacks: list[Any] = [self.losses, *([LayerSamplerCallback(sampler)] if sampler else [])]
+        if arguments["args"].load_best_model_at_end:
+            callbacks.append(KeptBest())
+        if recipe.early_stopping is not None:
+            callbacks.append(EarlyStopping(recipe.early_stopping.patience, recipe.early_stopping.threshold))
         super().__init__(callbacks=callbacks, **arguments)
         if recipe.method == "qlora":  # TRL has put adapters in bfloat16, where small updates are lost
             assert self.model is not None
@@ -129,7 +134,7 @@ class FinetuneTrainer(SFTTrainer):
             What the Trainer's method returns: the number of epochs first, the number of steps last.
         """
         _, self.epoch_steps, *others = plan = super().set_initial_training_values(*args, **kwargs)
-        done = self.checkpoint is not None and self.checkpoint.step >= plan[-1]
+        done = self.checkpoint is not None and (self.checkpoint.stopped or self.checkpoint.step >= plan[-1])
         return (0, self.epoch_steps, *others) if done else plan
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -195,6 +200,12 @@ class FinetuneTrainer(SFTTrainer):
         self.sampler.attach(self.optimizer)  # before state comes, which stays in host memory where it is offloaded
         with self.sampler.loading(self.checkpoint.step) if self.is_fsdp_enabled else nullcontext():
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[no-untyped-call]
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Make no repository: `htsr.finetuning.publishing` has made it."""
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Push nothing: what is pushed is the whole result, in the end."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing yet: htsr writes its own card at the end."""

@@ -2,15 +2,21 @@ import itertools
 import json
 import math
 import re
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pytest
 import torch
 import yaml
 from htsr_cli.main import main
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import htsr
 from htsr import ranks
@@ -172,6 +178,42 @@ def test_frozen_weights_are_not_compiled(work, tmp_path, capsys):
     assert "leave training.torch_compile out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("lora", {}),
+        ("lisa", {"dtype": "bfloat16", "rounding": "master", "frozen_weights": "disk"}),
+    ],
+)
+def test_training_stops_early_and_the_best_model_is_saved_also_after_a_resume(work, tmp_path, method, more):
+    """Of a loss that falls the largest is the first: that is the best here, and the second one after it is the end."""
+    training = {"max_steps": 12, "save_steps": 2, "greater_is_better": True, "logging_steps": 100}
+    more = {"early_stopping": {"patience": 2}, "training": training, **more}
+    recipe_file(work, tmp_path / "whole", method, **json.loads(json.dumps(more)))
+    assert main(["finetune", "--quiet", "--config", str(tmp_path / "whole.yaml")]) == 0
+    broken = recipe_file(work, tmp_path / "broken", method, **json.loads(json.dumps(more)))
+    with killed_after(5):
+        main(["finetune", "--quiet", "--config", broken])
+    (tmp_path / "broken").rename(tmp_path / "moved")
+    assert main(["finetune", "--quiet", "--config", broken, "--output", str(tmp_path / "moved"), "--resume"]) == 0
+    # killed after the last step, before the model was saved
+    shutil.copytree(tmp_path / "whole", tmp_path / "late", ignore=lambda *_: ["results.json"])
+    (tmp_path / "late" / "model.safetensors").unlink()
+    late = [*("finetune", "--quiet", "--config", broken), "--output", str(tmp_path / "late"), "--resume"]
+    assert main(late) == 0
+    file = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    best = load_file(tmp_path / "whole" / "checkpoint-2" / file)
+    state = json.loads((tmp_path / "whole" / "checkpoint-6" / "trainer_state.json").read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    assert losses[2] > losses[4] > losses[6]
+    for run in ("whole", "moved", "late"):
+        metrics = json.loads((tmp_path / run / "results.json").read_text())["metrics"]
+        assert (metrics["steps"], metrics["best_step"]) == (6, 2)
+        assert (metrics["before_eval_loss"], metrics["eval_loss"]) == pytest.approx((losses[0], losses[2]), rel=1e-6)
+        saved = load_file(tmp_path / run / ("adapter" if method == "lora" else "") / file)
+        assert all(torch.equal(saved[name], best[name]) for name in best)
+
+
 def test_what_rounding_to_nearest_loses_is_said_once(work, tmp_path, caplog):
     """The weights of the small model are about 0.02: their half unit in the last place is above 1e-5, nearly all."""
     for name, more, said in (
@@ -283,8 +325,26 @@ def test_the_shipped_recipe_for_one_gpu_runs(work, tmp_path, size):
     assert moved == {row["name"] for row in results["coverage"] if row["intervals"]}
 
 
-def test_report_of_a_run(work, tmp_path, capsys):
-    path = recipe_file(work, tmp_path / "run", "owlore", spectra=True, seed=3)
+def test_report_of_a_run(work, tmp_path, capsys, monkeypatch):
+    tracked, hub = [], []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            tracked.append(logs)
+
+    class Hub:
+        def create_repo(self, name, **options):
+            hub.append((name, options))
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, *, folder_path, ignore_patterns, **options):
+            files = {str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file()}
+            hub.append(({f for f in files if not any(fnmatch(f, p) for p in ignore_patterns)}, options))
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    training = {"report_to": "tensorboard", "push_to_hub": True, "hub_model_id": "mine", "hub_revision": "first"}
+    path = recipe_file(work, tmp_path / "run", "owlore", spectra=True, seed=3, training=training)
     content = yaml.safe_load(Path(path).read_text())
     content["data"]["multiple_choice"] = str(work / "questions.jsonl")
     Path(path).write_text(yaml.safe_dump(content))
@@ -302,7 +362,29 @@ def test_report_of_a_run(work, tmp_path, capsys):
     before, after = (htsr.Analysis.load(folder / f"spectra_{when}.npz") for when in ("before", "after"))
     assert {row.name for row in before} == {row.name for row in after}
     assert before.summary()["norm"] != after.summary()["norm"]
-    assert len((folder / "spectra.csv").read_text().splitlines()) == len(before.rows) + 1
+    table = pandas.read_csv(folder / "spectra.csv").set_index("name")
+    assert len(table) == len(before.rows)
+    start, end = (load_file(f / "model.safetensors") for f in (work / "model", folder))
+    for name, relative in table.relative.items():  # how far each matrix moved, by the definition
+        one, other = start[f"{name}.weight"].double(), end[f"{name}.weight"].double()
+        assert relative == pytest.approx(((one - other).norm() / one.norm()).item(), rel=1e-5, abs=1e-12)
+    told = json.loads((folder / "results.json").read_text())
+    most = table.relative.nlargest(3)
+    assert [(m["name"], m["relative"]) for m in told["moved"][:3]] == list(most.items())
+    assert f"moved {most.index[0]}" in out
+    alphas = table.alpha_delta.abs().drop(most.index).nlargest(3)
+    assert {m["name"] for m in told["moved"][3:]} == set(alphas[alphas > 0].index)
+    assert {"before_eval_loss", "predicted_mib", "peak_mib", "seconds"} <= results.keys()
+    assert results["before_accuracy"] != results["accuracy"] or results["before_eval_loss"] > results["eval_loss"]
+    assert [step for step, _ in told["losses"]] == [1, 2, 4, 6]
+    logged = [log for log in tracked if "loss" in log]
+    assert [log["loss"] for log in logged] == [loss for _, loss in told["losses"]]
+    assert all({"entropy", "mean_token_accuracy", "grad_norm"} <= log.keys() for log in logged)  # trackers have all
+    (name, made), (pushed, options) = hub
+    assert (name, made["exist_ok"]) == ("mine", True)
+    assert (options["repo_id"], options["revision"]) == ("me/mine", "first")
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "results.json"} <= pushed
+    assert not any("checkpoint" in file for file in pushed)
 
     from transformers import AutoModelForCausalLM
 
