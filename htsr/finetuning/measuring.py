@@ -18,7 +18,7 @@ from htsr.analysis.comparison import Comparison
 from htsr.analysis.result import Analysis
 from htsr.calibration.loading import load_model, resolve
 from htsr.calibration.multiple_choice import multiple_choice_accuracy
-from htsr.finetuning.placing import load_placed, on_device, whole_on_every_rank
+from htsr.finetuning.placing import how_loaded, load_placed, on_device, whole_on_every_rank
 from htsr.finetuning.run_folder import write_json
 from htsr.matrices.sources import Source, open_model
 from htsr.ranks import Ranks
@@ -29,13 +29,6 @@ if TYPE_CHECKING:
     from htsr.finetuning.recipe import Recipe
 
 _EXACT = {"float32": ("float32", "bfloat16", "float16"), "bfloat16": ("bfloat16",), "float16": ("float16",)}
-
-
-def how_loaded(recipe: Recipe) -> dict[str, Any]:
-    """Arguments of `load_model` for the model of a `recipe` that trains, or is asked."""
-    import torch
-
-    return {"dtype": getattr(torch, recipe.dtype), "causal": True, "four_bit": recipe.method == "qlora"}
 
 
 def needs_spectra(recipe: Recipe) -> bool:
@@ -88,16 +81,13 @@ def stored(recipe: Recipe) -> tuple[Source, str | None]:
 
     Where that is in a wider dtype, or a GGUF file, it is the model, loaded into host memory.
     """
-    import torch
-
-    path = resolve(recipe.model)
+    path, exact = resolve(recipe.model), _EXACT.get(recipe.dtype)
     if not path.endswith(".gguf"):
         model = open_model(path, revision=recipe.revision)
-        if all(matrix.dtype in _EXACT[recipe.dtype] for matrix in model):
+        if exact is None or all(matrix.dtype in exact for matrix in model):
             return path, recipe.revision
-    dtype = getattr(torch, recipe.dtype)
     with whole_on_every_rank():
-        return load_model(recipe.model, revision=recipe.revision, dtype=dtype, causal=True), None
+        return load_model(recipe.model, revision=recipe.revision, **how_loaded(recipe) | {"four_bit": False}), None
 
 
 def _analyzed(

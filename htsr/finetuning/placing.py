@@ -22,6 +22,15 @@ from htsr.matrices.blocks import find_blocks
 if TYPE_CHECKING:
     import torch
 
+    from htsr.finetuning.recipe import Recipe
+
+
+def how_loaded(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of `load_model` for the model of a `recipe`, and for what becomes of it."""
+    import torch
+
+    return {"dtype": getattr(torch, recipe.dtype), "causal": True, "four_bit": recipe.method == "qlora"}
+
 
 def load_placed(arguments: Any, name: str, *, streamed: bool = False, **how: Any) -> torch.nn.Module:
     """The model in its place: on the device of this process, or in host memory where FSDP will shard it.

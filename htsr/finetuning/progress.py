@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +102,10 @@ class TrainingLines(TrainerCallback):
             control: control of the Trainer.
             kwargs: what else the Trainer passes to callbacks, its loader of held-out records among it.
         """
-        batches, done = len(kwargs["eval_dataloader"]), len(self._evaluated)
-        if not done or not state.is_world_process_zero:
+        done, loader = len(self._evaluated), kwargs["eval_dataloader"]
+        if not done or not state.is_world_process_zero or not has_length(loader):
             return
+        batches = len(loader)
         if done == 1:
             self._evaluating = time.monotonic()
             if state.global_step == 0 and batches > 1:

@@ -12,6 +12,8 @@ The folder of the result holds the model as plain transformers loads it (and LoR
 card, ``results.json``, the recipe as ``recipe.yaml``, ``spectra_before.npz`` and ``spectra_after.npz``, ``spectra.csv``
 with their comparison and how far each matrix moved, ``outliers.json`` where blocks were drawn by outliers, and the
 checkpoints.
+with their comparison and how far each matrix moved, ``outliers.json`` where blocks were drawn by outliers, and the
+checkpoints.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from htsr.calibration.loading import resolve
 from htsr.calibration.record_forms import as_dataset
 from htsr.errors import HtsrError
 from htsr.finetuning.progress import Voice
@@ -111,10 +112,10 @@ def _train(
 ) -> tuple[dict[str, Any], tuple[tuple[int, float], ...], tuple[Coverage, ...]]:
     """Metrics, logged losses and coverage of a training whose model is saved and let go."""
     from htsr.finetuning.labels import insist_on_labels
-    from htsr.finetuning.measuring import how_loaded, needs_spectra, spectra_before
+    from htsr.finetuning.measuring import needs_spectra, spectra_before, stored
     from htsr.finetuning.memory import peak
     from htsr.finetuning.methods import prepare
-    from htsr.finetuning.placing import load_placed
+    from htsr.finetuning.placing import how_loaded, load_placed
     from htsr.finetuning.saving import save_model
     from htsr.finetuning.stopping import best_step
     from htsr.finetuning.trainer import FinetuneTrainer
@@ -129,8 +130,8 @@ def _train(
     model = load_placed(arguments, recipe.model, streamed=streamed, revision=recipe.revision, **how_loaded(recipe))
     before = None
     if needs_spectra(recipe):
-        stored = recipe.method == "qlora"  # adapters are merged into the weights as they are stored
-        source, revision = (resolve(recipe.model), recipe.revision) if stored else (model, None)
+        # adapters are merged into the weights as they are stored
+        source, revision = stored(recipe) if recipe.method == "qlora" else (model, None)
         before = spectra_before(recipe, source, revision, output, ranks, voice)
     model, sampler = prepare(recipe, model, prepared.tokenizer, train, before, output, voice, arguments.device)
     trainer: Any = FinetuneTrainer(

@@ -204,7 +204,7 @@ class FinetuneTrainer(SFTTrainer):
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Make no repository: `htsr.finetuning.publishing` has made it."""
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Push nothing: what is pushed is the whole result, in the end."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
