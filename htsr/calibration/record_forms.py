@@ -1,43 +1,88 @@
-"""The forms that a record may have, each checked and brought to one shape, written as text or as columns for TRL.
+"""The forms that a record may have, told by its fields, each checked and brought to one shape.
 
-    text         {"text": str}
-    completion   {"prompt": str, "completion": str}, or both as turns of a chat
-    chat         {"messages": [{"role": str, "content": str, …}, …]}
-    question     {"question": str, "choices": [str, …], "answer": index of the right choice}
+    text          {"text": str}
+    completion    {"prompt": str, "completion": str}, or both as turns of a chat
+    chat          {"messages": [{"role": str, "content": str, …}, …]}; so are ShareGPT's {"conversations": […]} written
+    instruction   {"instruction": str, "input": str, "output": str} of Alpaca, input and system may be absent
+    preference    {"chosen": str or turns, "rejected": …, "prompt": …}, the prompt may be absent
+    question      {"question": str, "choices": [str, …], "answer": index of the right choice}
 
-Chats may have ``tools`` and ``chat_template_kwargs``, which go to the chat template.
+Chats may have ``tools`` and ``chat_template_kwargs``, which go to the chat template, and conversations a ``system``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+from htsr.calibration.record_turns import KNOWN_KEYS, checked_turns, for_template, kind_of
 from htsr.errors import SourceError, UsageError, reason_of
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 Record = dict[str, Any]
 
-_FORMS = {
+_FORMS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "chat": ("messages",),
+    "conversations": ("conversations",),
     "completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "preference": ("chosen", "rejected"),
     "question": ("question", "choices", "answer"),
 }
-_FOR_TEMPLATE = ("tools", "chat_template_kwargs")
+FOR_TEMPLATE = ("tools", "chat_template_kwargs")
+_FURTHER: dict[str, tuple[str, ...]] = {
+    "chat": FOR_TEMPLATE,
+    "conversations": ("system", *FOR_TEMPLATE),
+    "instruction": ("input", "system"),
+    "preference": ("prompt", *FOR_TEMPLATE),
+}
+NAMES = tuple(dict.fromkeys(key for form, keys in _FORMS.items() for key in (*keys, *_FURTHER.get(form, ()))))
 
 
-def checked(record: Any, place: str = "") -> Record:
+@dataclass(frozen=True)
+class Names:
+    """What the fields of records are called.
+
+    Attributes:
+        text: field that holds the text of each record; None where the form is told by the fields.
+        columns: our name of a field by the name that it has in the data; None for a field that is left out.
+
+    Examples:
+        >>> from htsr.calibration.record_forms import Names
+        >>> Names(columns={"response": "completion", "id": None}).ours({"prompt": "1 +", "response": " 1", "id": 7})
+        {'prompt': '1 +', 'completion': ' 1'}
+    """
+
+    text: str | None = None
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+
+    def ours(self, record: Any) -> Any:
+        """The `record` with our names; what is no object stays as it is.
+
+        Raises:
+            SourceError: the field that holds the text is absent.
+        """
+        if not isinstance(record, dict):
+            return record
+        if self.text is not None:
+            if record.get(self.text) is None:
+                raise SourceError(f"the field {self.text} is absent; there are {_fields(record)}")
+            return {"text": record[self.text]}
+        renamed = {ours: record[theirs] for theirs, ours in self.columns.items() if ours and theirs in record}
+        return {key: value for key, value in record.items() if key not in self.columns} | renamed
+
+
+def checked(record: Any, place: str = "", names: Names = Names()) -> Record:
     """A record with the fields of its form alone, their values of the kind that the form has.
 
-    The parts of a turn's content are joined, where all are text; a turn that only calls tools has the content ``""``.
+    ShareGPT's conversations become messages; turns are those of `htsr.calibration.record_turns.checked_turns`.
 
     Args:
         record: record as it was read; fields that are None count as absent.
         place: file and line, for the message.
+        names: what its fields are called.
 
     Raises:
         SourceError: the record has no form or two at once, or a value has no meaning in its form.
@@ -49,7 +94,7 @@ def checked(record: Any, place: str = "") -> Record:
     """
     where = f"{place}: " if place else ""
     try:
-        found = _checked(record)
+        found = _checked(names.ours(record))
         json.dumps(found, ensure_ascii=False).encode()
     except (SourceError, UsageError) as error:
         raise SourceError(f"{where}{error}") from None
@@ -60,8 +105,44 @@ def checked(record: Any, place: str = "") -> Record:
     return found
 
 
+def unread(record: Record, names: Names = Names()) -> Iterator[str]:
+    """What nothing reads in a `record` that `checked` has taken: fields, and keys of turns.
+
+    Args:
+        record: record as it was read.
+        names: what its fields are called; those that are left out on purpose are not named.
+
+    Examples:
+        >>> from htsr.calibration.record_forms import unread
+        >>> list(unread({"prompt": "1 + 1 =", "completion": " 2", "source": "arithmetic"}))
+        ['source']
+    """
+    named = names.ours(record)
+    form = form_of(named)
+    read = {*_FORMS[form], *_FURTHER.get(form, ())}
+    if form == "completion" and isinstance(named["prompt"], list):
+        read |= {*FOR_TEMPLATE}
+    renamed = set(names.columns.values())
+    for key, value in record.items():
+        if names.text is not None:
+            taken = key == names.text
+        elif key in names.columns:
+            taken = names.columns[key] is None or names.columns[key] in read
+        else:
+            taken = key in read and key not in renamed
+        if value is not None and not taken:
+            yield str(key)
+    turns = [
+        turn for key in read for turn in _listed(named.get(key)) if isinstance(turn, dict) and key not in FOR_TEMPLATE
+    ]
+    yield from sorted({f"{key} of turns" for turn in turns for key in turn if key not in KNOWN_KEYS})
+
+
 def form_of(record: Record) -> str:
-    """The form of a `record`: ``text``, ``chat``, ``completion`` or ``question``.
+    """The form of a `record`: ``text``, ``chat``, ``completion``, ``instruction``, ``preference`` or ``question``.
+
+    Conversations that were not checked are ``conversations``. The ``text`` beside an instruction and its output, as in
+    Alpaca, is the two of them written out, and does not count.
 
     Raises:
         SourceError: it has none of them, or several.
@@ -72,13 +153,12 @@ def form_of(record: Record) -> str:
         'question'
     """
     found = [form for form, keys in _FORMS.items() if all(record.get(key) is not None for key in keys)]
+    if found == ["text", "instruction"]:
+        return "instruction"
     if not found:
-        has = (
-            ", ".join(sorted(f"{k}: null" if value is None else str(k) for k, value in record.items())[:8]) or "nothing"
-        )
         raise SourceError(
-            f"a record has text, messages, prompt and completion, or question, choices and answer; this one has {has}"
-            + ("; rename them to prompt, completion" if {"instruction", "output"} <= record.keys() else "")
+            "a record has text, messages, conversations, prompt and completion, instruction and output, or question, "
+            f"choices and answer; this one has {_fields(record)}; data.columns in a recipe gives fields these names"
         )
     if len(found) > 1:
         both = " and ".join(" + ".join(_FORMS[form]) for form in found)
@@ -87,76 +167,50 @@ def form_of(record: Record) -> str:
 
 
 def columns_of(record: Record) -> str:
-    """The columns that a `record` has in a data set of TRL, in words; all records of a data set have the same."""
-    row = _columns(record)
-    return " and ".join(key for key in row if key not in _FOR_TEMPLATE) + " of turns" * (
-        "prompt" in row and is_chat(row)
-    )
+    """The columns that a checked `record` brings, in words; all records of a data set have the same."""
+    form = form_of(record)
+    keys = ("prompt", "completion") if form == "question" else _FORMS[form]
+    return " and ".join(keys) + " of turns" * ("prompt" in keys and is_chat(record))
 
 
 def is_chat(record: Record) -> bool:
     """Whether a chat template is needed to write the `record`."""
-    return "messages" in record or isinstance(record.get("prompt"), list)
+    return "messages" in record or any(isinstance(record.get(key), list) for key in ("prompt", "chosen"))
 
 
 def _checked(record: Any) -> Record:
     if not isinstance(record, dict):
-        raise SourceError(f"a JSON object is wanted, not {_kind(record)}")
+        raise SourceError(f"a JSON object is wanted, not {kind_of(record)}")
     form = form_of(record)
     kept: Record = {key: record[key] for key in _FORMS[form]}
     if form == "question":
         question_of(kept)
         return kept
-    if form == "completion" and isinstance(kept["prompt"], list) != isinstance(kept["completion"], list):
-        both = f"{_kind(kept['prompt'])} and {_kind(kept['completion'])}"
-        raise SourceError(f"prompt and completion are both texts or both lists of turns, not {both}")
+    if form in ("instruction", "preference"):
+        kept |= {k: record[k] for k in _FURTHER[form] if k not in FOR_TEMPLATE and record.get(k) not in (None, "")}
+    if form == "conversations":
+        turns = checked_turns(kept["conversations"], "conversations", of_sharegpt=True)
+        return {"messages": [*_system(record), *turns], **for_template(record)}
+    kinds = {isinstance(value, list) for value in kept.values()}
+    if form in ("completion", "preference") and len(kinds) > 1:
+        both = " and ".join(kind_of(value) for value in kept.values())
+        raise SourceError(f"{' and '.join(kept)} are both texts or both lists of turns, not {both}")
     for key, value in kept.items():
-        if form == "chat" or (form == "completion" and isinstance(value, list)):
-            kept[key] = _turns(value, key)
+        if form == "chat" or (form in ("completion", "preference") and isinstance(value, list)):
+            kept[key] = checked_turns(value, key)
         elif not isinstance(value, str):
-            raise SourceError(f"{key} is a text, not {_kind(value)}")
-    if is_chat(kept):
-        kept |= _for_template(record)
-    return kept
+            raise SourceError(f"{key} is a text, not {kind_of(value)}")
+    return kept | for_template(record) if is_chat(kept) else kept
 
 
-def _turns(value: Any, key: str) -> list[Record]:
-    if not isinstance(value, list) or not value:
-        raise SourceError(f"{key} is a list of turns, not {_kind(value) if value != [] else 'an empty one'}")
-    return [_turn(turn, f"{key}[{i}]") for i, turn in enumerate(value)]
-
-
-def _turn(value: Any, where: str) -> Record:
-    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
-        raise SourceError(f"{where} is a turn with role and content, not {_kind(value)}")
-    turn = {key: part for key, part in value.items() if part is not None}
-    content = turn.get("content")
-    if isinstance(content, list):
-        parts = [part for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
-        if len(parts) < len(content) or any(part.get("type") != "text" for part in parts):
-            raise SourceError(f"{where} has content that is not text; causal language models are trained on text")
-        content = "".join(part["text"] for part in parts)
-    if content is None and turn.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise SourceError(f"{where}.content is a text, not {_kind(content)}")
-    return turn | {"content": content}
-
-
-def _for_template(record: Record) -> Record:
-    """Tools and variables of the chat template, each absent or of its kind."""
-    found = {key: record[key] for key in _FOR_TEMPLATE if record.get(key) is not None}
-    if isinstance(found.get("tools"), str):  # as TRL takes them, too
-        try:
-            found["tools"] = json.loads(found["tools"])
-        except ValueError as error:
-            raise SourceError(f"tools is no JSON: {reason_of(error)}") from error
-    if not isinstance(found.get("tools", []), list):
-        raise SourceError(f"tools is a list, not {_kind(found['tools'])}")
-    more = found.get("chat_template_kwargs", {})
-    if not isinstance(more, dict):
-        raise SourceError(f"chat_template_kwargs holds keys and values, not {_kind(more)}")
-    return found
+def _system(record: Record) -> list[Record]:
+    """The turn that a conversation's ``system`` is, in front of the others."""
+    system = record.get("system")
+    if not system:
+        return []
+    if not isinstance(system, str):
+        raise SourceError(f"system is a text, not {kind_of(system)}")
+    return [{"role": "system", "content": system}]
 
 
 def question_of(record: Record) -> tuple[str, list[str]]:
@@ -175,114 +229,23 @@ def question_of(record: Record) -> tuple[str, list[str]]:
     except KeyError as error:
         raise SourceError(f"a multiple-choice record has question, choices and answer; {error} is missing") from error
     if not isinstance(question, str):
-        raise SourceError(f"question is a text, not {_kind(question)}")
+        raise SourceError(f"question is a text, not {kind_of(question)}")
     if not isinstance(choices, list) or not all(isinstance(c, (str, int, float)) and c == c for c in choices):
-        raise SourceError(f"the choices of {_short(question)} are a list of texts or numbers")
+        raise SourceError(f"the choices of {short(question)} are a list of texts or numbers")
     if type(answer) is not int or not 0 <= answer < len(choices):
-        raise SourceError(f"answer {_short(answer)} is no index of the choices of {_short(question)}")
+        raise SourceError(f"answer {short(answer)} is no index of the choices of {short(question)}")
     return f"Question: {question}\nAnswer:", [f" {choice}" for choice in choices]
 
 
-def text_of(record: Record, tokenizer: Any = None) -> str:
-    """The text of a record: ``text``, ``prompt`` + ``completion``, chat ``messages``, or a multiple-choice question.
-
-    A chat is written by the tokenizer's template; without one its contents stand below each other.
-
-    Args:
-        record: record of any form.
-        tokenizer: tokenizer with or without a chat template; None for none.
-
-    Raises:
-        SourceError: the record has no known form, or the template cannot write it.
-
-    Examples:
-        >>> from htsr.calibration.record_forms import text_of
-        >>> text_of({"prompt": "1 + 1 =", "completion": " 2"})
-        '1 + 1 = 2'
-    """
-    record = checked(record)
-    if "text" in record:
-        return str(record["text"])
-    if "question" in record:
-        prompt, choices = question_of(record)
-        return prompt + choices[record["answer"]]
-    if not is_chat(record):
-        return f"{record['prompt']}{record['completion']}"
-    turns = record.get("messages") or [*record["prompt"], *record["completion"]]
-    if not getattr(tokenizer, "chat_template", None):
-        return "\n".join(turn["content"] for turn in turns)
-    return written_by_template(turns, record, tokenizer)
-
-
-def written_by_template(turns: list[Record], record: Record, tokenizer: Any, **more: Any) -> str:
-    """Turns as the tokenizer's chat template writes them, with the record's tools and variables.
-
-    Args:
-        turns: turns of a chat.
-        record: record that they are from.
-        tokenizer: tokenizer with a chat template.
-        **more: variables of the template; the record's own replace them.
-
-    Raises:
-        SourceError: the template refuses them.
-    """
-    from jinja2.exceptions import TemplateError
-
-    variables = {
-        **({"tools": record["tools"]} if record.get("tools") else {}),
-        **record.get("chat_template_kwargs", {}),
-    }
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, **(more | variables)))
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise SourceError(f"the chat template cannot write {_short(turns)}: {reason_of(error)}") from error
-
-
-def as_dataset(records: Sequence[Record]) -> Dataset:
-    """The columns that TRL reads: text, messages, or prompt and completion (which questions are turned into).
-
-    Turns, tools and variables stay as they are: Arrow alone would give every turn the keys of all others, and templates
-    would write them.
-
-    Args:
-        records: records, all of one form.
-
-    Raises:
-        SourceError: a record has no known form.
-        UsageError: the records have several forms, or the installed version of datasets would change their turns.
-    """
-    import datasets
-
-    rows = [_columns(checked(record)) for record in records]
-    forms = {tuple(key for key in row if key not in _FOR_TEMPLATE) for row in rows}
-    if len(forms) > 1 or len({is_chat(row) for row in rows}) > 1:
-        raise UsageError("the records of a data set are all of one form: text, messages, or prompt and completion")
-    for key, absent in (("tools", None), ("chat_template_kwargs", {})):
-        if any(key in row for row in rows):
-            rows = [{**row, key: row.get(key, absent)} for row in rows]
-    if not is_chat(rows[0]):
-        return datasets.Dataset.from_list(rows)
-    if hasattr(datasets, "Json"):
-        kinds = {key: datasets.Json() if key in _FOR_TEMPLATE else datasets.List(datasets.Json()) for key in rows[0]}
-        return datasets.Dataset.from_list(rows, features=datasets.Features(kinds))
-    found = datasets.Dataset.from_list(rows)
-    if found.to_list() != rows:
-        raise UsageError("turns with different keys, tools or chat_template_kwargs need datasets 4.7 or later")
-    return found
-
-
-def _columns(record: Record) -> Record:
-    if "question" not in record:
-        return record
-    prompt, choices = question_of(record)
-    return {"prompt": prompt, "completion": choices[record["answer"]]}
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
-
-
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """The beginning of a `value` as Python writes it, for a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _fields(record: Record) -> str:
+    return ", ".join(sorted(f"{k}: null" if value is None else str(k) for k, value in record.items())[:8]) or "nothing"

@@ -1,37 +1,73 @@
-"""Records of text to calibrate, train and test on: read, checked, and split."""
+"""Records of text to calibrate, train and test on: read, checked, split and mixed."""
 
 from __future__ import annotations
 
-import json
+import logging
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
-from htsr.calibration.loading import resolve
-from htsr.calibration.record_forms import Record, as_dataset, checked, columns_of, question_of, text_of
-from htsr.errors import MissingDependencyError, SourceError, UsageError, reason_of
-from htsr.matrices.hub import is_hub_id, reached
+from htsr.calibration.record_files import raw_records
+from htsr.calibration.record_forms import Names, Record, checked, columns_of, question_of, unread
+from htsr.calibration.record_texts import as_dataset, text_of
+from htsr.errors import SourceError, UsageError
+from htsr.ranks import is_first
 
-__all__ = ["Record", "as_dataset", "question_of", "read_records", "split", "text_of"]
+__all__ = ["Names", "Record", "Source", "as_dataset", "mixed", "question_of", "read_records", "split", "text_of"]
+
+logger = logging.getLogger(__name__)
+
+MOST_TIMES = 100  # a mixture that repeats more than this is a slip in its weights
 
 
-def read_records(source: str, limit: int | None = None, *, alike: bool = False) -> list[Record]:
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One of several sources of records.
+
+    Attributes:
+        source: file, folder or id, see `read_records`.
+        weight: share of the records that are its, up to a factor that all sources have; None where each record of all
+            sources is taken once.
+        text_field: field that holds the text of its records; None for that of all sources.
+        columns: our names of its fields by theirs, in place of those of all sources.
+
+    Raises:
+        UsageError: the weight is not above 0.
+    """
+
+    source: str
+    weight: float | None = None
+    text_field: str | None = None
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise UsageError(f"weight is {self.weight}; it is above 0 and finite")
+
+
+def read_records(
+    source: str, limit: int | None = None, *, alike: bool = False, names: Names | None = None
+) -> list[Record]:
     """The records of a data file or data set, in its order, each of a form that `htsr.calibration.record_forms` knows.
 
+    What nothing reads in them is named in one warning.
+
     Args:
-        source: a .jsonl file (one object a line), a .json file (an array of objects, or one object a line), a .txt file
-            (one record ``{"text": …}`` a paragraph), each also as ``package:MODULE/PATH``, or an id of the `datasets`
-            hub with an optional split, as in ``org/name:train`` (the split ``train`` by default).
+        source: a .jsonl or .ndjson file (one object a line), a .json file (an array of objects, or one object a line),
+            a .csv, .tsv or .parquet file (one record a row, by the names of its columns), a .txt file (one record
+            ``{"text": …}`` a paragraph), each but .parquet also compressed (.gz, .zst, .bz2, .xz) and each also as
+            ``package:MODULE/PATH``; a folder of such files, or one that `datasets` has saved; or an id of the hub of
+            `datasets`. Folders and ids have an optional split, as in ``org/name:train`` (``train`` by default).
         limit: number of records after which reading ends; None for all.
         alike: whether all records must go into one data set of TRL (`as_dataset`).
+        names: what the fields of the records are called.
 
     Raises:
         SourceError: it cannot be read, holds no records, one that has no form, or one unlike the first where they are
             to be `alike`; file and line are named.
-        MissingDependencyError: datasets, which a data set of the hub needs, is not installed.
+        MissingDependencyError: datasets, or the package of a compression, is needed and not installed.
 
     Examples:
         >>> from pathlib import Path
@@ -40,72 +76,57 @@ def read_records(source: str, limit: int | None = None, *, alike: bool = False) 
         >>> read_records("poems.txt")
         [{'text': 'A first paragraph.'}, {'text': 'A second one.'}]
     """
-    records = []
-    for place, record in islice(_read(source, streaming=limit is not None), limit):
-        records.append(checked(record, place))
-        if not alike:
-            continue
-        columns = columns_of(records[-1])
-        if len(records) == 1:
-            wanted, first = columns, place.rpartition(", ")[2]
-        elif columns != wanted:
-            raise SourceError(f"{place}: {columns}, while {first} has {wanted}; a data set is of one form")
-    if not records:
+    return list(islice(iterated(source, names or Names(), alike=alike, streaming=limit is not None, told=limit), limit))
+
+
+def iterated(
+    source: str, names: Names, *, alike: bool = True, streaming: bool = True, told: int | None = None
+) -> Iterator[Record]:
+    """The records of a `source`, one after the other, as `read_records` returns them.
+
+    Args:
+        source: file, folder or id.
+        names: what the fields of the records are called.
+        alike: whether all records must go into one data set of TRL.
+        streaming: whether a data set of the hub is read while it comes.
+        told: number of records after which it is told what nothing reads in them; None for the end, 0 for never.
+
+    Raises:
+        SourceError: as `read_records`.
+        MissingDependencyError: as `read_records`.
+    """
+    ignored: Counter[str] = Counter()
+    number, seen = 0, set[str]()
+    for place, raw in raw_records(source, streaming=streaming):
+        number += 1
+        record = checked(raw, place, names)
+        if alike and number == 1:
+            wanted, first = columns_of(record), place.rpartition(", ")[2]
+        elif alike and (kind := columns_of(record)) != wanted:
+            raise SourceError(f"{place}: {kind}, while {first} has {wanted}; a data set is of one form")
+        if told != 0:
+            seen |= raw.keys()
+            ignored.update(unread(raw, names))
+        if number == told:
+            _tell(source, names, seen, ignored, number)
+            told = 0
+        yield record
+    if not number:
         raise SourceError(f"{source} holds no records")
-    return records
+    if told != 0:
+        _tell(source, names, seen, ignored, number)
 
 
-def _read(source: str, streaming: bool) -> Iterator[tuple[str, Any]]:
-    """Each record, with its place."""
-    if source.startswith("package:") or source.lower().endswith((".jsonl", ".json", ".txt")):
-        return _read_file(Path(resolve(source)))
-    return _read_dataset(source, streaming)
-
-
-def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        path = path.expanduser()
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError, RuntimeError) as error:  # no such file, no UTF-8, no such user
-        raise SourceError(f"{path} cannot be read: {reason_of(error, path)}") from error
-    if path.suffix == ".txt":
-        parts = (part.strip() for part in content.split("\n\n"))
-        yield from ((f"{path}, paragraph {i}", {"text": part}) for i, part in enumerate(parts, 1) if part)
-    elif path.suffix == ".json" and content.lstrip().startswith("["):
-        yield from ((f"{path}, record {i}", found) for i, found in enumerate(_parsed(content, str(path)), 1))
-    else:
-        for i, line in enumerate(content.split("\n"), 1):  # JSON texts may hold other separators of lines
-            if line.strip():
-                yield f"{path}, line {i}", _parsed(line, f"{path}, line {i}")
-
-
-def _parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise SourceError(f"{place}: JSON of a depth without reason") from None
-    except ValueError as error:
-        raise SourceError(f"{place}: no JSON: {reason_of(error)}") from error
-
-
-def _read_dataset(source: str, streaming: bool) -> Iterator[tuple[str, Any]]:
-    name, _, split = source.partition(":")
-    folder = Path(name)
-    if not folder.is_dir() and not is_hub_id(name):
-        raise SourceError(f"{source} is no .jsonl, .json or .txt file, nor a data set of the hub")
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependencyError("a data set of the hub needs datasets: pip install 'htsr[finetune]'") from error
-    where = nullcontext() if folder.is_dir() else reached(name, kind="dataset")
-    try:
-        with where:
-            data = datasets.load_dataset(name, split=split or "train", streaming=streaming)
-            yield from ((f"{source}, record {i}", record) for i, record in enumerate(data, 1))
-    except SourceError:
-        raise
-    except Exception as error:  # the library lets through whatever its file systems raise
-        raise SourceError(f"{source} is a data set that cannot be had: {reason_of(error)}") from error
+def _tell(source: str, names: Names, seen: set[str], ignored: Counter[str], number: int) -> None:
+    """Name what nothing reads in the records of a source, and the fields that were to be there and are not."""
+    if not is_first():
+        return
+    if missing := sorted(name for name in names.columns if name not in seen):
+        logger.warning("%s: of %d records none has %s, which columns names", source, number, ", ".join(missing))
+    if ignored:
+        what = ", ".join(f"{key} ({count})" for key, count in ignored.most_common(12))
+        more = f" and {len(ignored) - 12} more" if len(ignored) > 12 else ""
+        logger.warning("%s: of %d records nothing reads %s%s", source, number, what, more)
 
 
 def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
@@ -127,3 +148,55 @@ def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Reco
     if held == len(records):
         raise UsageError(f"of {len(records)} records none is left to train on")
     return shuffled[held:], shuffled[:held]
+
+
+def mixed(parts: Sequence[Sequence[Record]], weights: Sequence[float | None], seed: int) -> list[Record]:
+    """The records of several sources in one list.
+
+    Without weights they stand one source after the other. With weights each record is of a source that is drawn by
+    them, until every record of every source was taken at least once: the others begin again before that
+    (`datasets.interleave_datasets`, ``all_exhausted``).
+
+    Args:
+        parts: records of each source.
+        weights: weight of each source; None stands for 1 where others have one.
+        seed: seed of the draws.
+
+    Raises:
+        UsageError: a weight is so small that the mixture would have a hundred times the records of its sources.
+
+    Examples:
+        >>> from htsr.calibration.records import mixed
+        >>> few, many = [{"text": "a"}], [{"text": str(i)} for i in range(6)]
+        >>> len(mixed([few, many], [None, None], seed=0)), len(mixed([few, many], [1.0, 2.0], seed=0))
+        (7, 8)
+    """
+    if all(weight is None for weight in weights):
+        return [record for part in parts for record in part]
+    import datasets
+
+    shares = probabilities(weights)
+    longest = max(len(part) / share for part, share in zip(parts, shares, strict=True))
+    if longest > MOST_TIMES * sum(map(len, parts)):
+        raise UsageError(f"data.train: by these weights an epoch has about {longest:,.0f} records, nearly all repeated")
+    places = [
+        datasets.Dataset.from_dict({"part": [i] * len(part), "index": list(range(len(part)))})
+        for i, part in enumerate(parts)
+    ]
+    drawn = datasets.interleave_datasets(places, shares, seed=seed, stopping_strategy="all_exhausted")
+    return [parts[row["part"]][row["index"]] for row in drawn]
+
+
+def probabilities(weights: Sequence[float | None]) -> list[float]:
+    """The probability of each source by its weight, where None stands for 1.
+
+    Args:
+        weights: weight of each source.
+
+    Examples:
+        >>> from htsr.calibration.records import probabilities
+        >>> probabilities([3.0, None])
+        [0.75, 0.25]
+    """
+    numbers = [1.0 if weight is None else weight for weight in weights]
+    return [number / sum(numbers) for number in numbers]

@@ -6,12 +6,13 @@ So that it can be said before a model is loaded that a record has no label left,
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from htsr.calibration.record_forms import Record, is_chat
+from htsr.calibration.record_texts import text_of
 from htsr.errors import SourceError, UsageError, reason_of
 from htsr.finetuning.tokens import bounds, tokenized
 
@@ -126,6 +127,23 @@ def check_tokenizer(name: str, tokenizer: Any, records: Sequence[Record], argume
             )
     if tokenizer.eos_token is None:
         raise SourceError(f"the tokenizer of {name} has no token that ends a text; set training.eos_token")
+
+
+def check_tools(name: str, tokenizer: Any, records: Sequence[Record], say: Callable[[str], None]) -> None:
+    """Tell where the chat template leaves out the tools that records have, since the model is then not told of them.
+
+    Args:
+        name: name of the model, for the message.
+        tokenizer: tokenizer of the model.
+        records: records that were checked.
+        say: function that is told.
+    """
+    with_tools = [record for record in records if record.get("tools")]
+    if with_tools:
+        first = with_tools[0]
+        without = {key: value for key, value in first.items() if key != "tools"}
+        if text_of(first, tokenizer) == text_of(without, tokenizer):
+            say(f"tools: the chat template of {name} does not write them, in {len(with_tools)} records that have some")
 
 
 def _marks_answers(tokenizer: Any) -> bool:

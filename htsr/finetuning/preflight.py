@@ -13,10 +13,19 @@ from typing import TYPE_CHECKING, Any
 from htsr.calibration.loading import load_config, load_tokenizer
 from htsr.calibration.outliers import Outliers
 from htsr.calibration.record_forms import Record, form_of
-from htsr.calibration.records import read_records, split
+from htsr.calibration.record_texts import as_dataset
+from htsr.calibration.records import read_records
 from htsr.errors import UsageError
 from htsr.finetuning.checkpoints import Checkpoint, count_processes, last_checkpoint
-from htsr.finetuning.labels import check_labels, check_tokenizer, check_vocabulary, count_labels, take_own
+from htsr.finetuning.data import training_records
+from htsr.finetuning.labels import (
+    check_labels,
+    check_tokenizer,
+    check_tools,
+    check_vocabulary,
+    count_labels,
+    take_own,
+)
 from htsr.finetuning.placing import is_to_be_sharded
 from htsr.finetuning.run_folder import leaves, plain
 from htsr.matrices.blocks import find_blocks
@@ -24,7 +33,9 @@ from htsr.ranks import Ranks
 from htsr.training.lowrank.groups import low_rank_groups
 
 if TYPE_CHECKING:
-    from htsr.finetuning.recipe import Recipe
+    from datasets import Dataset, IterableDataset
+
+    from htsr.finetuning.recipe import Data, Recipe
 
 
 logger = logging.getLogger(__name__)
@@ -44,6 +55,7 @@ class Prepared:
         held_out: records for the evaluation loss.
         questions: multiple-choice records for the accuracy.
         checkpoint: checkpoint from which the run goes on; None at the beginning.
+        stream: what is trained on where training is streaming, of which `train` holds the first records; else None.
     """
 
     tokenizer: Any
@@ -51,6 +63,11 @@ class Prepared:
     held_out: list[Record]
     questions: list[Record]
     checkpoint: Checkpoint | None
+    stream: IterableDataset | None = None
+
+    def training_set(self) -> Dataset | IterableDataset:
+        """What TRL trains on."""
+        return as_dataset(self.train) if self.stream is None else self.stream
 
 
 def check_sharding(recipe: Recipe, arguments: Any) -> None:
@@ -102,24 +119,16 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
         _check_processes(output, checkpoint, count_processes(arguments))
     if recipe.sampling is not None and recipe.sampling.outliers:
         Outliers.load(recipe.sampling.outliers).distribution(recipe.sampling.threshold)
-    data = recipe.data
-    train, held_out = split(
-        read_records(data.train, alike=True), 0.0 if data.evaluation else data.evaluation_share, recipe.seed
-    )
-    train = train[: data.limit]
-    held_out = read_records(data.evaluation, alike=True) if data.evaluation else held_out
-    questions = read_records(data.multiple_choice) if data.multiple_choice else []
-    if any(form_of(record) != "question" for record in questions):
-        raise UsageError(
-            f"data.multiple_choice: {data.multiple_choice} holds records without question, choices, answer"
-        )
-    asked = f", {len(questions)} questions" if questions else ""
-    say(f"{len(train)} training records, {len(held_out)} held out{asked}")
+    questions = _questions(recipe.data)
     config = load_config(recipe.model, revision=recipe.revision, causal=True)
     check_sizes(recipe, config)
     tokenizer = load_tokenizer(recipe.model, revision=recipe.revision)
     take_own(recipe.model, tokenizer, arguments)
+    train, held_out, stream = training_records(recipe, tokenizer, say)
+    asked = f", {len(questions)} questions" if questions else ""
+    say(f"{'a stream of' if stream else len(train)} training records, {len(held_out)} held out{asked}")
     check_tokenizer(recipe.model, tokenizer, [*train, *held_out], arguments)
+    check_tools(recipe.model, tokenizer, [*train, *held_out], say)
     found = count_labels(train, tokenizer, arguments)
     check_labels(found, arguments, "training records")
     highest = found.highest
@@ -140,7 +149,16 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
         whole = _Whole()
         highest = max(highest, count_labels(questions, tokenizer, whole).highest)
     check_vocabulary(recipe.model, highest, int(config.get_text_config().vocab_size))
-    return Prepared(tokenizer, train, held_out, questions, checkpoint)
+    return Prepared(tokenizer, train, held_out, questions, checkpoint, stream)
+
+
+def _questions(data: Data) -> list[Record]:
+    questions = read_records(data.multiple_choice) if data.multiple_choice else []
+    if any(form_of(record) != "question" for record in questions):
+        raise UsageError(
+            f"data.multiple_choice: {data.multiple_choice} holds records without question, choices, answer"
+        )
+    return questions
 
 
 def agree(ranks: Ranks, recipe: Recipe, prepared: Prepared) -> None:

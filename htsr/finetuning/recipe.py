@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from htsr.calibration.record_forms import NAMES, Names
+from htsr.calibration.records import Source
 from htsr.errors import UsageError
+from htsr.finetuning.recipe_values import kind_of, nearest
 from htsr.training.lora import HILL
 from htsr.training.lowrank.rounding import Rounding
 from htsr.training.memory.plan import FrozenWeights
@@ -51,23 +54,79 @@ class Data:
     """What the model is trained and tested on; each source is one of `htsr.calibration.records.read_records`.
 
     Attributes:
-        train: source of the training records, with ``text``, ``prompt`` and ``completion``, chat ``messages``, or
-            ``question``, ``choices`` and ``answer``.
-        evaluation: source of records for the evaluation loss.
+        train: source of the training records, with ``text``, ``prompt`` and ``completion``, chat ``messages``,
+            ShareGPT's ``conversations``, Alpaca's ``instruction`` and ``output``, or ``question``, ``choices`` and
+            ``answer``; or a list of sources, each also with ``source``, ``weight``, ``text_field`` and ``columns``.
+        evaluation: source of records for the evaluation loss, or a list of them.
         evaluation_share: share of the training records that is held out where there is no `evaluation`; 0 for none.
+        evaluation_records: number of first records of each source that are held out where training is `streaming`.
         multiple_choice: source of questions whose accuracy is measured before and after.
         limit: largest number of training records, drawn by the seed.
+        text_field: field that holds the text of each record.
+        columns: our names of the records' fields by the names that they have; null for a field that is left out.
+        streaming: whether training records are read while it goes on, again and again, in an order that is shuffled
+            a thousand at a time: for what is larger than memory. Needs max_steps.
+
+    Raises:
+        UsageError: a number is out of its range, keys do not go together, or a name is none of ours.
     """
 
-    train: str
-    evaluation: str | None = None
+    train: str | tuple[str | Source, ...]
+    evaluation: str | tuple[str | Source, ...] | None = None
     evaluation_share: float = 0.05
+    evaluation_records: int | None = None
     multiple_choice: str | None = None
     limit: int | None = None
+    text_field: str | None = None
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+    streaming: bool = False
 
     def __post_init__(self) -> None:
-        _at_least("data.", 1, limit=self.limit)
+        _at_least("data.", 1, limit=self.limit, evaluation_records=self.evaluation_records)
         _between("data.", 0, 1, closed=True, evaluation_share=self.evaluation_share)
+        for key in ("train", "evaluation"):
+            if getattr(self, key) in ((), ""):
+                raise UsageError(f"data.{key} is empty")
+        if any(source.weight is not None for source in self.sources("evaluation")):
+            raise UsageError("data.evaluation: weight is for training; all records of evaluation are taken once")
+        _check_names(self.text_field, self.columns)
+        for source in (*self.sources("train"), *self.sources("evaluation")):
+            _check_names(source.text_field, source.columns)
+        if not self.streaming and self.evaluation_records is not None:
+            raise UsageError("data.evaluation_records is for streaming: true; evaluation_share holds out records else")
+        if self.streaming and self.limit is not None:
+            raise UsageError("data.limit has no meaning with streaming: true, which ends after training.max_steps")
+        if self.streaming and self.evaluation is not None and self.evaluation_records is not None:
+            raise UsageError("data.evaluation_records has no meaning beside data.evaluation: leave one of them out")
+        weighted = [source for source in self.sources("train") if source.weight is not None]
+        if self.streaming and len(self.sources("train")) > 1 and not weighted:
+            raise UsageError("data.streaming never comes to the end of a source: give several of them a weight each")
+
+    def sources(self, key: Literal["train", "evaluation"]) -> tuple[Source, ...]:
+        """The sources of training or evaluation.
+
+        Args:
+            key: which of them.
+        """
+        given = getattr(self, key)
+        several = given if isinstance(given, tuple) else () if given is None else (given,)
+        return tuple(Source(source=one) if isinstance(one, str) else one for one in several)
+
+    def names(self, source: Source) -> Names:
+        """What the fields of the records of a `source` are called."""
+        if source.text_field is None and not source.columns:
+            return Names(self.text_field, self.columns)
+        return Names(source.text_field, source.columns)
+
+
+def _check_names(text_field: str | None, columns: Mapping[str, Any]) -> None:
+    if text_field is not None and columns:
+        raise UsageError("data.text_field and data.columns: where the text is named no other field is read; leave one")
+    for theirs, ours in columns.items():
+        if ours is not None and ours not in NAMES:
+            raise UsageError(f"data.columns: {theirs} is to be {kind_of(ours)}{nearest(ours, NAMES)}")
+        if ours is not None and list(columns.values()).count(ours) > 1:
+            raise UsageError(f"data.columns: two fields are to be {ours}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +337,10 @@ class Recipe:
             raise UsageError(
                 f"layerwise sets learning rates of whole matrices, which the method {self.method} does not train"
             )
+        if self.data.streaming and not self.training.get("max_steps", -1) > 0:
+            raise UsageError("data.streaming: the end of a stream is not known; set training.max_steps")
+        if self.data.streaming and self.layerwise == "tempbalance":
+            raise UsageError("layerwise: tempbalance measures once an epoch, of which data.streaming knows none")
         if self.layerwise == "ends" and self.sampling is not None and self.sampling.embedding == "freeze":
             raise UsageError(
                 "layerwise: ends sets the learning rates of embedding and head, which sampling.embedding: freeze does "

@@ -135,6 +135,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             if isinstance(value, str) and value in get_args(option):
                 return value
             raise UsageError(f"{where} is one of {', '.join(map(str, get_args(option)))}, not {kind_of(value)}")
+        if get_origin(option) is tuple and isinstance(value, list):
+            return tuple(_value(get_args(option)[0], one, f"{where}[{i}]") for i, one in enumerate(value))
         if get_origin(option) is Mapping and isinstance(value, dict):
             return value
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -145,7 +147,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if option in (int, str, bool) and type(value) is option:
             return value
     kinds = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
-    wanted = " or ".join(kinds.get(option, "a section of keys") for option in options if option is not type(None))
+    wanted = " or ".join(
+        kinds.get(option, "a list" if get_origin(option) is tuple else "a section of keys")
+        for option in options
+        if option is not type(None)
+    )
     raise UsageError(f"{where} is {wanted}, not {kind_of(value)}")
 
 

@@ -26,7 +26,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from htsr.calibration.record_forms import as_dataset
+from htsr.calibration.record_texts import as_dataset
 from htsr.errors import HtsrError
 from htsr.finetuning.progress import Voice
 from htsr.finetuning.recipe import Recipe
@@ -142,10 +142,11 @@ def _train(
         model=model,
         args=arguments,
         processing_class=prepared.tokenizer,
-        train_dataset=as_dataset(train),
+        train_dataset=prepared.training_set(),
         eval_dataset=as_dataset(held_out) if held_out else None,
     )
-    insist_on_labels(trainer.train_dataset)
+    if prepared.stream is None:
+        insist_on_labels(trainer.train_dataset)
     if checkpoint:
         voice.say(f"going on from {checkpoint.path.name}")
     voice.say(f"training by {recipe.method}, learning rate {arguments.learning_rate:g}")

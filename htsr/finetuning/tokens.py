@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from htsr.calibration.record_forms import Record, is_chat, question_of, text_of, written_by_template
+from htsr.calibration.record_forms import Record, is_chat, question_of
+from htsr.calibration.record_texts import for_model, text_of, turns_of, written_by_template
 from htsr.errors import SourceError, reason_of
 
 
@@ -49,6 +50,7 @@ def tokenized(records: Iterable[Record], tokenizer: Any, arguments: Any) -> Iter
     whole = arguments.completion_only_loss is False
     answers = bool(getattr(arguments, "assistant_only_loss", False))
     for record in records:
+        record = for_model(record, tokenizer)
         prompt, both, encode = _written(record, tokenizer)
         ids = encode(both)
         begin = _common(encode(prompt), ids) if prompt and not whole else 0
@@ -80,11 +82,6 @@ def _written(record: Record, tokenizer: Any) -> tuple[str, str, Callable[[str], 
     prompt = question_of(record)[0] if "question" in record else record.get("prompt", "")
     both, end = text_of(record), tokenizer.eos_token
     return prompt, both if both.endswith(end) else both + end, lambda text: list(tokenizer(text)["input_ids"])
-
-
-def turns_of(record: Record) -> list[Record]:
-    """The turns of a `record` that is a chat, those of prompt and completion in one."""
-    return list(record["messages"]) if "messages" in record else [*record["prompt"], *record["completion"]]
 
 
 def _answers(record: Record, tokenizer: Any) -> list[bool]:

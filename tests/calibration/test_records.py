@@ -36,7 +36,7 @@ def test_blank_lines_count_for_places_and_the_limit_is_of_records(tmp_path):
 @pytest.mark.parametrize("limit", [None, 3])
 def test_a_data_set_that_cannot_be_had(tmp_path, limit):
     with pytest.raises(
-        htsr.SourceError, match=r"nothing:train is no \.jsonl, \.json or \.txt file, nor a data set of the"
+        htsr.SourceError, match=r"nothing:train is no \.jsonl, .* or \.parquet file, nor a folder, nor a data"
     ):
         read_records(str(tmp_path / "nothing:train"), limit)
     (tmp_path / "empty").mkdir()
@@ -114,6 +114,13 @@ def test_an_array_of_records(tmp_path):
     ("record", "message"),
     [
         ({"text": None}, "this one has text: null"),
+        ({"conversations": [{"from": "alien", "value": "a"}]}, r"conversations\[0\] is from 'alien'; there are human"),
+        ({"conversations": [{"from": "function_call", "value": "f()"}]}, "is a call of a function, in JSON with name"),
+        ({"conversations": [{"from": "human", "value": "a"}], "system": ["b"]}, "system is a text, not a list"),
+        ({"messages": [TURN], "chosen": "a", "rejected": "b"}, r"messages and chosen \+ rejected in one record"),
+        ({"chosen": "a", "rejected": [TURN]}, "chosen and rejected are both texts or both lists of turns"),
+        ({"instruction": "a", "output": 5}, "output is a text, not a number"),
+        ({"messages": [TURN | {"tool_calls": "f"}]}, r"messages\[0\].tool_calls is a list of calls, not a text"),
         ({"text": 5}, "text is a text, not a number"),
         ({"text": ["a"]}, "text is a text, not a list"),
         ({"text": "a", "messages": [TURN]}, r"text and messages in one record: which of them"),

@@ -90,7 +90,7 @@ def test_labels_that_are_all_cut_are_known_before_the_model_is_loaded(tmp_path, 
     ],
 )
 def test_how_much_is_cut_is_said_and_is_what_trl_cuts(tmp_path, model, train, training, expected):
-    from htsr.calibration.record_forms import as_dataset
+    from htsr.calibration.record_texts import as_dataset
     from htsr.finetuning.arguments import training_arguments
     from htsr.finetuning.preflight import prepare_data
     from htsr.finetuning.trainer import FinetuneTrainer
@@ -424,11 +424,12 @@ def test_an_end_of_text_and_a_chat_template_that_the_tokenizer_has_not(tmp_path)
         (SHORT, {"method": "galore", "low_rank": {"rank": 999}}, "low_rank.rank: no matrix of .* can have rank 999"),
         (SHORT, {"method": "lisa", "sampling": {"active": 3}}, "sampling.active is 3, and .* has 2 blocks to draw"),
         ([*SHORT, {"text": "w5"}], {}, "train.jsonl, line 17: text, while line 1 has prompt and completion"),
+        ([{"chosen": "w5", "rejected": "w6"}], {}, "holds preferences .*: TRL's DPOTrainer trains on them"),
         ([*CHAT, SHORT[0]], {}, "line 9: prompt and completion, while line 1 has messages"),
         (
-            [{"instruction": "w5", "output": "w6"}],
+            [{"instruction": "w5", "response": "w6"}],
             {},
-            "; this one has instruction, output; rename them to prompt, comp",
+            "this one has instruction, response; data.columns in a recipe gives fields these names",
         ),
     ],
 )

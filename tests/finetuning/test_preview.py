@@ -42,7 +42,7 @@ TURNS = [
     ],
 )
 def test_the_preview_is_what_trl_makes(tmp_path, records, training):
-    from htsr.calibration.record_forms import as_dataset
+    from htsr.calibration.record_texts import as_dataset
     from htsr.finetuning.arguments import training_arguments
     from htsr.finetuning.reading import read_recipe
     from htsr.finetuning.trainer import FinetuneTrainer
