@@ -26,6 +26,7 @@ from htsr.files import check_writable
 from htsr.matrices.models import Filter
 from htsr.matrices.sources import open_model
 from htsr.ranks import is_first
+from htsr.results import counted
 from htsr.spectra.windows import Windows
 from htsr.training.memory.plan import LOW_RANK, METHODS, STREAMED, MemoryPlans, TrainingMethod
 from htsr.training.memory.prediction import embeddings_fit, predict_memory
@@ -85,13 +86,13 @@ def analyze(
     model = open_model(name, revision=revision, against=against, base=base).filtered(choice.filter)
     journal = Journal(model, settings, fresh=not resume)
     if resume and is_first() and (kept := len(journal.load())):
-        words.say(f"htsr: {kept} of {len(model.matrices)} matrices were done before and are taken up")
+        words.say(f"htsr: {kept} of {counted(len(model.matrices), 'matrix', 'matrices')} done before, taken up")
     try:
         with words.progress(model.label) as progress:
             analysis = analyze_model(model, settings, journal, progress)
     except KeyboardInterrupt:
         kept = len(Journal(model, settings).load())
-        of = f"{kept} of {len(model.matrices)} matrices are kept, --resume goes on from there"
+        of = f"{kept} of {counted(len(model.matrices), 'matrix', 'matrices')} kept, --resume goes on from there"
         words.say(f"htsr: interrupted; {of}" if kept else "htsr: interrupted")
         return 130
     if not is_first():
@@ -172,12 +173,13 @@ def compare(
     if None in models:
         words.say("htsr: a saved analysis has no weights: the distances of weights are left out")
     for what, names in (
-        (f"are in {a} only", comparison.only_a),
-        (f"are in {b} only", comparison.only_b),
-        ("have another shape there and are not compared", comparison.reshaped),
+        (f"in {a} only", comparison.only_a),
+        (f"in {b} only", comparison.only_b),
+        ("of another shape there, not compared", comparison.reshaped),
     ):
         if names:
-            words.say(f"htsr: {len(names)} matrices {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
+            some = f"{', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+            words.say(f"htsr: {counted(len(names), 'matrix', 'matrices')} {what}: {some}")
     if html is not None:
         comparison.to_html(html)
     target.write(comparison, words)

@@ -356,7 +356,7 @@ def test_resume_takes_up_what_was_done(capsys, folder, monkeypatch):
     journal.close()
     code, out, err = run(capsys, "analyze", folder, "--resume", "--format", "json")
     assert code == 0
-    assert "4 of 13 matrices were done before" in err
+    assert "4 of 13 matrices done before" in err
     assert len(json.loads(out)["rows"]) == 13
     assert not journal.path.exists()
 
@@ -375,7 +375,7 @@ def test_interruption_keeps_what_is_done_and_says_so(capsys, folder, monkeypatch
     monkeypatch.setattr(commands, "analyze_model", interrupted)
     code, _, err = run(capsys, "analyze", folder)
     assert code == 130
-    assert "of 13 matrices are kept, --resume goes on from there" in err
+    assert "of 13 matrices kept, --resume goes on from there" in err
     monkeypatch.undo()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from htsr._version import __version__
 from htsr.analysis.repair_methods import Method
-from htsr.results import Column, Record, Table, Tabular, Value, column_types, tabulate
+from htsr.results import Column, Record, Table, Tabular, Value, column_types, counted, tabulate
 
 RECORD = "htsr_repair.json"
 
@@ -170,17 +170,19 @@ class Repair(Tabular):
             found.append(f"{self.label} and {self.against} hold the same weights, there is nothing to repair")
         if self.others:
             what = "interpolated, too" if self.others_changed else "kept as fine-tuned"
-            found.append(f"{self.others} changed tensors that are no matrices (norms, biases …) are {what}")
+            others = counted(self.others, "changed tensor", "changed tensors")
+            found.append(f"{others} beside the matrices (norms, biases …): {what}")
         if self.folders_left_out:
             found.append(f"folders with weights of their own are not copied: {', '.join(self.folders_left_out)}")
         where = "nothing is written" if self.output is None else f"{self.output} holds {self.label}"
-        return (*found, f"{where}, {self.changed} of {len(self.matrices)} matrices changed")
+        of = counted(len(self.matrices), "matrix", "matrices")
+        return (*found, f"{where}, {self.changed} of {of} changed")
 
     def _summed(self) -> str:
         unknown, rest = len(self.matrices) - self.compared, self.in_model - len(self.matrices)
         which = f"{self.compared} of the model's" if unknown or rest else "all"
         return (
-            f"{which} {self.in_model} matrices"
+            f"{which} {counted(self.in_model, 'matrix', 'matrices')}"
             + (f"; of {unknown} the change is not known" if unknown else "")
             + (f"; what of the {rest} not chosen has changed is kept whole" if rest else "")
         )

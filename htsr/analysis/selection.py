@@ -35,7 +35,7 @@ from htsr.matrices.models import Filter, as_filter
 from htsr.matrices.patterns import matches, require
 from htsr.matrices.roles import role_of, whole_name
 from htsr.matrices.sources import Source, open_model
-from htsr.results import Column, Record, Table, Tabular, column_types, tabulate
+from htsr.results import Column, Record, Table, Tabular, column_types, counted, tabulate
 from htsr.spectra.metrics import LayerMetrics
 from htsr.spectra.signal import SIGNALS
 
@@ -220,15 +220,21 @@ class Selection(Tabular):
         noise = sum(row.note == _NOISE for row in self.rows)
         others = Counter(row.note for row in self.rows if row.note and row.note != _NOISE)
         lines = [
-            f"{self.label}: {len(self.names)} of {len(self.rows)} matrices train, "
+            f"{self.label}: {len(self.names)} of {counted(len(self.rows), 'matrix trains', 'matrices train')}, "
             f"{_parameters(self.rows):,} parameters ({self.share:.1%})"
         ]
         if noise:
-            lines.append(f"{noise} matrices have no more signal than noise and are not taken, whatever their place")
+            what = counted(noise, "matrix has", "matrices have")
+            lines.append(f"{what} no more signal than noise, and no place in the selection")
         if unnamed := [row.name for row in self.rows if row.note == _UNNAMED]:
-            lines.append(f"{len(unnamed)} selected matrices, as {unnamed[0]}, {_UNNAMED}")
+            lines.append(
+                f"{counted(len(unnamed), 'selected matrix', 'selected matrices')}, as {unnamed[0]}, {_UNNAMED}"
+            )
         if not self.names:
-            lines += [f"{count} matrices do not train: {note}" for note, count in others.most_common(3)]
+            lines += [
+                f"{counted(count, 'matrix does', 'matrices do')} not train: {note}"
+                for note, count in others.most_common(3)
+            ]
         return tuple(lines)
 
 

@@ -24,7 +24,7 @@ from htsr.matrices import adapters
 from htsr.matrices.models import Filter, WeightMatrix, as_filter
 from htsr.matrices.sources import open_model
 from htsr.matrices.writing import folders_left_out
-from htsr.results import Column, Record, Table, Tabular, Value, column_types, tabulate
+from htsr.results import Column, Record, Table, Tabular, Value, column_types, counted, tabulate
 from htsr.spectra.directions import Keep, project_tail
 from htsr.spectra.tail import FitMethod
 from htsr.spectra.traps import remove_traps
@@ -138,7 +138,7 @@ class Surgery(Tabular):
         """What is where."""
         left = ", ".join(self.folders_left_out)
         said = (f"folders with weights of their own are not copied: {left}",) if left else ()
-        return (*said, f"{self.output} holds {self.label} with {self.changed} matrices changed")
+        return (*said, f"{self.output} holds {self.label} with {counted(self.changed, 'matrix', 'matrices')} changed")
 
 
 def project(

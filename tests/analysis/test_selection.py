@@ -230,7 +230,7 @@ def test_what_has_no_meaning_is_one_sentence(arguments, sentence):
 @pytest.mark.parametrize("tool", ["peft", "axolotl", "regex"])
 def test_an_empty_list_is_not_written_since_it_would_train_everything(tool, random, tmp_path, capsys):
     noise = {"layers.0.up_proj.weight": torch.from_numpy(random.standard_normal((40, 80)))}
-    with pytest.raises(UsageError, match="nothing to train: 1 matrices have no more signal than noise"):
+    with pytest.raises(UsageError, match="nothing to train: 1 matrix has no more signal than noise"):
         htsr.select(noise).export(tool)
     folder = save_folder(tmp_path / "model", noise)
     file = tmp_path / "list"
@@ -241,7 +241,7 @@ def test_an_empty_list_is_not_written_since_it_would_train_everything(tool, rand
 def test_where_nothing_trains_it_says_why():
     adapter = {"layers.0.up_proj.weight": torch.randn(4, 80), "norm.weight": torch.ones(4, 4)}
     remarks = htsr.select(adapter).remarks()
-    assert any("1 matrices do not train: tiny: 4 eigenvalues" in line for line in remarks)
+    assert any("1 matrix does not train: tiny: 4 eigenvalues" in line for line in remarks)
 
 
 def test_the_command(capsys, tmp_path):
