@@ -13,6 +13,7 @@ from htsr.matrices.sharded import refuse_flat
 from htsr.matrices.stored_tensors import clean_name
 from htsr.training.lowrank.moments import STATE_DTYPES
 from htsr.training.lowrank.rounding import ROUNDINGS
+from htsr.training.lowrank.scaling import SCALED_BY
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,7 @@ def low_rank_groups(
         model: any module whose parameter names tell their roles (`htsr.matrices.roles`).
         rank: dimension r of the subspace of every low-rank matrix.
         embeddings: whether embedding and head get low-rank states, too.
-        **options: more keys of the low-rank group: `scale`, `refresh_every`, `method`, `moments`, `state_dtype`, `lr` …
+        **options: more keys of the low-rank group: `scale`, `refresh_every`, `method`, `scaled_by`, `moments`, `lr` …
 
     Returns:
         Up to three groups, those without parameters left out: low rank, full rank, vectors.
@@ -103,13 +104,17 @@ def check_group(group: dict[str, Any]) -> None:
             matrices.
     """
     for name, known in (
-        ("method", ("svd", "randomized")),
+        ("method", ("svd", "randomized", "random")),
+        ("scaled_by", (None, *SCALED_BY)),
         ("moments", ("keep", "rotate")),
         ("state_dtype", STATE_DTYPES),
         ("rounding", ROUNDINGS),
     ):
         if group[name] not in known:
-            raise UsageError(f"unknown {name} {group[name]!r}: one of {', '.join(known)}")
+            raise UsageError(f"unknown {name} {group[name]!r}: one of {', '.join(map(str, known))}")
+    if group["method"] == "random" and (group["scaled_by"] is None or group["moments"] == "rotate"):
+        wrong = "scaled_by None" if group["scaled_by"] is None else "moments 'rotate'"
+        raise UsageError(f"method 'random' is for scaled_by channel or tensor with moments kept, not for {wrong}")
     for name in ("lr", "eps", "weight_decay", "scale"):
         if not 0 <= _number(group[name]) < math.inf:
             raise UsageError(f"{name} is {group[name]!r}; it is a finite number, at least 0")

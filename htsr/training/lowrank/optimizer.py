@@ -6,8 +6,9 @@ For each matrix W with gradient G and, as D, Adam's direction for R:
 
     R = G·P  or  Pᵀ·G        W ← (1 - lr·weight_decay)·W - lr·scale·(D·Pᵀ  or  P·D)
 
-P spans the top singular subspace of the gradient at the steps 0, T, 2T … (`htsr.training.lowrank.subspace`). Parameters
-without a rank get torch.optim.AdamW's update.
+P spans the top singular subspace of the gradient at the steps 0, T, 2T … (`htsr.training.lowrank.subspace`). Or R tells
+only how far to go along the whole gradient (APOLLO, `htsr.training.lowrank.scaling`). Parameters without a rank get
+torch.optim.AdamW's update.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from htsr.training.lowrank.moments import StateDtype
 from htsr.training.lowrank.projection import coordinates, insist_on_finite, is_due, refuse_capture, without_autocast
 from htsr.training.lowrank.released import Gradients, ReleasedGradient, release_in_backward
 from htsr.training.lowrank.rounding import STATE, Rounding, settle
-from htsr.training.lowrank.subspace import Method, is_distributed, local
+from htsr.training.lowrank.scaling import ScaledBy
+from htsr.training.lowrank.subspace import Method, is_distributed, local, projects_right
 from htsr.training.lowrank.update import Constants, Group, Pending, in_batches, noise_seed, update
 
 
@@ -62,7 +64,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         scale: factor of the low-rank updates, α in the paper, which takes 0.25: here no
             more than a factor of their learning rate, without that of the decay.
         refresh_every: optimizer steps from one projector to the next, T in the paper.
-        method: method of the projector, ``randomized`` subspace iteration or exact ``svd``.
+        method: method of the projector: ``randomized`` subspace iteration, exact ``svd``, or, under `scaled_by`, a
+            ``random`` projection, which is made of its seed at each step and not stored.
         moments: what becomes of the moments at a refresh: ``keep`` them as they are (the paper) or ``rotate`` them into
             the new subspace.
         state_dtype: dtype of the moments: ``float32``, ``bfloat16``, or ``8bit`` (bitsandbytes). The projector has the
@@ -80,13 +83,19 @@ class LowRankAdamW(torch.optim.Optimizer):
             and accumulation, too).
         process_group: processes with copies of the model, over which the optimizer averages what ``project`` and
             ``update`` release too early for DDP: run backward on the bare module or under ``no_sync()``.
+        scaled_by: None for GaLore; ``channel`` or ``tensor`` for APOLLO: the update is the whole gradient times Adam's
+            ‖D‖/‖R‖ of each channel (APOLLO) or of the matrix (APOLLO-Mini). The paper takes `method` ``random``, with
+            `scale` 1 and a rank of a quarter of the smaller side or 256, and for ``tensor`` rank 1 and `scale` √128
+            (of the authors' code, whose ``scale`` is the square of ours, 1 and 128). Norms are of each matrix of a
+            stack. `gradients` are kept or used up, since the whole gradient is needed.
         rounding: what becomes of that part of a weight which bfloat16 or float16 cannot hold. ``stochastic`` draws one
             of the two neighbours, so that the expectation of the weight is what was computed, and takes no memory;
             ``kahan`` adds it to the next update (2 bytes a weight, ``compensation`` in the state); ``master`` keeps the
             weight in float32 (4 bytes, ``master``); ``nearest`` loses it. Without effect on wider weights.
 
     Raises:
-        UsageError: an option has no meaning, or a group with a rank holds anything but matrices.
+        UsageError: an option has no meaning, a group with a rank holds anything but matrices, or gradients that
+            ``project`` drops are to be scaled.
         MissingDependencyError: at the first step, bitsandbytes, which ``8bit`` needs, is not installed.
 
     Examples:
@@ -103,7 +112,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         >>> {name: tuple(value.shape) for name, value in optimizer.state[W].items()}
         {'projector': (16, 4), 'step': (), 'exp_avg': (16, 4), 'exp_avg_sq': (16, 4)}
 
-    Source: GaLore (arXiv 2403.03507), algorithm 2; AdamW (arXiv 1711.05101), algorithm 2.
+    Source: GaLore (arXiv 2403.03507), algorithm 2; APOLLO (arXiv 2412.05270), algorithm 1; AdamW (arXiv 1711.05101),
+    algorithm 2.
     """
 
     _own_defaults: Group  # options of a subclass
@@ -127,6 +137,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         gradients: Gradients = "keep",
         process_group: ProcessGroup | None = None,
         rounding: Rounding = "stochastic",
+        scaled_by: ScaledBy | None = None,
     ) -> None:
         if gradients not in ("keep", "project", "update"):
             raise UsageError(f"unknown gradients {gradients!r}: keep, project or update")
@@ -148,6 +159,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             "state_dtype": state_dtype,
             "seed": seed,
             "rounding": rounding,
+            "scaled_by": scaled_by,
             "drops": 0,  # states that were dropped, see `noise_seed`
         }
         super().__init__(params, defaults | getattr(self, "_own_defaults", {}))
@@ -199,7 +211,7 @@ class LowRankAdamW(torch.optim.Optimizer):
 
         Call it between backward and `step`. It scales what stands in ``grad``, as torch's does, and keeps nothing else.
         The norm is that of what the optimizer will use: ‖R‖_F for low-rank matrices, which is ‖G‖_F less the part
-        outside the subspace, ‖G‖_F for the others, over all parameters and processes.
+        outside the subspace, ‖G‖_F for the others and for those that are scaled, over all parameters and processes.
         ``torch.nn.utils.clip_grad_norm_`` does the same under ``gradients="project"``; under ``keep`` its norm is that
         of the whole gradients.
 
@@ -220,7 +232,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         with without_autocast(one.parameter for one in pending):
             self._check(pending)
             for one in pending:
-                R = self._projected(one, steps=False).R
+                R = one.R if _is_scaled(one.group) else self._projected(one, steps=False).R
                 kept.append(R if isinstance(one.R, ReleasedGradient) else one.R)
                 norms.append(torch.linalg.vector_norm(R, dtype=torch.promote_types(R.dtype, torch.float32)))
         if not norms:
@@ -304,7 +316,7 @@ class LowRankAdamW(torch.optim.Optimizer):
                     raise UsageError("step hooks do not act on updates during backward; take gradients='project'")
                 one = self._projected(one)
                 self._update([one])
-                released.used = torch.linalg.vector_norm(one.R)
+                released.used = torch.linalg.vector_norm(one.R if one.G is None else one.G)
         released.spent = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -352,6 +364,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         """Release gradients during backward; parameters that were exchanged since (FSDP) are found at the next step."""
         if self.gradients == "keep":
             return
+        if self.gradients == "project" and any(map(_is_scaled, self.param_groups)):
+            raise UsageError("scaled_by takes the whole gradient, which gradients='project' drops: take keep or update")
         for group, parameter, _ in self._members():
             if parameter not in self._hooked and (self.gradients == "update" or group["rank"] is not None):
                 release_in_backward(parameter, self)
@@ -403,6 +417,12 @@ class LowRankAdamW(torch.optim.Optimizer):
         Without `steps` the state stays as it is: the gradient may change until the step, and the new subspace with it.
         """
         G = one.R
+        if _is_scaled(one.group):
+            G = self._average(G)
+            whole = one._replace(R=G, G=G)
+            checked = not is_distributed(G) and self.gradients == "keep"
+            R = self._coordinates(whole, anew=self._is_due(one), checked=checked)
+            return whole._replace(R=R)
         if isinstance(G, ReleasedGradient):
             assert G.R is not None  # `_pending` passes over the others
             R, G.spent = G.R, G.spent or steps
@@ -413,7 +433,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             checked = kept and not is_distributed(G)
             R = self._coordinates(one, anew=self._is_due(one), checked=checked, keeps=steps)
         R = self._average(R)
-        return one if R is G else Pending(*one[:-1], R)
+        return one if R is G else one._replace(R=R)
 
     def _is_due(self, one: Pending) -> bool:
         """Whether this step computes the parameter's subspace anew."""
@@ -435,12 +455,17 @@ class LowRankAdamW(torch.optim.Optimizer):
         return gradient.div_(self.process_group.size())
 
 
+def _is_scaled(group: Group) -> bool:
+    return group["rank"] is not None and group["scaled_by"] is not None
+
+
 def _insist_on_rank(state: dict[str, Any], rank: int | None, parameter: Tensor, number: int) -> None:
     """Refuse moments of another rank than the group has now; there is no telling what they are in its subspace."""
     if "exp_avg" not in state or parameter.ndim < 2:
         return
     wanted = None if rank is None else min(rank, *parameter.shape[-2:])
-    held = state["projector"].shape[-1] if "projector" in state else None
+    low = "projector" in state or "update_norm" in state
+    held = state["exp_avg"].shape[-1 if projects_right(parameter.shape) else -2] if low else None
     if held != wanted:
         raise UsageError(
             f"parameter {number} has moments of rank {held}, and its group now has rank {rank}: call "

@@ -10,17 +10,20 @@ from torch import Tensor
 
 from htsr.errors import HtsrError, UsageError
 from htsr.training.lowrank import moments
+from htsr.training.lowrank.scaling import random_basis
 from htsr.training.lowrank.subspace import NOT_FINITE, first_not_finite, is_distributed, project, projector, rotated
-from htsr.training.lowrank.update import Pending, noise_seed
+from htsr.training.lowrank.update import Pending, noise_seed, seed_of
 from htsr.training.steps import is_captured
 
 
 def is_due(one: Pending) -> bool:
-    """Whether this step computes the parameter's subspace anew.
+    """Whether this step computes the parameter's subspace anew from its gradient.
 
     Args:
         one: parameter of a group with a rank.
     """
+    if one.group["method"] == "random":
+        return False
     return one.done % one.group["refresh_every"] == 0 or "projector" not in one.state
 
 
@@ -76,6 +79,10 @@ def basis(
             f"parameter {one.number} of a group with rank has become flat, {tuple(G.shape)}: DeepSpeed's ZeRO and "
             "FSDP1 leave no matrix to project; take DDP or FSDP2"
         )
+    if group["method"] == "random":
+        # not of the number of drops: the projection stays what it is when another's state is dropped
+        since = one.done - one.done % group["refresh_every"]
+        return random_basis(G, group["rank"], seed_of("projection", group["seed"], one.number, since))
     old: Tensor | None = state.get("projector")
     if not anew:
         assert old is not None

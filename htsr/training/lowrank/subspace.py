@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from htsr.errors import HtsrError, UsageError
 
-Method: TypeAlias = Literal["svd", "randomized"]
+Method: TypeAlias = Literal["svd", "randomized", "random"]
 
 OVERSAMPLING = 8  # directions beyond r, which take up what the iteration has not yet told apart from the top r
 NOT_FINITE = "a gradient has NaN or Inf, so it has no singular vectors; lower the learning rate or clip"
@@ -46,7 +46,7 @@ def projector(
     Args:
         G: (m, n) gradient, or (E, m, n) stack; a DTensor is gathered, but for a stack that is sharded by matrices.
         rank: dimension r of the subspace, cut to min(m, n).
-        method: ``svd`` or ``randomized``.
+        method: ``svd`` or ``randomized``; ``random`` is `htsr.training.lowrank.scaling.random_basis`.
         previous: the last basis, (min(m, n), any rank) or a stack of them, for a warm start of ``randomized``.
         generator: generator of the Gaussian numbers of ``randomized``, on the CPU.
         checked: whether G is known to be finite; to look costs the wait for a device.
@@ -85,7 +85,7 @@ def projector(
         P = _subspace_iteration(A if right else A.mT, rank, start, generator)
     else:
         raise UsageError(f"unknown method {method!r}: a projector is computed by svd or randomized")
-    return _sharded_like(P.to(G.dtype).contiguous(), G, side=1 if right else 0)
+    return _sharded_like(P.to(G.dtype).contiguous(), G)
 
 
 def first_not_finite(tensors: Sequence[Tensor]) -> int | None:
@@ -134,7 +134,7 @@ def _projectors(
     small, rank = min(G.shape[-2:]), min(rank, *G.shape[-2:])
     P = torch.stack(found) if found else slices.new_empty(0, small, rank)
     if first is None:
-        return _sharded_like(P, G, side=2 if projects_right(G.shape) else 1)
+        return _sharded_like(P, G)
     if not is_distributed(G):
         return P
     from torch.distributed.tensor import DTensor
@@ -288,17 +288,28 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _sharded_like(P: Tensor, G: Tensor, side: int) -> Tensor:
+def _sharded_like(P: Tensor, G: Tensor) -> Tensor:
     if not is_distributed(G):
         return P
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
-    own = P.ndim - 2  # the axis of P that goes with that side of G
-    placements = [
+    return distribute_tensor(P, G.device_mesh, basis_placements(G))  # type: ignore[attr-defined]
+
+
+def basis_placements(G: Tensor) -> list[Any]:
+    """The placements of a basis for a DTensor gradient: sharded like the side of G that it multiplies.
+
+    Args:
+        G: (m, n) gradient, or (E, m, n) stack.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    own = G.ndim - 2  # the axis of the basis that goes with that side of G
+    side = own + 1 if projects_right(G.shape) else own
+    return [
         Shard(own) if placement.is_shard(side) else placement if placement.is_shard(own - 1) else Replicate()
         for placement in G.placements  # type: ignore[attr-defined]
     ]
-    return distribute_tensor(P, G.device_mesh, placements)  # type: ignore[attr-defined]
 
 
 def _product(A: Tensor, B: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from htsr.training import adam
 from htsr.training.lowrank import moments, rounding
 from htsr.training.lowrank.moments import BLOCK
+from htsr.training.lowrank.scaling import limited, scaling
 from htsr.training.lowrank.subspace import add_projected_back, local, projects_right
 
 Group: TypeAlias = dict[str, Any]
@@ -61,6 +62,7 @@ class Pending(NamedTuple):
         done: number of steps that the parameter has made.
         R: gradient: its coordinates, (m, r) or (r, n), where the group has a rank, else in the parameter's shape. Of a
             parameter that is yet to be projected it is the whole gradient.
+        G: whole gradient beside its coordinates, where the group scales it; else None.
     """
 
     parameter: Tensor
@@ -70,6 +72,7 @@ class Pending(NamedTuple):
     number: int
     done: int
     R: Tensor
+    G: Tensor | None = None
 
 
 def in_batches(pending: Iterable[Pending]) -> Iterator[list[Pending]]:
@@ -101,7 +104,7 @@ def in_batches(pending: Iterable[Pending]) -> Iterator[list[Pending]]:
 
 
 def update(batch: list[Pending]) -> None:
-    """One step of some parameters: decay and Adam's direction, projected back where their groups have a rank.
+    """One step of some parameters: decay and Adam's direction, projected back or scaled where their groups have a rank.
 
     Without a rank, and in float32 or float64, it is torch.optim.AdamW's. Narrow weights are computed in float32 and
     rounded once, as their group's ``rounding`` says.
@@ -210,6 +213,10 @@ def _add_full(
 def _update_low_rank(batch: list[Pending], steps: list[int]) -> None:
     exp_avg, denominators = _adam(batch, steps, _moment_keys(batch, steps))
     directions = [torch.div(m, d, out=d) for m, d in zip(exp_avg, denominators, strict=True)]
+    for i, (one, step) in enumerate(zip(batch, steps, strict=True)):
+        if one.G is not None:
+            lengths = scaling(one.G, one.R, directions[i], one.group["scaled_by"])
+            directions[i] = limited(one.state, one.G, lengths, (1 - one.constants.beta2**step) ** 0.5)
     sizes = _step_sizes(batch, steps)
     factors = [size * one.constants.scale for one, size in zip(batch, sizes, strict=True)]
     add_directions(batch, steps, directions, factors)
@@ -218,12 +225,14 @@ def _update_low_rank(batch: list[Pending], steps: list[int]) -> None:
 def add_directions(batch: list[Pending], steps: list[int], directions: list[Tensor], factors: list[float]) -> None:
     """W ← (1 - lr·weight_decay)·W + factor·D of each parameter, D projected back where it is in a subspace.
 
+    Where a group scales whole gradients, what is added is factor·D·G.
+
     Narrow weights are computed in float32 and rounded once, as their group's ``rounding`` says.
 
     Args:
         batch: parameters that agree as those of `in_batches` do; they, and what their roundings keep, are changed.
         steps: number of this step for each of them, counted from 1.
-        directions: D of each, in the shape of this process's part of its R.
+        directions: D of each, in the shape of this process's part of its R; or factors of its G, from `scaling`.
         factors: factor of each.
     """
     narrow = _narrow(batch, steps)
@@ -244,7 +253,11 @@ def _add_narrow(some: _Narrow, batch: list[Pending], directions: list[Tensor], f
 
 
 def _add(one: Pending, W: Tensor, D: Tensor, factor: float, rows: Any = ...) -> None:
-    """W ← (1 - lr·weight_decay)·W + factor·(D projected back), for these rows of both."""
+    """W ← (1 - lr·weight_decay)·W + factor·D, projected back or times G, for these rows of both."""
+    if one.G is not None:
+        D = D.mul(factor).to(W.dtype)
+        W.mul_(_kept(one)).addcmul_(_part(one.G, rows).to(W.dtype), D if rows is ... or len(D) == 1 else D[rows])
+        return
     if one.group["rank"] is None:
         W.mul_(_kept(one)).add_(D if rows is ... else D[rows], alpha=factor)
         return

@@ -16,6 +16,8 @@ from tests.training.lowrank.test_optimizer import batch, loss_of, make
 
 STEPS = 5
 OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "refresh_every": 2, "moments": "rotate"}
+CHANNEL = {"scaled_by": "channel", "method": "random", "moments": "keep"}
+TENSOR = CHANNEL | {"scaled_by": "tensor"}
 
 
 def train(model, optimizer, data, clip):
@@ -30,7 +32,7 @@ def train(model, optimizer, data, clip):
 
 def alone(clip, experts=0, **options):
     model = make(dtype=torch.float64, experts=experts)
-    optimizer = LowRankAdamW(low_rank_groups(model, 4), **OPTIONS, **options)
+    optimizer = LowRankAdamW(low_rank_groups(model, 4), **OPTIONS | options)
     train(model, optimizer, batch, clip)
     return {name: value.detach() for name, value in model.state_dict().items()}
 
@@ -57,23 +59,24 @@ def check(state, clip, **options):
         torch.testing.assert_close(value, expected[name.removeprefix("module.")], rtol=1e-8, atol=1e-9)
 
 
-def ddp(rank, method, clip):
+def ddp(rank, clip, **options):
     model = torch.nn.parallel.DistributedDataParallel(make(dtype=torch.float64))
-    optimizer = LowRankAdamW(low_rank_groups(model, 4), method=method, **OPTIONS)
+    optimizer = LowRankAdamW(low_rank_groups(model, 4), **OPTIONS | options)
     train(model, optimizer, functools.partial(half, rank=rank), clip)
-    check(model.state_dict(), clip, method=method)
+    check(model.state_dict(), clip, **options)
 
 
-def released(rank, mode):
+def released(rank, mode, **options):
     model = torch.nn.parallel.DistributedDataParallel(make(dtype=torch.float64))
-    optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients=mode, process_group=dist.group.WORLD, **OPTIONS)
+    options = OPTIONS | options
+    optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients=mode, process_group=dist.group.WORLD, **options)
     for step in range(STEPS):
         with model.no_sync():
             loss_of(model, half(step, rank)).backward()
         optimizer.step()
         optimizer.zero_grad()
     if mode == "update":
-        check(model.state_dict(), None)
+        check(model.state_dict(), None, **options)
     sizes = [torch.empty_like(p) for p in model.parameters()]
     for mine, other in zip(model.parameters(), sizes, strict=True):
         other.copy_(mine.detach())
@@ -138,7 +141,7 @@ def narrow_shards(rank):
                 assert torch.equal(own[name].full_tensor(), state[name])
 
 
-def fsdp(rank, mode, method, clip, experts=0):
+def fsdp(rank, mode, clip, experts=0, **options):
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_optimizer_state_dict,
@@ -154,7 +157,7 @@ def fsdp(rank, mode, method, clip, experts=0):
         for block in model.layers:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        return model, LowRankAdamW(low_rank_groups(model, 4), method=method, gradients=mode, **OPTIONS)
+        return model, LowRankAdamW(low_rank_groups(model, 4), gradients=mode, **OPTIONS | options)
 
     model, optimizer = start()
     for step in range(STEPS):
@@ -179,10 +182,10 @@ def fsdp(rank, mode, method, clip, experts=0):
     q = model.layers[0].mlp["down_proj"].weight
     assert optimizer.state[q]["exp_avg"].to_local().numel() <= 4 * 48
     whole = {name: value.full_tensor() for name, value in model.state_dict().items()}
-    check(whole, clip, method=method, experts=experts)
+    check(whole, clip, experts=experts, **options)
 
 
-def tensor_parallel(rank, method, mode, clip):
+def tensor_parallel(rank, mode, clip, **options):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -196,10 +199,10 @@ def tensor_parallel(rank, method, mode, clip):
     }
     for block in model.layers:
         parallelize_module(block, mesh, plan)
-    optimizer = LowRankAdamW(low_rank_groups(model, 4), method=method, gradients=mode, **OPTIONS)
+    optimizer = LowRankAdamW(low_rank_groups(model, 4), gradients=mode, **OPTIONS | options)
     train(model, optimizer, batch, clip)
     whole = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in model.state_dict().items()}
-    check(whole, clip, method=method)
+    check(whole, clip, **options)
 
 
 @pytest.mark.parametrize(("method", "clip"), [("svd", None), ("randomized", 0.05)])
@@ -239,3 +242,15 @@ def test_fsdp_with_stacked_experts(tmp_path, experts):
 )
 def test_tensor_parallel(tmp_path, method, mode, clip):
     both(functools.partial(tensor_parallel, method=method, mode=mode, clip=clip), tmp_path)
+
+
+def scaled(rank):
+    """Copies under DDP and without it, shards of stacks and of either side of matrices."""
+    ddp(rank, 0.05, **CHANNEL)
+    released(rank, "update", **TENSOR)
+    fsdp(rank, "keep", 0.05, experts=3, **CHANNEL)
+    tensor_parallel(rank, "update", None, **TENSOR)
+
+
+def test_gradients_that_are_scaled(tmp_path):
+    both(scaled, tmp_path)
