@@ -15,7 +15,8 @@ def finetune(
         str, typer.Option(help="The recipe: a YAML file, or one that htsr carries (`htsr recipe` lists them).")
     ],
     method: Annotated[
-        str | None, typer.Option(help="Method in place of the recipe's: full, lora, qlora, lisa, owlore, galore.")
+        str | None,
+        typer.Option(help="Method in place of the recipe's: full, lora, qlora, lisa, owlore, galore, apollo."),
     ] = None,
     layerwise: Annotated[
         str | None, typer.Option(help="Policy in place of the recipe's: none, ends, llr, tempbalance, alphadecay.")

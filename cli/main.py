@@ -277,7 +277,7 @@ def memory(
     ],
     method: Annotated[
         list[str] | None,
-        typer.Option(help="full, lora, qlora, galore, lisa, owlore; repeatable, and all by default."),
+        typer.Option(help="full, lora, qlora, galore, apollo, lisa, owlore; repeatable, and all by default."),
     ] = None,
     seq: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Sequences per backward pass.")] = 1,
@@ -305,10 +305,12 @@ def memory(
     ] = None,
     embeddings: Annotated[
         str | None,
-        typer.Option(help="Embedding and head: freeze (default of lisa and owlore), train, lowrank (galore, owlore)."),
+        typer.Option(
+            help="Embedding and head: freeze (default of lisa and owlore), train, lowrank (galore, apollo, owlore)."
+        ),
     ] = None,
     gradients: Annotated[
-        str, typer.Option(help="Gradients of galore and owlore, as in a recipe: keep, project, update.")
+        str, typer.Option(help="Gradients of galore, apollo and owlore, as in a recipe: keep, project, update.")
     ] = "keep",
     rounding: Annotated[
         str | None,

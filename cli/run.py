@@ -28,8 +28,8 @@ from htsr.matrices.sources import open_model
 from htsr.ranks import is_first
 from htsr.results import counted
 from htsr.spectra.windows import Windows
-from htsr.training.memory.plan import LOW_RANK, METHODS, STREAMED, MemoryPlans, TrainingMethod
-from htsr.training.memory.prediction import embeddings_fit, predict_memory
+from htsr.training.memory.plan import METHODS, STREAMED, MemoryPlans, TrainingMethod
+from htsr.training.memory.prediction import embeddings_fit, gradients_fit, predict_memory
 
 if TYPE_CHECKING:
     from htsr.spectra.directions import Keep
@@ -201,7 +201,7 @@ def memory(name: str, methods: list[str] | None, options: dict[str, Any], words:
         wanted = mine["embeddings"]
         if len(asked) > 1 and method in METHODS and wanted and not embeddings_fit(method, wanted):
             mine["embeddings"] = None
-        if len(asked) > 1 and method in METHODS and method not in LOW_RANK:
+        if len(asked) > 1 and method in METHODS and not gradients_fit(method, mine["gradients"]):
             mine["gradients"] = "keep"
         if len(asked) > 1 and method in METHODS and method not in STREAMED:
             mine["frozen_weights"] = "device"

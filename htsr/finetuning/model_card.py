@@ -21,6 +21,7 @@ _METHODS = {
     "lisa": "layer sampling (LISA): a few blocks train at a time",
     "owlore": "outlier-weighted layer sampling with low-rank optimizer state (OwLore)",
     "galore": "low-rank optimizer state (GaLore)",
+    "apollo": "learning rates by channel or matrix from a random projection (APOLLO)",
 }
 _SHOWN = ("alpha", "trace_log", "stable_rank", "log_norm", "log_spectral_norm")
 

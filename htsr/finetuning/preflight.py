@@ -218,6 +218,7 @@ def check_sizes(recipe: Recipe, config: Any) -> None:
         if sampling.active > blocks:
             raise UsageError(f"sampling.active is {sampling.active}, and {recipe.model} has {blocks} blocks to draw")
     if recipe.low_rank is not None:
+        assert recipe.low_rank.rank is not None
         try:
             low_rank_groups(model, recipe.low_rank.rank, embeddings=recipe.embedding == "lowrank")
         except UsageError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from htsr.calibration.record_forms import NAMES, Names
@@ -13,11 +13,12 @@ from htsr.errors import UsageError
 from htsr.finetuning.recipe_values import kind_of, nearest
 from htsr.training.lora import HILL
 from htsr.training.lowrank.rounding import Rounding
+from htsr.training.lowrank.scaling import ScaledBy
 from htsr.training.memory.plan import FrozenWeights
 from htsr.training.sampling.probabilities import Strategy
 from htsr.training.sampling.sampler import Embedding, FrozenState
 
-Method = Literal["full", "lora", "qlora", "lisa", "owlore", "galore"]
+Method = Literal["full", "lora", "qlora", "lisa", "owlore", "galore", "apollo"]
 LayerwisePolicy = Literal["none", "ends", "llr", "tempbalance", "alphadecay"]
 
 
@@ -28,6 +29,7 @@ SECTIONS_OF: Mapping[str, tuple[str, ...]] = {
     "lisa": ("sampling",),
     "owlore": ("sampling", "low_rank"),
     "galore": ("low_rank",),
+    "apollo": ("low_rank",),
 }
 USUAL_RATE = 2e-5  # SFTConfig's own, for whole matrices
 ADAPTER_RATE = 2e-4  # that of the guides of PEFT and TRL; adapters begin at ΔW = 0 and have far to go
@@ -167,23 +169,27 @@ class LowRank:
     """Low-rank optimizer state, see `LowRankAdamW`.
 
     Attributes:
-        rank: dimension r of the subspace of every low-rank matrix.
-        scale: factor of the low-rank updates.
+        rank: dimension r of the subspace of every low-rank matrix. None is 128; under apollo 256, and 1 where it is
+            scaled by ``tensor``.
+        scale: factor of the low-rank updates. None is 1, and √128 where they are scaled by ``tensor``.
         refresh_every: optimizer steps from one projector to the next, T in the paper.
-        method: method of the projector.
+        method: method of the projector. None is ``randomized``, and under apollo ``random``.
+        scaled_by: what has a learning rate of its own under apollo: each ``channel`` (APOLLO, what None is there), or
+            the ``tensor`` (APOLLO-Mini).
         moments: what becomes of the moments at a refresh.
         state_dtype: dtype of the moments.
         embedding: what becomes of embedding and head where no blocks are sampled: ``train`` them in full rank, as
             published; train them at low rank, too, ``lowrank``; or ``freeze`` them.
         gradients: what becomes of gradients. ``project`` and ``update`` keep no full gradient of a low-rank matrix, in
             one process; ``update`` has one backward a step and no clipping. The gradient norm that ``project`` clips is
-            that in the subspaces.
+            that in the subspaces. apollo needs whole gradients, and has no ``project``.
     """
 
-    rank: int = 128
-    scale: float = 1.0
+    rank: int | None = None
+    scale: float | None = None
     refresh_every: int = 200
-    method: Literal["randomized", "svd"] = "randomized"
+    method: Literal["randomized", "svd", "random"] | None = None
+    scaled_by: ScaledBy | None = None
     moments: Literal["keep", "rotate"] = "keep"
     state_dtype: Literal["float32", "bfloat16", "8bit"] = "float32"
     embedding: Literal["train", "lowrank", "freeze"] = "train"
@@ -191,7 +197,43 @@ class LowRank:
 
     def __post_init__(self) -> None:
         _at_least("low_rank.", 1, rank=self.rank, refresh_every=self.refresh_every)
-        _between("low_rank.", 0, math.inf, scale=self.scale)
+        if self.scale is not None:
+            _between("low_rank.", 0, math.inf, scale=self.scale)
+
+    def filled(self, method: Method) -> LowRank:
+        """With what None stands for under a recipe's `method`.
+
+        Raises:
+            UsageError: a key has no meaning for the method.
+
+        Examples:
+            >>> from htsr.finetuning.recipe import LowRank
+            >>> mini = LowRank(scaled_by="tensor").filled("apollo")
+            >>> mini.rank, round(mini.scale, 2), mini.method
+            (1, 11.31, 'random')
+        """
+        scaled = method == "apollo"
+        by = self.scaled_by or ("channel" if scaled else None)
+        if by is not None and not scaled:
+            raise UsageError(f"low_rank.scaled_by is for the method apollo, not for {method}")
+        if self.method == "random" and (not scaled or self.moments == "rotate"):
+            wrong = "moments: rotate" if scaled else f"the method {method}"
+            raise UsageError(f"low_rank.method: random is for the method apollo with moments: keep, not for {wrong}")
+        if scaled and self.gradients == "project":
+            raise UsageError(
+                "low_rank.gradients: project drops the whole gradients, which apollo scales: take keep or update"
+            )
+        if scaled and self.moments == "rotate" and self.method is None:
+            raise UsageError(
+                "low_rank.moments: rotate has no meaning under a random projection: take low_rank.method: svd"
+            )
+        return replace(
+            self,
+            rank=self.rank or {None: 128, "channel": 256, "tensor": 1}[by],
+            scale=self.scale if self.scale is not None else 128**0.5 if by == "tensor" else 1.0,
+            method=self.method or ("random" if scaled else "randomized"),
+            scaled_by=by,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +293,8 @@ class Recipe:
         model: folder, hub id, .gguf file, or ``package:MODULE/PATH``.
         output: folder of the result.
         data: see `Data`.
-        method: ``full``, ``lora``, ``qlora`` (LoRA over weights in 4 bits), ``lisa``, ``owlore`` or ``galore``.
+        method: ``full``, ``lora``, ``qlora`` (LoRA over weights in 4 bits), ``lisa``, ``owlore``, ``galore`` or
+            ``apollo``.
         layerwise: policy of `htsr.layerwise`, or ``none``.
         revision: branch, tag or commit of a hub id.
         dtype: dtype of the weights.
@@ -266,7 +309,7 @@ class Recipe:
         seed: seed of everything random.
         spectra: whether the model is analyzed before and after.
         sampling: section of lisa and owlore, and of lora and qlora where adapters are sampled by block.
-        low_rank: section of owlore and galore.
+        low_rank: section of owlore, galore and apollo.
         lora: section of lora and qlora.
         early_stopping: when training stops for want of improvement, see `EarlyStopping`; None for never. To keep the
             best model without it, ``training.load_best_model_at_end``. With both evaluations come with the checkpoints
@@ -312,6 +355,8 @@ class Recipe:
             needed = section in wanted and not ("lora" in wanted and section == "sampling")
             if getattr(self, section) is None and needed:
                 object.__setattr__(self, section, make())
+        if self.low_rank is not None:
+            object.__setattr__(self, "low_rank", self.low_rank.filled(self.method))
         rate = ADAPTER_RATE if "lora" in wanted else USUAL_RATE
         object.__setattr__(self, "training", {"learning_rate": rate, **self.training})
         _between("", 0, 2**32, closed=True, seed=self.seed)

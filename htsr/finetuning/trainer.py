@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class FinetuneTrainer(SFTTrainer):
-    """SFTTrainer that makes the optimizer of a recipe: low-rank for owlore and galore, with layerwise rates if wanted.
+    """SFTTrainer that makes the optimizer of a recipe: low-rank where its method is, with layerwise rates if wanted.
 
     Args:
         recipe: recipe, of which method, rounding, low_rank, layerwise and seed are read.
@@ -160,6 +160,7 @@ class FinetuneTrainer(SFTTrainer):
     def _low_rank_optimizer(self, model: torch.nn.Module) -> LowRankAdamW:
         low_rank, args = self.recipe.low_rank, self.args
         assert low_rank is not None
+        assert low_rank.rank is not None
         _check_gradients(low_rank.gradients, args)
         groups = low_rank_groups(model, low_rank.rank, embeddings=self.recipe.embedding == "lowrank")
         own = {name: value for name, value in asdict(low_rank).items() if name not in ("rank", "embedding")}

@@ -60,9 +60,11 @@ def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, war
         for module in (*frozen, *model.model.layers[options["active_blocks"] :]):
             module.requires_grad_(False)
     rounding = options.get("rounding") or "stochastic"
-    if method in ("galore", "owlore"):
+    if method in ("galore", "owlore", "apollo"):
         low = options.get("embeddings") == "lowrank"
         groups = low_rank_groups(model, rank, embeddings=low, refresh_every=1)
+        if method == "apollo":
+            groups[0] |= {"scaled_by": "channel", "method": "random"}
         state_dtype = options.get("state_dtype", "float32")
         gradients = options.get("gradients", "keep")
         optimizer: Any = LowRankAdamW(groups, gradients=gradients, state_dtype=state_dtype, rounding=rounding)

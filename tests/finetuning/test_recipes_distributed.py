@@ -32,6 +32,7 @@ RECIPES = {
     "lisa, narrow": {"method": "lisa", "sampling": SAMPLING, "dtype": "bfloat16", "rounding": "master"},
     "owlore": {"method": "owlore", "low_rank": LOW_RANK, "sampling": SAMPLING},
     "galore": {"method": "galore", "low_rank": LOW_RANK},
+    "apollo": {"method": "apollo", "low_rank": LOW_RANK},
 }
 CHECKPOINTS = {"fsdp2": "FULL_STATE_DICT", "resumed": "FULL_STATE_DICT", "resumed-sharded": "SHARDED_STATE_DICT"}
 

@@ -57,6 +57,9 @@ def recipe_file(work, output, method, **more):
     }
     if method in ("lisa", "owlore"):
         content["sampling"] = {"active": 1, "interval": 2, "threshold": 3.0}
+    if method == "apollo":
+        content["low_rank"] = {"scaled_by": "tensor", "gradients": "update", "refresh_every": 2}
+        training |= {"max_grad_norm": 0, "learning_rate": 1e-3}
     if method in ("galore", "owlore"):
         content["low_rank"] = {"rank": 8, "scale": 1.0, "refresh_every": 2}
     path = output.parent / f"{output.name}.yaml"
@@ -73,6 +76,7 @@ def recipe_file(work, output, method, **more):
         ("lisa", "llr"),
         ("owlore", "none"),
         ("galore", "alphadecay"),
+        ("apollo", "none"),
     ],
 )
 def test_killed_and_resumed_is_uninterrupted(work, tmp_path, method, layerwise):

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from htsr.training.lowrank.released import Gradients
     from htsr.training.lowrank.rounding import Rounding
 
-TrainingMethod: TypeAlias = Literal["full", "lora", "qlora", "galore", "lisa", "owlore"]
+TrainingMethod: TypeAlias = Literal["full", "lora", "qlora", "galore", "apollo", "lisa", "owlore"]
 Embeddings: TypeAlias = Literal["train", "lowrank", "freeze"]
 FrozenWeights: TypeAlias = Literal["device", "host", "disk"]
 
-METHODS: tuple[TrainingMethod, ...] = ("full", "lora", "qlora", "galore", "lisa", "owlore")
+METHODS: tuple[TrainingMethod, ...] = ("full", "lora", "qlora", "galore", "apollo", "lisa", "owlore")
 DTYPES = ("float32", "bfloat16", "float16")
-LOW_RANK = ("galore", "owlore")
+LOW_RANK = ("galore", "apollo", "owlore")
 SAMPLED = ("lisa", "owlore")
 STREAMED = ("lora", "lisa", "owlore")  # methods whose frozen blocks may live in host memory
 PARTS = ("weights", "gradients", "optimizer", "projectors", "activations", "logits", "workspace")

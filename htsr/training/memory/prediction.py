@@ -59,24 +59,26 @@ def predict_memory(
     Args:
         source: a folder with a config.json (weights are not needed), that file, a .gguf file, each also as
             ``package:MODULE/PATH``, a hub id (only its configuration is fetched), or a transformers model.
-        method: ``full``; ``lora`` and ``qlora`` on all linear layers of the blocks; ``galore`` (`LowRankAdamW`);
-            ``lisa`` and ``owlore``: some blocks at a time, the latter at low rank. The active blocks are taken to be
-            the lowest, from which backward is longest.
+        method: ``full``; ``lora`` and ``qlora`` on all linear layers of the blocks; ``galore`` and ``apollo``
+            (`LowRankAdamW`), the latter with a projection that is not stored; ``lisa`` and ``owlore``: some blocks at a
+            time, the latter at low rank. The active blocks are taken to be the lowest, from which backward is longest.
         batch: sequences per backward pass.
         sequence: tokens per sequence, all of them real.
-        rank: rank of the adapters (8 by default), or dimension of the gradients' subspaces: 128 by default, halved for
-            a small model until a matrix of a block can have it. The plan says which.
+        rank: rank of the adapters (8 by default), or dimension of the gradients' subspaces: 128 by default, under
+            ``apollo`` 256 (APOLLO-Mini has 1), halved for a small model until a matrix of a block can have it. The plan
+            says which.
         active_blocks: number γ of blocks that ``lisa`` and ``owlore`` train at a time; 2 by default, or the only one.
             Under ``lora`` the adapters of so many blocks, as in a recipe with the section sampling; of all by default,
             or of 2 where frozen weights are streamed.
         dtype: dtype of the weights; by default the configuration's.
         checkpointing: whether activations are checkpointed, non-reentrant, per block.
-        state_dtype: dtype of Adam's moments; by default float32 under ``galore`` and ``owlore``, else the parameter's
-            own.
+        state_dtype: dtype of Adam's moments; by default float32 under the methods with a low rank, else the
+            parameter's own.
         embeddings: what becomes of embedding and head: under ``lisa`` and ``owlore`` ``freeze``, the default as in
-            `LayerSampler`, or ``train`` as in the papers; ``train`` is that of ``galore``, which can ``freeze`` them,
-            too; under ``galore`` and ``owlore`` also ``lowrank``, with low-rank states.
-        gradients: what ``galore`` and ``owlore`` do with gradients, see `LowRankAdamW`.
+            `LayerSampler`, or ``train`` as in the papers; ``train`` is that of ``galore`` and ``apollo``, which can
+            ``freeze`` them, too; under the methods with a low rank also ``lowrank``, with low-rank states.
+        gradients: what the methods with a low rank do with gradients, see `LowRankAdamW`; ``apollo`` has no
+            ``project``.
         rounding: how weights that train in bfloat16 or float16 are rounded, see `LowRankAdamW`; by default
             ``stochastic``, as in a recipe. ``nearest`` is torch's fused AdamW under the methods without low-rank state.
         frozen_weights: where the weights of blocks live that do not train now: on the ``device``, or in memory of the
@@ -119,14 +121,15 @@ def predict_memory(
         if value is not None and value not in known:
             raise UsageError(f"unknown {name} {value!r}: one of {', '.join(known)}")
     if embeddings is not None and not embeddings_fit(method, embeddings):
-        where = "galore, owlore and lisa" if embeddings == "freeze" else " and ".join(LOW_RANK)
+        where = _listed([known for known in METHODS if embeddings_fit(known, embeddings)])
         raise UsageError(f"embeddings={embeddings!r} is for {where}, not for {method}")
-    if gradients != "keep" and method not in LOW_RANK:
-        raise UsageError(f"gradients={gradients!r} is for {' and '.join(LOW_RANK)}, not for {method}")
+    if not gradients_fit(method, gradients):
+        where = _listed([known for known in METHODS if gradients_fit(known, gradients)])
+        raise UsageError(f"gradients={gradients!r} is for {where}, not for {method}")
     if frozen_weights != "device" and method not in STREAMED:
         raise UsageError(f"frozen_weights={frozen_weights!r} is for {', '.join(STREAMED)}, not for {method}")
     given = rank
-    rank = rank if rank is not None else 128 if method in LOW_RANK else 8
+    rank = rank if rank is not None else 256 if method == "apollo" else 128 if method in LOW_RANK else 8
     for name, number in (("batch", batch), ("sequence", sequence), ("rank", rank), ("active_blocks", active_blocks)):
         if number is not None and number < 1:
             raise UsageError(f"{name} is {number}; it is at least 1")
@@ -153,14 +156,21 @@ def predict_memory(
         raise
     except Exception as error:  # whatever transformers' code for a model raises on sizes that do not go together
         raise SourceError(f"a training step of {label} cannot be simulated: {reason_of(error)}") from error
-    if method in LOW_RANK and not plan.projectors:
-        raise UsageError(f"no matrix of a block of {label} can have rank {plan.rank}: none has both sides larger")
     return plan
+
+
+def gradients_fit(method: str, gradients: str) -> bool:
+    """Whether this `method` can treat `gradients` so."""
+    return gradients == "keep" or (method in LOW_RANK and not (method == "apollo" and gradients == "project"))
 
 
 def embeddings_fit(method: TrainingMethod, embeddings: Embeddings) -> bool:
     """Whether `embeddings` is a way in which this `method` can treat embedding and head."""
     return embeddings == "train" or method in LOW_RANK or (embeddings == "freeze" and method in SAMPLED)
+
+
+def _listed(names: list[TrainingMethod]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _configuration(source: Source, revision: str | None) -> tuple[str, Any]:

@@ -98,7 +98,8 @@ def simulate(label: str, config: Any, setting: Setting, *, halves_rank: bool = F
 
     Raises:
         SourceError: transformers knows no causal language model of this configuration.
-        UsageError: torch cannot simulate its experts in this dtype, or it has fewer blocks than shall be active.
+        UsageError: torch cannot simulate its experts in this dtype, it has fewer blocks than shall be active, or no
+            matrix that can have the rank.
     """
     model = _quietly(_model, label, config, setting)
     setting = _with_possible_rank(setting, model) if halves_rank else setting
@@ -107,6 +108,9 @@ def simulate(label: str, config: Any, setting: Setting, *, halves_rank: bool = F
         vocabulary = int(model.config.get_text_config().vocab_size)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         low_rank = {name for name, p in trained.items() if _is_low_rank(name, p, setting)}
+        if setting.method in LOW_RANK and not low_rank:
+            least = f"no matrix of a block of {label} can have rank {setting.rank}"
+            raise UsageError(f"{least}: none has both sides larger")
         fixed = _states(trained, low_rank, setting)
         quantised = _quantised(model) if setting.method == "qlora" else []
         dense = sum(p.numel() * p.element_size() for p in quantised)
@@ -277,7 +281,7 @@ def _states(trained: dict[str, Tensor], low_rank: set[str], setting: Setting) ->
             moments += 2 * entries * dtype.itemsize
         if parameter.dtype in NARROW:
             moments += {"kahan": 2, "master": 4}.get(setting.rounding, 0) * parameter.numel()
-        if name in low_rank:
+        if name in low_rank and setting.method != "apollo":
             projectors += parameter.numel() // max(parameter.shape[-2:]) * setting.rank * parameter.element_size()
     return {"optimizer": moments, "projectors": projectors}
 
@@ -292,14 +296,16 @@ def _workspace(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
 
 
 def _to_project(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
-    """Temporaries of a randomised refresh.
+    """Temporaries of a randomised refresh, or of a random projection with what it is made of.
 
-    A float32 copy of a float16 gradient, the products with the basis, and four bases (start, QR, next, Ritz vectors),
-    matrix by matrix in a stack.
+    Of a refresh a float32 copy of a float16 gradient, the products with the basis, and four bases (start, QR, next,
+    Ritz vectors), matrix by matrix in a stack.
     """
     if setting.method not in LOW_RANK or not low_rank:
         return 0
     small, large = sorted(parameter.shape[-2:])
+    if setting.method == "apollo":
+        return 16 * parameter.numel() // large * min(setting.rank, small)
     width = min(small, setting.rank + OVERSAMPLING)
     wide = 4 * small * large if parameter.dtype == torch.float16 else 0
     refresh = wide + 4 * width * (2 * large + 4 * small)
@@ -311,8 +317,8 @@ def _to_project(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
 def _to_update(parameters: list[Tensor], low_rank: bool, setting: Setting) -> int:
     """Temporaries of updating parameters in batches, of a large one in pieces, by `LowRankAdamW`.
 
-    Gradients in float32, moments in float32 where they are narrower, and Adam's denominators; then new weights in
-    float32, a stack at a time, and what rounds them.
+    Gradients in float32 (under apollo the whole one, too, for its norms), moments in float32 where they are narrower,
+    and Adam's denominators; then new weights in float32, a stack at a time, and what rounds them.
     """
     from htsr.training.lowrank.update import BATCH, PIECE, STACK
 
@@ -331,6 +337,8 @@ def _to_update(parameters: list[Tensor], low_rank: bool, setting: Setting) -> in
     moments = 4 * (1 + own + narrow) * batch + noise * one
     rounded = narrow * {"stochastic": 17, "master": 11}.get(setting.rounding, 4) * stack
     projected = low_rank * parameters[0].element_size() * batch
+    if low_rank and narrow and setting.method == "apollo":
+        projected += 4 * max(whole)
     return projected + max(moments, 4 * (1 + own // 2) * batch + rounded)
 
 

@@ -48,6 +48,8 @@ def weights(config, bytes_each=4):
         ("galore", {}),
         ("galore", {"gradients": "update", "checkpointing": True}),
         ("galore", {"gradients": "project", "embeddings": "lowrank", "dtype": "bfloat16"}),
+        ("apollo", {}),
+        ("apollo", {"gradients": "update", "dtype": "bfloat16", "checkpointing": True}),
         ("owlore", {"active_blocks": 2, "state_dtype": "8bit"}),
         ("lisa", {"active_blocks": 1, "embeddings": "train"}),
         ("lisa", {"active_blocks": 1}),
@@ -112,6 +114,7 @@ def test_parts_are_what_arithmetic_says(folder):
     rest = 2 * v * h + 9 * h
     assert plans["galore"].optimizer == 2 * 4 * (16 * low + rest)
     assert plans["galore"].projectors == 4 * 16 * 4 * (2 * h + 2 * kv + 3 * h)
+    assert (plans["apollo"].optimizer, plans["apollo"].projectors) == (plans["galore"].optimizer, 0)
     adapters = 4 * 16 * (2 * (h + h) + 2 * (h + kv) + 3 * (h + f))
     assert plans["lora"].trainable == adapters
     assert plans["lora"].optimizer == 2 * 4 * adapters
@@ -216,13 +219,21 @@ def test_sources(folder, tmp_path):
     ("arguments", "code", "sentence"),
     [
         (["{folder}", "--method", "adapters"], 2, "unknown method 'adapters'"),
-        (["{folder}", "--method", "lora", "--embeddings", "freeze"], 2, "is for galore, owlore and lisa, not for lora"),
+        (
+            ["{folder}", "--method", "lora", "--embeddings", "freeze"],
+            2,
+            "is for galore, apollo, lisa and owlore, not for lora",
+        ),
         (["{folder}", "--frozen-weights", "tape"], 2, "unknown frozen_weights 'tape': one of device, host, disk"),
         (["{folder}", "--method", "full", "--frozen-weights", "host"], 2, "is for lora, lisa, owlore, not for full"),
         (["{folder}", "--dtype", "int8"], 2, "unknown dtype 'int8'"),
         (["{folder}", "--gradients", "drop"], 2, "unknown gradients 'drop'"),
         (["{folder}", "--rounding", "up"], 2, "unknown rounding 'up': one of stochastic, kahan, master, nearest"),
-        (["{folder}", "--method", "full", "--gradients", "update"], 2, "is for galore and owlore, not for full"),
+        (
+            ["{folder}", "--method", "full", "--gradients", "update"],
+            2,
+            "is for galore, apollo and owlore, not for full",
+        ),
         (["{folder}", "--method", "galore", "--rank", "999999"], 2, "can have rank 999999: none has both sides larger"),
         (["{folder}", "--method", "lisa", "--active-blocks", "9"], 2, "active_blocks is 9, and {folder} has 4 blocks"),
         (["{folder}", "--seq", "8", "--active-blocks", "5"], 2, "active_blocks is 5, and {folder} has 4 blocks"),
