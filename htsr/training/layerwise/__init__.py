@@ -2,6 +2,7 @@
 
 ============= ==========================================================================================================
 `policy`      what a policy is: which score, which map to multipliers, what they multiply, when
+`names`       what the parameters of a model are called, also those of adapters
 `units`       which parameters have a multiplier in common, and what it becomes once the scores are known
 `live_scores` scores of a model in training, its matrices shared among the processes
 `groups`      param groups, split one per unit; they carry all state

@@ -26,8 +26,9 @@ from htsr.matrices.modules import whole_shape
 from htsr.matrices.roles import stem
 from htsr.matrices.sharded import open_live, refuse_flat
 from htsr.ranks import Ranks
-from htsr.training.layerwise.groups import adapt_state_dict, parameter_names, require_fresh, split_groups
+from htsr.training.layerwise.groups import adapt_state_dict, require_fresh, split_groups
 from htsr.training.layerwise.live_scores import live_scores, view_of
+from htsr.training.layerwise.names import adapter_names, parameter_names
 from htsr.training.layerwise.policy import Policy, require_count
 from htsr.training.layerwise.units import (
     Outcome,
@@ -35,7 +36,7 @@ from htsr.training.layerwise.units import (
     fixed,
     has_tied_head,
     matrix_units,
-    pinned,
+    pinned_adapters,
     require_head,
     require_patterns,
     unit_of,
@@ -102,10 +103,10 @@ class Layerwise:
                 "the model is sharded over the processes, and distributed=False is for a whole one in each"
             )
         matrices = matrix_units(live.matrices)
-        names = parameter_names(model)
+        names, adapters = parameter_names(model), adapter_names(model)
         places = {unit.name: i for i, unit in enumerate(matrices)}
         vectors = [name for name in names.values() if unit_of(name, places) is None]
-        require_patterns(policy, matrices, vectors, type(model).__name__)
+        require_patterns(policy, matrices, vectors, type(model).__name__, adapters.values())
         require_head(policy, matrices, type(model).__name__)
         tied = has_tied_head(model)
         values = fixed(policy, matrices, tied=tied)
@@ -124,9 +125,9 @@ class Layerwise:
         # units that stay at 1 need no group of their own: their parameters go with the rest
         moving = [(unit, value) for unit, value in zip(matrices, values, strict=True) if value != 1.0]
         self.units = [unit for unit, _ in moving]  # split_groups appends those of parameters without a matrix
-        self.of_group = split_groups(optimizer, names, self.units, policy.pin, policy.describe())
-        others = [pinned(unit, policy.pin) for unit in self.units[len(moving) :]]
-        settled = [value for _, value in moving] + [1.0 if value is None else value for value in others]
+        own = pinned_adapters(adapters, matrices, policy.pin)
+        self.of_group, others = split_groups(optimizer, names, self.units, own, policy.pin, policy.describe())
+        settled = [value for _, value in moving] + others
         here = {
             i
             for i, group in zip(self.of_group, optimizer.param_groups, strict=True)

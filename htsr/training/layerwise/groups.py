@@ -22,7 +22,6 @@ What is known about a group rides in it as plain numbers and strings, which ever
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import count
@@ -30,8 +29,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from htsr.errors import UsageError
 from htsr.matrices.roles import stem
-from htsr.matrices.stored_tensors import base_names
-from htsr.matrices.tuners import is_tuner, without_peft
 from htsr.training.layerwise.policy import Policy
 from htsr.training.layerwise.units import ParameterUnit, pinned, unit_of, vector_role
 
@@ -42,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
-_PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\..+$")
 _OF_ONE_RATE = frozenset({"d0", "d_max", "numerator_weighted"})  # in the groups of Prodigy and D-Adaptation
 
 OWN_KEYS = (
@@ -129,46 +125,26 @@ def require_fresh(optimizer: torch.optim.Optimizer, policy: Policy) -> None:
         )
 
 
-def parameter_names(module: torch.nn.Module) -> dict[int, str]:
-    """Names of the parameters of `module` by their id, as the model without wrappers and adapters has them.
-
-    A shared parameter has its first name. What PEFT or a parametrization adds to a layer has the name of the weight
-    that it adapts, and a copy of a whole module that PEFT trains (`modules_to_save`) the names of the original.
-    """
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    cleaned = base_names(parameters)
-    names: dict[int, str] = {}
-    for prefix, layer in module.named_modules():
-        for attribute in (*layer.adapter_layer_names, *layer.other_param_names) if is_tuner(layer) else ():
-            held: Any = getattr(layer, attribute, None)
-            adapted = getattr(layer, "parameter_name", "weight")
-            for name, parameter in held.named_parameters() if hasattr(held, "named_parameters") else ():
-                place = f".{attribute}.{name}"
-                layer_name = cleaned[f"{prefix}{place}"].removesuffix(place)
-                names.setdefault(id(parameter), without_peft(f"{layer_name}.{adapted}"))
-    for name, parameter in parameters.items():
-        names.setdefault(id(parameter), _PARAMETRIZED.sub(r"\1", without_peft(cleaned[name])))
-    return names
-
-
 def split_groups(
     optimizer: torch.optim.Optimizer,
     names: Mapping[int, str],
     units: list[ParameterUnit],
+    adapters: Mapping[int, tuple[str, float]],
     pin: Mapping[str, float],
     policy: str,
-) -> list[int]:
+) -> tuple[list[int], list[float]]:
     """Split the groups of `optimizer` in place, so that each has one unit.
 
     Args:
         optimizer: optimizer without a scheduler, not split yet.
         names: names of the model's parameters by their id.
         units: units of the model's matrices. Units for the parameters that belong to none of them are appended.
+        adapters: parameters of adapters that do not follow their matrix, by their id: what `pinned_adapters` returns.
         pin: multipliers by pattern; parameters that belong to no unit stay together where theirs are equal.
         policy: the policy as JSON, which is written into the groups.
 
     Returns:
-        Index of the unit of each new group.
+        Index of the unit of each new group; and the multiplier of each unit that was appended.
 
     Raises:
         UsageError: no parameter of the optimizer belongs to the model.
@@ -178,7 +154,7 @@ def split_groups(
             "the optimizer has no parameter of this model: give both the same module, before deepspeed.initialize "
             "(FSDP1's flat parameters have no matrices; fully_shard keeps them)"
         )
-    sorter = _Sorter(names, units, pin)
+    sorter = _Sorter(names, units, adapters, pin)
     taken: set[str] = set()
     groups: list[dict[str, Any]] = []
     unit_indices = []
@@ -198,39 +174,52 @@ def split_groups(
             len(groups),
         )
     optimizer.param_groups[:] = groups
-    return unit_indices
+    return unit_indices, sorter.values
 
 
 class _Sorter:
-    """Sorts parameters into units, of which it makes new ones for those that belong to no matrix."""
+    """Sorts parameters into units, of which it makes new ones for those that go with no matrix, with their `values`."""
 
-    def __init__(self, names: Mapping[int, str], units: list[ParameterUnit], pin: Mapping[str, float]) -> None:
-        self.names, self.units, self.pin = names, units, pin
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        units: list[ParameterUnit],
+        adapters: Mapping[int, tuple[str, float]],
+        pin: Mapping[str, float],
+    ) -> None:
+        self.names, self.units, self.adapters, self.pin = names, units, adapters, pin
         self.matrices = {unit.name: i for i, unit in enumerate(units)}
         self.others: dict[tuple[str, float | None], int] = {}
+        self.values: list[float] = []
 
     def subgroups(self, parameters: Sequence[Any]) -> list[Subgroup]:
         """Parameters of one group sorted by unit, in their order; an empty group stays one subgroup."""
         names = [self.names.get(id(parameter), "") for parameter in parameters]
         places: dict[int, list[int]] = {}
-        for place, name in enumerate(names):
-            places.setdefault(self._unit(name), []).append(place)
+        for place, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+            places.setdefault(self._unit(name, self.adapters.get(id(parameter))), []).append(place)
         if not parameters:
-            places[self._unit("")] = []
+            places[self._unit("", None)] = []
         return [Subgroup(unit, tuple(own), self._label(unit, [names[i] for i in own])) for unit, own in places.items()]
 
-    def _unit(self, name: str) -> int:
-        """Index of the unit of a parameter; one is made where the parameter belongs to no matrix."""
+    def _unit(self, name: str, adapter: tuple[str, float] | None) -> int:
+        """Index of the unit of a parameter; one is made where the parameter goes with no matrix."""
+        if adapter is not None:
+            return self._other(*adapter, name=adapter[0])
         found = unit_of(name, self.matrices)
         if found is not None:
             return found
         role = vector_role(name)
         value = pinned(ParameterUnit(name, role), self.pin)
-        key = ("rest", None) if value is None else (role, value)
-        if key not in self.others:
-            self.others[key] = len(self.units)
-            self.units.append(ParameterUnit("rest", "rest") if value is None else ParameterUnit(name, role))
-        return self.others[key]
+        return self._other("rest", None, "rest") if value is None else self._other(role, value, name)
+
+    def _other(self, role: str, value: float | None, name: str) -> int:
+        """Index of the unit of parameters without a matrix that have a `role` and a multiplier in common."""
+        if (role, value) not in self.others:
+            self.others[role, value] = len(self.units)
+            self.units.append(ParameterUnit(name, role))
+            self.values.append(1.0 if value is None else value)
+        return self.others[role, value]
 
     def _label(self, unit: int, names: Sequence[str]) -> str:
         """Name of a new group: the unit's where its matrix is in it, else the first parameter's, such as a bias."""

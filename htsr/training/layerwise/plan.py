@@ -15,8 +15,8 @@ from htsr.errors import UsageError
 from htsr.matrices.roles import whole_name
 from htsr.matrices.sources import Source, open_model
 from htsr.results import Column, Record, Table, Tabular, Value, column_types, tabulate
-from htsr.training.layerwise.groups import parameter_names
 from htsr.training.layerwise.live_scores import Failure, refuse_faults, scores
+from htsr.training.layerwise.names import adapter_names, parameter_names
 from htsr.training.layerwise.policy import Policy, PolicyLike, make_policy
 from htsr.training.layerwise.units import (
     ParameterUnit,
@@ -161,11 +161,16 @@ def layerwise_plan(source: Source, policy: PolicyLike = "llr", *, revision: str 
     model = open_model(source, revision=revision)
     units = matrix_units(model)
     vectors: Iterable[str] = ("norm", "vector")
+    adapters: Iterable[str] = ()
     if isinstance(source, (str, os.PathLike, Mapping)):  # without a head: of a language model whose embedding is it
         tied = any(unit.role == "embed" for unit in units)
     else:
-        tied, vectors = has_tied_head(source), parameter_names(source).values()
-    require_patterns(chosen, units, vectors, model.label)
+        tied, vectors, adapters = (
+            has_tied_head(source),
+            parameter_names(source).values(),
+            adapter_names(source).values(),
+        )
+    require_patterns(chosen, units, vectors, model.label, adapters)
     require_head(chosen, units, model.label)
     settled = fixed(chosen, units, tied=tied)
     wanted = {part for unit, value in zip(units, settled, strict=True) if value is None for part in unit.parts}

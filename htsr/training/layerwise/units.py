@@ -14,7 +14,7 @@ from htsr import allocate
 from htsr.errors import UsageError
 from htsr.matrices.models import WeightMatrix, by_tensor
 from htsr.matrices.patterns import matches, require
-from htsr.matrices.roles import stem, whole_name
+from htsr.matrices.roles import role_of, stem, whole_name
 from htsr.training.layerwise.policy import Policy
 
 if TYPE_CHECKING:
@@ -128,7 +128,9 @@ def vector_role(parameter: str) -> str:
     return "norm" if _NORM.search(parameter) else "vector"
 
 
-def require_patterns(policy: Policy, units: Sequence[ParameterUnit], vectors: Iterable[str], of: str) -> None:
+def require_patterns(
+    policy: Policy, units: Sequence[ParameterUnit], vectors: Iterable[str], of: str, adapters: Iterable[str] = ()
+) -> None:
     """Refuse patterns of a `policy` that change nothing.
 
     Args:
@@ -136,6 +138,7 @@ def require_patterns(policy: Policy, units: Sequence[ParameterUnit], vectors: It
         units: all units of the model.
         vectors: names of the parameters that belong to no unit.
         of: name of the model, for the message.
+        adapters: names of what adapters train, as `htsr.training.layerwise.names.adapter_names` has them.
 
     Raises:
         UsageError: a pattern matches nothing, or only some parts of fused tensors.
@@ -143,6 +146,7 @@ def require_patterns(policy: Policy, units: Sequence[ParameterUnit], vectors: It
     names = list(vectors)
     wholes = {subject for unit in units for subject in (unit.role, unit.name)}
     others = {subject for name in names for subject in (vector_role(name), name, stem(name))}
+    others |= {subject for name in adapters for subject in _adapter_subjects(name, units)}
     parts = [(unit, part) for unit in units for parts in (unit.part_roles, unit.parts) for part in parts]
     for patterns, subjects in ((policy.pin, wholes | others), (policy.exclude, wholes)):
         unmatched = [pattern for pattern in patterns if not any(_matches(subject, pattern) for subject in subjects)]
@@ -197,6 +201,49 @@ def pinned(unit: ParameterUnit, pin: Mapping[str, float]) -> float | None:
     values = [_first(pin, role, name) for role, name in zip(unit.part_roles, unit.parts, strict=True)]
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def pinned_adapters(
+    names: Mapping[int, str], units: Sequence[ParameterUnit], pin: Mapping[str, float]
+) -> dict[int, tuple[str, float]]:
+    """The parameters of adapters that do not follow their matrix, since a pattern names them.
+
+    Args:
+        names: names of what adapters train, as `htsr.training.layerwise.names.adapter_names` has them.
+        units: all units of the model.
+        pin: multipliers by pattern, which match as in ``*.lora_B`` or, by the role of the matrix, ``attn.*.lora_B``.
+            The first that matches counts; where it matches the matrix, too, the adapter follows that.
+
+    Returns:
+        Attribute of the adapter, such as ``lora_B``, and multiplier, by the id of the parameter.
+
+    Examples:
+        >>> from htsr.training.layerwise.units import ParameterUnit, pinned_adapters
+        >>> units = [ParameterUnit("0.q_proj", "attn.q", parts=("0.q_proj",), part_roles=("attn.q",), size=64)]
+        >>> pinned_adapters({1: "0.q_proj.lora_A", 2: "0.q_proj.lora_B"}, units, {"*.lora_B": 16})
+        {2: ('lora_B', 16.0)}
+    """
+    by_name = {unit.name: unit for unit in units}
+    found: dict[int, tuple[str, float]] = {}
+    for key, name in names.items():
+        layer, _, attribute = name.rpartition(".")
+        unit = by_name.get(layer, ParameterUnit(layer, role_of(layer)))
+        of_matrix = (unit.role, unit.name, *unit.part_roles, *unit.parts)
+        own = _adapter_subjects(name, [unit])
+        for pattern, value in pin.items():
+            if any(_matches(subject, pattern) for subject in of_matrix):
+                break
+            if any(_matches(subject, pattern) for subject in own):
+                found[key] = attribute, float(value)
+                break
+    return found
+
+
+def _adapter_subjects(name: str, units: Iterable[ParameterUnit]) -> tuple[str, str]:
+    """What patterns match for what an adapter trains: its `name`, and the same by the role of its matrix."""
+    layer, _, attribute = name.rpartition(".")
+    role = next((unit.role for unit in units if unit.name == layer), None) or role_of(layer)
+    return name, f"{role}.{attribute}"
 
 
 def _first(pin: Mapping[str, float], *subjects: str) -> float | None:

@@ -68,6 +68,76 @@ def test_norms_alone_are_told(caplog):
     assert caplog.text.count("nothing to set") == 1
 
 
+def adapted(**options):
+    return peft.get_peft_model(llama(2), peft.LoraConfig(**{"r": 4, "target_modules": "all-linear"} | options))
+
+
+def stepped(model, optimizer, steps):
+    for step in steps:
+        tokens = torch.randint(3, 64, (4, 20), generator=torch.Generator().manual_seed(step))
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class TestPatternsOfAdapters:
+    """LoRA+ is a pattern; what an adapter trains and no pattern names follows its matrix."""
+
+    @pytest.mark.parametrize("options", [{}, {"use_dora": True, "modules_to_save": ["lm_head"]}])
+    def test_lora_plus_is_that_of_peft(self, options):
+        from peft.optimizers import create_loraplus_optimizer
+
+        model, twin = adapted(**options), adapted(**options)
+        model.load_state_dict(twin.state_dict())
+        policy = dict.fromkeys(["*.lora_B", "*.lora_magnitude_vector"][: 1 + len(options)], 16)  # PEFT's: all vectors
+        optimizer = htsr.layerwise(torch.optim.AdamW(trained(model), lr=1e-2, weight_decay=0.0), model, policy)
+        theirs = create_loraplus_optimizer(twin, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=16)
+        stepped(model, optimizer, range(3))
+        stepped(twin, theirs, range(3))
+        assert htsr.multipliers(optimizer) == {"rest": 1.0} | {pattern[2:]: 16.0 for pattern in policy}
+        rates = {id(p): g["lr"] * g["multiplier"] for g in optimizer.param_groups for p in g["params"]}
+        expected = {id(p): g["lr"] for g in theirs.param_groups for p in g["params"]}
+        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert rates.get(id(p)) == expected.get(id(q)), name
+            assert torch.equal(p, q), name
+
+    def test_by_role_and_beside_what_is_measured(self):
+        model = adapted(target_modules=TARGETS)
+        optimizer = SpyingAdamW(trained(model), lr=1.0)
+        htsr.layerwise(optimizer, model, min_size=8, pin={"attn.*.lora_B": 16, "mlp.up": 3, "*.lora_B": 9})
+        stepped(model, optimizer, range(1))
+        found = {name: lr for name, (lr, _) in optimizer.seen[0].items()}
+        measured = {name: m for name, m in found.items() if name.endswith(("q_proj", "o_proj"))}
+        assert found.pop("lora_B") == 16  # of q_proj and o_proj
+        assert {m for name, m in found.items() if name.endswith("up_proj")} == {3}  # the adapter follows its matrix
+        assert {min(measured.values()), max(measured.values())} == {1.0, 5.0}  # the other factor
+        sizes = {group["name"]: len(group["params"]) for group in optimizer.param_groups}
+        assert sizes == dict.fromkeys(found, 2) | dict.fromkeys(measured, 1) | {"lora_B": 4}
+
+    def test_resumed_is_uninterrupted(self):
+        def run(start, steps, state=None):
+            model = adapted()
+            model.load_state_dict(start)
+            optimizer = htsr.layerwise(torch.optim.AdamW(trained(model), lr=1e-2), model, {"*.lora_B": 16})
+            if state is not None:
+                optimizer.load_state_dict(state)
+            stepped(model, optimizer, steps)
+            return {name: p.clone() for name, p in model.state_dict().items()}, optimizer.state_dict()
+
+        start = adapted().state_dict()
+        whole, _ = run(start, range(4))
+        weights, state = run(start, range(2))
+        resumed, _ = run(weights, range(2, 4), state)
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    def test_that_match_nothing(self):
+        model = adapted()
+        with pytest.raises(UsageError, match=r"'\*\.lora_b'.*nearest is \*\.lora_B"):
+            htsr.layerwise(torch.optim.AdamW(trained(model)), model, {"*.lora_b": 16})
+        with pytest.raises(UsageError, match="lora_B"):
+            htsr.layerwise(torch.optim.AdamW(llama(2).parameters()), llama(2), {"*.lora_B": 16})
+
+
 class TestOtherSpectra:
     """What has no gradient of its own is never scored by its weights in its place."""
 
