@@ -37,7 +37,8 @@ def model_card(recipe: Recipe, result: Result, comparison: Comparison | None) ->
     front = ["---", "library_name: transformers", "tags:", "- htsr", f"- {recipe.method}"]
     if "/" in recipe.model and not recipe.model.startswith(("/", ".", "package:")):
         front.append(f"base_model: {recipe.model}")
-    layerwise = "" if recipe.layerwise == "none" else f", layerwise learning rates by {recipe.layerwise}"
+    rates = recipe.layerwise if isinstance(recipe.layerwise, str) else f"`{json.dumps(dict(recipe.layerwise))}`"
+    layerwise = "" if rates == "none" else f", layerwise learning rates by {rates}"
     metrics = [(key.replace("_", " "), _number(value)) for key, value in result.metrics.items()]
     parts = [
         "\n".join([*front, "---"]),

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from htsr.calibration.record_forms import NAMES, Names
 from htsr.calibration.records import Source
 from htsr.errors import UsageError
+from htsr.finetuning.rates import measures_by_epoch, policy_of, require_effect
 from htsr.finetuning.recipe_values import kind_of, nearest
 from htsr.training.lora import HILL
 from htsr.training.lowrank.rounding import Rounding
@@ -295,7 +296,9 @@ class Recipe:
         data: see `Data`.
         method: ``full``, ``lora``, ``qlora`` (LoRA over weights in 4 bits), ``lisa``, ``owlore``, ``galore`` or
             ``apollo``.
-        layerwise: policy of `htsr.layerwise`, or ``none``.
+        layerwise: policy of `htsr.layerwise`, or ``none``: a name; fields of `htsr.Policy` with other values than those
+            of ``llr``, or of the policy that the key ``policy`` names, as in ``{score: null, embeddings: 5}``; or
+            multipliers by pattern, which are what adapters take: LoRA+ is ``{"*.lora_B": 16}``.
         revision: branch, tag or commit of a hub id.
         dtype: dtype of the weights.
         rounding: what becomes of that part of a trained weight which bfloat16 or float16 cannot hold, see
@@ -334,7 +337,7 @@ class Recipe:
     output: str
     data: Data
     method: Method = "lora"
-    layerwise: LayerwisePolicy = "none"
+    layerwise: Mapping[str, Any] | LayerwisePolicy = "none"
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     rounding: Rounding | None = None
@@ -378,31 +381,13 @@ class Recipe:
                 f"frozen_weights: {self.frozen_weights} moves weights, which compiled code does not see: leave "
                 f"training.{compiles[0]} out"
             )
-        if self.layerwise != "none" and self.lora is not None:
-            raise UsageError(
-                f"layerwise sets learning rates of whole matrices, which the method {self.method} does not train"
-            )
         if self.data.streaming and not self.training.get("max_steps", -1) > 0:
             raise UsageError("data.streaming: the end of a stream is not known; set training.max_steps")
-        if self.data.streaming and self.layerwise == "tempbalance":
+        if self.data.streaming and measures_by_epoch(self.layerwise):
             raise UsageError("layerwise: tempbalance measures once an epoch, of which data.streaming knows none")
-        if self.layerwise == "ends" and self.sampling is not None and self.sampling.embedding == "freeze":
-            raise UsageError(
-                "layerwise: ends sets the learning rates of embedding and head, which sampling.embedding: freeze does "
-                "not train: take sampling.embedding: train, or leave layerwise out"
-            )
-        if self.layerwise == "alphadecay" and not any(
-            self.training.get(key) for key in ("weight_decay", "optim_args", "deepspeed")
-        ):
-            raise UsageError(
-                "layerwise: alphadecay shares out weight decay, which is 0 where training.weight_decay is not set"
-            )
-        if self.layerwise != "none" and self.low_rank is not None and self.low_rank.gradients == "update":
-            raise UsageError("low_rank.gradients: update steps before layerwise can set a rate; take project or keep")
         if self.sampling is not None and self.low_rank is not None and self.low_rank.embedding != "train":
             raise UsageError("low_rank.embedding is for methods that train all blocks; here it is sampling.embedding")
-        if self.layerwise == "ends" and self.low_rank is not None and self.low_rank.embedding == "freeze":
-            raise UsageError("layerwise: ends sets the rates of embedding and head, which low_rank.embedding freezes")
+        self._check_layerwise()
         for key in ("optim", "optim_args"):
             if self.low_rank is not None and key in self.training:
                 raise UsageError(
@@ -413,6 +398,29 @@ class Recipe:
                     f"rounding: {self.rounding} is for htsr's AdamW, and training.{key} asks for another optimizer: "
                     "leave one of them out"
                 )
+
+    def _check_layerwise(self) -> None:
+        policy = policy_of(self.layerwise)
+        if policy is None:
+            return
+        frozen_by = None
+        if self.lora is not None:
+            frozen_by = None if self.lora.options.get("modules_to_save") else "lora.modules_to_save"
+        elif self.embedding == "freeze":
+            frozen_by = f"{'low_rank' if self.sampling is None else 'sampling'}.embedding"
+        require_effect(
+            self.layerwise,
+            policy,
+            method=self.method,
+            adapters=self.lora is not None,
+            frozen_by=frozen_by,
+            decays=any(self.training.get(key) for key in ("weight_decay", "optim_args", "deepspeed")),
+        )
+        if self.low_rank is not None and self.low_rank.gradients == "update":
+            raise UsageError("low_rank.gradients: update steps before layerwise can set a rate; take project or keep")
+        narrow = self.low_rank is not None and (policy.spectrum == "momentum" or self.low_rank.gradients == "project")
+        if policy.spectrum != "weights" and narrow:
+            raise UsageError(f"layerwise.spectrum: {policy.spectrum} of low-rank matrices are in their subspace only")
 
     @property
     def embedding(self) -> str:

@@ -16,6 +16,7 @@ from htsr.errors import UsageError
 from htsr.finetuning.checkpoints import Checkpoint, LossSum, count_processes
 from htsr.finetuning.memory import reset_peak
 from htsr.finetuning.progress import TrainingLines, Voice
+from htsr.finetuning.rates import policy_of
 from htsr.finetuning.stopping import EarlyStopping, KeptBest
 from htsr.training.callbacks import LayerSamplerCallback, LayerwiseCallback
 from htsr.training.layerwise.wrapper import layerwise
@@ -152,9 +153,8 @@ class FinetuneTrainer(SFTTrainer):
         elif self.rounding not in (None, "nearest"):  # with the groups that the Trainer makes for its own
             self.optimizer_cls_and_kwargs = LowRankAdamW, self._options() | {"state_dtype": "bfloat16"}
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if self.recipe.layerwise != "none":
-            changes: dict[str, Any] = {"interval": self.epoch_steps} if self.recipe.layerwise == "tempbalance" else {}
-            layerwise(optimizer, inner, self.recipe.layerwise, total_steps=self.state.max_steps, **changes)
+        if (policy := policy_of(self.recipe.layerwise, epoch_steps=self.epoch_steps)) is not None:
+            layerwise(optimizer, inner, policy, total_steps=self.state.max_steps)
         return optimizer
 
     def _low_rank_optimizer(self, model: torch.nn.Module) -> LowRankAdamW:

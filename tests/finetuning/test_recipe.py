@@ -89,6 +89,29 @@ def test_defaults_and_numbers(tmp_path):
             {"method": "full", "layerwise": "alphadecay"},
             "alphadecay shares out weight decay, which is 0 where training",
         ),
+        ({"layerwise": {"*.lora_B": 16, "score": "alpha"}}, "recipe.yaml: layerwise: a policy has no *.lora_B"),
+        ({"layerwise": {"score": None, "embedings": 5}}, "a policy has no embedings; did you mean embeddings?"),
+        (
+            {"layerwise": {"embedings": "max"}},
+            "embedings is 'max', and a pattern has a number, its multiplier; a policy",
+        ),
+        ({"layerwise": {}}, "layerwise is an empty section: name a policy"),
+        ({"layerwise": ["llr"]}, "layerwise is one of none, ends, llr, tempbalance, alphadecay, not a list"),
+        ({"layerwise": {"policy": "lrr"}}, "layerwise: unknown policy 'lrr'"),
+        ({"method": "full", "layerwise": {"bounds": [5, 1]}}, "layerwise: bounds are (s1, s2), finite numbers"),
+        ({"method": "full", "layerwise": {"bounds": [1, 10**400]}}, "layerwise: bounds are (s1, s2), finite numbers"),
+        ({"method": "full", "layerwise": {"exclude": 5}}, "layerwise: exclude is a tuple of patterns, not 5"),
+        ({"method": "full", "layerwise": {"windows": {"rows": 0, "count": 1}}}, "layerwise.windows: windows need rows"),
+        ({"method": "full", "layerwise": {"windows": {"row": 64, "count": 1}}}, "layerwise.windows has no 'row'"),
+        ({"layerwise": {"score": None, "embeddings": 5}}, "trains only where lora.modules_to_save has them"),
+        (
+            {"method": "lisa", "layerwise": {"embeddings": 5}},
+            "layerwise sets the learning rates of embedding and head, which sampling.embedding: freeze does not train",
+        ),
+        (
+            {"method": "galore", "layerwise": {"spectrum": "momentum"}},
+            "layerwise.spectrum: momentum of low-rank matrices are in their subspace only",
+        ),
         ({"training": {"learning_rat": 1}}, "training.learning_rat is no argument of SFTConfig; did you mean learning"),
         ({"training": {"seed": 1}}, "training.seed is set by seed"),
         ({"rounding": "up"}, "rounding is one of stochastic, kahan, master, nearest, not 'up'"),
@@ -105,6 +128,11 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path, change, message):
 
 
 def test_layerwise_rates_of_what_trains(tmp_path):
+    for more in ({"layerwise": {"*.lora_B": 16}}, {"method": "lisa", "layerwise": {"attn.*": 2, "head": 1.5}}):
+        assert read_recipe(write(tmp_path, MINIMAL | more)).layerwise == more["layerwise"]
+    ends = {"layerwise": {"score": None, "embeddings": 5}}
+    for more in ({"method": "full"}, {"lora": {"options": {"modules_to_save": ["lm_head"]}}}):
+        assert read_recipe(write(tmp_path, MINIMAL | ends | more)).layerwise == ends["layerwise"]
     for more in ({"method": "galore"}, {"method": "lisa", "sampling": {"embedding": "train"}}):
         assert read_recipe(write(tmp_path, MINIMAL | more | {"layerwise": "ends"})).layerwise == "ends"
 

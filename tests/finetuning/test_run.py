@@ -71,10 +71,10 @@ def recipe_file(work, output, method, **more):
     ("method", "layerwise"),
     [
         ("full", "none"),
-        ("lora", "none"),
-        ("qlora", "none"),
+        ("lora", {"*.lora_B": 16}),
+        ("qlora", {"*.lora_B": 16}),
         ("lisa", "llr"),
-        ("owlore", "none"),
+        ("owlore", {"mlp.*": 2}),
         ("galore", "alphadecay"),
         ("apollo", "none"),
     ],
@@ -101,7 +101,9 @@ def test_killed_and_resumed_is_uninterrupted(work, tmp_path, method, layerwise):
         trained = {row["name"] for row in results["coverage"] if row["intervals"]}
         assert {".".join(name.split(".")[:3]) for name in moved if ".layers." in name} == trained
         assert "model.embed_tokens.weight" not in moved
-    torch.load(next((tmp_path / "whole").glob("checkpoint-7")) / "optimizer.pt", weights_only=True)
+    saved = torch.load(next((tmp_path / "whole").glob("checkpoint-7")) / "optimizer.pt", weights_only=True)
+    if isinstance(layerwise, dict):
+        assert {group["multiplier"] for group in saved["param_groups"]} == {1.0, *map(float, layerwise.values())}
     state = json.loads((tmp_path / "whole" / "checkpoint-7" / "trainer_state.json").read_text())
     logged = any("layerwise/multiplier_median" in log for log in state["log_history"])
     assert logged == (layerwise != "none")
@@ -139,7 +141,10 @@ def test_weights_in_bfloat16_are_rounded_as_the_recipe_says_also_after_a_resume(
     [
         ("owlore", {"low_rank": {"rank": 8, "gradients": "project"}, "dtype": "bfloat16", "rounding": "master"}),
         ("lisa", {"training": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}}),
-        ("lora", {"sampling": {"active": 1, "interval": 2}, "lora": {"rank": 4}}),
+        (
+            "lora",
+            {"sampling": {"active": 1, "interval": 2}, "lora": {"rank": 4}, "layerwise": {"*.lora_B": 16}},
+        ),
     ],
 )
 def test_frozen_weights_in_host_memory_train_alike_also_after_a_resume(work, tmp_path, capsys, method, more):

@@ -119,7 +119,7 @@ class Policy:
         self._require_numbers()
         if not (self.windows is None or isinstance(self.windows, Windows)):
             raise UsageError(f"windows is htsr.Windows(rows, count) or None, not {self.windows!r}")
-        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
+        if not isinstance(self.exclude, (tuple, list)) or not all(isinstance(p, str) for p in self.exclude):
             raise UsageError(f"exclude is a tuple of patterns, not {self.exclude!r}")
         if not isinstance(self.pin, Mapping):
             raise UsageError(f"pin is a mapping of patterns to multipliers, not {self.pin!r}")
@@ -180,7 +180,10 @@ def require_count(name: str, value: Any, least: int) -> None:
 
 
 def _is_multiplier(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and float(value) >= 0
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and float(value) >= 0
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
