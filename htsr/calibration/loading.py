@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from htsr.calibration.model_options import CODE, configured, is_own_code
 from htsr.errors import HtsrError, MissingDependencyError, SourceError, UsageError, reason_of
 from htsr.matrices.hub import is_hub_id, reached
 
@@ -40,21 +41,34 @@ def resolve(name: str) -> str:
     return str(path)
 
 
-def load_config(name: str, *, revision: str | None = None, causal: bool = False) -> Any:
+def load_config(
+    name: str,
+    *,
+    revision: str | None = None,
+    causal: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Any:
     """A model's configuration as transformers reads it.
 
     Args:
         name: folder, hub id or .gguf file, each also as ``package:MODULE/PATH``.
         revision: branch, tag or commit of a hub id.
         causal: whether the configuration must be that of a causal language model.
+        options: what is to be otherwise in it, see `htsr.calibration.model_options.configured`.
 
     Raises:
         SourceError: it cannot be read, has no meaning, or is that of another kind of model.
+        UsageError: an option is unknown, or has no meaning for this model.
+        MissingDependencyError: a package that an option asks for is not installed.
     """
     from transformers import AutoConfig
 
     with _located(name, revision) as (folder, more), _refused(f"the configuration of {name} cannot be read"):
-        config = AutoConfig.from_pretrained(folder, **more)
+
+        def read(**changes: Any) -> Any:
+            return AutoConfig.from_pretrained(folder, **more, **changes)
+
+        config = configured(name, read, options or {})
     check_config(name, config, causal)
     return config
 
@@ -81,6 +95,8 @@ def check_config(name: str, config: Any, causal: bool = False) -> None:
     if not causal:
         return
     kind = config.model_type
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and is_own_code(config):
+        return  # by the word of the model's own code, which runs only where it is trusted
     alone = kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "is_encoder_decoder", False)
     is_decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)  # the latter of XLM
     encoder = kind in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder
@@ -96,6 +112,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     causal: bool = False,
     four_bit: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> torch.nn.Module:
     """A transformers model with the weights and the class that its configuration names.
 
@@ -105,25 +122,29 @@ def load_model(
         dtype: dtype of the weights; None for the stored one.
         causal: whether it must be a causal language model.
         four_bit: whether linear layers but the head are in NF4 with double quantisation, computed in `dtype` (QLoRA).
+        options: how it is made, see `htsr.calibration.model_options.configured`.
 
     Raises:
         SourceError: it cannot be loaded, or lacks weights, which transformers would draw at random.
-        MissingDependencyError: bitsandbytes, which four bits need, is not installed.
+        UsageError: an option is unknown, or has no meaning for this model.
+        MissingDependencyError: bitsandbytes, which four bits need, or what an option asks for, is not installed.
     """
     import transformers
 
     with _located(name, revision) as (folder, more):
         if four_bit:
             quantized = _four_bit(name, dtype, more)
-        config = load_config(name, revision=revision, causal=causal)
-        options: dict[str, Any] = {**more, "dtype": dtype or "auto", "output_loading_info": True}
+        config = load_config(name, revision=revision, causal=causal, options=options)
+        how: dict[str, Any] = {**more, "dtype": dtype or "auto", "output_loading_info": True}
+        if options:
+            how |= {"config": config, CODE: is_own_code(config)}
         if four_bit:
-            options["quantization_config"] = quantized
+            how["quantization_config"] = quantized
         kind: Any = transformers.AutoModelForCausalLM
         if not causal and "gguf_file" not in more:  # that format holds language models, and does not name their class
             kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
         with _refused(f"{name} could not be loaded"):
-            model, found = kind.from_pretrained(folder, **options)
+            model, found = kind.from_pretrained(folder, **how)
             lacking = sorted(set(found["missing_keys"]) & {key for key, _ in model.named_parameters()})
             if lacking:
                 raise ValueError(
@@ -152,12 +173,13 @@ def _four_bit(name: str, dtype: torch.dtype | None, more: dict[str, Any]) -> Any
     )
 
 
-def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
+def load_tokenizer(name: str, *, revision: str | None = None, own_code: bool = False) -> Any:
     """The tokenizer of a model; a missing padding token is made the end-of-text token, padding is on the right.
 
     Args:
         name: folder, hub id or .gguf file, each also as ``package:MODULE/PATH``.
         revision: branch, tag or commit of a hub id.
+        own_code: whether Python code that comes with the tokenizer may run.
 
     Raises:
         SourceError: it cannot be loaded.
@@ -165,7 +187,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     with _located(name, revision) as (folder, more), _refused(f"the tokenizer of {name} could not be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **more)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **more, trust_remote_code=own_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"

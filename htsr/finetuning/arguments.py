@@ -37,7 +37,8 @@ _LORA_OWN = {
     "lora_dropout": "lora.dropout",
     "rank_pattern": "lora.score",
     "alpha_pattern": "lora.score",
-    "target_modules": "htsr",
+    "target_modules": "lora.targets",
+    "modules_to_save": "lora.modules_to_save",
     "task_type": "htsr",
 }
 _LOOSE = ("fsdp", "debug", "parallelism_config")  # more kinds are taken than their hints say

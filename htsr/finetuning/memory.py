@@ -48,6 +48,7 @@ def setting_of(recipe: Recipe, arguments: Any, longest: int | None = None) -> di
         "checkpointing": bool(arguments.gradient_checkpointing),
         "rounding": recipe.rounds,
         "frozen_weights": recipe.frozen_weights,
+        "model_options": recipe.model_options,
         "revision": recipe.revision,
     }
     if sampling is not None and recipe.method != "qlora":
@@ -60,7 +61,8 @@ def setting_of(recipe: Recipe, arguments: Any, longest: int | None = None) -> di
             setting["embeddings"] = low_rank.embedding
         setting |= {"rank": low_rank.rank, "state_dtype": low_rank.state_dtype, "gradients": low_rank.gradients}
     if recipe.lora is not None:
-        setting["rank"] = recipe.lora.rank
+        lora = recipe.lora
+        setting |= {"rank": lora.rank, "targets": lora.targets, "modules_to_save": lora.modules_to_save}
     return setting
 
 

@@ -12,9 +12,9 @@ from htsr.calibration.outlier_scores import measure_outliers
 from htsr.calibration.outliers import Outliers
 from htsr.calibration.records import Record, text_of
 from htsr.errors import UsageError
+from htsr.finetuning.adapters import adapter_config
 from htsr.finetuning.placing import on_device
 from htsr.ranks import Ranks
-from htsr.training.lora import lora_config
 from htsr.training.sampling.members import freeze_embedding
 from htsr.training.sampling.probabilities import Strategy
 from htsr.training.sampling.sampler import LayerSampler
@@ -65,7 +65,9 @@ def prepare(
             raise UsageError(f"the strategy {strategy} needs spectra: true")
         scores = before
     if recipe.lora is not None:
-        model = _with_adapters(recipe, model, before)
+        from peft import get_peft_model
+
+        model = get_peft_model(model, adapter_config(recipe.lora, model, before))
     if given is None or strategy is None:
         if recipe.embedding == "freeze":
             freeze_embedding(model)
@@ -120,19 +122,3 @@ def _outliers(
         return found
 
     return Ranks.running().of_first(measured)
-
-
-def _with_adapters(recipe: Recipe, model: torch.nn.Module, before: Analysis | None) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    lora = recipe.lora
-    assert lora is not None
-    common: dict[str, Any] = {"lora_dropout": lora.dropout, "task_type": "CAUSAL_LM", **lora.options}
-    if lora.score is None:
-        alpha: Any = lora.scaling * lora.rank
-        config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules="all-linear", **common)
-    else:
-        if before is None:
-            raise UsageError(f"ranks by {lora.score} need spectra: true")
-        config = lora_config(model, before, rank=lora.rank, score=lora.score, scaling=lora.scaling, **common)
-    return get_peft_model(model, config)  # type: ignore[arg-type]

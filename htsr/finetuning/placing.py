@@ -29,7 +29,8 @@ def how_loaded(recipe: Recipe) -> dict[str, Any]:
     """Arguments of `load_model` for the model of a `recipe`, and for what becomes of it."""
     import torch
 
-    return {"dtype": getattr(torch, recipe.dtype), "causal": True, "four_bit": recipe.method == "qlora"}
+    dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    return {"dtype": dtype, "causal": True, "four_bit": recipe.method == "qlora", "options": recipe.model_options}
 
 
 def load_placed(arguments: Any, name: str, *, streamed: bool = False, **how: Any) -> torch.nn.Module:

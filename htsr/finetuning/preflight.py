@@ -6,16 +6,18 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from htsr.calibration.loading import load_config, load_tokenizer
+from htsr.calibration.model_options import CODE, empty_model
 from htsr.calibration.outliers import Outliers
 from htsr.calibration.record_forms import Record, form_of
 from htsr.calibration.record_texts import as_dataset
 from htsr.calibration.records import read_records
 from htsr.errors import UsageError
+from htsr.finetuning.adapters import adapter_config
 from htsr.finetuning.checkpoints import Checkpoint, count_processes, last_checkpoint
 from htsr.finetuning.data import training_records
 from htsr.finetuning.labels import (
@@ -120,9 +122,12 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
     if recipe.sampling is not None and recipe.sampling.outliers:
         Outliers.load(recipe.sampling.outliers).distribution(recipe.sampling.threshold)
     questions = _questions(recipe.data)
-    config = load_config(recipe.model, revision=recipe.revision, causal=True)
+    own_code = bool(recipe.model_options.get(CODE))
+    if own_code:
+        logger.warning("model_options.%s: Python code that comes with %s runs in this process", CODE, recipe.model)
+    config = load_config(recipe.model, revision=recipe.revision, causal=True, options=recipe.model_options)
     check_sizes(recipe, config)
-    tokenizer = load_tokenizer(recipe.model, revision=recipe.revision)
+    tokenizer = load_tokenizer(recipe.model, revision=recipe.revision, own_code=own_code)
     take_own(recipe.model, tokenizer, arguments)
     train, held_out, stream = training_records(recipe, tokenizer, say)
     asked = f", {len(questions)} questions" if questions else ""
@@ -196,22 +201,20 @@ def _check_processes(output: Path, checkpoint: Checkpoint, now: int) -> None:
 
 
 def check_sizes(recipe: Recipe, config: Any) -> None:
-    """Insist that the model of transformers' `config` is large enough for the ranks and the blocks of a `recipe`.
+    """Insist that the model of transformers' `config` has what a `recipe` adapts, and is large enough for its ranks.
 
     Raises:
         UsageError: it is not.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if recipe.low_rank is None and recipe.sampling is None:
+    if recipe.low_rank is None and recipe.sampling is None and recipe.lora is None:
         return
     try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model = empty_model(config)
     except Exception:  # a class that cannot be made without values: the model itself will be asked
         logger.debug("%s cannot be made on the meta device", recipe.model, exc_info=True)
         return
+    if recipe.lora is not None:
+        adapter_config(replace(recipe.lora, score=None), model, None)
     sampling = recipe.sampling
     if sampling is not None:
         blocks = len(find_blocks(model)) + (sampling.embedding == "sampled")

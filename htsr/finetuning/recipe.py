@@ -13,6 +13,7 @@ from htsr.errors import UsageError
 from htsr.finetuning.rates import measures_by_epoch, policy_of, require_effect
 from htsr.finetuning.recipe_values import kind_of, nearest
 from htsr.training.lora import HILL
+from htsr.training.lora_targets import ALL_LINEAR
 from htsr.training.lowrank.rounding import Rounding
 from htsr.training.lowrank.scaling import ScaledBy
 from htsr.training.memory.plan import FrozenWeights
@@ -239,30 +240,39 @@ class LowRank:
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """LoRA on all linear layers of the blocks; with qlora over weights in 4 bits.
+    """LoRA, by default on all linear layers of the blocks; with qlora over weights in 4 bits.
 
     Attributes:
         rank: rank of each adapter; with `score` their average by parameters.
+        targets: which modules are adapted: ``all-linear``, or one or several of names (``q_proj``), roles (``attn.*``)
+            and, where it is one text, a regular expression of whole names.
+        modules_to_save: names or roles of modules that train whole beside the adapters, as embedding and head
+            (``embed``, ``head``). Where the model ties these two, they stay one tensor.
         scaling: lora_alpha/r.
         dropout: dropout probability of the adapters' input.
         score: score that the ranks follow, ``hill`` or a metric of the model's analysis, see `htsr.lora_config`; None
             for equal ranks.
-        options: any other argument of PEFT's ``LoraConfig``: use_rslora, use_dora, bias …
+        calibration_samples: number of training records on which a start is measured that asks for data: eva, corda,
+            lora_ga.
+        options: any other argument of PEFT's ``LoraConfig``: use_rslora, use_dora, init_lora_weights …
 
     Raises:
         UsageError: a number is out of its range, or there is no such metric.
     """
 
     rank: int = 8
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    modules_to_save: tuple[str, ...] = ()
     scaling: float = 2.0
     dropout: float = 0.0
     score: str | None = None
+    calibration_samples: int = 64
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         from htsr.spectra.metrics import NUMERIC
 
-        _at_least("lora.", 1, rank=self.rank)
+        _at_least("lora.", 1, rank=self.rank, calibration_samples=self.calibration_samples)
         _between("lora.", 0, math.inf, scaling=self.scaling)
         _between("lora.", 0, 1, closed=True, dropout=self.dropout)
         if self.score not in (None, HILL, *NUMERIC):
@@ -300,7 +310,9 @@ class Recipe:
             of ``llr``, or of the policy that the key ``policy`` names, as in ``{score: null, embeddings: 5}``; or
             multipliers by pattern, which are what adapters take: LoRA+ is ``{"*.lora_B": 16}``.
         revision: branch, tag or commit of a hub id.
-        dtype: dtype of the weights.
+        model_options: how transformers makes the model: attn_implementation, any attribute of its configuration
+            (rope_parameters, attention_dropout …), trust_remote_code.
+        dtype: dtype of the weights; ``auto`` is the one in which they are stored.
         rounding: what becomes of that part of a trained weight which bfloat16 or float16 cannot hold, see
             `LowRankAdamW`; without effect on weights that train in float32, such as adapters. None is ``stochastic``,
             and the rounding of the optimizer that ``training.optim`` names. Under methods without low_rank
@@ -339,7 +351,8 @@ class Recipe:
     method: Method = "lora"
     layerwise: Mapping[str, Any] | LayerwisePolicy = "none"
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     rounding: Rounding | None = None
     frozen_weights: FrozenWeights = "device"
     seed: int = 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from htsr.calibration.loading import load_model
 from htsr.files import written
+from htsr.finetuning.placing import how_loaded
 from htsr.finetuning.run_folder import RESULTS, kept_leaves, leaves, plain, write_json
 from htsr.ranks import Ranks
 
@@ -48,11 +49,9 @@ def save_model(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks
 
 def _save_merged(recipe: Recipe, output: Path) -> None:
     """Merge the adapter into a fresh copy of the model, whatever wraps the trained one."""
-    import torch
     from peft import PeftModel
 
-    dtype = getattr(torch, recipe.dtype)
-    base: Any = load_model(recipe.model, revision=recipe.revision, dtype=dtype, causal=True)
+    base: Any = load_model(recipe.model, revision=recipe.revision, **how_loaded(recipe) | {"four_bit": False})
     PeftModel.from_pretrained(base, str(output / "adapter")).merge_and_unload().save_pretrained(output)
 
 

@@ -31,6 +31,7 @@ from htsr.matrices.patterns import matches, require
 from htsr.matrices.roles import role_of
 from htsr.spectra.metrics import NUMERIC, LayerMetrics
 from htsr.spectra.tail import fit_power_law
+from htsr.training.lora_targets import with_exclusions
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,7 @@ def lora_config(
     rank: int = 8,
     score: str = HILL,
     roles: Sequence[str] = _ROLES,
+    modules: Collection[str] | None = None,
     blocks: str | Sequence[str] | None = None,
     minimum: int = 1,
     maximum: int | None = None,
@@ -66,6 +68,7 @@ def lora_config(
         score: ``hill``, Hill's α over the mean of its role, from the analysis's spectra whatever its own fit was, or
             any numeric metric ≥ 0 of `LayerMetrics` as it is. A matrix without it gets an average share.
         roles: which Linear modules inside the blocks are adapted, by role.
+        modules: full names of these modules, in place of `roles`.
         blocks: name of the list of blocks, or several, in place of what `find_blocks` takes.
         minimum: least rank.
         maximum: largest rank; 4·`rank` if None. No rank exceeds the smaller side of its matrix.
@@ -77,8 +80,8 @@ def lora_config(
         PEFT's `LoraConfig`, for `peft.get_peft_model`.
 
     Raises:
-        UsageError: there is no such metric, a score is negative, no module has these roles, the analysis has other
-            shapes, or the bounds do not allow the budget.
+        UsageError: there is no such metric, a score is negative, no module has these roles or one of these names, the
+            analysis has other shapes, or the bounds do not allow the budget.
         SourceError: the model has no blocks.
 
     Examples:
@@ -105,13 +108,12 @@ def lora_config(
         rank=rank,
         score=score,
         roles=roles,
+        modules=modules,
         blocks=blocks,
         minimum=minimum,
         maximum=maximum,
         reverse=reverse,
     )
-    if (excluded := _excluded(model, ranks, options.get("exclude_modules"))) is not None:
-        options["exclude_modules"] = excluded
     longest_first = sorted(ranks.items(), key=lambda item: -len(item[0]))  # PEFT takes the first that ends a name
     patterns = {re.escape(name): r for name, r in longest_first}
     return LoraConfig(
@@ -120,7 +122,7 @@ def lora_config(
         target_modules=list(ranks),
         rank_pattern=patterns,
         alpha_pattern={name: scaling * r for name, r in patterns.items()},  # type: ignore[misc]
-        **options,
+        **with_exclusions(model, ranks, options),
     )
 
 
@@ -131,6 +133,7 @@ def adapter_ranks(
     rank: int,
     score: str = HILL,
     roles: Sequence[str] = _ROLES,
+    modules: Collection[str] | None = None,
     blocks: str | Sequence[str] | None = None,
     minimum: int = 1,
     maximum: int | None = None,
@@ -144,14 +147,15 @@ def adapter_ranks(
         rank: rank of the uniform adapter that sets the budget.
         score: ``hill``, or any numeric metric ≥ 0 of `LayerMetrics`.
         roles: which Linear modules inside the blocks are adapted, by role.
+        modules: full names of these modules, in place of `roles`.
         blocks: name of the list of blocks, or several, in place of what `find_blocks` takes.
         minimum: least rank.
         maximum: largest rank; 4·`rank` if None.
         reverse: whether smaller scores get the larger ranks.
 
     Raises:
-        UsageError: there is no such metric, a score is negative, no module has these roles, the analysis has other
-            shapes, or the bounds do not allow the budget.
+        UsageError: there is no such metric, a score is negative, no module has these roles or one of these names, the
+            analysis has other shapes, or the bounds do not allow the budget.
         SourceError: the model has no blocks.
     """
     from htsr.calibration.activations import linear_modules
@@ -160,25 +164,31 @@ def adapter_ranks(
         raise UsageError(f"rows have no metric {score!r}; hill, stable_rank and entropy are usual")
     found = find_blocks(model, blocks)
     inside = {name: module for name, module in linear_modules(model) if found.index_of(name) is not None}
-    if tuple(roles) != _ROLES:
+    if modules is None and tuple(roles) != _ROLES:
         require(roles, {role_of(name) for name in inside}, type(model).__name__, "role of a Linear inside the blocks")
-    modules = {name: _sides(module) for name, module in inside.items() if matches(role_of(name), roles)}
-    if not modules:
+    if outside := [name for name in modules or () if name not in inside]:
+        raise UsageError(f"{outside[0]} is no Linear inside the blocks of {type(model).__name__}, and has no {score}")
+    sides = {
+        name: _sides(module)
+        for name, module in inside.items()
+        if (name in modules if modules is not None else matches(role_of(name), roles))
+    }
+    if not sides:
         raise UsageError(f"no Linear inside the blocks of {type(model).__name__} has a role among {', '.join(roles)}")
-    values: dict[str, list[float]] = {name: [] for name in modules}
-    rows = [row for row in analysis if _module_of(row) in modules]
+    values: dict[str, list[float]] = {name: [] for name in sides}
+    rows = [row for row in analysis if _module_of(row) in sides]
     for row in rows:
-        _insist_on_shape(row, modules[_module_of(row)], analysis.label, type(model).__name__)
+        _insist_on_shape(row, sides[_module_of(row)], analysis.label, type(model).__name__)
     for row, value in zip(rows, _relative_hill(analysis, rows) if score == HILL else _metric(rows, score), strict=True):
         if value is not None:
             values[_module_of(row)].append(float(value))
     if not any(values.values()):
         raise UsageError(f"the analysis of {analysis.label} has no {score} of these modules")
     scores = [float(np.mean(own)) if own else math.nan for own in values.values()]
-    costs = [int(sum(shape)) for shape in modules.values()]
-    most = [min(4 * rank if maximum is None else maximum, *shape) for shape in modules.values()]
+    costs = [int(sum(shape)) for shape in sides.values()]
+    most = [min(4 * rank if maximum is None else maximum, *shape) for shape in sides.values()]
     given = allocate.ranks(scores, total=rank * sum(costs), minimum=minimum, maximum=most, costs=costs, reverse=reverse)
-    return {name: int(r) for name, r in zip(modules, given, strict=True)}
+    return {name: int(r) for name, r in zip(sides, given, strict=True)}
 
 
 def _module_of(row: LayerMetrics) -> str:
@@ -227,20 +237,3 @@ def _relative_hill(analysis: Analysis, rows: Sequence[LayerMetrics]) -> list[flo
         None if alpha is None else alpha / float(np.mean(known[row.role]))
         for row, alpha in zip(rows, alphas, strict=True)
     ]
-
-
-def _excluded(model: torch.nn.Module, wanted: Collection[str], given: str | Sequence[str] | None) -> Any:
-    """Modules whose names only end like those of wanted ones, as a pattern: ``teacher.layers.0.…`` for ``layers.0.…``.
-
-    PEFT matches the ends of names, but a pattern by the whole. `given` is the caller's own ``exclude_modules``.
-    """
-    endings = tuple(f".{name}" for name in wanted)
-    unwanted = [name for name, _ in model.named_modules() if name not in wanted and name.endswith(endings)]
-    if not unwanted:
-        return given
-    patterns = [re.escape(name) for name in unwanted]
-    if isinstance(given, str):
-        patterns.append(f"(?:{given})")
-    elif given:
-        patterns += [rf"(?:.*\.)?{re.escape(name)}" for name in given]
-    return "|".join(patterns)

@@ -41,6 +41,8 @@ class Setting:
         gradients: when gradients are released.
         rounding: how narrow weights are rounded.
         frozen_weights: where the weights of frozen blocks live.
+        targets: which modules have adapters.
+        modules_to_save: which modules train whole beside adapters.
     """
 
     method: TrainingMethod
@@ -55,6 +57,8 @@ class Setting:
     gradients: Gradients
     rounding: Rounding
     frozen_weights: FrozenWeights = "device"
+    targets: str | tuple[str, ...] = "all-linear"
+    modules_to_save: tuple[str, ...] = ()
 
     @property
     def samples(self) -> bool:

@@ -9,6 +9,7 @@ counted: the CUDA context, kernels' own workspaces, fragmentation of the allocat
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union, get_args
 
@@ -52,6 +53,9 @@ def predict_memory(
     gradients: Gradients = "keep",
     rounding: Rounding | None = None,
     frozen_weights: FrozenWeights = "device",
+    targets: str | Sequence[str] = "all-linear",
+    modules_to_save: Sequence[str] = (),
+    model_options: Mapping[str, Any] | None = None,
     revision: str | None = None,
 ) -> MemoryPlan:
     """Peak memory of training a causal language model, without loading it.
@@ -83,6 +87,11 @@ def predict_memory(
             ``stochastic``, as in a recipe. ``nearest`` is torch's fused AdamW under the methods without low-rank state.
         frozen_weights: where the weights of blocks live that do not train now: on the ``device``, or in memory of the
             ``host`` or on ``disk``, from which they are streamed (`stream_frozen`); for ``lora``, ``lisa``, ``owlore``.
+        targets: which modules have adapters under ``lora`` and ``qlora``, by name, role or regular expression, as
+            ``lora.targets`` in a recipe.
+        modules_to_save: names or roles of modules that train whole beside adapters.
+        model_options: how transformers makes the model, as in a recipe: attn_implementation and attributes of the
+            configuration; for a source that is read.
         revision: branch, tag or commit of a hub id.
 
     Returns:
@@ -128,6 +137,8 @@ def predict_memory(
         raise UsageError(f"gradients={gradients!r} is for {where}, not for {method}")
     if frozen_weights != "device" and method not in STREAMED:
         raise UsageError(f"frozen_weights={frozen_weights!r} is for {', '.join(STREAMED)}, not for {method}")
+    if (targets != "all-linear" or modules_to_save) and method not in ("lora", "qlora"):
+        raise UsageError(f"targets and modules_to_save are those of adapters, which {method} has not")
     given = rank
     rank = rank if rank is not None else 256 if method == "apollo" else 128 if method in LOW_RANK else 8
     for name, number in (("batch", batch), ("sequence", sequence), ("rank", rank), ("active_blocks", active_blocks)):
@@ -146,10 +157,12 @@ def predict_memory(
         gradients=gradients,
         rounding=rounding or "stochastic",
         frozen_weights=frozen_weights,
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        modules_to_save=tuple(modules_to_save),
     )
     from htsr.training.memory.simulation import simulate
 
-    label, config = _configuration(source, revision)
+    label, config = _configuration(source, revision, model_options)
     try:
         plan = simulate(label, config, setting, halves_rank=given is None and method in LOW_RANK)
     except HtsrError:
@@ -173,7 +186,7 @@ def _listed(names: list[TrainingMethod]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _configuration(source: Source, revision: str | None) -> tuple[str, Any]:
+def _configuration(source: Source, revision: str | None, options: Mapping[str, Any] | None) -> tuple[str, Any]:
     if not isinstance(source, (str, os.PathLike)):
         from htsr.calibration.loading import check_config
         from htsr.matrices.modules import unwrapped
@@ -181,6 +194,8 @@ def _configuration(source: Source, revision: str | None) -> tuple[str, Any]:
         config = getattr(unwrapped(source), "config", None)
         if config is None:
             raise SourceError(f"{type(source).__name__} has no config; memory is predicted of transformers models")
+        if options:
+            raise UsageError("model_options are for a configuration that is read, and a model has its own")
         check_config(type(unwrapped(source)).__name__, config, causal=True)
         return type(unwrapped(source)).__name__, config
     from htsr.calibration.loading import load_config
@@ -191,4 +206,4 @@ def _configuration(source: Source, revision: str | None) -> tuple[str, Any]:
         path = path.parent
     if path.is_dir() and not (path / "config.json").is_file():
         raise SourceError(f"{path} has no config.json, from which memory is predicted")
-    return name, load_config(str(path) if path.is_dir() else name, revision=revision, causal=True)
+    return name, load_config(str(path) if path.is_dir() else name, revision=revision, causal=True, options=options)

@@ -15,8 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from htsr.calibration.model_options import empty_model
 from htsr.errors import SourceError, UsageError
 from htsr.matrices.blocks import find_blocks
+from htsr.training.lora_targets import module_options
 from htsr.training.lowrank.groups import is_low_rank
 from htsr.training.lowrank.moments import BLOCK
 from htsr.training.lowrank.rounding import NARROW
@@ -208,16 +210,13 @@ def _quietly(make: Any, *arguments: Any) -> Any:
 
 
 def _model(label: str, config: Any, setting: Setting) -> Any:
-    from transformers import AutoModelForCausalLM
-
     config = deepcopy(config)
     config.use_cache = False
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     dtype = getattr(torch, setting.dtype) if setting.dtype else getattr(config, "dtype", None) or torch.float32
     try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        model = empty_model(config, dtype=dtype)
     except ValueError as error:
         raise SourceError(f"{label} ({config.model_type}) is no causal language model of transformers") from error
     model.train()
@@ -226,7 +225,8 @@ def _model(label: str, config: Any, setting: Setting) -> Any:
     if setting.method in ("lora", "qlora"):
         import peft
 
-        adapter = peft.LoraConfig(r=setting.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        modules = module_options(model, setting.targets, setting.modules_to_save, {})
+        adapter = peft.LoraConfig(r=setting.rank, task_type="CAUSAL_LM", **modules)
         if setting.checkpointing:
             model.enable_input_require_grads()
         model = peft.get_peft_model(model, adapter, low_cpu_mem_usage=True)
