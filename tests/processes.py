@@ -1,16 +1,32 @@
 """What the tests with several gloo processes share."""
 
 import json
+import multiprocessing
 import os
 from contextlib import contextmanager
 
 import torch
 
+# What takes long to import is imported once, by the process that all others are forked from, which runs nothing else.
+multiprocessing.set_forkserver_preload(["torch.distributed.tensor", "transformers.trainer", "peft", "htsr.ranks"])
+
 
 def in_two_processes(worker, folder):
     """`worker(rank, folder)` in two processes, each of which ends with `leave_with`; what they found, by rank."""
-    torch.multiprocessing.spawn(worker, (folder,), nprocs=2)
+    start(worker, (folder,), 2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def start(worker, arguments, count):
+    """`worker(rank, *arguments)` in `count` processes that share nothing with this one but its environment."""
+    given = (dict(os.environ), worker, arguments)
+    torch.multiprocessing.start_processes(_begin, given, nprocs=count, start_method="forkserver")
+
+
+def _begin(rank, environment, worker, arguments):
+    os.environ.clear()  # that of the process which was forked from is as old as itself
+    os.environ.update(environment)
+    worker(rank, *arguments)
 
 
 def leave_with(found, rank, folder):

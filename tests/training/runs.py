@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.processes import leave
+from tests.processes import leave, start
 from tests.transformer import llama
 
 
@@ -59,7 +59,7 @@ def killed_after(steps: int) -> Iterator[None]:
 
 def run_distributed(folder: Path, ranks: int) -> list[dict]:
     """`_rank` in `ranks` gloo processes; what each of them found."""
-    torch.multiprocessing.spawn(_rank, args=(ranks, str(folder)), nprocs=ranks)
+    start(_rank, (ranks, str(folder)), ranks)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
