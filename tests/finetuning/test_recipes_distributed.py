@@ -66,6 +66,17 @@ def write_shipped_recipe(folder):
     (folder / "shipped.yaml").write_text(yaml.safe_dump(content))
 
 
+def write_stream(folder, kind, batch):
+    """A stream that comes to its end in the second step and begins again."""
+    write_recipe(folder, "full", kind)
+    path = folder / f"full-{kind}.yaml"
+    content = yaml.safe_load(path.read_text())
+    data = {"train": str(folder / "train.jsonl"), "streaming": True, "evaluation_records": 26}
+    content |= {"data": data, "layerwise": "none", "spectra": False}
+    content["training"]["per_device_train_batch_size"] = batch
+    path.write_text(yaml.safe_dump(content))
+
+
 def call_cpus_accelerators():
     from accelerate import PartialState
     from accelerate.utils import DistributedType
@@ -125,6 +136,7 @@ def _worker(rank, folder):
     gc.freeze()  # as in conftest.py
     for method in RECIPES:
         finetune(read_recipe(f"{folder}/{method}-ddp.yaml"))
+    finetune(read_recipe(f"{folder}/full-stream.yaml"))
     call_cpus_accelerators()
     for method in RECIPES:
         finetune(read_recipe(f"{folder}/{method}-fsdp2.yaml"))
@@ -143,6 +155,8 @@ def work(tmp_path_factory):
         for kind in ("ddp", *CHECKPOINTS):
             write_recipe(folder, method, kind)
     write_shipped_recipe(folder)
+    write_stream(folder, "stream", 4)
+    write_stream(folder, "stream-alone", 8)
     in_two_processes(_worker, folder)
     return folder
 
@@ -167,6 +181,18 @@ def test_a_killed_sharded_run_goes_on_with_the_same_weights(work, method, kind):
     whole, resumed = (load_file(work / f"{method}-{name}" / "model.safetensors") for name in ("fsdp2", kind))
     for key, value in whole.items():
         torch.testing.assert_close(resumed[key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_a_stream_is_shared_by_the_processes(work):
+    from htsr.finetuning.run import finetune
+
+    finetune(read_recipe(f"{work}/full-stream-alone.yaml"))
+    start, alone, shared = (
+        load_file(work / name / "model.safetensors") for name in ("model", "full-stream-alone", "full-stream")
+    )
+    assert any((alone[key] - start[key]).abs().max() > 1e-2 for key in start)
+    for key, value in alone.items():
+        torch.testing.assert_close(shared[key], value, rtol=1e-4, atol=1e-5, msg=key)
 
 
 def test_ranks_that_have_read_other_records_are_refused(work):
