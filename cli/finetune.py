@@ -16,7 +16,7 @@ def finetune(
     ],
     method: Annotated[
         str | None,
-        typer.Option(help="Method in place of the recipe's: full, lora, qlora, lisa, owlore, galore, apollo."),
+        typer.Option(help="Method in place of the recipe's: full, lora, qlora, lisa, owlore, galore, apollo, gum."),
     ] = None,
     layerwise: Annotated[
         str | None, typer.Option(help="Policy in place of the recipe's: none, ends, llr, tempbalance, alphadecay.")

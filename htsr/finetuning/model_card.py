@@ -22,6 +22,7 @@ _METHODS = {
     "owlore": "outlier-weighted layer sampling with low-rank optimizer state (OwLore)",
     "galore": "low-rank optimizer state (GaLore)",
     "apollo": "learning rates by channel or matrix from a random projection (APOLLO)",
+    "gum": "low-rank optimizer state, and some blocks outside of it (GUM)",
 }
 _SHOWN = ("alpha", "trace_log", "stable_rank", "log_norm", "log_spectral_norm")
 
@@ -66,7 +67,7 @@ def model_card(recipe: Recipe, result: Result, comparison: Comparison | None) ->
 
 
 def _settings(recipe: Recipe) -> list[tuple[str, str]]:
-    names = ("low_rank", "lora", "sampling", "early_stopping")
+    names = ("low_rank", "gum", "lora", "sampling", "early_stopping")
     sections = [(name, getattr(recipe, name)) for name in names]
     rows: list[tuple[str, str]] = [("dtype", recipe.dtype)]
     if recipe.dtype != "float32":

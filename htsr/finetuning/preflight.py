@@ -33,6 +33,7 @@ from htsr.finetuning.run_folder import leaves, plain
 from htsr.matrices.blocks import find_blocks
 from htsr.ranks import Ranks
 from htsr.training.lowrank.groups import low_rank_groups
+from htsr.training.lowrank.gum_groups import gum_groups
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -226,6 +227,12 @@ def check_sizes(recipe: Recipe, config: Any) -> None:
             low_rank_groups(model, recipe.low_rank.rank, embeddings=recipe.embedding == "lowrank")
         except UsageError as error:
             raise UsageError(f"low_rank.rank: {error}") from error
+        if recipe.gum is not None:
+            groups = gum_groups(model, recipe.low_rank.rank, unit=recipe.gum.unit)
+            units = sum("unit" in group for group in groups)
+            if recipe.gum.active >= units:
+                what = f"{units} {'blocks' if recipe.gum.unit == 'block' else 'matrices'}"
+                raise UsageError(f"gum.active is {recipe.gum.active}, and is below the {what} of {recipe.model}")
 
 
 class _Whole:

@@ -14,13 +14,15 @@ from htsr.finetuning.rates import measures_by_epoch, policy_of, require_effect
 from htsr.finetuning.recipe_values import kind_of, nearest
 from htsr.training.lora import HILL
 from htsr.training.lora_targets import ALL_LINEAR
+from htsr.training.lowrank.gum import Base, Reweight
+from htsr.training.lowrank.gum_groups import Unit
 from htsr.training.lowrank.rounding import Rounding
 from htsr.training.lowrank.scaling import ScaledBy
 from htsr.training.memory.plan import FrozenWeights
 from htsr.training.sampling.probabilities import Strategy
 from htsr.training.sampling.sampler import Embedding, FrozenState
 
-Method = Literal["full", "lora", "qlora", "lisa", "owlore", "galore", "apollo"]
+Method = Literal["full", "lora", "qlora", "lisa", "owlore", "galore", "apollo", "gum"]
 LayerwisePolicy = Literal["none", "ends", "llr", "tempbalance", "alphadecay"]
 
 
@@ -32,6 +34,7 @@ SECTIONS_OF: Mapping[str, tuple[str, ...]] = {
     "owlore": ("sampling", "low_rank"),
     "galore": ("low_rank",),
     "apollo": ("low_rank",),
+    "gum": ("low_rank", "gum"),
 }
 USUAL_RATE = 2e-5  # SFTConfig's own, for whole matrices
 ADAPTER_RATE = 2e-4  # that of the guides of PEFT and TRL; adapters begin at ΔW = 0 and have far to go
@@ -239,6 +242,26 @@ class LowRank:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gum:
+    """Which blocks train outside of their subspaces now, see `GUM`; they are drawn anew with each subspace.
+
+    Attributes:
+        active: number γ of blocks, or matrices, in each draw.
+        unit: what is drawn: a ``block`` with all of its matrices, or each ``matrix`` for itself.
+        base: what trains the matrices of the blocks.
+        reweight: what is divided by the probability of being drawn, or of not being drawn.
+    """
+
+    active: int = 2
+    unit: Unit = "block"
+    base: Base = "adamw"
+    reweight: Reweight = "gradient"
+
+    def __post_init__(self) -> None:
+        _at_least("gum.", 1, active=self.active)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lora:
     """LoRA, by default on all linear layers of the blocks; with qlora over weights in 4 bits.
 
@@ -304,8 +327,8 @@ class Recipe:
         model: folder, hub id, .gguf file, or ``package:MODULE/PATH``.
         output: folder of the result.
         data: see `Data`.
-        method: ``full``, ``lora``, ``qlora`` (LoRA over weights in 4 bits), ``lisa``, ``owlore``, ``galore`` or
-            ``apollo``.
+        method: ``full``, ``lora``, ``qlora`` (LoRA over weights in 4 bits), ``lisa``, ``owlore``, ``galore``,
+            ``apollo`` or ``gum``.
         layerwise: policy of `htsr.layerwise`, or ``none``: a name; fields of `htsr.Policy` with other values than those
             of ``llr``, or of the policy that the key ``policy`` names, as in ``{score: null, embeddings: 5}``; or
             multipliers by pattern, which are what adapters take: LoRA+ is ``{"*.lora_B": 16}``.
@@ -324,7 +347,8 @@ class Recipe:
         seed: seed of everything random.
         spectra: whether the model is analyzed before and after.
         sampling: section of lisa and owlore, and of lora and qlora where adapters are sampled by block.
-        low_rank: section of owlore, galore and apollo.
+        low_rank: section of owlore, galore, apollo and gum.
+        gum: section of gum.
         lora: section of lora and qlora.
         early_stopping: when training stops for want of improvement, see `EarlyStopping`; None for never. To keep the
             best model without it, ``training.load_best_model_at_end``. With both evaluations come with the checkpoints
@@ -359,13 +383,14 @@ class Recipe:
     spectra: bool = True
     sampling: Sampling | None = None
     low_rank: LowRank | None = None
+    gum: Gum | None = None
     lora: Lora | None = None
     early_stopping: EarlyStopping | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         wanted = SECTIONS_OF[self.method]
-        for section, make in (("sampling", Sampling), ("low_rank", LowRank), ("lora", Lora)):
+        for section, make in (("sampling", Sampling), ("low_rank", LowRank), ("gum", Gum), ("lora", Lora)):
             if getattr(self, section) is not None and section not in wanted:
                 raise UsageError(f"the section {section} has no meaning for the method {self.method}")
             needed = section in wanted and not ("lora" in wanted and section == "sampling")
@@ -388,6 +413,8 @@ class Recipe:
             raise UsageError(f"frozen_weights: {self.frozen_weights} is for blocks that are sampled, by {which}")
         if self.early_stopping is not None and self.training.get("load_best_model_at_end") is False:
             raise UsageError("early_stopping saves the best model: leave training.load_best_model_at_end out")
+        if self.gum is not None and self.low_rank is not None and self.low_rank.moments != "keep":
+            raise UsageError("low_rank.moments has no meaning for the method gum: they begin anew with each subspace")
         compiles = sorted(key for key in self.training if key.startswith("torch_compile") and self.training[key])
         if self.frozen_weights != "device" and compiles:
             raise UsageError(

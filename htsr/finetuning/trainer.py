@@ -21,6 +21,8 @@ from htsr.finetuning.stopping import EarlyStopping, KeptBest
 from htsr.training.callbacks import LayerSamplerCallback, LayerwiseCallback
 from htsr.training.layerwise.wrapper import layerwise
 from htsr.training.lowrank.groups import low_rank_groups
+from htsr.training.lowrank.gum import GUM
+from htsr.training.lowrank.gum_groups import gum_groups
 from htsr.training.lowrank.optimizer import LowRankAdamW
 from htsr.training.lowrank.rounding import NARROW, Rounding, share_lost
 
@@ -162,8 +164,14 @@ class FinetuneTrainer(SFTTrainer):
         assert low_rank is not None
         assert low_rank.rank is not None
         _check_gradients(low_rank.gradients, args)
-        groups = low_rank_groups(model, low_rank.rank, embeddings=self.recipe.embedding == "lowrank")
+        embeddings = self.recipe.embedding == "lowrank"
         own = {name: value for name, value in asdict(low_rank).items() if name not in ("rank", "embedding")}
+        if (gum := self.recipe.gum) is not None:
+            del own["moments"], own["scaled_by"]
+            units = gum_groups(model, low_rank.rank, unit=gum.unit, embeddings=embeddings)
+            own |= {"active": gum.active, "base": gum.base, "reweight": gum.reweight}
+            return GUM(units, weight_decay=args.weight_decay, **self._options(), **own)
+        groups = low_rank_groups(model, low_rank.rank, embeddings=embeddings)
         return LowRankAdamW(groups, weight_decay=args.weight_decay, **self._options(), **own)
 
     def _options(self) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from htsr.training.lowrank.groups import low_rank_groups
+from htsr.training.lowrank.gum import GUM
+from htsr.training.lowrank.gum_groups import gum_groups
 from htsr.training.lowrank.optimizer import LowRankAdamW
 from htsr.training.lowrank.rounding import NARROW
 
@@ -68,6 +70,11 @@ def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, war
         state_dtype = options.get("state_dtype", "float32")
         gradients = options.get("gradients", "keep")
         optimizer: Any = LowRankAdamW(groups, gradients=gradients, state_dtype=state_dtype, rounding=rounding)
+    elif method == "gum":
+        groups = gum_groups(model, rank, refresh_every=2)  # whose end drops the states
+        names = ("gradients", "state_dtype", "base")
+        own = {name: options[name] for name in names if name in options}
+        optimizer = GUM(groups, active=options["active_blocks"], rounding=rounding, **own)
     else:
         trained = [p for p in model.parameters() if p.requires_grad]
         if rounding == "nearest" or not any(p.dtype in NARROW for p in trained):

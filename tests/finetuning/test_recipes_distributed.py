@@ -33,6 +33,7 @@ RECIPES = {
     "owlore": {"method": "owlore", "low_rank": LOW_RANK, "sampling": SAMPLING},
     "galore": {"method": "galore", "low_rank": LOW_RANK},
     "apollo": {"method": "apollo", "low_rank": LOW_RANK},
+    "gum": {"method": "gum", "low_rank": LOW_RANK, "gum": {"active": 1, "base": "muon"}},
 }
 CHECKPOINTS = {"fsdp2": "FULL_STATE_DICT", "resumed": "FULL_STATE_DICT", "resumed-sharded": "SHARDED_STATE_DICT"}
 

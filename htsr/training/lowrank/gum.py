@@ -96,7 +96,7 @@ class GUM(LowRankAdamW):
         >>> model(torch.randn(3, 1, 16)).square().mean().backward()
         >>> optimizer.step()
         >>> [tuple(optimizer.state[block.linear1.weight]["exp_avg"].shape) for block in model.layers]
-        [(32, 4), (32, 16)]
+        [(32, 16), (32, 4)]
 
     Source: Unbiased Gradient Low-Rank Projection (arXiv 2510.17802), algorithm 2.
     """
@@ -301,6 +301,8 @@ def _check_group(group: Group) -> None:
             raise UsageError(f"unknown {name} {group[name]!r}: one of {', '.join(known)}")
     if not 0 <= group["momentum"] < 1:
         raise UsageError(f"momentum is {group['momentum']!r}; it is a number in [0, 1)")
+    if group["scaled_by"] is not None:
+        raise UsageError("scaled_by is for LowRankAdamW: here gradients are trained in subspaces and outside of them")
     if group["moments"] != "keep":
         raise UsageError("moments begin anew with each subspace here; leave moments out")
     if group["rank"] is None:

@@ -57,8 +57,8 @@ def orthogonalised(M: Tensor) -> Tensor:
         >>> import torch
         >>> from htsr.training.lowrank.muon import orthogonalised
         >>> orthogonalised(torch.diag(torch.tensor([3.0, -0.2]))).round(decimals=1) + 0.0
-        tensor([[ 0.7,  0.0],
-                [ 0.0, -1.1]])
+        tensor([[ 0.7000,  0.0000],
+                [ 0.0000, -1.1000]])
 
     Source: torch.optim.Muon, which computes it in bfloat16, as Keller Jordan's.
     """

@@ -464,8 +464,11 @@ def _insist_on_rank(state: dict[str, Any], rank: int | None, parameter: Tensor, 
     if "exp_avg" not in state or parameter.ndim < 2:
         return
     wanted = None if rank is None else min(rank, *parameter.shape[-2:])
-    low = "projector" in state or "update_norm" in state
-    held = state["exp_avg"].shape[-1 if projects_right(parameter.shape) else -2] if low else None
+    held = None
+    if "projector" in state:  # the moments may be those of its complement
+        held = state["projector"].shape[-1]
+    elif "update_norm" in state:
+        held = state["exp_avg"].shape[-1 if projects_right(parameter.shape) else -2]
     if held != wanted:
         raise UsageError(
             f"parameter {number} has moments of rank {held}, and its group now has rank {rank}: call "

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from htsr.results import Column, Record, Table, Tabular
 
 if TYPE_CHECKING:
+    from htsr.training.lowrank.gum import Base
     from htsr.training.lowrank.moments import StateDtype
     from htsr.training.lowrank.released import Gradients
     from htsr.training.lowrank.rounding import Rounding
 
-TrainingMethod: TypeAlias = Literal["full", "lora", "qlora", "galore", "apollo", "lisa", "owlore"]
+TrainingMethod: TypeAlias = Literal["full", "lora", "qlora", "galore", "apollo", "gum", "lisa", "owlore"]
 Embeddings: TypeAlias = Literal["train", "lowrank", "freeze"]
 FrozenWeights: TypeAlias = Literal["device", "host", "disk"]
 
-METHODS: tuple[TrainingMethod, ...] = ("full", "lora", "qlora", "galore", "apollo", "lisa", "owlore")
+METHODS: tuple[TrainingMethod, ...] = ("full", "lora", "qlora", "galore", "apollo", "gum", "lisa", "owlore")
 DTYPES = ("float32", "bfloat16", "float16")
-LOW_RANK = ("galore", "apollo", "owlore")
+LOW_RANK = ("galore", "apollo", "gum", "owlore")
 SAMPLED = ("lisa", "owlore")
 STREAMED = ("lora", "lisa", "owlore")  # methods whose frozen blocks may live in host memory
 PARTS = ("weights", "gradients", "optimizer", "projectors", "activations", "logits", "workspace")
@@ -33,7 +34,8 @@ class Setting:
         batch: sequences per backward pass.
         sequence: tokens per sequence.
         rank: rank of the adapters, or dimension of the gradients' subspaces.
-        active_blocks: number of blocks that train at a time, where the method samples; None for 2, or the only one.
+        active_blocks: number of blocks that train at a time, or at full rank, where the method samples; None for 2, or
+            the only one.
         dtype: dtype of the weights; None for the configuration's.
         checkpointing: whether activations are checkpointed.
         state_dtype: dtype of Adam's moments; None for the parameter's own.
@@ -43,6 +45,7 @@ class Setting:
         frozen_weights: where the weights of frozen blocks live.
         targets: which modules have adapters.
         modules_to_save: which modules train whole beside adapters.
+        base: optimizer of the blocks' matrices under ``gum``.
     """
 
     method: TrainingMethod
@@ -59,6 +62,7 @@ class Setting:
     frozen_weights: FrozenWeights = "device"
     targets: str | tuple[str, ...] = "all-linear"
     modules_to_save: tuple[str, ...] = ()
+    base: Base = "adamw"
 
     @property
     def samples(self) -> bool:

@@ -30,6 +30,7 @@ from htsr.training.memory.plan import (
 if TYPE_CHECKING:
     import torch
 
+    from htsr.training.lowrank.gum import Base
     from htsr.training.lowrank.moments import StateDtype
     from htsr.training.lowrank.released import Gradients
     from htsr.training.lowrank.rounding import Rounding
@@ -56,6 +57,7 @@ def predict_memory(
     targets: str | Sequence[str] = "all-linear",
     modules_to_save: Sequence[str] = (),
     model_options: Mapping[str, Any] | None = None,
+    base: Base = "adamw",
     revision: str | None = None,
 ) -> MemoryPlan:
     """Peak memory of training a causal language model, without loading it.
@@ -65,22 +67,23 @@ def predict_memory(
             ``package:MODULE/PATH``, a hub id (only its configuration is fetched), or a transformers model.
         method: ``full``; ``lora`` and ``qlora`` on all linear layers of the blocks; ``galore`` and ``apollo``
             (`LowRankAdamW`), the latter with a projection that is not stored; ``lisa`` and ``owlore``: some blocks at a
-            time, the latter at low rank. The active blocks are taken to be the lowest, from which backward is longest.
+            time, the latter at low rank; ``gum`` (`GUM`): some blocks at full rank at a time, the others at low rank.
+            The active blocks are taken to be the lowest, from which backward is longest.
         batch: sequences per backward pass.
         sequence: tokens per sequence, all of them real.
         rank: rank of the adapters (8 by default), or dimension of the gradients' subspaces: 128 by default, under
             ``apollo`` 256 (APOLLO-Mini has 1), halved for a small model until a matrix of a block can have it. The plan
             says which.
-        active_blocks: number γ of blocks that ``lisa`` and ``owlore`` train at a time; 2 by default, or the only one.
-            Under ``lora`` the adapters of so many blocks, as in a recipe with the section sampling; of all by default,
-            or of 2 where frozen weights are streamed.
+        active_blocks: number γ of blocks that ``lisa`` and ``owlore`` train at a time, and that ``gum`` trains at full
+            rank; 2 by default, or the only one. Under ``lora`` the adapters of so many blocks, as in a recipe with the
+            section sampling; of all by default, or of 2 where frozen weights are streamed.
         dtype: dtype of the weights; by default the configuration's.
         checkpointing: whether activations are checkpointed, non-reentrant, per block.
         state_dtype: dtype of Adam's moments; by default float32 under the methods with a low rank, else the
             parameter's own.
         embeddings: what becomes of embedding and head: under ``lisa`` and ``owlore`` ``freeze``, the default as in
-            `LayerSampler`, or ``train`` as in the papers; ``train`` is that of ``galore`` and ``apollo``, which can
-            ``freeze`` them, too; under the methods with a low rank also ``lowrank``, with low-rank states.
+            `LayerSampler`, or ``train`` as in the papers; ``train`` is that of ``galore``, ``apollo`` and ``gum``,
+            which can ``freeze`` them, too; under the methods with a low rank also ``lowrank``, with low-rank states.
         gradients: what the methods with a low rank do with gradients, see `LowRankAdamW`; ``apollo`` has no
             ``project``.
         rounding: how weights that train in bfloat16 or float16 are rounded, see `LowRankAdamW`; by default
@@ -92,6 +95,7 @@ def predict_memory(
         modules_to_save: names or roles of modules that train whole beside adapters.
         model_options: how transformers makes the model, as in a recipe: attn_implementation and attributes of the
             configuration; for a source that is read.
+        base: what trains the matrices under ``gum``: ``adamw``, or ``muon`` with one moment.
         revision: branch, tag or commit of a hub id.
 
     Returns:
@@ -126,6 +130,7 @@ def predict_memory(
         ("gradients", gradients, ("keep", "project", "update")),
         ("rounding", rounding, ROUNDINGS),
         ("frozen_weights", frozen_weights, get_args(FrozenWeights)),
+        ("base", base, ("adamw", "muon")),
     ):
         if value is not None and value not in known:
             raise UsageError(f"unknown {name} {value!r}: one of {', '.join(known)}")
@@ -139,6 +144,8 @@ def predict_memory(
         raise UsageError(f"frozen_weights={frozen_weights!r} is for {', '.join(STREAMED)}, not for {method}")
     if (targets != "all-linear" or modules_to_save) and method not in ("lora", "qlora"):
         raise UsageError(f"targets and modules_to_save are those of adapters, which {method} has not")
+    if base != "adamw" and method != "gum":
+        raise UsageError(f"base={base!r} is for gum, not for {method}")
     given = rank
     rank = rank if rank is not None else 256 if method == "apollo" else 128 if method in LOW_RANK else 8
     for name, number in (("batch", batch), ("sequence", sequence), ("rank", rank), ("active_blocks", active_blocks)):
@@ -159,6 +166,7 @@ def predict_memory(
         frozen_weights=frozen_weights,
         targets=targets if isinstance(targets, str) else tuple(targets),
         modules_to_save=tuple(modules_to_save),
+        base=base,
     )
     from htsr.training.memory.simulation import simulate
 

@@ -7,7 +7,7 @@ import weakref
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from htsr.training.memory.plan import LOW_RANK, PARTS, MemoryPlan, Setting
 from htsr.training.sampling.members import freeze_embedding, trainable
 from htsr.training.streaming.block import resident
 from htsr.training.streaming.layout import Layout
+
+Kind: TypeAlias = Literal["full", "low", "drawn"]  # what of a parameter's gradient goes into the moments
 
 # NF4 in blocks of 64 with doubly quantised scales (QLoRA, arXiv 2305.14314, §3): bytes per weight
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -109,11 +111,13 @@ def simulate(label: str, config: Any, setting: Setting, *, halves_rank: bool = F
         _materialise(model)
         vocabulary = int(model.config.get_text_config().vocab_size)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        low_rank = {name for name, p in trained.items() if _is_low_rank(name, p, setting)}
-        if setting.method in LOW_RANK and not low_rank:
+        ranked = {name for name, p in trained.items() if _is_low_rank(name, p, setting)}
+        if setting.method in LOW_RANK and not ranked:
             least = f"no matrix of a block of {label} can have rank {setting.rank}"
             raise UsageError(f"{least}: none has both sides larger")
-        fixed = _states(trained, low_rank, setting)
+        drawn = _drawn(label, model, ranked, setting)
+        kinds = {name: _kind(name in ranked, name in drawn) for name in trained}
+        fixed = _states(trained, kinds, setting)
         quantised = _quantised(model) if setting.method == "qlora" else []
         dense = sum(p.numel() * p.element_size() for p in quantised)
         fixed["weights"] = round(sum(p.numel() for p in quantised) * _NF4) - dense
@@ -125,8 +129,8 @@ def simulate(label: str, config: Any, setting: Setting, *, halves_rank: bool = F
         for tensor in (*model.parameters(), *model.buffers()):
             ledger.enter(tensor, "weights")
         for name, parameter in trained.items():
-            released = setting.gradients == "update" or (setting.gradients == "project" and name in low_rank)
-            parameter.register_post_accumulate_grad_hook(_Arrived(ledger, name in low_rank, released, setting))
+            released = setting.gradients == "update" or (setting.gradients == "project" and name in ranked)
+            parameter.register_post_accumulate_grad_hook(_Arrived(ledger, kinds[name], released, setting))
         tokens = torch.zeros(setting.batch, setting.sequence, dtype=torch.long)
         with ledger:
             try:
@@ -141,9 +145,9 @@ def simulate(label: str, config: Any, setting: Setting, *, halves_rank: bool = F
         del loss
         ledger.now = "step"
         waiting = {name: p for name, p in trained.items() if p.grad is not None or setting.gradients == "project"}
-        needed = [_to_project(p, name in low_rank, setting) for name, p in waiting.items() if p.grad is not None]
-        for low in (False, True):
-            needed.append(_to_update([p for name, p in waiting.items() if (name in low_rank) == low], low, setting))
+        needed = [_to_project(p, kinds[name], setting) for name, p in waiting.items() if p.grad is not None]
+        for kind in get_args(Kind):
+            needed.append(_to_update([p for name, p in waiting.items() if kinds[name] == kind], kind, setting))
         ledger.check(max(needed, default=0))
         count = sum(p.numel() for p in model.parameters())
     return MemoryPlan(
@@ -189,18 +193,18 @@ def _with_possible_rank(setting: Setting, model: Any) -> Setting:
 class _Arrived:
     """Hook for a parameter's complete gradient: it waits for the optimizer, or is used up at once."""
 
-    def __init__(self, ledger: Ledger, low_rank: bool, released: bool, setting: Setting) -> None:
-        self.ledger, self.low_rank, self.released, self.setting = ledger, low_rank, released, setting
+    def __init__(self, ledger: Ledger, kind: Kind, released: bool, setting: Setting) -> None:
+        self.ledger, self.kind, self.released, self.setting = ledger, kind, released, setting
 
     def __call__(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self.ledger.enter(parameter.grad, "gradients")
         if self.released:
             at_once = _to_project if self.setting.gradients == "project" else _workspace
-            self.ledger.check(at_once(parameter, self.low_rank, self.setting))
+            self.ledger.check(at_once(parameter, self.kind, self.setting))
             parameter.grad = None
             if self.setting.gradients == "project":
-                self.ledger.live["gradients"] += _projected_size(parameter, self.setting) * parameter.element_size()
+                self.ledger.live["gradients"] += _entries(parameter, self.kind, self.setting) * parameter.element_size()
 
 
 def _quietly(make: Any, *arguments: Any) -> Any:
@@ -269,39 +273,58 @@ def _is_low_rank(name: str, parameter: Tensor, setting: Setting) -> bool:
     return low and is_low_rank(name, parameter.shape, setting.rank, setting.embeddings == "lowrank")
 
 
-def _states(trained: dict[str, Tensor], low_rank: set[str], setting: Setting) -> dict[str, int]:
+def _drawn(label: str, model: Any, ranked: set[str], setting: Setting) -> set[str]:
+    """Names of the matrices that `GUM` trains at full rank while it has drawn the first blocks."""
+    if setting.method != "gum":
+        return set()
+    blocks = find_blocks(model)
+    places = {name: blocks.index_of(name) for name in ranked}
+    count = len({place for place in places.values() if place is not None})
+    active = setting.active_blocks if setting.active_blocks is not None else min(2, count - 1)
+    if not 1 <= active < count:
+        raise UsageError(f"active_blocks is {active}, and is at least 1 and below the {count} blocks of {label}")
+    return {name for name, place in places.items() if place is not None and place < active}
+
+
+def _kind(ranked: bool, drawn: bool) -> Kind:
+    return "drawn" if drawn else "low" if ranked else "full"
+
+
+def _states(trained: dict[str, Tensor], kinds: dict[str, Kind], setting: Setting) -> dict[str, int]:
     """Bytes of moments, of what rounding keeps, and of projectors."""
     moments = projectors = 0
     for name, parameter in trained.items():
-        entries = _projected_size(parameter, setting) if name in low_rank else parameter.numel()
+        entries = _entries(parameter, kinds[name], setting)
+        number = 1 if setting.base == "muon" and kinds[name] != "full" else 2
         if setting.state_dtype == "8bit":
-            moments += 2 * (entries + 4 * -(-entries // BLOCK))
+            moments += number * (entries + 4 * -(-entries // BLOCK))
         else:
             dtype = getattr(torch, setting.state_dtype) if setting.state_dtype else parameter.dtype
-            moments += 2 * entries * dtype.itemsize
+            moments += number * entries * dtype.itemsize
         if parameter.dtype in NARROW:
             moments += {"kahan": 2, "master": 4}.get(setting.rounding, 0) * parameter.numel()
-        if name in low_rank and setting.method != "apollo":
+        if kinds[name] != "full" and setting.method != "apollo":
             projectors += parameter.numel() // max(parameter.shape[-2:]) * setting.rank * parameter.element_size()
     return {"optimizer": moments, "projectors": projectors}
 
 
-def _projected_size(parameter: Tensor, setting: Setting) -> int:
-    return parameter.numel() // min(parameter.shape[-2:]) * setting.rank
+def _entries(parameter: Tensor, kind: Kind, setting: Setting) -> int:
+    """Number of entries of what goes into the moments."""
+    return parameter.numel() // min(parameter.shape[-2:]) * setting.rank if kind == "low" else parameter.numel()
 
 
-def _workspace(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
+def _workspace(parameter: Tensor, kind: Kind, setting: Setting) -> int:
     """Temporaries of projecting and updating one parameter by `LowRankAdamW`; torch's fused AdamW has none."""
-    return max(_to_project(parameter, low_rank, setting), _to_update([parameter], low_rank, setting))
+    return max(_to_project(parameter, kind, setting), _to_update([parameter], kind, setting))
 
 
-def _to_project(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
+def _to_project(parameter: Tensor, kind: Kind, setting: Setting) -> int:
     """Temporaries of a randomised refresh, or of a random projection with what it is made of.
 
     Of a refresh a float32 copy of a float16 gradient, the products with the basis, and four bases (start, QR, next,
     Ritz vectors), matrix by matrix in a stack.
     """
-    if setting.method not in LOW_RANK or not low_rank:
+    if setting.method not in LOW_RANK or kind == "full":
         return 0
     small, large = sorted(parameter.shape[-2:])
     if setting.method == "apollo":
@@ -314,7 +337,7 @@ def _to_project(parameter: Tensor, low_rank: bool, setting: Setting) -> int:
     return refresh if stack == 1 else bases + refresh
 
 
-def _to_update(parameters: list[Tensor], low_rank: bool, setting: Setting) -> int:
+def _to_update(parameters: list[Tensor], kind: Kind, setting: Setting) -> int:
     """Temporaries of updating parameters in batches, of a large one in pieces, by `LowRankAdamW`.
 
     Gradients in float32 (under apollo the whole one, too, for its norms), moments in float32 where they are narrower,
@@ -323,6 +346,8 @@ def _to_update(parameters: list[Tensor], low_rank: bool, setting: Setting) -> in
     from htsr.training.lowrank.update import BATCH, PIECE, STACK
 
     narrow = any(parameter.dtype in NARROW for parameter in parameters)
+    if setting.base == "muon" and kind != "full":
+        return max((_to_orthogonalise(parameter, kind, setting) for parameter in parameters), default=0)
     if not parameters or (setting.method not in LOW_RANK and (not narrow or setting.rounding == "nearest")):
         return 0
 
@@ -330,16 +355,35 @@ def _to_update(parameters: list[Tensor], low_rank: bool, setting: Setting) -> in
         return max(min(sum(sizes), most), min(max(sizes), PIECE))
 
     whole = [parameter.numel() for parameter in parameters]
-    sizes = [_projected_size(parameter, setting) for parameter in parameters] if low_rank else whole
+    sizes = [_entries(parameter, kind, setting) for parameter in parameters]
     batch, one, stack = at_once(sizes, BATCH), min(max(sizes), PIECE), at_once(whole, STACK)
     state = setting.state_dtype or str(parameters[0].dtype).removeprefix("torch.")
     own, noise = 2 * (state != "float32"), 13 * (state in ("bfloat16", "float16"))
     moments = 4 * (1 + own + narrow) * batch + noise * one
     rounded = narrow * {"stochastic": 17, "master": 11}.get(setting.rounding, 4) * stack
-    projected = low_rank * parameters[0].element_size() * batch
-    if low_rank and narrow and setting.method == "apollo":
+    projected = (kind == "low") * parameters[0].element_size() * batch
+    if kind == "low" and narrow and setting.method == "apollo":
         projected += 4 * max(whole)
+    if kind == "drawn":  # the complements, of those that are taken together
+        projected = parameters[0].element_size() * max(min(sum(sizes), BATCH), max(sizes))
     return projected + max(moments, 4 * (1 + own // 2) * batch + rounded)
+
+
+def _to_orthogonalise(parameter: Tensor, kind: Kind, setting: Setting) -> int:
+    """Temporaries of one update by Muon.
+
+    What is orthogonalised, momentum and direction in float32, and of Newton and Schulz two iterates and three products
+    of the smaller side; then new weights in float32, and what rounds them.
+    """
+    from htsr.training.lowrank.update import PIECE
+
+    entries, each, narrow = _entries(parameter, kind, setting), parameter.element_size(), parameter.dtype in NARROW
+    small = setting.rank if kind == "low" else min(parameter.shape[-2:])
+    stack = parameter.numel() // (parameter.shape[-1] * parameter.shape[-2])
+    own = setting.state_dtype not in (None, "float32")
+    iterates = each * (3 * entries + 3 * stack * small**2)
+    rounded = narrow * {"stochastic": 17, "master": 11}.get(setting.rounding, 4) * min(parameter.numel(), PIECE)
+    return each * entries + 4 * entries * (own + narrow) + max(4 * entries + iterates, each * entries + rounded)
 
 
 def _quantised(model: Any) -> list[Tensor]:
