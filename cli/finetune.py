@@ -22,13 +22,23 @@ def finetune(
         str | None, typer.Option(help="Policy in place of the recipe's: none, ends, llr, tempbalance, alphadecay.")
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder in place of the recipe's.")] = None,
-    set_: Annotated[
+    overrides: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
             help="Any key in place of the recipe's, as in training.learning_rate=1e-4; the value is YAML. Repeatable.",
         ),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Train nothing: show the recipe, records as the model sees them, steps and memory."
+        ),
+    ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="For --check: memory of the accelerator that will be used, as in 24GB.", show_default=False),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
     format: Format = None,
@@ -38,18 +48,25 @@ def finetune(
 ) -> None:
     """Fine-tune a causal language model by a recipe; also as `accelerate launch -m htsr.finetune`.
 
-    For example:  [bold]htsr finetune --config recipe.yaml --set training.learning_rate=1e-4 --output runs/lora[/bold]
+    For example:  [bold]htsr finetune --config recipe.yaml --set training.learning_rate=1e-4 --check[/bold]
     """
     from htsr_cli.live import Live
     from htsr_cli.output import Target, Words
 
+    from htsr.errors import UsageError
     from htsr.finetuning.reading import check_options, read_keys
     from htsr.finetuning.run_folder import check_output
     from htsr.ranks import is_first
 
     words, target = Words(quiet, verbose), Target.of(context, "table")
     changes = {"method": method, "layerwise": layerwise, "output": output}
-    recipe = read_keys(config, {key: value for key, value in changes.items() if value is not None}, set_ or ())
+    recipe = read_keys(config, {key: value for key, value in changes.items() if value is not None}, overrides or ())
+    if memory is not None and not check:
+        raise UsageError("--memory is for --check")
+    if check:
+        from htsr_cli.check import check as look
+
+        raise typer.Exit(look(recipe, words, target, resume=resume, memory=memory))
     check_output(Path(recipe.output), resume)  # before what takes long to import
     first, live = is_first(), Live(words)
     with words.of_others():

@@ -292,7 +292,9 @@ def memory(
     active_blocks: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Blocks that lisa, owlore and, if given, lora train at a time (2).", show_default=False
+            min=1,
+            help="Blocks that lisa, owlore, gum and, if given, lora and qlora train at a time (2).",
+            show_default=False,
         ),
     ] = None,
     dtype: Annotated[

@@ -28,7 +28,7 @@ from htsr.matrices.sources import open_model
 from htsr.ranks import is_first
 from htsr.results import counted
 from htsr.spectra.windows import Windows
-from htsr.training.memory.plan import METHODS, STREAMED, MemoryPlans, TrainingMethod
+from htsr.training.memory.plan import DRAWN, METHODS, STREAMED, MemoryPlans, TrainingMethod
 from htsr.training.memory.prediction import embeddings_fit, gradients_fit, predict_memory
 
 if TYPE_CHECKING:
@@ -205,6 +205,8 @@ def memory(name: str, methods: list[str] | None, options: dict[str, Any], words:
             mine["gradients"] = "keep"
         if len(asked) > 1 and method in METHODS and method not in STREAMED:
             mine["frozen_weights"] = "device"
+        if len(asked) > 1 and method in METHODS and method not in DRAWN:
+            mine["active_blocks"] = None
         with words.of_others():
             plans.append(predict_memory(name, method, **mine))
     stay = [method for method in asked if method not in STREAMED]

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from htsr.errors import UsageError
+from htsr.training.memory.plan import beside
+
+if TYPE_CHECKING:
+    from htsr.training.memory.plan import MemoryPlan
+
+DEVIATION = 0.07  # of predictions from measured peaks: reports/memory
+CONTEXT = 1 << 29  # bytes of an accelerator's context and its kernels' workspaces
+MOST = 1 << 10  # no batch that is larger is looked for
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{name}B": size for name, size in _UNITS.items()}
@@ -27,3 +41,83 @@ def parse_memory(text: str) -> int:
     if not found or found[2].upper() not in known or float(found[1]) == 0:
         raise UsageError(f"--memory {text[:40]}: it is an amount of memory, as in 24GB, 8GiB or 900MB")
     return round(float(found[1]) * known[found[2].upper()])
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory that a run may take.
+
+    Attributes:
+        size: bytes.
+        of: what has them, in words.
+        is_host: whether that is main memory, in which the whole process lies.
+    """
+
+    size: int
+    of: str
+    is_host: bool
+
+    @classmethod
+    def of_device(cls, arguments: Any) -> Budget:
+        """The memory of the device on which TRL's `arguments` train: an accelerator's, else main memory."""
+        import torch
+
+        device = arguments.device
+        if device.type in ("cuda", "xpu"):
+            module = getattr(torch, device.type)
+            return cls(int(module.get_device_properties(device).total_memory), module.get_device_name(device), False)
+        return cls(_main_memory(), "main memory of this machine", True)
+
+    def needed(self, plan: MemoryPlan) -> int:
+        """Bytes that the run of a `plan` needs there: 7 % more, by which plans were off, and what they leave out."""
+        more = sum(beside(plan).values()) if self.is_host else CONTEXT
+        return round(plan.total * (1 + DEVIATION)) + more
+
+    def holds(self, plan: MemoryPlan) -> bool:
+        """Whether the run of a `plan` fits."""
+        return self.needed(plan) <= self.size
+
+
+def largest_batch(plan_of: Callable[[int], MemoryPlan], batch: int, plan: MemoryPlan, budget: Budget) -> int:
+    """The largest batch whose run fits a `budget`, at most `MOST`; 0 where none does.
+
+    Memory is the largest of several sums that are linear in the batch, so the chord between two batches leads close.
+
+    Args:
+        plan_of: function from a batch to its plan.
+        batch: batch of which the plan is known.
+        plan: plan of that batch.
+        budget: memory that there is.
+    """
+    known = {0: 0, batch: budget.needed(plan)}  # that of nothing is a bound
+    most = max(MOST, batch)
+    while True:
+        fit = sorted(size for size, needed in known.items() if needed <= budget.size)
+        low, high = fit[-1], min((size for size in known if size > fit[-1]), default=most + 1)
+        if high - low == 1:
+            return low
+        if low == 0:
+            guess = high // 2
+        elif high <= most:
+            guess = _on_chord(known, low, high, budget.size)
+        else:
+            guess = max(2 * low, _on_chord(known, fit[-2], low, budget.size) if fit[-2] else 0)
+        guess = max(low + 1, min(guess, high - 1))
+        known[guess] = budget.needed(plan_of(guess))
+
+
+def _on_chord(known: dict[int, int], first: int, second: int, size: int) -> int:
+    """The batch that needs `size` bytes, if what is needed goes on as between two batches of which it is known."""
+    slope = (known[second] - known[first]) / (second - first)
+    return first + math.floor((size - known[first]) / slope) if slope > 0 else MOST
+
+
+def _main_memory() -> int:
+    """Bytes of main memory, or of what the control group of this process may have of it."""
+    import psutil
+
+    size = int(psutil.virtual_memory().total)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    with suppress(OSError, ValueError):
+        size = min(size, int(limit.read_text()))
+    return size

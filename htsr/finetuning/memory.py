@@ -19,7 +19,6 @@ def setting_of(recipe: Recipe, arguments: Any, longest: int | None = None) -> di
     """The keyword arguments of `predict_memory` for the run of a `recipe` in one process.
 
     An embedding that is drawn like a block (``sampled``) is counted as one that trains, which is the most it can take.
-    Of ``qlora`` with sampled adapters all adapters are counted.
 
     Args:
         recipe: recipe of the run.
@@ -51,7 +50,7 @@ def setting_of(recipe: Recipe, arguments: Any, longest: int | None = None) -> di
         "model_options": recipe.model_options,
         "revision": recipe.revision,
     }
-    if sampling is not None and recipe.method != "qlora":
+    if sampling is not None:
         setting["active_blocks"] = sampling.active
     if sampling is not None and recipe.method in SAMPLED:
         full = sampling.embedding == "sampled" or (sampling.embedding == "lowrank" and recipe.method not in LOW_RANK)

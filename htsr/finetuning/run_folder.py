@@ -129,8 +129,18 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 
 def resolved(recipe: Recipe) -> str:
     """The `recipe` as YAML, each default filled in, from which `htsr.finetuning.reading.read_recipe` makes the same."""
-    content = {key: value for key, value in plain(recipe).items() if value is not None}
-    return f"# a recipe of htsr finetune, every default filled in by htsr {__version__}\n{dump_yaml(content)}"
+    heading = f"# a recipe of htsr finetune, every default filled in by htsr {__version__}\n"
+    return heading + dump_yaml(json.loads(json.dumps(_given(recipe), default=str)))
+
+
+def _given(section: Any) -> Any:
+    """The keys of a `section` that are set, those of its sections alike; what libraries are told stays as it is."""
+    if isinstance(section, (list, tuple)):
+        return [_given(one) for one in section]
+    if not dataclasses.is_dataclass(section):
+        return section
+    values = {field.name: (getattr(section, field.name), field.default) for field in dataclasses.fields(section)}
+    return {key: _given(value) for key, (value, default) in values.items() if value is not None or default is not None}
 
 
 def leaves(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

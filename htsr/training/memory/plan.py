@@ -21,6 +21,7 @@ METHODS: tuple[TrainingMethod, ...] = ("full", "lora", "qlora", "galore", "apoll
 DTYPES = ("float32", "bfloat16", "float16")
 LOW_RANK = ("galore", "apollo", "gum", "owlore")
 SAMPLED = ("lisa", "owlore")
+DRAWN = ("lora", "qlora", *SAMPLED, "gum")  # methods that may train some blocks at a time, or at full rank
 STREAMED = ("lora", "lisa", "owlore")  # methods whose frozen blocks may live in host memory
 PARTS = ("weights", "gradients", "optimizer", "projectors", "activations", "logits", "workspace")
 
@@ -66,9 +67,9 @@ class Setting:
 
     @property
     def samples(self) -> bool:
-        """Whether some blocks train at a time; under ``lora`` where their number is given, or frozen ones are away."""
+        """Whether some blocks train at a time; of adapters where their number is given, or frozen ones are away."""
         asked = self.active_blocks is not None or self.frozen_weights != "device"
-        return self.method in SAMPLED or (self.method == "lora" and asked)
+        return self.method in SAMPLED or (self.method in ("lora", "qlora") and asked)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union, get_args
 
 from htsr.errors import HtsrError, SourceError, UsageError, reason_of
 from htsr.training.memory.plan import (
+    DRAWN,
     DTYPES,
     LOW_RANK,
     METHODS,
@@ -75,8 +76,8 @@ def predict_memory(
             ``apollo`` 256 (APOLLO-Mini has 1), halved for a small model until a matrix of a block can have it. The plan
             says which.
         active_blocks: number γ of blocks that ``lisa`` and ``owlore`` train at a time, and that ``gum`` trains at full
-            rank; 2 by default, or the only one. Under ``lora`` the adapters of so many blocks, as in a recipe with the
-            section sampling; of all by default, or of 2 where frozen weights are streamed.
+            rank; 2 by default, or the only one. Under ``lora`` and ``qlora`` the adapters of so many blocks, as in a
+            recipe with the section sampling; of all by default, or of 2 where frozen weights are streamed.
         dtype: dtype of the weights; by default the configuration's.
         checkpointing: whether activations are checkpointed, non-reentrant, per block.
         state_dtype: dtype of Adam's moments; by default float32 under the methods with a low rank, else the
@@ -146,6 +147,8 @@ def predict_memory(
         raise UsageError(f"targets and modules_to_save are those of adapters, which {method} has not")
     if base != "adamw" and method != "gum":
         raise UsageError(f"base={base!r} is for gum, not for {method}")
+    if active_blocks is not None and method not in DRAWN:
+        raise UsageError(f"active_blocks={active_blocks} is for {', '.join(DRAWN)}, not for {method}")
     given = rank
     rank = rank if rank is not None else 256 if method == "apollo" else 128 if method in LOW_RANK else 8
     for name, number in (("batch", batch), ("sequence", sequence), ("rank", rank), ("active_blocks", active_blocks)):

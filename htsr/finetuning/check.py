@@ -1,0 +1,252 @@
+"""What a recipe will do, found out without training: `htsr finetune --check`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from htsr.errors import HtsrError, UsageError
+from htsr.finetuning.budget import Budget, largest_batch
+from htsr.finetuning.memory import setting_of
+from htsr.finetuning.placing import is_to_be_sharded
+from htsr.finetuning.preflight import Prepared, check_sharding, prepare_data
+from htsr.finetuning.preview import Preview, preview
+from htsr.finetuning.recipe import Recipe
+from htsr.finetuning.run_folder import check_output, check_same_run, plain, resolved
+from htsr.results import Column, Record, Table, Tabular
+from htsr.training.memory.plan import MemoryPlan, MemoryPlans
+from htsr.training.memory.prediction import predict_memory
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a run trains, and how fast.
+
+    Attributes:
+        steps: number of optimizer steps.
+        epochs: number of passes over the training records; None where they are streamed, and not counted.
+        batch: sequences of an optimizer step, over all processes and accumulated passes.
+        learning_rate: largest learning rate.
+        shape: name of its schedule.
+        warmup: number of optimizer steps in which it rises.
+    """
+
+    steps: int
+    epochs: float | None
+    batch: int
+    learning_rate: float
+    shape: str
+    warmup: int
+
+
+@dataclass(frozen=True)
+class Check(Tabular):
+    """What a recipe will do; None or empty where that could not be found out.
+
+    Attributes:
+        recipe: keys and values of the recipe, every default filled in.
+        text: the same as YAML.
+        refusals: what `htsr finetune` would refuse, in whole sentences.
+        preview: what training will read; of a stream its first records.
+        streams: whether training records are streamed.
+        held_out: number of records for the evaluation loss.
+        questions: number of multiple-choice records for the accuracy.
+        schedule: how long the run trains, and how fast.
+        plan: memory at the peak, by part, of one process.
+        needed: bytes that the run needs, what its plan leaves out included.
+        budget: bytes that there are, and where.
+        largest_batch: largest per_device_train_batch_size with which the run fits; 0 where it does not fit at all.
+        is_wrong_usage: whether one of the refusals is of what was asked for, and not of what was found.
+    """
+
+    recipe: dict[str, Any]
+    text: str
+    refusals: tuple[str, ...] = ()
+    preview: Preview | None = None
+    streams: bool = False
+    held_out: int = 0
+    questions: int = 0
+    schedule: Schedule | None = None
+    plan: MemoryPlan | None = None
+    needed: int | None = None
+    budget: Budget | None = None
+    largest_batch: int | None = None
+    is_wrong_usage: bool = False
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        """The folder of the result."""
+        return str(self.recipe["output"])
+
+    def records(self) -> list[Record]:
+        """One dictionary: what is counted of data, steps and memory."""
+        row: Record = {"output": self.recipe["output"], "held_out": self.held_out, "questions": self.questions}
+        if (seen := self.preview) is not None:
+            row |= {name: getattr(seen, name) for name in ("records", "sequences", "tokens", "labels")}
+            row |= {f"tokens_{name.replace(' %', '_percent')}": size for name, size in seen.lengths.items()}
+            row |= {"cut_records": seen.cut.cut, "empty_records": seen.cut.empty, "lost_labels": seen.cut.lost}
+        if self.schedule is not None:
+            row |= asdict(self.schedule)
+        if self.plan is not None and self.budget is not None:
+            row |= {"needed_bytes": self.needed, "budget_bytes": self.budget.size, "budget_of": self.budget.of}
+            row |= {"largest_batch": self.largest_batch}
+        return [row]
+
+    def tables(self) -> tuple[Table, ...]:
+        """Data, steps and memory in words; then the parts of the memory."""
+        rows = [*self._of_data(), *self._of_schedule(), *self._of_memory()]
+        tables = [Table((Column("check", text=True), Column("value", text=True)), tuple(rows))]
+        if self.plan is not None:
+            tables += MemoryPlans(self.plan.model, (self.plan,)).tables()
+        return tuple(tables)
+
+    def facts(self) -> dict[str, Any]:
+        """The recipe, what would be refused, the records that are shown, and the memory by part."""
+        shown = [asdict(record) for record in self.preview.shown] if self.preview else []
+        plan = self.plan.records()[0] if self.plan else None
+        return {"recipe": self.recipe, "refusals": list(self.refusals), "shown": shown, "memory": plan}
+
+    def _of_data(self) -> list[tuple[str, str]]:
+        if (seen := self.preview) is None:
+            return []
+        asked = f", {self.questions:,} questions" if self.questions else ""
+        train = f"a stream, here its first {seen.records:,}" if self.streams else f"{seen.records:,} to train on"
+        of = "these" if self.streams else "an epoch"
+        return [
+            ("records", f"{train}, {self.held_out:,} held out{asked}"),
+            (f"sequences in {of}", f"{seen.sequences:,}"),
+            (f"tokens in {of}", f"{seen.tokens:,}, of which {seen.labels:,} enter the loss"),
+            ("tokens of a record", ", ".join(f"{name} {size:,}" for name, size in seen.lengths.items())),
+            ("cut off", str(seen.cut) if seen.cut.cut else "nothing"),
+        ]
+
+    def _of_schedule(self) -> list[tuple[str, str]]:
+        if (schedule := self.schedule) is None:
+            return []
+        rate = f"{schedule.learning_rate:g}, {schedule.shape}"
+        passes = "" if schedule.epochs is None else f": {schedule.epochs:.3g} epochs"
+        return [
+            ("steps", f"{schedule.steps:,} of {schedule.batch:,} sequences{passes}"),
+            ("learning rate", rate + (f", {schedule.warmup:,} steps of warm-up" if schedule.warmup else "")),
+        ]
+
+    def _of_memory(self) -> list[tuple[str, str]]:
+        if self.plan is None or self.budget is None or self.needed is None:
+            return []
+        fits = "it fits" if self.needed <= self.budget.size else "it does not fit"
+        rows = [("memory", f"{_gib(self.needed)} needed of {_gib(self.budget.size)} ({self.budget.of}): {fits}")]
+        if self.largest_batch is not None:
+            most = f"{self.largest_batch:,}" if self.largest_batch else "none: not even one sequence fits"
+            rows.append(("largest batch", f"{most} (training.per_device_train_batch_size)"))
+        return rows
+
+
+def check(recipe: Recipe, *, resume: bool = False, memory: int | None = None) -> Check:
+    """Find out what `recipe` will do: read data, tokenizer and configuration, load no weights, write nothing.
+
+    Args:
+        recipe: recipe, as `htsr.finetuning.reading.read_recipe` returns it.
+        resume: whether the run would go on from the last checkpoint in the output folder.
+        memory: bytes of the accelerator for which memory is planned; None for this machine's own, or its main memory.
+
+    Raises:
+        MissingDependencyError: TRL or datasets is not installed.
+    """
+    from htsr.finetuning.arguments import training_arguments
+
+    refused = _Refused()
+    output = Path(recipe.output)
+    refused.unless(lambda: check_output(output, resume))
+    if resume:
+        refused.unless(lambda: check_same_run(recipe, output, lambda _: None))
+    arguments = refused.unless(lambda: training_arguments(recipe))
+    found: dict[str, Any] = {}
+    if arguments is not None:
+        refused.unless(lambda: check_sharding(recipe, arguments))
+        prepared = refused.unless(lambda: prepare_data(recipe, arguments, resume, lambda _: None))
+        if prepared is not None:
+            found |= refused.unless(lambda: _seen(prepared, arguments)) or {}
+        longest = found["preview"].lengths["longest"] if "preview" in found else None
+        found |= refused.unless(lambda: _memory(recipe, arguments, longest, memory)) or {}
+    return Check(
+        plain(recipe), resolved(recipe), tuple(refused.sentences), **found, is_wrong_usage=refused.is_wrong_usage
+    )
+
+
+class _Refused:
+    """What is refused, stage by stage: one that fails does not hide the next."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+        self.is_wrong_usage = False
+
+    def unless(self, stage: Any) -> Any:
+        """What `stage` returns, or None where it refuses."""
+        try:
+            return stage()
+        except HtsrError as error:
+            if str(error) not in self.sentences:
+                self.sentences.append(str(error))
+            self.is_wrong_usage |= isinstance(error, UsageError)
+            return None
+
+
+def _seen(prepared: Prepared, arguments: Any) -> dict[str, Any]:
+    seen = preview(prepared.train, prepared.tokenizer, arguments)
+    counts = {"held_out": len(prepared.held_out), "questions": len(prepared.questions)}
+    streams = prepared.stream is not None
+    schedule = schedule_of(arguments, None if streams else seen.sequences)
+    return {"preview": seen, "streams": streams, **counts, "schedule": schedule}
+
+
+def schedule_of(arguments: Any, sequences: int | None) -> Schedule:
+    """How long the Trainer trains on `sequences` a pass, as it counts itself.
+
+    Args:
+        arguments: arguments of TRL.
+        sequences: number of sequences in an epoch; None where it is not known, and ``max_steps`` is set.
+    """
+    an_epoch = None if sequences is None else _steps_of(arguments, sequences)
+    steps = arguments.max_steps
+    if an_epoch is not None and steps <= 0:
+        steps = math.ceil(arguments.num_train_epochs * an_epoch)
+    return Schedule(
+        steps=steps,
+        epochs=None if an_epoch is None else steps / an_epoch,
+        batch=arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+        learning_rate=arguments.learning_rate,
+        shape=str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
+        warmup=arguments.get_warmup_steps(steps),
+    )
+
+
+def _steps_of(arguments: Any, sequences: int) -> int:
+    """Number of optimizer steps in an epoch of so many `sequences`."""
+    share = math.ceil(sequences / arguments.world_size)
+    passes = share / arguments.train_batch_size
+    passes = max(math.floor(passes) if arguments.dataloader_drop_last else math.ceil(passes), 1)
+    return max(math.ceil(passes / arguments.gradient_accumulation_steps), 1)
+
+
+def _memory(recipe: Recipe, arguments: Any, longest: int | None, memory: int | None) -> dict[str, Any]:
+    sharded = is_to_be_sharded(arguments) or getattr(arguments, "deepspeed_plugin", None) is not None
+    if sharded and arguments.world_size > 1:  # of which no plan is made
+        return {}
+    setting = setting_of(recipe, arguments, longest)
+    is_host = bool(recipe.training.get("use_cpu"))
+    budget = Budget.of_device(arguments) if memory is None else Budget(memory, "--memory", is_host)
+    if not budget.is_host and arguments.use_cpu:  # planned here for there, where TRL's own default holds
+        setting["checkpointing"] = recipe.training.get("gradient_checkpointing", True)
+
+    def plan_of(batch: int) -> MemoryPlan:
+        return predict_memory(recipe.model, **(setting | {"batch": batch}))
+
+    plan = plan_of(setting["batch"])
+    most = largest_batch(plan_of, setting["batch"], plan, budget)
+    return {"plan": plan, "needed": budget.needed(plan), "budget": budget, "largest_batch": most}
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
