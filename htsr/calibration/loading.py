@@ -132,14 +132,12 @@ def load_model(
     import transformers
 
     with _located(name, revision) as (folder, more):
-        if four_bit:
-            quantized = _four_bit(name, dtype, more)
         config = load_config(name, revision=revision, causal=causal, options=options)
         how: dict[str, Any] = {**more, "dtype": dtype or "auto", "output_loading_info": True}
         if options:
             how |= {"config": config, CODE: is_own_code(config)}
         if four_bit:
-            how["quantization_config"] = quantized
+            how["quantization_config"] = _four_bit(name, dtype or config.dtype, more)
         kind: Any = transformers.AutoModelForCausalLM
         if not causal and "gguf_file" not in more:  # that format holds language models, and does not name their class
             kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from htsr.errors import UsageError
+from htsr.finetuning.starts import OF_STARTS, start_of, with_configs
 from htsr.training.lora import lora_config
 from htsr.training.lora_targets import ALL_LINEAR, module_options
 
@@ -21,7 +21,8 @@ def adapter_config(lora: Lora, model: torch.nn.Module, before: Analysis | None) 
 
     Args:
         lora: section of the recipe.
-        model: model without adapters; its weights are not read, and may be on the meta device.
+        model: model without adapters; its weights are not read, and may be on the meta device. A start that is more
+            than a draw is left to `htsr.finetuning.starts`.
         before: analysis of the model, where ranks follow a score.
 
     Raises:
@@ -30,7 +31,9 @@ def adapter_config(lora: Lora, model: torch.nn.Module, before: Analysis | None) 
     """
     from peft import LoraConfig
 
-    options: dict[str, Any] = {"lora_dropout": lora.dropout, "task_type": "CAUSAL_LM", **nested(lora.options)}
+    options: dict[str, Any] = {"lora_dropout": lora.dropout, "task_type": "CAUSAL_LM", **with_configs(lora.options)}
+    if start_of(lora) is not None:
+        options = {key: value for key, value in options.items() if key not in OF_STARTS}
     options = module_options(model, lora.targets, lora.modules_to_save, options)
     if lora.score is None:
         alpha: Any = lora.scaling * lora.rank
@@ -40,14 +43,3 @@ def adapter_config(lora: Lora, model: torch.nn.Module, before: Analysis | None) 
     targets = options.pop("target_modules")
     names = None if targets == ALL_LINEAR else targets
     return lora_config(model, before, rank=lora.rank, score=lora.score, scaling=lora.scaling, modules=names, **options)
-
-
-def nested(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of ``LoraConfig`` with the configurations inside them made of their keys."""
-    from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
-
-    kinds: dict[str, Any] = {"eva_config": EvaConfig, "corda_config": CordaConfig, "lora_ga_config": LoraGAConfig}
-    return {
-        key: kinds[key](**value) if key in kinds and isinstance(value, Mapping) else value
-        for key, value in options.items()
-    }

@@ -10,6 +10,7 @@ import enum
 import importlib.util
 import logging
 import math
+import re
 import types
 import warnings
 from collections.abc import Callable, Mapping
@@ -41,7 +42,15 @@ _LORA_OWN = {
     "modules_to_save": "lora.modules_to_save",
     "task_type": "htsr",
 }
-_LOOSE = ("fsdp", "debug", "parallelism_config")  # more kinds are taken than their hints say
+_STARTS = r"gaussian|orthogonal|mica|pissa(_niter_\d+)?|olora|eva|corda|lora_ga|loftq"
+_NAMES = "pissa (pissa_niter_4), olora, eva, corda, lora_ga, loftq"
+_NOT_TAKEN = {
+    "loftq_config": "has no meaning here: the weights are in the 4 bits of qlora",
+    "kasa_config": "changes the weights for good, so that there would be nothing to merge into; take PEFT itself",
+    "arrow_config": "is for several adapters; take PEFT itself",
+    "monteclora_config": "wants a loss of its own; take PEFT itself",
+}
+_LOOSE = ("fsdp", "debug", "parallelism_config", "init_lora_weights")  # more kinds are taken than their hints say
 _POSITIVE = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length",
     "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "dataset_num_proc",
@@ -81,21 +90,33 @@ def check_training(training: Mapping[str, Any]) -> None:
             raise UsageError(f"training.max_steps is {number}; it is at least 1, or -1 for num_train_epochs")
 
 
-def check_lora(lora: Lora) -> None:
-    """Insist that LoraConfig takes the options of `lora`, and that new adapters leave the weights as they are.
+def check_lora(lora: Lora, method: str) -> None:
+    """Insist that LoraConfig takes the options of `lora`, and that adapters of this `method` can begin as they say.
 
     Raises:
-        UsageError: it does not, or the adapters' start would change the weights that they are merged into at the end.
+        UsageError: it does not, or they cannot.
     """
     from peft import LoraConfig
 
+    from htsr.finetuning.starts import changes_weights, start_of, with_configs
+
     _check("lora.options", lora.options, LoraConfig, _LORA_OWN)
-    start = lora.options.get("init_lora_weights", True)
-    if start is not True and start not in ("gaussian", "orthogonal"):
-        raise UsageError(
-            f"lora.options.init_lora_weights: {start} changes the weights or wants a step of its own; take PEFT itself"
-        )
-    _tried("lora.options", lora.options, lora.options, lambda options: LoraConfig(r=lora.rank, **options))
+    wanted, key = lora.options.get("init_lora_weights", True), "lora.options.init_lora_weights"
+    if wanted is not True and not (isinstance(wanted, str) and re.fullmatch(_STARTS, wanted)):
+        raise UsageError(f"{key} is {kind_of(wanted)}; it is true, gaussian, orthogonal, mica, or one of {_NAMES}")
+    start = start_of(lora)
+    if start == "loftq" and method == "lora":
+        raise UsageError(f"{key}: loftq makes up for weights in 4 bits, which are those of the method qlora")
+    if changes_weights(start) and start != "loftq" and method == "qlora":
+        raise UsageError(f"{key}: {start} changes the weights, which qlora keeps in 4 bits: take loftq or eva")
+    if bad := sorted({*lora.options} & {*_NOT_TAKEN}):
+        raise UsageError(f"lora.options.{bad[0]} {_NOT_TAKEN[bad[0]]}")
+
+    def make(options: Mapping[str, Any]) -> Any:
+        own = with_configs(options)
+        return LoraConfig(r=lora.rank, **{k: v for k, v in own.items() if (k, v) != ("init_lora_weights", "loftq")})
+
+    _tried("lora.options", lora.options, lora.options, make)
 
 
 def training_arguments(recipe: Recipe) -> Any:
@@ -177,8 +198,11 @@ def _quietly(make: Callable[[Mapping[str, Any]], Any], given: Mapping[str, Any])
 def _check_packages(arguments: Any) -> None:
     from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-    if getattr(arguments, "use_liger_kernel", False) and importlib.util.find_spec("liger_kernel") is None:
-        raise MissingDependencyError("training.use_liger_kernel needs liger-kernel: pip install liger-kernel")
+    if getattr(arguments, "use_liger_kernel", False):
+        if importlib.util.find_spec("liger_kernel") is None:
+            raise MissingDependencyError("training.use_liger_kernel needs liger-kernel: pip install liger-kernel")
+        if not _runs_kernels():
+            raise UsageError("training.use_liger_kernel: its kernels run on an accelerator, and there is none here")
     try:
         for callback in get_reporting_integration_callbacks(arguments.report_to):  # type: ignore[no-untyped-call]
             callback()
@@ -186,6 +210,12 @@ def _check_packages(arguments: Any) -> None:
         raise MissingDependencyError(f"training.report_to: {reason_of(error)}") from error
     except Exception as error:  # whatever a tracker says of its name or its settings
         raise UsageError(f"training.report_to: {reason_of(error)}") from error
+
+
+def _runs_kernels() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
 
 
 def _optimizer(arguments: Any) -> Any:

@@ -40,7 +40,8 @@ def training_records(
         SourceError: a source cannot be read, or the sources are of several forms.
     """
     data, sources = recipe.data, recipe.data.sources("train")
-    head = max(HEAD, recipe.sampling.calibration_samples if recipe.sampling else 0) if data.streaming else None
+    measured = [section.calibration_samples for section in (recipe.sampling, recipe.lora) if section is not None]
+    head = max(HEAD, *measured) if data.streaming else None
     skipped = data.evaluation_records or 0
     read = [_read(source, data, tokenizer, head and head + skipped) for source in sources]
     forms = [records[0] for records in read]

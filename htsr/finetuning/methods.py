@@ -11,9 +11,10 @@ from htsr.analysis.result import Analysis
 from htsr.calibration.outlier_scores import measure_outliers
 from htsr.calibration.outliers import Outliers
 from htsr.calibration.records import Record, text_of
-from htsr.errors import UsageError
+from htsr.errors import SourceError, UsageError
 from htsr.finetuning.adapters import adapter_config
 from htsr.finetuning.placing import on_device
+from htsr.finetuning.starts import START, Start, begun, changes_weights, made_start, start_of
 from htsr.ranks import Ranks
 from htsr.training.sampling.members import freeze_embedding
 from htsr.training.sampling.probabilities import Strategy
@@ -35,7 +36,7 @@ def prepare(
     before: Analysis | None,
     output: Path,
     voice: Voice,
-    device: torch.device,
+    arguments: Any,
 ) -> tuple[torch.nn.Module, LayerSampler | None]:
     """The model with its adapters, and the sampler of blocks or None, as the recipe's method has them.
 
@@ -45,15 +46,16 @@ def prepare(
         recipe: recipe, of which method, frozen_weights, lora, sampling, seed and max_length are read.
         model: model, not yet wrapped.
         tokenizer: tokenizer of the model.
-        train: training records, on which outliers are measured where the method asks for them.
+        train: training records, on which outliers or the start of adapters are measured where the method asks for them.
         before: analysis of the model, for what depends on spectra.
-        output: folder in which ``outliers.json`` is kept.
+        output: folder in which ``outliers.json`` and the start of adapters are kept.
         voice: voice of the run.
-        device: device on which outliers are measured, and the model trains.
+        arguments: arguments of TRL; on their device outliers are measured, and the model trains.
 
     Raises:
-        UsageError: the recipe needs spectra and has none.
+        UsageError: the recipe needs spectra and has none, or adapters cannot begin as it says.
     """
+    device = arguments.device
     given = recipe.sampling
     default: Strategy = "owlore" if recipe.method == "owlore" else "uniform"
     strategy = (given.strategy or default) if given else None
@@ -65,9 +67,7 @@ def prepare(
             raise UsageError(f"the strategy {strategy} needs spectra: true")
         scores = before
     if recipe.lora is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, adapter_config(recipe.lora, model, before))
+        model = _with_adapters(recipe, model, tokenizer, train, before, output, voice, arguments)
     if given is None or strategy is None:
         if recipe.embedding == "freeze":
             freeze_embedding(model)
@@ -122,3 +122,39 @@ def _outliers(
         return found
 
     return Ranks.running().of_first(measured)
+
+
+def _with_adapters(
+    recipe: Recipe,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    train: Sequence[Record],
+    before: Analysis | None,
+    output: Path,
+    voice: Voice,
+    arguments: Any,
+) -> Any:
+    from peft import get_peft_model
+
+    assert recipe.lora is not None
+    config = adapter_config(recipe.lora, model, before)
+    start = start_of(recipe.lora)
+    if start is None:
+        return get_peft_model(model, config)  # type: ignore[arg-type]
+    path = output / START
+
+    def made() -> Start:
+        if path.exists():
+            return Start.load(path)
+        if any(output.glob("checkpoint-*")):
+            raise SourceError(f"{path} is not there, without which the run cannot go on as it was")
+        voice.say(f"beginning the adapters by {start}")
+        found = made_start(recipe, model, config, tokenizer, train, arguments)
+        found.save(path)
+        return found
+
+    changed = changes_weights(start) and recipe.method == "lora"  # 4 bits stay as they are, and the start fits them
+    adapted = begun(model, config, Ranks.running().of_first(made), changed=changed)
+    if changes_weights(start):  # a checkpoint's adapter alone would be wrong with the model as it is stored
+        adapted.peft_config["default"].base_model_name_or_path = f"{recipe.model} without {path}"
+    return adapted

@@ -30,6 +30,7 @@ from htsr.finetuning.labels import (
 )
 from htsr.finetuning.placing import is_to_be_sharded
 from htsr.finetuning.run_folder import leaves, plain
+from htsr.finetuning.starts import start_of
 from htsr.matrices.blocks import find_blocks
 from htsr.ranks import Ranks
 from htsr.training.lowrank.groups import low_rank_groups
@@ -96,6 +97,10 @@ def check_sharding(recipe: Recipe, arguments: Any) -> None:
         )
     if recipe.method == "qlora" and (stage == 3 or arguments.fsdp):
         raise UsageError("method: qlora keeps a copy of the model in 4 bits on each process: take DDP or ZeRO-2")
+    if stage == 3 and start_of(recipe.lora) is not None:
+        raise UsageError(
+            f"lora.options.init_lora_weights: {start_of(recipe.lora)} reads whole weights, and ZeRO-3 has none"
+        )
     if stage == 3:
         if recipe.data.multiple_choice:
             raise UsageError("data.multiple_choice: ZeRO-3 holds no whole model to ask; ask the saved one afterwards")

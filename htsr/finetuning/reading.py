@@ -42,7 +42,7 @@ def check_options(recipe: Recipe) -> None:
     """
     check_training(recipe.training)
     if recipe.lora is not None:
-        check_lora(recipe.lora)
+        check_lora(recipe.lora, recipe.method)
 
 
 def recipe_text(path: str) -> str:

@@ -14,10 +14,11 @@ from htsr.errors import HtsrError, SourceError, UsageError, reason_of
 from htsr.files import written
 from htsr.finetuning.recipe import USUAL_RATE, Recipe
 from htsr.finetuning.recipe_values import dump_yaml, load_yaml, made
+from htsr.finetuning.starts import START
 
 RECIPE, RESULTS = "recipe.yaml", "results.json"
 _OLD_RECIPE = "recipe.json"  # of 0.2.0 and before
-PREPARED = (RECIPE, _OLD_RECIPE, "spectra_before.npz", "accuracy_before.json", "outliers.json")
+PREPARED = (RECIPE, _OLD_RECIPE, "spectra_before.npz", "accuracy_before.json", "outliers.json", START)
 _MAY_CHANGE = frozenset(  # neither of these changes a weight; the folder may have another name by now
     (
         "output",

@@ -11,6 +11,7 @@ from htsr.calibration.loading import load_model
 from htsr.files import written
 from htsr.finetuning.placing import how_loaded
 from htsr.finetuning.run_folder import RESULTS, kept_leaves, leaves, plain, write_json
+from htsr.finetuning.starts import START, Start, begun, changes_weights, for_stored_weights, start_of
 from htsr.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -49,10 +50,23 @@ def save_model(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks
 
 def _save_merged(recipe: Recipe, output: Path) -> None:
     """Merge the adapter into a fresh copy of the model, whatever wraps the trained one."""
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+    from safetensors.torch import save_file
 
     base: Any = load_model(recipe.model, revision=recipe.revision, **how_loaded(recipe) | {"four_bit": False})
-    PeftModel.from_pretrained(base, str(output / "adapter")).merge_and_unload().save_pretrained(output)
+    folder = str(output / "adapter")
+    if not changes_weights(start_of(recipe.lora)):
+        PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(output)
+        return
+    start, config, trained = Start.load(output / START), LoraConfig.from_pretrained(folder), load_peft_weights(folder)
+    name = base.name_or_path
+    adapted = begun(base, config, start, changed=True)
+    set_peft_model_state_dict(adapted, dict(trained))
+    adapted.merge_and_unload().save_pretrained(output)
+    tensors, config = for_stored_weights(trained, start, config)
+    config.base_model_name_or_path, config.init_lora_weights = name, True
+    save_file(tensors, output / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    config.save_pretrained(folder)
 
 
 def write_reports(recipe: Recipe, result: Result, output: Path, comparison: Comparison | None) -> None:

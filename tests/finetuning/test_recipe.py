@@ -78,7 +78,9 @@ def test_defaults_and_numbers(tmp_path):
         ({"training": {"adam_beta1": 1}}, "training.adam_beta1 is 1; it is at least 0 and below 1"),
         ({"method": "lora", "lora": {"options": {"r": 4}}}, "lora.options.r is set by lora.rank"),
         ({"method": "lora", "lora": {"options": {"use_dorra": True}}}, "did you mean use_dora"),
-        ({"method": "lora", "lora": {"options": {"init_lora_weights": "pissa"}}}, "pissa changes the weights"),
+        ({"method": "lora", "lora": {"options": {"init_lora_weights": "pisa"}}}, "init_lora_weights is 'pisa'; it is"),
+        ({"method": "lora", "lora": {"modules_to_save": "embed"}}, "modules_to_save is a list, not 'embed'"),
+        ({"method": "lora", "lora": {"targets": ["q_proj", 1]}}, "targets[1] is a text, not 1"),
         ({"method": "lora", "layerwise": "llr"}, "which the method lora does not train"),
         (
             {"method": "owlore", "layerwise": "ends"},

@@ -1,16 +1,18 @@
 """The examples run, fit on a screen, and do what they say."""
 
 import importlib.util
+import json
 import math
 import runpy
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import htsr
 from htsr.errors import UsageError
-from tests.transformer import llama
+from tests.transformer import llama, word_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -110,6 +112,42 @@ class TestTrainer:
 
 def test_accelerate(run):
     check(run("layerwise_accelerate")["optimizer"].optimizer, 20)
+
+
+@pytest.fixture
+def preferences(tmp_path):
+    pytest.importorskip("trl")
+    llama(2, width=64).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"w{i}", "chosen": f" w{i + 1} w7", "rejected": f" w{i + 2} w9"} for i in range(4, 28)]
+    (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_file(tmp_path / "model" / "model.safetensors")
+
+
+def test_dpo(run, preferences):
+    trainer = run("dpo")["trainer"]
+    losses = [entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry]
+    assert len(losses) == 1
+    assert math.isfinite(losses[0])
+    assert isinstance(trainer.optimizer.optimizer, htsr.LowRankAdamW)
+    sampler = next(c for c in trainer.callback_handler.callbacks if isinstance(c, htsr.LayerSamplerCallback)).sampler
+    trained = {block.name for block in sampler.coverage() if block.intervals}
+    now = trainer.model.state_dict()
+    moved = {".".join(name.split(".")[:3]) for name, old in preferences.items() if not torch.equal(old, now[name])}
+    assert {name for name in moved if ".layers." in name} == trained != set()
+    assert not {name for name in moved if "embed" in name or "head" in name}
+    assert htsr.Trajectory.load("dpo/trajectory.jsonl").steps
+
+
+def test_grpo(run, preferences):
+    trainer = run("grpo")["trainer"]
+    found = htsr.multipliers(trainer.optimizer)
+    assert found["model.embed_tokens"] == found["lm_head"] == 5.0
+    assert set(found.values()) == {1.0, 5.0}
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    assert 0 < min(rewards) < max(rewards)
+    now = trainer.model.state_dict()
+    assert any(not torch.equal(old, now[name]) for name, old in preferences.items())
 
 
 def test_a_monitor_with_accelerate(run, tmp_path):
