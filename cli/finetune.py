@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from htsr_cli.options import Format, Quiet, Table, Verbose
+
+if TYPE_CHECKING:
+    from htsr_cli.output import Words
+
+    from htsr.finetuning.recipe import Recipe
 
 
 def finetune(
@@ -16,7 +22,10 @@ def finetune(
     ],
     method: Annotated[
         str | None,
-        typer.Option(help="Method in place of the recipe's: full, lora, qlora, lisa, owlore, galore, apollo, gum."),
+        typer.Option(
+            help="Method in place of the recipe's: full, lora, qlora, lisa, owlore, galore, apollo, gum; or auto, the "
+            "first that fits into the memory."
+        ),
     ] = None,
     layerwise: Annotated[
         str | None, typer.Option(help="Policy in place of the recipe's: none, ends, llr, tempbalance, alphadecay.")
@@ -38,7 +47,10 @@ def finetune(
     ] = False,
     memory: Annotated[
         str | None,
-        typer.Option(help="For --check: memory of the accelerator that will be used, as in 24GB.", show_default=False),
+        typer.Option(
+            help="For --check and --method auto: memory of the accelerator that will be used, as in 24GB.",
+            show_default=False,
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
     format: Format = None,
@@ -59,10 +71,14 @@ def finetune(
     from htsr.ranks import is_first
 
     words, target = Words(quiet, verbose), Target.of(context, "table")
-    changes = {"method": method, "layerwise": layerwise, "output": output}
-    recipe = read_keys(config, {key: value for key, value in changes.items() if value is not None}, overrides or ())
-    if memory is not None and not check:
-        raise UsageError("--memory is for --check")
+    given = {"method": method, "layerwise": layerwise, "output": output}
+    changes = {key: value for key, value in given.items() if value is not None}
+    if memory is not None and not (check or method == "auto"):
+        raise UsageError("--memory is for --check, and for --method auto")
+    if method == "auto":
+        recipe = _chosen(config, changes, overrides or (), memory, words)
+    else:
+        recipe = read_keys(config, changes, overrides or ())
     if check:
         from htsr_cli.check import check as look
 
@@ -86,3 +102,16 @@ def finetune(
         target.write(result, words)
         if resume:
             words.say("htsr: the train loss is the mean over all steps, those of earlier runs included")
+
+
+def _chosen(config: str, changes: dict[str, Any], overrides: Sequence[str], memory: str | None, words: Words) -> Recipe:
+    """The recipe with the method that the memory is enough for; why that one goes to stderr."""
+    from htsr.finetuning.auto import choose
+    from htsr.finetuning.budget import parse_memory
+    from htsr.ranks import is_first
+
+    with words.of_others():
+        choice = choose(config, changes, overrides, memory=None if memory is None else parse_memory(memory))
+    if is_first():
+        words.say(f"htsr: {choice.why}")
+    return choice.recipe

@@ -230,15 +230,35 @@ def _steps_of(arguments: Any, sequences: int) -> int:
     return max(math.ceil(passes / arguments.gradient_accumulation_steps), 1)
 
 
-def _memory(recipe: Recipe, arguments: Any, longest: int | None, memory: int | None) -> dict[str, Any]:
+def planned(
+    recipe: Recipe, arguments: Any, longest: int | None, memory: int | None
+) -> tuple[Budget, dict[str, Any]] | None:
+    """The memory that there is, and the arguments of `predict_memory` for the run of a `recipe` in it.
+
+    Args:
+        recipe: recipe of the run.
+        arguments: arguments of TRL.
+        longest: number of tokens of the longest record, where it is known.
+        memory: bytes of the accelerator for which memory is planned; None for this machine's own, or its main memory.
+
+    Returns:
+        None where the run is sharded over processes, of which no plan is made.
+    """
     sharded = is_to_be_sharded(arguments) or getattr(arguments, "deepspeed_plugin", None) is not None
-    if sharded and arguments.world_size > 1:  # of which no plan is made
-        return {}
+    if sharded and arguments.world_size > 1:
+        return None
     setting = setting_of(recipe, arguments, longest)
     is_host = bool(recipe.training.get("use_cpu"))
     budget = Budget.of_device(arguments) if memory is None else Budget(memory, "--memory", is_host)
     if not budget.is_host and arguments.use_cpu:  # planned here for there, where TRL's own default holds
         setting["checkpointing"] = recipe.training.get("gradient_checkpointing", True)
+    return budget, setting
+
+
+def _memory(recipe: Recipe, arguments: Any, longest: int | None, memory: int | None) -> dict[str, Any]:
+    if (found := planned(recipe, arguments, longest, memory)) is None:
+        return {}
+    budget, setting = found
 
     def plan_of(batch: int) -> MemoryPlan:
         return predict_memory(recipe.model, **(setting | {"batch": batch}))

@@ -89,6 +89,31 @@ def read_keys(path: str, changes: Mapping[str, Any] | None = None, overrides: Se
         >>> recipe.method, recipe.seed, recipe.sampling.active
         ('lisa', 3, 4)
     """
+    return recipe_of(read_contents(path, changes, overrides), path)
+
+
+def recipe_of(content: Mapping[str, Any], path: str) -> Recipe:
+    """The recipe that `content` is, as `read_contents` returns it; `path` is named in errors.
+
+    Raises:
+        UsageError: a key is unknown, or a value is of the wrong kind or out of its range; its place is named.
+    """
+    recipe: Recipe = made(Recipe, content, _file(path).name)
+    return recipe
+
+
+def read_contents(path: str, changes: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys and values of which `read_keys` makes a recipe, without defaults; those of `overrides` are known ones.
+
+    Args:
+        path: path of the file, or a name.
+        changes: top-level keys that replace the file's.
+        overrides: any keys that replace the file's, as in ``training.learning_rate=1e-4``; values are YAML.
+
+    Raises:
+        SourceError: there is no such file, or it is no YAML.
+        UsageError: a key of `overrides` is unknown.
+    """
     try:
         content = load_yaml(recipe_text(path))
     except ValueError as error:
@@ -104,5 +129,4 @@ def read_keys(path: str, changes: Mapping[str, Any] | None = None, overrides: Se
         content = {key: value for key, value in content.items() if key not in known or key in mine}
     for key, value in wanted:
         override(content, key, value)
-    recipe: Recipe = made(Recipe, content, _file(path).name)
-    return recipe
+    return content
