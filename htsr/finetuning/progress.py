@@ -88,6 +88,7 @@ class TrainingLines(TrainerCallback):
         self._tokens: float | None = None
         self._evaluated: list[float] = []
         self._evaluating = 0.0
+        self._ended = False
 
     def add_evaluation(self, loss: float) -> None:
         """Take note of the `loss` of a batch of held-out records."""
@@ -139,6 +140,17 @@ class TrainingLines(TrainerCallback):
         self._started = self._logged = time.monotonic()
         self._first = self._last = state.global_step
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take note of the end.
+
+        Args:
+            args: arguments of the Trainer.
+            state: state of the Trainer.
+            control: control of the Trainer.
+            kwargs: what else the Trainer passes to callbacks.
+        """
+        self._ended = True
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave out of the time what came before the first step.
 
@@ -178,7 +190,8 @@ class TrainingLines(TrainerCallback):
         if "loss" in logs:
             self.voice.say(self._line(logs, state))
         elif "eval_loss" in logs:
-            when = f"step {state.global_step}/{state.max_steps}" if state.global_step else "before training"
+            step = f"step {state.global_step}/{state.max_steps}"
+            when = "after training" if self._ended else step if state.global_step else "before training"
             self.voice.say(f"{when}  evaluation loss {logs['eval_loss']:.4g}")
         logger.info("step %d: %s", state.global_step, logs)
 

@@ -160,6 +160,10 @@ def _train(
     metrics["trainable_parameters"] = sum(prod(whole_shape(p)) for p in trainer.model.parameters() if p.requires_grad)
     if arguments.load_best_model_at_end and (best := best_step(trainer.state)) is not None:
         metrics["best_step"] = best
+        early = f"training stopped early, at step {steps} of {trainer.state.max_steps}; " * (
+            steps < trainer.state.max_steps
+        )
+        voice.say(f"{early}the best model is that of step {best}")
     if trainer.rounding is not None:
         metrics["rounding"] = trainer.rounding
     metrics |= peak() | _predicted(recipe, arguments, trainer)
