@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,6 +38,11 @@ SUFFIXES = {
     ".tex": "latex",
 }
 FORMATS = tuple(SUFFIXES.values())
+# What says nothing to who runs a command, by its beginning, and the logger where it is no warning of Python
+_NOISE = {
+    "`is_gradient_checkpointing` is deprecated": None,  # PEFT calls transformers by an old name
+    "The tokenizer has new PAD/BOS/EOS tokens": "transformers.trainer_utils",  # htsr has set the padding token itself
+}
 # they change nothing that is found
 _NO_OPTIONS = ("format", "output", "table", "html", "save", "picture", "resume", "quiet", "verbose")
 
@@ -184,6 +190,8 @@ class Words:
                 stack.enter_context(_no_warnings())
             else:
                 stack.enter_context(redirect_stdout(sys.stderr))
+            if not self.verbose:
+                stack.enter_context(_no_noise())
             yield
 
     @contextmanager
@@ -237,6 +245,27 @@ def _no_bars() -> Iterator[None]:
             said.enable_progress_bar()  # type: ignore[no-untyped-call]
         if datasets_drew:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def _no_noise() -> Iterator[None]:
+    """Without what is in `_NOISE`."""
+
+    def says_something(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(tuple(_NOISE))
+
+    loggers = [logging.getLogger(name) for name in _NOISE.values() if name is not None]
+    with warnings.catch_warnings():
+        for start, name in _NOISE.items():
+            if name is None:
+                warnings.filterwarnings("ignore", re.escape(start))
+        for logger in loggers:
+            logger.addFilter(says_something)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeFilter(says_something)
 
 
 @contextmanager

@@ -133,6 +133,9 @@ def training_arguments(recipe: Recipe) -> Any:
     SFTConfig = _sft_config()
     defaults: dict[str, Any] = {"report_to": "none", "save_strategy": "steps", "save_steps": 100, "save_total_limit": 2}
     defaults["logging_first_step"] = True
+    batch = recipe.training.get("per_device_train_batch_size")
+    if isinstance(batch, int):  # an evaluation takes no more memory than a step
+        defaults["per_device_eval_batch_size"] = min(batch, 8)
     if recipe.early_stopping is not None or recipe.training.get("load_best_model_at_end"):
         defaults |= _of_the_best(recipe.training)
     if recipe.training.get("push_to_hub"):

@@ -1,6 +1,8 @@
 import io
+import logging
 import sys
 import time
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -64,3 +66,19 @@ def test_the_line_of_a_log_has_the_time_of_its_own_steps(clocked):
         f"step 20/40{start}1.00 s/step  100 tokens/s  0:24 left",
     ]
     assert shown == ["training: 12/40 steps, 0:56 left", "training: 20/40 steps, 0:24 left"]
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_what_says_nothing_to_who_runs_a_command_is_left_out_unless_all_is_asked_for(caplog, verbose):
+    theirs = logging.getLogger("transformers.trainer_utils")
+    with pytest.MonkeyPatch.context() as patched, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        patched.setattr(logging.getLogger("transformers"), "propagate", True)
+        with Words(quiet=False, verbose=verbose).of_others():
+            for text in ("`is_gradient_checkpointing` is deprecated and …", "what a user should know"):
+                warnings.warn(text, FutureWarning, stacklevel=1)
+            theirs.warning("The tokenizer has new PAD/BOS/EOS tokens that differ: %s", {})
+            theirs.warning("something else")
+    assert len(warned) == 1 + verbose
+    assert len(set(caplog.messages)) == 1 + verbose
+    assert not theirs.filters
