@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from htsr_cli import finetune, layerwise, recipe, repair, select, track
+from htsr_cli import chat, export, finetune, layerwise, recipe, repair, select, track
 from htsr_cli.options import (
     Alternatives,
     Block,
@@ -395,6 +395,8 @@ def outliers(
 
 app.command()(finetune.finetune)
 app.command()(recipe.recipe)
+app.command()(chat.chat)
+app.command()(export.export)
 
 
 @app.command()
