@@ -92,6 +92,11 @@ def embedding_by_width(name: str, shape: tuple[int, ...]) -> float:
     return math.sqrt(shape[1]) if role_of(name) == "embed" else 1.0
 
 
+def ends_apart(name: str, shape: tuple[int, ...]) -> float:
+    """The embedding at √width and the head at LLR's largest multiplier."""
+    return S2 if role_of(name) == "head" else embedding_by_width(name, shape)
+
+
 def by_shape(name: str, shape: tuple[int, ...]) -> float:
     """What LLR would give to pure noise of the same shapes, square matrices and the MLP's; the ends at S2."""
     return S1 if shape[0] == shape[1] and role_of(name) not in ENDS else S2
@@ -118,4 +123,5 @@ ARMS: dict[str, Arm] = {
     "embed": Arm("embedding alone, ×5", partial(ends_only, roles=("embed",))),
     "head": Arm("head alone, ×5", partial(ends_only, roles=("head",))),
     "sqrt-width": Arm("embedding alone, ×√width", embedding_by_width),
+    "apart": Arm("ends apart: embedding ×√width, head ×5", ends_apart),
 }

@@ -61,7 +61,7 @@ def prepare(work: Path, vocabulary: int, folder: Path | None) -> Corpus:
         digest.update(name.encode() + b"\0" + text.encode() + b"\0")
     kept = work / f"corpus-{digest.hexdigest()[:16]}-{vocabulary}.pt"
     if not kept.exists():
-        tokenizer = _tokenizer([text for name, text in files.items() if not is_validation(name)], vocabulary)
+        tokenizer = tokenizer_of([text for name, text in files.items() if not is_validation(name)], vocabulary)
         end = tokenizer.token_to_id(END)
         streams: dict[bool, list[int]] = {False: [], True: []}
         for name, text in files.items():
@@ -79,11 +79,17 @@ def prepare(work: Path, vocabulary: int, folder: Path | None) -> Corpus:
         content = {"train": torch.tensor(streams[False]), "validation": torch.tensor(streams[True])}
         torch.save(content | {"facts": json.dumps(facts)}, kept.with_suffix(".part"))
         kept.with_suffix(".part").rename(kept)
-    content = torch.load(kept, weights_only=True)
-    return Corpus(content["train"], content["validation"], json.loads(content["facts"]))
+    return load(kept)
 
 
-def _tokenizer(training: list[str], vocabulary: int) -> Any:
+def load(file: Path) -> Corpus:
+    """The corpus in a file that `prepare` or `reports.llr_small.debian` has written."""
+    content = torch.load(file, weights_only=True)
+    return Corpus(content["train"].long(), content["validation"].long(), json.loads(content["facts"]))
+
+
+def tokenizer_of(training: list[str], vocabulary: int) -> Any:
+    """A byte-level BPE of `vocabulary` tokens, trained on texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

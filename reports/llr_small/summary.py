@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,13 @@ from reports.llr_small.training import Size
 BASE = "uniform"
 
 
-def summarise(runs: Runs, size: Size, arms: Sequence[str]) -> dict[str, Any]:
-    """One point of the study: every arm that has a run at this size."""
+def summarise(
+    runs: Runs, size: Size, arms: Sequence[str], known: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """One point of the study: every arm that has a run at this size, and of the others what is `known` already."""
     runs = [run for run in runs if run["name"] == size.name]
     done = [arm for arm in arms if losses(runs, arm, size, 0)]
-    summary = {arm: _arm(runs, arm, size) for arm in done}
+    summary = {**known, **{arm: _arm(runs, arm, size) for arm in done}} if done else {}
     if BASE in summary:
         for arm in done:
             summary[arm] |= _against(summary[arm], summary[BASE], _curves(runs, arm, summary[arm]))
@@ -42,6 +45,7 @@ def _arm(runs: Runs, arm: str, size: Size) -> dict[str, Any]:
         "between": _between(tried, index),
         "grid": {f"{GRID[k]:g}": None if math.isinf(v) else v for k, v in sorted(tried.items())},
         "losses": finals,
+        "hours": sum(r["seconds"][k] for r in runs if r["arm"] == arm for k in ("training", "evaluation")) / 3600,
         "mean": float(np.mean(values)),
         "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "perplexity": math.exp(float(np.mean(values))),
@@ -69,7 +73,7 @@ def _curves(runs: Runs, arm: str, summary: dict[str, Any]) -> dict[int, list[lis
 
 def _against(arm: dict[str, Any], base: dict[str, Any], curves: dict[int, list[list[float]]]) -> dict[str, Any]:
     """Differences by seed to uniform, and at which step the arm reaches uniform's last loss on the same windows."""
-    differences = {s: arm["losses"][s] - base["losses"][s] for s in arm["losses"] if s in base["losses"]}
+    differences = paired(arm, base)
     values = list(differences.values())
     target = base["curve"][-1][1]
     reached = [first_below(curve, target) for curve in curves.values()]
@@ -79,6 +83,19 @@ def _against(arm: dict[str, Any], base: dict[str, Any], curves: dict[int, list[l
         "difference_sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "steps_to_uniform": [None if r is None else round(r) for r in reached],
     }
+
+
+def paired(arm: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float]:
+    """Final losses of one arm less those of another, by seed (a text, as JSON has it)."""
+    theirs = {str(seed): loss for seed, loss in base["losses"].items()}
+    return {str(seed): loss - theirs[str(seed)] for seed, loss in arm["losses"].items() if str(seed) in theirs}
+
+
+def significance(differences: Collection[float]) -> float | None:
+    """p of a paired t-test that the mean difference is 0; None with fewer than three seeds."""
+    from scipy import stats
+
+    return float(stats.ttest_1samp(list(differences), 0.0).pvalue) if len(differences) > 2 else None
 
 
 def first_below(curve: list[list[float]], target: float) -> float | None:

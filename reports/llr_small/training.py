@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,13 +19,13 @@ from htsr.spectra.tail import fit_power_law
 from reports.llr_small.arms import ARMS
 from reports.llr_small.corpus import Corpus
 
-HEAD_WIDTH = 32
 WEIGHT_DECAY = 0.1
 BETAS = (0.9, 0.95)
 CLIP = 1.0
 CURVE_POINTS, CURVE_WINDOWS = 24, 32
 FINAL_WINDOWS = 320
 ALPHA_POINTS = 8
+MOST_TOKENS = 2**15  # in one forward and backward; a larger batch comes in parts
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class Size:
     batch: int = 8
     context: int = 128
     vocabulary: int = 2048
+    head_width: int = 32
 
     @property
     def name(self) -> str:
         """Short and unique."""
-        return f"w{self.width}b{self.blocks}s{self.steps}n{self.batch}c{self.context}v{self.vocabulary}"
+        heads = "" if self.head_width == 32 else f"h{self.head_width}"
+        return f"w{self.width}b{self.blocks}s{self.steps}n{self.batch}c{self.context}v{self.vocabulary}{heads}"
 
     def parameters(self) -> dict[str, int]:
         """Numbers of weights: of the blocks and norms, and of embedding and head."""
@@ -55,8 +58,8 @@ class Size:
             hidden_size=self.width,
             intermediate_size=math.ceil(self.width * 8 / 3 / 32) * 32,
             num_hidden_layers=self.blocks,
-            num_attention_heads=self.width // HEAD_WIDTH,
-            num_key_value_heads=self.width // HEAD_WIDTH,
+            num_attention_heads=self.width // self.head_width,
+            num_key_value_heads=self.width // self.head_width,
             max_position_embeddings=self.context,
             tie_word_embeddings=False,
             use_cache=False,
@@ -98,14 +101,12 @@ def train(job: Job, corpus: Corpus, device: str = "cpu") -> dict[str, Any]:
         if step % max(1, size.steps // ALPHA_POINTS) == 0:
             alphas.append((step, alpha_by_role(model)))
         if step % max(1, size.steps // CURVE_POINTS) == 0 and step:
-            curve.append((step, evaluate(model, held_out, size.batch, device)))
+            curve.append((step, evaluate(model, held_out, device, size.batch)))
         now = time.process_time()
         spent["evaluation"] += now - start
-        loss = loss_of(model, corpus.batch(random, size.batch, size.context), device)
-        if not torch.isfinite(loss):
+        if not math.isfinite(backward(model, corpus.batch(random, size.batch, size.context), device)):
             diverged = True
             break
-        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         before = time.process_time()
         optimizer.step()
@@ -118,9 +119,9 @@ def train(job: Job, corpus: Corpus, device: str = "cpu") -> dict[str, Any]:
         spent["step"] += time.process_time() - now
     final = math.inf
     if not diverged:
-        curve.append((size.steps, evaluate(model, held_out, size.batch, device)))
+        curve.append((size.steps, evaluate(model, held_out, device, size.batch)))
         alphas.append((size.steps, alpha_by_role(model)))
-        final = evaluate(model, corpus.held_out(FINAL_WINDOWS, size.context), size.batch, device)
+        final = evaluate(model, corpus.held_out(FINAL_WINDOWS, size.context), device, size.batch)
     usual = float(np.median(spent["optimizer"] or [0.0]))
     return {
         "arm": job.arm,
@@ -150,11 +151,26 @@ def loss_of(model: nn.Module, tokens: torch.Tensor, device: str) -> torch.Tensor
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
+def backward(model: nn.Module, tokens: torch.Tensor, device: str) -> float:
+    """Mean loss of a batch, its gradient left in the model."""
+    loss = 0.0
+    for part in parts_of(tokens):
+        share = loss_of(model, part, device) * (len(part) / len(tokens))
+        share.backward()
+        loss += share.item()
+    return loss
+
+
+def parts_of(tokens: torch.Tensor, most: int | None = None) -> Sequence[torch.Tensor]:
+    """The windows of a batch, at most `most` and at most `MOST_TOKENS` tokens at a time."""
+    return tokens.split(min(most or len(tokens), max(1, MOST_TOKENS // (tokens.shape[1] - 1))))
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, windows: torch.Tensor, batch: int, device: str) -> float:
+def evaluate(model: nn.Module, windows: torch.Tensor, device: str, batch: int) -> float:
     """Mean loss over windows."""
     model.eval()
-    losses = [loss_of(model, part, device).item() * len(part) for part in windows.split(batch)]
+    losses = [loss_of(model, part, device).item() * len(part) for part in parts_of(windows, batch)]
     model.train()
     return sum(losses) / len(windows)
 

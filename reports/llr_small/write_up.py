@@ -6,8 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from reports import common
 from reports.llr_small.search import GRID
+from reports.llr_small.summary import paired, significance
 from reports.llr_small.training import BETAS, CLIP, WEIGHT_DECAY
 
 HERE = Path(__file__).parent
@@ -65,6 +68,7 @@ def section(name: str, point: dict[str, Any]) -> str:
             f"{arms[arm]['perplexity']:.1f}",
             len(arms[arm]["losses"]),
             "" if arm == "uniform" else signed(arms[arm].get("difference"), arms[arm].get("difference_sd")),
+            "" if arm == "uniform" else chance(arms[arm].get("differences", {})),
             "" if arm == "uniform" else reached(arms[arm].get("steps_to_uniform", [])),
             between(arms[arm]["between"]),
         ]
@@ -101,9 +105,9 @@ def section(name: str, point: dict[str, Any]) -> str:
 
 {parameters["body"]:,} weights in the body, {parameters["embedding and head"]:,} in embedding and head; batch {size["batch"]} × {size["context"]}, {tokens:,} tokens; {point["runs"]} runs,
 {point["hours"]:.1f} core-hours.{untuned} Validation loss in nats per token, mean ± standard deviation over seeds; difference to uniform by
-seed, mean ± standard deviation of the differences.
-
-{common.table(["arm", "best lr", "validation loss", "perplexity", "seeds", "minus uniform", "steps to uniform's loss", "between"], main)}
+seed, mean ± standard deviation of the differences, and p of a paired t-test over the seeds (three or more).
+{between_arms(arms)}
+{common.table(["arm", "best lr", "validation loss", "perplexity", "seeds", "minus uniform", "p", "steps to uniform's loss", "between"], main)}
 † the best has not both neighbours: at the edge of the grid, no search at this size, or one cut short.
 
 ![loss]({name}.png)
@@ -138,6 +142,25 @@ def signed(mean: float | None, sd: float | None) -> str:
     if mean is None:
         return ""
     return f"{mean:+.3f}" + ("" if sd is None else f" ± {sd:.3f}")
+
+
+def chance(differences: dict[str, float]) -> str:
+    """p of the paired t-test, where there are seeds enough."""
+    p = significance(differences.values())
+    return "" if p is None else f"{p:.2g}"
+
+
+def between_arms(arms: dict[str, Any]) -> str:
+    """Arms against each other that both have several seeds: what the body's part of LLR adds, and ends of their own."""
+    lines = []
+    for arm, base in (("llr", "ends"), ("apart", "ends"), ("llr", "apart")):
+        if arm in arms and base in arms and len(found := list(paired(arms[arm], arms[base]).values())) > 2:
+            spread_of = signed(float(np.mean(found)), float(np.std(found, ddof=1)))
+            lines.append(
+                f"- {arms[arm]['title']}, less {arms[base]['title']}: {spread_of} "
+                f"({len(found)} seeds, p = {significance(found):.2g})"
+            )
+    return "\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def reached(steps: list[int | None]) -> str:
