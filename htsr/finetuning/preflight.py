@@ -29,6 +29,7 @@ from htsr.finetuning.labels import (
     take_own,
 )
 from htsr.finetuning.placing import is_to_be_sharded
+from htsr.finetuning.rates import check_rates, policy_of
 from htsr.finetuning.run_folder import leaves, plain
 from htsr.finetuning.starts import start_of
 from htsr.matrices.blocks import find_blocks
@@ -207,20 +208,19 @@ def _check_processes(output: Path, checkpoint: Checkpoint, now: int) -> None:
 
 
 def check_sizes(recipe: Recipe, config: Any) -> None:
-    """Insist that the model of transformers' `config` has what a `recipe` adapts, and is large enough for its ranks.
+    """Insist that the model of transformers' `config` has what a `recipe` names, and is large enough for its ranks.
 
     Raises:
         UsageError: it is not.
     """
-    if recipe.low_rank is None and recipe.sampling is None and recipe.lora is None:
+    if recipe.low_rank is None and recipe.sampling is None and recipe.lora is None and recipe.layerwise == "none":
         return
     try:
         model = empty_model(config)
     except Exception:  # a class that cannot be made without values: the model itself will be asked
         logger.debug("%s cannot be made on the meta device", recipe.model, exc_info=True)
         return
-    if recipe.lora is not None:
-        adapter_config(replace(recipe.lora, score=None), model, None)
+    adapters = adapter_config(replace(recipe.lora, score=None), model, None) if recipe.lora is not None else None
     sampling = recipe.sampling
     if sampling is not None:
         blocks = len(find_blocks(model)) + (sampling.embedding == "sampled")
@@ -238,6 +238,8 @@ def check_sizes(recipe: Recipe, config: Any) -> None:
             if recipe.gum.active >= units:
                 what = f"{units} {'blocks' if recipe.gum.unit == 'block' else 'matrices'}"
                 raise UsageError(f"gum.active is {recipe.gum.active}, and is below the {what} of {recipe.model}")
+    if (policy := policy_of(recipe.layerwise)) is not None:
+        check_rates(policy, model, adapters, ends_train=recipe.embedding != "freeze")
 
 
 class _Whole:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 from htsr.errors import UsageError
 from htsr.finetuning.recipe_values import kind_of, nearest
+from htsr.matrices.roles import stem
+from htsr.matrices.sharded import open_live
 from htsr.spectra.windows import Windows
+from htsr.training.layerwise.hooks import engine_of
+from htsr.training.layerwise.names import parameter_names
 from htsr.training.layerwise.policy import Policy, make_policy
+from htsr.training.layerwise.units import matrix_units
+from htsr.training.layerwise.wrapper import layerwise as make_layerwise
+
+if TYPE_CHECKING:
+    import torch
 
 _FIELDS = frozenset(f.name for f in fields(Policy))
 _BASE = "policy"  # the key for what the fields change
@@ -134,3 +143,43 @@ def require_effect(
         raise UsageError(f"{said} sets the learning rates of embedding and head, which {why}, or leave layerwise out")
     if policy.sets == "weight_decay" and not decays:
         raise UsageError(f"{said} shares out weight decay, which is 0 where training.weight_decay is not set")
+
+
+def check_rates(policy: Policy, model: torch.nn.Module, adapters: Any, *, ends_train: bool) -> None:
+    """Insist that a `policy` moves the rate of something that trains, and each of its patterns, too.
+
+    Args:
+        policy: policy of the recipe.
+        model: model without adapters, on the meta device: nothing is measured.
+        adapters: PEFT's configuration of its adapters; None where whole weights train.
+        ends_train: whether embedding and head train; adapters say so themselves.
+
+    Raises:
+        UsageError: a pattern matches nothing, or nothing that trains; or all rates stay as they are.
+    """
+    import torch
+    from peft import get_peft_model
+
+    if adapters is not None:
+        adapters.init_lora_weights = True  # others read weights
+        with torch.device("meta"):
+            model = get_peft_model(model, adapters)  # type: ignore[arg-type, assignment]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if adapters is None and not ends_train:
+        names = parameter_names(model)
+        ends = {unit.name for unit in matrix_units(open_live(model).matrices) if unit.is_embedding}
+        trained = [parameter for parameter in trained if stem(names[id(parameter)]) not in ends]
+
+    def changes_nothing(some: Policy) -> bool:
+        engine = engine_of(make_layerwise(torch.optim.SGD(trained, lr=1.0), model, some, distributed=False))
+        return engine is not None and engine.is_idle
+
+    if changes_nothing(policy):
+        raise UsageError(
+            f"layerwise changes nothing: no matrix that trains has {policy.min_size} eigenvalues (min_size) or a "
+            "multiplier of its own"
+        )
+    for pattern in policy.pin:
+        alone = {"pin": {pattern: 2.0}, "score": None, "embeddings": "leave", "head": None, "exclude": ()}
+        if changes_nothing(replace(policy, **alone)):
+            raise UsageError(f"layerwise: {pattern!r} matches nothing that trains")

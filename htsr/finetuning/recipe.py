@@ -445,7 +445,7 @@ class Recipe:
             return
         frozen_by = None
         if self.lora is not None:
-            frozen_by = None if self.lora.options.get("modules_to_save") else "lora.modules_to_save"
+            frozen_by = None if self.lora.modules_to_save else "lora.modules_to_save"
         elif self.embedding == "freeze":
             frozen_by = f"{'low_rank' if self.sampling is None else 'sampling'}.embedding"
         require_effect(

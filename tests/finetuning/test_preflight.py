@@ -150,7 +150,7 @@ def test_held_out_records_that_are_all_cut_leave_the_model_saved(tmp_path, model
     )
     data = {"multiple_choice": str(tmp_path / "questions.jsonl")}
     recipe = recipe_of(
-        tmp_path, model, SHORT, evaluation=LONG, data=data, method="lisa", layerwise="llr",
+        tmp_path, model, SHORT, evaluation=LONG, data=data, method="lisa", layerwise={"min_size": 8},
         sampling={"active": 1, "interval": 2},
     )  # fmt: skip
     gc.disable()  # nothing but the run's own clearing
@@ -464,10 +464,28 @@ def test_tempbalance_measures_once_an_epoch(tmp_path, model, monkeypatch):
 
     seen = []
     original = trainer.layerwise
-    monkeypatch.setattr(trainer, "layerwise", lambda *a, **k: seen.append(k) or original(*a, **k))
+    monkeypatch.setattr(trainer, "layerwise", lambda *a, **k: seen.append((a[2].interval, k)) or original(*a, **k))
     training = {"gradient_accumulation_steps": 3}  # 16 records, 2 a batch: 8 batches
-    assert finetune(recipe_of(tmp_path, model, SHORT, layerwise="tempbalance", training=training)).metrics["steps"] == 3
-    assert seen == [{"total_steps": 3, "interval": 3}]
+    rates = {"policy": "tempbalance", "min_size": 8}
+    assert finetune(recipe_of(tmp_path, model, SHORT, layerwise=rates, training=training)).metrics["steps"] == 3
+    assert seen == [(3, {"total_steps": 3})]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"method": "lora", "layerwise": {"*.lora_b": 16}}, r"'\*\.lora_b'; the nearest is \*\.lora_B"),
+        ({"method": "lora", "layerwise": {"norm": 2}}, "'norm' matches nothing that trains|changes nothing"),
+        ({"method": "lora", "layerwise": {"*.lora_B": 16, "embed": 3}}, "'embed' matches nothing that trains"),
+        ({"method": "lisa", "layerwise": {"mlp.*": 2, "head": 3}}, "'head' matches nothing that trains"),
+        ({"method": "lisa", "layerwise": "llr"}, r"layerwise changes nothing: .* 50 eigenvalues \(min_size\)"),
+        ({"method": "full", "layerwise": {"score": None, "attn.*": 2}}, r"a policy has no attn\.\*"),
+    ],
+)
+def test_rates_of_what_does_not_train_are_refused_before_a_model_is_loaded(tmp_path, model, no_model, more, message):
+    more = {"sampling": {"active": 1}} | more if more["method"] == "lisa" else more
+    with pytest.raises(htsr.UsageError, match=message):
+        finetune(recipe_of(tmp_path, model, SHORT, **more))
 
 
 def test_what_is_told_of_a_run(tmp_path, model, capsys):

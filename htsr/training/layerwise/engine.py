@@ -136,7 +136,7 @@ class Layerwise:
         # a matrix in another optimizer takes no part here, and a bias without its matrix stays at 1
         self.settled = [1.0 if value is None and i not in here else value for i, value in enumerate(settled)]
         self._told: set[str] = set()
-        if all(self.settled[i] == 1.0 for i in self.of_group):
+        if self.is_idle:
             self._tell("nothing", "layerwise has nothing to set: no parameter is of a matrix that it measures or pins")
         self.handles: list[RemovableHandle] = []
         self.seconds = 0.0
@@ -149,6 +149,11 @@ class Layerwise:
     def __getstate__(self) -> dict[str, Any]:
         """State of a copy, without hooks and running steps, which belong to the one optimizer."""
         return {**self.__dict__, "handles": [], "_saved": [], "_outermost": None}
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every multiplier stays at 1."""
+        return all(self.settled[i] == 1.0 for i in self.of_group)
 
     def multiplier(self, group: dict[str, Any], step: int) -> float:
         """m_i(t) of a `group` at the optimizer step `step`, counted from 1."""
