@@ -34,6 +34,8 @@ def check(recipe: Recipe, words: Words, target: Target, *, resume: bool, memory:
     if target.format == "table" and target.output is None:
         show(found)
     target.write(found, words)
+    for note in found.notes:
+        words.say(note)
     for sentence in found.refusals:
         say_error(sentence)
     return 0 if not found.refusals else 2 if found.is_wrong_usage else 1

@@ -30,6 +30,7 @@ _OWN = {
     "seed": "seed",
     "model_init_kwargs": "model and dtype",
     "resume_from_checkpoint": "--resume",
+    "dataset_text_field": "data.text_field",
     "hub_token": "nothing in a recipe, which is kept and pushed: log in by hf auth login, or set HF_TOKEN",
 }
 _LORA_OWN = {

@@ -49,6 +49,7 @@ class Check(Tabular):
         recipe: keys and values of the recipe, every default filled in.
         text: the same as YAML.
         refusals: what `htsr finetune` would refuse, in whole sentences.
+        notes: what else it would say of the data.
         preview: what training will read; of a stream its first records.
         streams: whether training records are streamed.
         held_out: number of records for the evaluation loss.
@@ -64,6 +65,7 @@ class Check(Tabular):
     recipe: dict[str, Any]
     text: str
     refusals: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     preview: Preview | None = None
     streams: bool = False
     held_out: int = 0
@@ -106,7 +108,13 @@ class Check(Tabular):
         """The recipe, what would be refused, the records that are shown, and the memory by part."""
         shown = [asdict(record) for record in self.preview.shown] if self.preview else []
         plan = self.plan.records()[0] if self.plan else None
-        return {"recipe": self.recipe, "refusals": list(self.refusals), "shown": shown, "memory": plan}
+        return {
+            "recipe": self.recipe,
+            "refusals": list(self.refusals),
+            "notes": list(self.notes),
+            "shown": shown,
+            "memory": plan,
+        }
 
     def _of_data(self) -> list[tuple[str, str]]:
         if (seen := self.preview) is None:
@@ -163,16 +171,16 @@ def check(recipe: Recipe, *, resume: bool = False, memory: int | None = None) ->
         refused.unless(lambda: check_same_run(recipe, output, lambda _: None))
     arguments = refused.unless(lambda: training_arguments(recipe))
     found: dict[str, Any] = {}
+    notes: list[str] = []
     if arguments is not None:
         refused.unless(lambda: check_sharding(recipe, arguments))
-        prepared = refused.unless(lambda: prepare_data(recipe, arguments, resume, lambda _: None))
+        prepared = refused.unless(lambda: prepare_data(recipe, arguments, resume, notes.append))
         if prepared is not None:
             found |= refused.unless(lambda: _seen(prepared, arguments)) or {}
         longest = found["preview"].lengths["longest"] if "preview" in found else None
         found |= refused.unless(lambda: _memory(recipe, arguments, longest, memory)) or {}
-    return Check(
-        plain(recipe), resolved(recipe), tuple(refused.sentences), **found, is_wrong_usage=refused.is_wrong_usage
-    )
+    found |= {"refusals": tuple(refused.sentences), "notes": tuple(notes)}
+    return Check(plain(recipe), resolved(recipe), **found, is_wrong_usage=refused.is_wrong_usage)
 
 
 class _Refused:

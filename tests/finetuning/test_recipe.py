@@ -116,6 +116,7 @@ def test_defaults_and_numbers(tmp_path):
         ),
         ({"training": {"learning_rat": 1}}, "training.learning_rat is no argument of SFTConfig; did you mean learning"),
         ({"training": {"seed": 1}}, "training.seed is set by seed"),
+        ({"training": {"dataset_text_field": "body"}}, "training.dataset_text_field is set by data.text_field"),
         ({"rounding": "up"}, "rounding is one of stochastic, kahan, master, nearest, not 'up'"),
         (
             {"method": "lisa", "rounding": "kahan", "training": {"optim": "sgd"}},
