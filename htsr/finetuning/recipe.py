@@ -150,6 +150,9 @@ class Sampling:
         threshold: τ of the outlier distribution.
         outliers: file from `htsr outliers`; without it outliers are measured on the training data.
         calibration_samples: number of training records on which they are measured.
+
+    Raises:
+        UsageError: a number is out of its range, or two keys do not go together.
     """
 
     strategy: Strategy | None = None

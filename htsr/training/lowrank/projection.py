@@ -68,10 +68,21 @@ def coordinates(
 def basis(
     one: Pending, average: Callable[[Tensor], Tensor], *, anew: bool, checked: bool, keeps: bool = True
 ) -> Tensor:
-    """The basis of a gradient's subspace: arguments and errors are those of `coordinates`.
+    """The basis of a gradient's subspace.
+
+    Args:
+        one: parameter of a group with a rank, with its whole gradient; its state is changed.
+        average: function that averages a gradient over processes with copies of the model.
+        anew: whether the subspace is computed from this gradient.
+        checked: whether the gradient is known to be finite.
+        keeps: whether a new subspace goes into the state; not where the gradient may change until the step.
 
     Returns:
         (min(m, n), r) basis P, of a stack (E, min(m, n), r).
+
+    Raises:
+        HtsrError: the gradient has NaN or Inf.
+        UsageError: the parameter is no matrix any more.
     """
     G, state, group = one.R, one.state, one.group
     if G.ndim < 2:

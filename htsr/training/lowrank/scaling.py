@@ -72,7 +72,7 @@ def scaling(G: Tensor, R: Tensor, D: Tensor, by: ScaledBy) -> Tensor:
     Args:
         G: (m, n) gradient, or (E, m, n) stack, of which shape and placements are read.
         R: its coordinates, (m, r) where m ≥ n, else (r, n).
-        D: Adam's direction for R; of a DTensor this process's part, as of the result.
+        D: Adam's direction for R, (m, r) or (r, n) as R; of a DTensor this process's part, as of the result.
         by: ``channel``: for each row of G where m ≥ n, else for each column; ``tensor``: for the whole matrix.
 
     Returns:
@@ -101,7 +101,7 @@ def limited(state: dict[str, Any], G: Tensor, factors: Tensor, correction: float
     Args:
         state: state of the parameter; ``update_norm``, (1, 1) or (E, 1, 1), is put into it.
         G: (m, n) gradient, or (E, m, n) stack.
-        factors: factors from `scaling`; of a DTensor those of this process's part.
+        factors: (m, 1), (1, n) or (1, 1) factors from `scaling`, (E, …) of a stack; those of this process's part.
         correction: √(1 - β₂ᵗ), by which the corrected root of the second moment is too large for the uncorrected norm.
 
     Returns:
