@@ -76,6 +76,7 @@ def prepare(
         model,
         strategy,
         scores=scores,
+        unit=given.unit,
         active=given.active,
         interval=given.interval,
         top=given.top,

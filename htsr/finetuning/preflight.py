@@ -90,6 +90,8 @@ def check_sharding(recipe: Recipe, arguments: Any) -> None:
         )
     if stage and recipe.rounding is not None:
         raise UsageError("rounding: DeepSpeed's ZeRO keeps weights in float32 beside the narrow ones; leave it out")
+    if is_to_be_sharded(arguments) and recipe.sampling is not None and recipe.sampling.strategy == "gradient_norm":
+        raise UsageError("sampling.strategy: gradient_norm draws by whole gradients: take DDP, or another strategy")
     alone = count_processes(arguments) == 1 and not stage and not is_to_be_sharded(arguments)
     if recipe.frozen_weights != "device" and not alone:
         raise UsageError(

@@ -19,8 +19,10 @@ from htsr.training.lowrank.gum_groups import Unit
 from htsr.training.lowrank.rounding import Rounding
 from htsr.training.lowrank.scaling import ScaledBy
 from htsr.training.memory.plan import FrozenWeights
+from htsr.training.sampling.members import Unit
 from htsr.training.sampling.probabilities import Strategy
-from htsr.training.sampling.sampler import Embedding, FrozenState
+from htsr.training.sampling.sampler import Embedding
+from htsr.training.sampling.states import FrozenState
 
 Method = Literal["full", "lora", "qlora", "lisa", "owlore", "galore", "apollo", "gum"]
 LayerwisePolicy = Literal["none", "ends", "llr", "tempbalance", "alphadecay"]
@@ -142,7 +144,8 @@ class Sampling:
 
     Attributes:
         strategy: strategy of the draws; None is the method's own: ``owlore`` for owlore, ``uniform`` for the others.
-        active: number γ of blocks that train at a time.
+        unit: what is drawn: a ``block``, or a ``matrix`` of a block, as in MISA, whose strategy is ``gradient_norm``.
+        active: number γ of blocks that train at a time, or of blocks whose parameters the drawn matrices have.
         interval: number K of optimizer steps between draws.
         top: whether the γ most probable blocks train for good.
         embedding: what becomes of embedding and head, see `LayerSampler`.
@@ -156,6 +159,7 @@ class Sampling:
     """
 
     strategy: Strategy | None = None
+    unit: Unit = "block"
     active: int = 2
     interval: int = 50
     top: bool = False
@@ -170,6 +174,10 @@ class Sampling:
             "sampling.", 1, active=self.active, interval=self.interval, calibration_samples=self.calibration_samples
         )
         _between("sampling.", 0, math.inf, threshold=self.threshold)
+        if self.unit == "matrix" and self.embedding == "sampled":
+            raise UsageError("sampling.embedding: sampled is a member beside blocks: take sampling.unit: block")
+        if self.strategy == "gradient_norm" and self.top:
+            raise UsageError("sampling.top takes the most probable for good, and those of gradient_norm change")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,6 +426,16 @@ class Recipe:
             raise UsageError("early_stopping saves the best model: leave training.load_best_model_at_end out")
         if self.gum is not None and self.low_rank is not None and self.low_rank.moments != "keep":
             raise UsageError("low_rank.moments has no meaning for the method gum: they begin anew with each subspace")
+        if self.frozen_weights != "device" and self.sampling is not None and self.sampling.unit == "matrix":
+            raise UsageError(
+                f"frozen_weights: {self.frozen_weights} streams blocks, and sampling.unit: matrix trains parts of all"
+            )
+        by_gradients = self.sampling is not None and self.sampling.strategy == "gradient_norm"
+        if by_gradients and self.low_rank is not None and self.low_rank.gradients != "keep":
+            raise UsageError(
+                "sampling.strategy: gradient_norm draws by gradients, which low_rank.gradients: "
+                f"{self.low_rank.gradients} drops: take keep"
+            )
         compiles = sorted(key for key in self.training if key.startswith("torch_compile") and self.training[key])
         if self.frozen_weights != "device" and compiles:
             raise UsageError(

@@ -57,6 +57,14 @@ def killed_after(steps: int) -> Iterator[None]:
             yield
 
 
+SAMPLED = {  # wrapper, and what its sampler is made with, of one active block's size
+    "ddp": ("increase", {}),
+    "fsdp2": ("increase", {}),
+    "ddp, matrices": ("gradient_norm", {"unit": "matrix"}),
+    "fsdp2, matrices": ("increase", {"unit": "matrix"}),
+}
+
+
 def run_distributed(folder: Path, ranks: int) -> list[dict]:
     """`_rank` in `ranks` gloo processes; what each of them found."""
     start(_rank, (ranks, str(folder)), ranks)
@@ -76,10 +84,10 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     mine = [tokens.chunk(ranks)[rank] for tokens in batches(8)]
     found = {}
-    for wrapper in ("ddp", "fsdp2"):
+    for wrapper, (strategy, options) in SAMPLED.items():
         inner = llama(3).double()
-        sampler = LayerSampler(inner, "increase", active=1, interval=2, seed=1)
-        if wrapper == "ddp":
+        sampler = LayerSampler(inner, strategy, active=1, interval=2, seed=1, **options)
+        if wrapper.startswith("ddp"):
             model = DistributedDataParallel(inner, find_unused_parameters=True)
         else:
             model = inner

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from htsr.errors import UsageError
 from htsr.matrices.blocks import Blocks, find_blocks
 from htsr.matrices.roles import role_of
 from htsr.matrices.stored_tensors import base_name, clean_name
 
 if TYPE_CHECKING:
     import torch
+
+Unit: TypeAlias = Literal["block", "matrix"]
+
+EMBEDDING = "embedding and head"
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,63 @@ def trainable(model: torch.nn.Module, blocks: Blocks) -> Trainable:
         else:
             found.rest.append(name)
     return found
+
+
+def members_of(
+    model: torch.nn.Module, blocks: Blocks, found: Trainable, unit: Unit, extra: list[str]
+) -> dict[str, list[str]]:
+    """What is drawn: blocks, or their matrices as MISA draws them.
+
+    A matrix goes with its bias, the adapters of one matrix go together, and so do matrices of one module (the experts
+    of a block, a fused projection). What of a block belongs to no matrix (norms) goes with the first of its matrices.
+
+    Args:
+        model: model, wrapped or not.
+        blocks: blocks of this model.
+        found: its trainable parameters.
+        unit: ``block`` or ``matrix``.
+        extra: names of parameters that are one more member, embedding and head; none if empty.
+
+    Returns:
+        Names of the parameters of each member, by the member's name.
+
+    Raises:
+        UsageError: a block has no trainable parameters, or there is `extra` beside matrices.
+
+    Examples:
+        >>> import torch
+        >>> from htsr.matrices.blocks import find_blocks
+        >>> from htsr.training.sampling.members import members_of, trainable
+        >>> layer = torch.nn.TransformerEncoderLayer(d_model=16, nhead=2, dim_feedforward=32)
+        >>> model = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        >>> blocks = find_blocks(model)
+        >>> members = members_of(model, blocks, trainable(model, blocks), "matrix", [])
+        >>> {name: len(inside) for name, inside in members.items()}  # the first with two norms of two vectors each
+        {'layers.0.self_attn': 6, 'layers.0.self_attn.out_proj': 2, 'layers.0.linear1': 2, 'layers.0.linear2': 2}
+    """
+    if unit == "matrix" and extra:
+        raise UsageError("embedding='sampled' is a member beside blocks: take unit='block', or another embedding")
+    dimensions = {clean_name(name): parameter.ndim for name, parameter in model.named_parameters()}
+    members: dict[str, list[str]] = {}
+    for block, names in zip(blocks.names, found.blocks, strict=True):
+        if not names:
+            raise UsageError(f"{block} has no trainable parameters; make the sampler before freezing anything")
+        modules: dict[str, list[str]] = {}
+        for name in names:
+            modules.setdefault(_module_of(name), []).append(name)
+        own = {module: inside for module, inside in modules.items() if any(dimensions[name] > 1 for name in inside)}
+        if unit == "block" or not own:
+            members[block] = names
+        else:
+            members |= own
+            first = next(iter(own))
+            members[first] = own[first] + [n for module, inside in modules.items() if module not in own for n in inside]
+    return members | ({EMBEDDING: extra} if extra else {})
+
+
+def _module_of(name: str) -> str:
+    """The module whose parameter this is; of an adapter the one that it adapts."""
+    return re.split(r"\.lora_\w+(?:\.|$)", name)[0] if ".lora_" in name else name.rpartition(".")[0]
 
 
 def freeze_embedding(model: torch.nn.Module) -> None:

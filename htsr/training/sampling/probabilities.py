@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -17,7 +17,9 @@ from htsr.matrices.blocks import Blocks
 from htsr.spectra.bulk import signal_to_noise
 
 Scores: TypeAlias = Outliers | Analysis
-Strategy: TypeAlias = Literal["owlore", "uniform", "alpha", "erg", "snr", "increase", "decrease", "reverse"]
+Strategy: TypeAlias = Literal[
+    "owlore", "uniform", "alpha", "erg", "snr", "increase", "decrease", "reverse", "gradient_norm"
+]
 
 _NODES = 256
 
@@ -41,6 +43,8 @@ def block_probabilities(
                  does not divide); needs an analysis with ``bulk=True``
     ``increase`` p_l ∝ l + 1 with depth l
     ``decrease`` p_l ∝ L - l
+    ``gradient_norm`` 1/L at first, and then by the gradients of those that were drawn, see
+                 `htsr.training.sampling.gradient_norms`
     ============ ===================================================================================================
 
     Args:
@@ -73,7 +77,7 @@ def block_probabilities(
         if weights.shape != (L,) or not np.isfinite(weights).all() or not weights.any():
             raise UsageError(f"probabilities are {L} finite numbers ≥ 0 and not all zero, one for each block")
         return allocate.probabilities(weights)
-    if strategy == "uniform":
+    if strategy in ("uniform", "gradient_norm"):
         return np.full(L, 1 / L)
     if strategy in ("increase", "decrease"):
         weights = np.arange(1.0, L + 1)
@@ -151,8 +155,91 @@ def block_means(analysis: Analysis, score: str, blocks: Blocks) -> Vector:
         True
     """
     found: list[list[float]] = [[] for _ in blocks.names]
+    for name, value in _scores_of_rows(analysis, score):
+        index = blocks.index_of(f"{name}.")
+        if index is not None:
+            found[index].append(value)
+    return _means(found, analysis, score)
+
+
+def matrix_probabilities(
+    strategy: Strategy | Sequence[float],
+    names: Sequence[str],
+    blocks: Blocks,
+    scores: Scores | None = None,
+    threshold: float = OWLORE_THRESHOLD,
+) -> Vector:
+    """Sampling probabilities of matrices, by the strategies of `block_probabilities`.
+
+    Scores are the matrix's own: of ``owlore`` and ``reverse`` the share of its entries above τ times the mean of its
+    block. ``increase`` and ``decrease`` go by the depth of the block.
+
+    Args:
+        strategy: one of the names, or (M,) weights ≥ 0 themselves.
+        names: names of the modules of the matrices, M of them, all in blocks.
+        blocks: blocks of the model.
+        scores: scores that the strategy needs, as for `block_probabilities`.
+        threshold: τ of the outlier distribution.
+
+    Returns:
+        (M,) float64 probabilities with the sum 1.
+
+    Raises:
+        UsageError: the strategy is unknown, or the scores are missing, belong to another model, or are all zero.
+
+    Examples:
+        >>> import torch
+        >>> from htsr.matrices.blocks import find_blocks
+        >>> from htsr.training.sampling.probabilities import matrix_probabilities
+        >>> layer = torch.nn.TransformerEncoderLayer(d_model=16, nhead=2, dim_feedforward=32)
+        >>> model = torch.nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
+        >>> matrix_probabilities("increase", ["layers.0.linear1", "layers.1.linear1"], find_blocks(model)).round(3)
+        array([0.333, 0.667])
+    """
+    M, depth = len(names), np.array([blocks.index_of(f"{name}.") or 0 for name in names])
+    if not isinstance(strategy, str):
+        weights = np.asarray(strategy, dtype=np.float64)
+        if weights.shape != (M,) or not np.isfinite(weights).all() or not weights.any():
+            raise UsageError(f"probabilities are {M} finite numbers ≥ 0 and not all zero, one for each matrix")
+        return allocate.probabilities(weights)
+    if strategy in ("uniform", "gradient_norm"):
+        return np.full(M, 1 / M)
+    by_block = block_probabilities(strategy, blocks, scores, threshold)  # refuses what does not go together
+    if strategy in ("increase", "decrease"):
+        return allocate.probabilities(by_block[depth])
+    if isinstance(scores, Outliers):
+        at = scores.thresholds.index(threshold)
+        rows = [(row.name, row.block_counts[at] / row.parameters) for row in scores.rows if row.block is not None]
+    else:
+        rows = list(_scores_of_rows(_needed(strategy, scores), strategy))
+    places = {_place(name, blocks): number for number, name in enumerate(names)}
+    found: list[list[float]] = [[] for _ in names]
+    for name, value in rows:
+        block, inside = _place(name, blocks)
+        while inside and (block, inside) not in places:  # a part of a fused matrix, or an expert
+            inside = inside.rpartition(".")[0]
+        if (block, inside) in places:
+            found[places[block, inside]].append(value)
+    values = _means(found, scores, strategy)
+    if isinstance(scores, Outliers):
+        return allocate.probabilities(np.nan_to_num(values), reverse=strategy == "reverse")
+    if strategy != "snr":
+        values = allocate.multipliers(values, bounds=(1.0, 5.0), missing=3.0)
+    return allocate.probabilities(values)
+
+
+def _place(name: str, blocks: Blocks) -> tuple[int | None, str]:
+    """The block of a matrix, and its name inside of the block, which files and modules agree in."""
+    index = blocks.index_of(f"{name}.")
+    if index is None:
+        return None, ""
+    own = ".".join(blocks.names[index].split(".")[-2:])
+    return index, f".{name}".partition(f".{own}.")[2]
+
+
+def _scores_of_rows(analysis: Analysis, score: str) -> Iterator[tuple[str, float]]:
+    """Names and scores of the matrices that have one."""
     for row in analysis:
-        index = blocks.index_of(f"{row.name}.")
         value: float | None = row.alpha
         if score == "erg":
             value = row.trace_log
@@ -160,11 +247,17 @@ def block_means(analysis: Analysis, score: str, blocks: Blocks) -> Vector:
             value = None
             if row.lambda_plus is not None and row.name in analysis.eigenvalues:
                 value = signal_to_noise(analysis.eigenvalues[row.name], row.lambda_plus)
-        if index is not None and value is not None and np.isfinite(value):
-            found[index].append(value)
+        if value is not None and np.isfinite(value):
+            yield row.name, value
+
+
+def _means(found: list[list[float]], scores: Scores | None, score: str) -> Vector:
     if not any(found):
         need = "; it takes bulk=True" if score == "snr" else ""
-        raise UsageError(f"the analysis of {analysis.label} has no {score} of this model's blocks{need}")
+        kind = "outliers" if isinstance(scores, Outliers) else "analysis"
+        raise UsageError(
+            f"the {kind} of {scores.label if scores else None} has no {score} of this model's blocks{need}"
+        )
     return np.array([np.mean(values) if values else np.nan for values in found])
 
 

@@ -1,21 +1,23 @@
-"""Which blocks of a transformer train now: layer-sampled training (LISA, OwLore) and its relatives.
+"""Which blocks of a transformer train now: layer-sampled training (LISA, OwLore alias OWS, MISA) and its relatives.
 
     sampler = LayerSampler(model, "owlore", scores=outliers, active=2, interval=50)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)    # all parameters
     sampler.attach(optimizer)                                     # after DDP, FSDP2 or accelerator.prepare
     # train as always
 
-Every K optimizer steps γ blocks are drawn without replacement; all others are frozen, their gradients are gone at
-once, and their optimizer state is dropped, kept, or moved to host memory. Draw n is a function of the seed and n alone,
-so all ranks draw the same blocks without a word between them. The sampler's own state rides in the optimizer's.
+Every K optimizer steps γ blocks, or matrices of their size, are drawn without replacement; all others are frozen, their
+gradients are gone at once, and their optimizer state is dropped, kept, or moved to host memory. Draw n is a function of
+the seed, n and the probabilities alone, so all ranks draw the same blocks without a word between them. The sampler's
+own state rides in the optimizer's.
 
-Sources: LISA (arXiv 2403.17919), OwLore (arXiv 2405.18380), Spectrum (arXiv 2406.06623).
+Sources: LISA (arXiv 2403.17919), OwLore (arXiv 2405.18380; published as OWS in Findings of ACL 2025), Spectrum (arXiv
+2406.06623), MISA (arXiv 2511.00056).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -23,12 +25,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from htsr.arrays import Vector
-from htsr.calibration.outliers import OWLORE_THRESHOLD, Outliers
+from htsr.calibration.outliers import OWLORE_THRESHOLD
 from htsr.errors import HtsrError, UsageError
 from htsr.matrices.blocks import Blocks, find_blocks
 from htsr.matrices.sharded import refuse_flat
 from htsr.matrices.stored_tensors import clean_name
 from htsr.training.sampling.coverage import Coverage, Tally
+from htsr.training.sampling.draws import draws_of
 from htsr.training.sampling.freezing import (
     HeldFlags,
     called_inside,
@@ -36,16 +39,11 @@ from htsr.training.sampling.freezing import (
     set_up_anew,
     stop_input_gradients,
 )
-from htsr.training.sampling.members import trainable, what_else_trains
-from htsr.training.sampling.offload import Arrivals, Place, State, frozen_entries, loaded, to_host
-from htsr.training.sampling.probabilities import (
-    Scores,
-    Strategy,
-    block_probabilities,
-    inclusion_probabilities,
-    lower_threshold,
-)
-from htsr.training.steps import counters_to_host, skipped_by_scaler
+from htsr.training.sampling.gradient_norms import GradientNorms, insist_on_whole_gradients
+from htsr.training.sampling.members import Unit, members_of, trainable, what_else_trains
+from htsr.training.sampling.probabilities import Scores, Strategy
+from htsr.training.sampling.states import FrozenState, MemberStates
+from htsr.training.steps import skipped_by_scaler
 
 if TYPE_CHECKING:
     import torch
@@ -53,12 +51,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Embedding: TypeAlias = Literal["freeze", "train", "lowrank", "sampled"]
-FrozenState: TypeAlias = Literal["drop", "keep", "offload"]
 
-EMBEDDING = "embedding and head"
-_ATTACHED = (
-    "_optimizers", "_parameters", "_flags", "_handles", "_stopped", "_stepped", "_placing", "_arrivals", "_kept_back",
-)  # fmt: skip
+_ATTACHED = ("_optimizers", "_parameters", "_states", "_flags", "_handles", "_stopped", "_stepped", "_placing")
 _KEY = "layer_sampler"  # of the state in the optimizer's first group
 
 
@@ -82,6 +76,11 @@ class LayerSampler:
       with ``embeddings=True``.
     - ``sampled``: they are one more member of the draw, with the mean probability of the blocks.
 
+    With ``unit="matrix"`` the members are the matrices of the blocks (MISA): each with its bias, adapters of one matrix
+    together, norms with the first matrix of their block. As in the paper, what trains is bounded by a number of
+    parameters, that of γ blocks of mean size: matrices are taken in the order in which they are drawn until the next
+    does not fit. Memory is about that of γ blocks; backward runs through all blocks above the lowest drawn matrix.
+
     With DDP give the wrapper ``find_unused_parameters=True``: it waits for the gradients of all parameters otherwise.
     FSDP2 follows the switching of ``requires_grad`` by itself if `fully_shard` is called on each block.
 
@@ -90,10 +89,11 @@ class LayerSampler:
             blocks, of a sequence-to-sequence model those of encoder and decoder, as `find_blocks` finds them. What
             trains beside them, such as a vision tower, is named in the log.
         strategy: ``owlore`` and ``reverse`` (outliers), ``uniform`` (LISA), ``alpha``, ``erg`` and ``snr`` (all three
-            by an analysis), ``increase``, ``decrease`` (with depth), or the probabilities themselves; see
-            `block_probabilities`.
+            by an analysis), ``increase``, ``decrease`` (with depth), ``gradient_norm`` (MISA: by the gradients that
+            members have had, for gradients that are kept, and not sharded), or the probabilities themselves; see
+            `block_probabilities` and `matrix_probabilities`.
         scores: the `Outliers` or the `Analysis` that the strategy needs.
-        active: number γ of blocks that train at a time.
+        active: number γ of blocks that train at a time, or of blocks whose parameters the drawn matrices have.
         interval: number K of optimizer steps between draws.
         top: whether the γ most probable blocks train for good, instead of sampling.
         embedding: what becomes of embedding and head, see above.
@@ -102,10 +102,11 @@ class LayerSampler:
         seed: seed of the draws.
         threshold: τ of the outlier distribution.
         blocks: name of the list of blocks to sample, or several, in place of what `find_blocks` takes.
+        unit: what is drawn: a ``block``, or a ``matrix``, see above.
 
     Attributes:
-        names: names of the members of the draw: blocks, and with ``sampled`` embedding and head at the end.
-        probabilities: (members,) float64 probabilities with the sum 1.
+        names: names of the members of the draw: blocks or matrices, and with ``sampled`` embedding and head at the end.
+        unit: what is drawn.
 
     Raises:
         UsageError: an argument has no meaning for this model.
@@ -134,12 +135,11 @@ class LayerSampler:
 
     _optimizers: tuple[torch.optim.Optimizer, ...]
     _parameters: list[list[torch.nn.Parameter]]
+    _states: MemberStates
     _flags: HeldFlags
     _handles: list[Any]
     _stopped: list[Any]
     _stepped: set[int]  # optimizers since the last step
-    _arrivals: Arrivals
-    _kept_back: list[tuple[torch.nn.Parameter, State]]  # of a state dict that is being loaded
     _placing: list[Callable[[], None]]  # functions that put what is drawn on the device, and the rest elsewhere
 
     def __init__(
@@ -156,38 +156,30 @@ class LayerSampler:
         seed: int = 0,
         threshold: float = OWLORE_THRESHOLD,
         blocks: str | Sequence[str] | None = None,
+        unit: Unit = "block",
     ) -> None:
         if embedding not in get_args(Embedding) or frozen_state not in get_args(FrozenState):
             known = f"{', '.join(get_args(Embedding))}, and {', '.join(get_args(FrozenState))}"
             raise UsageError(f"embedding {embedding!r} and frozen_state {frozen_state!r} are among {known}")
         if interval < 1:
             raise UsageError(f"interval is a number of optimizer steps, not {interval}")
-        found = find_blocks(model, blocks)
-        self.probabilities = block_probabilities(strategy, found, scores, threshold)
-        self.names, self._blocks = found.names, found
-        self._trainable = trainable(model, found)
-        self._members, self._embedding = list(self._trainable.blocks), self._trainable.embedding
-        if embedding == "sampled" and self._embedding:
-            self.names = (*self.names, EMBEDDING)
-            self._members.append(self._embedding)
-            mean = 1 / len(found)
-            self.probabilities = np.append(self.probabilities, mean) / (1 + mean)
-        empty = [name for name, names in zip(self.names, self._members, strict=True) if not names]
-        if empty:
-            raise UsageError(f"{empty[0]} has no trainable parameters; make the sampler before freezing anything")
-        possible = int((self.probabilities > 0).sum())
-        if possible < active <= len(found) and strategy == "owlore" and isinstance(scores, Outliers):
-            advice = lower_threshold(scores, threshold, active, f"entries of {active} blocks exceed")
-            have = "has" if possible == 1 else "have"
-            raise UsageError(
-                f"sampling.active (active=) is {active}, and {possible} of the {len(self.names)} blocks of "
-                f"{scores.label} {have} an entry above {threshold:g} times its mean: {advice}"
-            )
-        if not 1 <= active <= possible:
-            which = "" if possible == len(self.names) else " with a probability above 0"
-            raise UsageError(f"sampling.active (active=) is between 1 and the {possible} blocks{which}, not {active}")
-        self.model, self.interval, self.top = model, interval, top
-        self.embedding, self.frozen_state, self.seed, self._gamma = embedding, frozen_state, seed, active
+        if unit not in get_args(Unit):
+            raise UsageError(f"unknown unit {unit!r}: block or matrix")
+        self._blocks = find_blocks(model, blocks)
+        self._trainable = trainable(model, self._blocks)
+        self._embedding = self._trainable.embedding
+        extra = self._embedding if embedding == "sampled" else []
+        members = members_of(model, self._blocks, self._trainable, unit, extra)
+        self.names, self._members = tuple(members), list(members.values())
+        weights = (strategy, scores, threshold)
+        self._draws = draws_of(model, self._blocks, members, unit, weights, active=active, seed=seed, top=top)
+        self.model, self.interval, self.top, self.unit = model, interval, top, unit
+        self.embedding, self.frozen_state = embedding, frozen_state
+        by_gradients = isinstance(strategy, str) and strategy == "gradient_norm"
+        if by_gradients and top:
+            raise UsageError("top takes the most probable for good, and those of gradient_norm change: leave one out")
+        self._norms = GradientNorms(len(self.names)) if by_gradients else None
+        self._expected: Vector = np.zeros(len(self.names))  # intervals to expect, where probabilities change
         self._begin()
         self._steps, self._active, self._loading = 0, self.draw(0), False
         self._tally = Tally(np.zeros(len(self.names), dtype=np.int64))
@@ -202,19 +194,23 @@ class LayerSampler:
         """Optimizer steps taken."""
         return self._steps
 
+    @property
+    def seed(self) -> int:
+        """Seed of the draws."""
+        return self._draws.seed
+
+    @property
+    def probabilities(self) -> Vector:
+        """(members,) float64 probabilities with the sum 1, as they are now."""
+        return self._draws.probabilities
+
     def draw(self, number: int) -> tuple[int, ...]:
-        """The members of interval `number`, ascending: a function of the seed and the number alone.
+        """The members of interval `number`, ascending: a function of seed, number and present probabilities alone.
 
         Args:
             number: number of the interval, counted from 0.
         """
-        if self.top:
-            order = np.argsort(-self.probabilities, kind="stable")
-            return tuple(sorted(int(i) for i in order[: self._gamma]))
-        # a generator for each draw, so that a resumed run and all processes agree without those before it
-        random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, number])))
-        drawn = random.choice(len(self.names), size=self._gamma, replace=False, p=self.probabilities)
-        return tuple(sorted(int(i) for i in drawn))
+        return self._draws.draw(number)
 
     @property
     def blocks(self) -> Blocks:
@@ -257,7 +253,8 @@ class LayerSampler:
 
         Raises:
             UsageError: the sampler has other optimizers already, the optimizers lack parameters of the blocks, DDP
-                would wait for frozen ones, FSDP1 has flattened them, or sharded state is to be offloaded.
+                would wait for frozen ones, FSDP1 has flattened them, sharded state is to be offloaded, or gradients
+                are sharded or not kept, by which the draws go.
         """
         given = tuple(getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers)  # accelerate's wrapper
         if given and [id(one) for one in given] == [id(one) for one in self._optimizers]:
@@ -275,13 +272,15 @@ class LayerSampler:
                     "before anything is frozen"
                 )
         insist_on_unused_parameters(self.model)
+        if self._norms is not None:
+            insist_on_whole_gradients(given, parameters)
         self._optimizers, self._parameters = given, parameters
+        self._states = MemberStates(self.frozen_state, given, parameters)
         if self.embedding == "freeze":
             for name in self._embedding:
-                self._drop_state(by_name[name])
+                self._states.drop(by_name[name])
                 self._freeze(by_name[name])
-                if self.frozen_state == "offload":
-                    to_host((optimizer, by_name[name]) for optimizer in given)
+            self._states.send_away(by_name[name] for name in self._embedding)
             self._stopped = stop_input_gradients(self.model)
         for optimizer in given:
             self._watch(optimizer)
@@ -291,7 +290,8 @@ class LayerSampler:
             self._apply()
         self._hold()
         shown = ", ".join(self.names) if len(self.names) < 4 else f"{self.names[0]} … {self.names[-1]}"
-        logger.info("%d of %d blocks train at a time: %s", self._gamma, len(self.names), shown)
+        kind = "blocks" if self.unit == "block" else "matrices"
+        logger.info("%d of %d %s train now: %s", len(self._active), len(self.names), kind, shown)
         if sentence := what_else_trains(self.model, self._blocks, self._trainable):
             logger.warning(sentence)
 
@@ -315,16 +315,15 @@ class LayerSampler:
     def _begin(self) -> None:
         self._optimizers, self._parameters = (), []
         self._flags, self._handles, self._stopped = HeldFlags(), [], []
-        self._stepped, self._placing = set(), []
-        self._arrivals, self._kept_back = Arrivals(), []
+        self._stepped, self._placing, self._states = set(), [], MemberStates(self.frozen_state)
 
     def detach(self) -> None:
         """End: all that took part trains again, and the optimizers and the model are as they were before `attach`.
 
         State that was moved to host memory comes back. The sampler can be attached again, and goes on where it stood.
         """
-        self._arrivals.fetch(self._places(range(len(self._parameters))))
-        self._arrivals.arrive()
+        self._states.fetch(range(len(self._parameters)))
+        self._states.arrive()
         for optimizer in self._optimizers:
             optimizer.param_groups[0].pop(_KEY, None)
         for handle in self._handles:
@@ -333,6 +332,7 @@ class LayerSampler:
             module.enable_input_require_grads()  # type: ignore[operator]
         self._flags.release()
         self._handles, self._stopped, self._optimizers, self._parameters = [], [], (), []
+        self._states = MemberStates(self.frozen_state)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and lists; also in the optimizer's state dict under ``layer_sampler`` of the first group."""
@@ -342,6 +342,7 @@ class LayerSampler:
             "active": list(self._active),
             "counts": [int(count) for count in self._tally.counts],
             "moved": sorted(self._tally.moved),
+            **({} if self._norms is None else {"norms": self._norms.state_dict(), "expected": self._expected.tolist()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -351,11 +352,19 @@ class LayerSampler:
             state: what `state_dict` returned; its seed replaces the sampler's own.
 
         Raises:
-            UsageError: the state is that of no sampler, or of one with another number of blocks.
+            UsageError: the state is that of no sampler, of one with another number of members, or with other draws.
         """
         if not {"seed", "steps", "active", "counts"} <= set(state) or len(state["counts"]) != len(self.names):
-            raise UsageError(f"the checkpoint has no state of a sampler over {len(self.names)} blocks")
-        self.seed, self._steps = state["seed"], state["steps"]
+            kind = "blocks" if self.unit == "block" else "matrices"
+            raise UsageError(f"the checkpoint has no state of a sampler over {len(self.names)} {kind}")
+        if (self._norms is None) != ("norms" not in state):
+            which = "draws by gradients" if self._norms is None else "draws otherwise"
+            raise UsageError(f"the checkpoint has the state of a sampler that {which}: take its strategy")
+        if self._norms is not None:
+            self._norms.load_state_dict(state["norms"])
+            self._expected = np.array(state["expected"], dtype=np.float64)
+            self._draws.probabilities = self._norms.probabilities()
+        self._draws.seed, self._steps = state["seed"], state["steps"]
         self._active = tuple(state["active"])
         begun = self._active if self._steps % self.interval else ()
         moved = set(state.get("moved", begun))  # 0.1.0 kept no such list
@@ -392,11 +401,10 @@ class LayerSampler:
 
         Counted is what had a gradient when an optimizer made a step, drawn or not.
         """
-        inclusion: Vector = np.array([float(i in self._active) for i in range(len(self.names))])
-        if not self.top:
-            inclusion = inclusion_probabilities(self.probabilities, self._gamma)
-        intervals = -(-self._steps // self.interval)
-        return self._tally.rows(self.names, self.probabilities, inclusion * intervals)
+        expected = self._expected if self._steps % self.interval == 0 else self._expected + self._draws.inclusion()
+        if self._norms is None:
+            expected = self._draws.inclusion() * -(-self._steps // self.interval)
+        return self._tally.rows(self.names, self.probabilities, expected)
 
     def _watch(self, optimizer: torch.optim.Optimizer) -> None:
         if getattr(optimizer, "gradients", None) != "update":  # which steps during backward, and refuses such hooks
@@ -404,29 +412,19 @@ class LayerSampler:
         self._handles.append(optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped)))
         self._handles.append(optimizer.register_load_state_dict_pre_hook(self._before_load))
         self._handles.append(optimizer.register_load_state_dict_post_hook(self._after_load))
-        self._handles.append(optimizer.register_state_dict_pre_hook(lambda _: self._arrivals.arrive()))
+        self._handles.append(optimizer.register_state_dict_pre_hook(lambda _: self._states.arrive()))
 
     def _before_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """Take out of a state dict what is to stay in host memory: torch brings all that it finds to the device."""
-        self._arrivals.arrive()
         active = state_dict["param_groups"][0].get(_KEY, {}).get("active")
-        if self.frozen_state != "offload" or active is None:
-            return None
-        frozen = [p for index, own in enumerate(self._parameters) if index not in active for p in own]
-        entries = frozen_entries(optimizer, state_dict, frozen)
-        states = {key: value for key, value in state_dict["state"].items() if key not in entries}
-        self._kept_back = [(parameter, state_dict["state"][key]) for key, parameter in entries.items()]
-        return {**state_dict, "state": states}
+        self._states.arrive()
+        return None if active is None else self._states.hold_back(optimizer, state_dict, active)
 
     def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
-        counters_to_host(optimizer)
-        for parameter, saved in self._kept_back:
-            optimizer.state[parameter] = loaded(optimizer, parameter, saved)
-        self._kept_back = []
+        self._states.give_back(optimizer)
         self.load_state_dict(optimizer.param_groups[0].get(_KEY, {}))
 
     def _before_step(self) -> None:
-        self._arrivals.arrive()
+        self._states.arrive()
         if not self._loading:
             self._flags.restore()
             self._flags.drop_gradients()
@@ -444,7 +442,13 @@ class LayerSampler:
         if self._steps % self.interval == 0:
             self._insist_on_updates()
         self._steps += 1
+        if self._norms is not None:
+            self._norms.note(self._parameters, self._active)
         if self._steps % self.interval == 0:
+            if self._norms is not None:
+                self._expected = self._expected + self._draws.inclusion()
+                self._norms.close()
+                self._draws.probabilities = self._norms.probabilities()
             before, self._active = self._active, self.draw(self._steps // self.interval)
             self._tally.begin()
             logger.info("step %d: training %s", self._steps, ", ".join(self.names[i] for i in self._active))
@@ -454,42 +458,23 @@ class LayerSampler:
             self._write_state()
 
     def _apply(self) -> None:
-        frozen = [index for index in range(len(self._parameters)) if index not in self._active]
-        for index in frozen:
-            for parameter in self._parameters[index]:
-                self._drop_state(parameter)  # while the weight is where its state is, of which some may go into it
+        frozen = [p for index, own in enumerate(self._parameters) if index not in self._active for p in own]
+        for parameter in frozen:
+            self._states.drop(parameter)  # while the weight is where its state is, of which some may go into it
         for place in self._placing:
             place()
-        for index in frozen:
-            for parameter in self._parameters[index]:
-                self._freeze(parameter)
-        if self.frozen_state == "offload":
-            to_host(self._places(frozen))
+        for parameter in frozen:
+            self._freeze(parameter)
+        self._states.send_away(frozen)
         for index in self._active:
             for parameter in self._parameters[index]:
                 self._flags.want(parameter, True)
-        self._arrivals.fetch(self._places(self._active))  # also what was kept, whose parameter may come from elsewhere
-        if any(getattr(optimizer, "gradients", "keep") != "keep" for optimizer in self._optimizers):
-            self._arrivals.arrive()  # which read their state during backward
+        self._states.fetch(self._active)
         self._write_state()
-
-    def _places(self, members: Iterable[int]) -> Iterator[Place]:
-        """The parameters of these `members` with each of the optimizers."""
-        for index in members:
-            for parameter in self._parameters[index]:
-                yield from ((optimizer, parameter) for optimizer in self._optimizers)
 
     def _freeze(self, parameter: torch.nn.Parameter) -> None:
         self._flags.want(parameter, False)
         parameter.grad = None
-
-    def _drop_state(self, parameter: torch.nn.Parameter) -> None:
-        if self.frozen_state == "drop":
-            for optimizer in self._optimizers:
-                if hasattr(optimizer, "drop_state"):  # LowRankAdamW, whose rounding may have kept some of the weight
-                    optimizer.drop_state(parameter)
-                else:
-                    optimizer.state.pop(parameter, None)
 
     def _hold(self) -> None:
         """Set all flags before the forward of the model, and a block's before that of the block and of its parts.
@@ -497,7 +482,9 @@ class LayerSampler:
         The parts, since checkpointing may recompute the inside of a block without calling the block.
         """
         self._flags.hold(self.model, self._flags.wanted)
-        for module, parameters in zip(self._blocks.modules, self._parameters, strict=False):
+        by_name = self._by_name()
+        for module, names in zip(self._blocks.modules, self._trainable.blocks, strict=True):
+            parameters = [by_name[name] for name in names]
             for part in (module, *called_inside(module)):
                 self._flags.hold(part, parameters)
 

@@ -151,8 +151,10 @@ class Streaming:
             sampler: sampler of the same model.
 
         Raises:
-            UsageError: it is that of another model.
+            UsageError: it is that of another model, or draws matrices.
         """
+        if sampler.unit == "matrix":
+            raise UsageError("blocks are streamed whole, and unit='matrix' trains parts of all: take 'block'")
         if not {id(p) for p in sampler.drawn()} <= {id(p) for p in self.model.parameters()}:
             raise UsageError("the sampler is that of another model than is streamed")
         self._sampler = sampler
