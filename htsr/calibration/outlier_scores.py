@@ -82,7 +82,7 @@ def measure_outliers(
         >>> (outliers.distribution(20.0) * entries).round()  # number of outliers in each block
         array([0., 1.])
 
-    Sources: OWL (Yin et al., ICML 2024); OwLore (arXiv 2405.18380).
+    Sources: OWL (Yin et al., ICML 2024); OwLore (arXiv 2405.18380), published as OWS (Findings of ACL 2025).
     """
     thresholds = checked_thresholds(thresholds)
     if not texts:

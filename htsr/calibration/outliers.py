@@ -5,7 +5,8 @@ a calibration set. The layer outlier distribution of a block is the share of its
 
     D_l = #{A_ij > τ·mean(A)} / #A        over all matrices of block l
 
-Sources: OWL (Yin et al., ICML 2024, τ of 5 to 7), OwLore (arXiv 2405.18380, τ = 13).
+Sources: OWL (Yin et al., ICML 2024, τ of 5 to 7), OwLore (arXiv 2405.18380, published as
+OWS in Findings of ACL 2025, τ = 13).
 
     outliers = htsr.measure_outliers(model, tokenizer, texts)
     outliers.distribution(13.0)              # (blocks,), what `LayerSampler` draws by

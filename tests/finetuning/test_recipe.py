@@ -53,6 +53,20 @@ def test_defaults_and_numbers(tmp_path):
         ({"method": "apollo", "low_rank": {"moments": "rotate"}}, "rotate has no meaning under a random projection"),
         ({"method": "galore", "low_rank": {"scaled_by": "tensor"}}, "scaled_by is for the method apollo, not for gal"),
         ({"method": "galore", "low_rank": {"method": "random"}}, "random is for the method apollo with moments: keep"),
+        ({"method": "lisa", "sampling": {"unit": "matrix", "embedding": "sampled"}}, "take sampling.unit: block"),
+        (
+            {"method": "lisa", "sampling": {"unit": "matrix"}, "frozen_weights": "host"},
+            "unit: matrix trains parts of all",
+        ),
+        ({"method": "lisa", "sampling": {"strategy": "gradient_norm", "top": True}}, "sampling.top takes the most"),
+        (
+            {
+                "method": "owlore",
+                "sampling": {"strategy": "gradient_norm", "unit": "matrix"},
+                "low_rank": {"gradients": "project"},
+            },
+            "gradient_norm draws by gradients, which low_rank.gradients: project drops",
+        ),
         ({"low_rank": {"rank": 0}}, "low_rank.rank is 0; it is at least 1"),
         ({"low_rank": {"scale": float("inf")}}, "low_rank.scale is inf; it is above 0 and finite"),
         ({"method": "lora", "lora": {"rank": 0}}, "lora.rank is 0; it is at least 1"),

@@ -55,6 +55,8 @@ def recipe_file(work, output, method, **more):
         "spectra": False,
         "training": training,
     }
+    if method == "lisa by matrix":
+        content |= {"method": "lisa", "sampling": {"unit": "matrix", "strategy": "gradient_norm", "interval": 2}}
     if method in ("lisa", "owlore"):
         content["sampling"] = {"active": 1, "interval": 2, "threshold": 3.0}
     if method == "apollo":
@@ -80,6 +82,7 @@ def recipe_file(work, output, method, **more):
         ("galore", {"policy": "alphadecay", "min_size": 8}),
         ("apollo", "none"),
         ("gum", "llr"),
+        ("lisa by matrix", "none"),
     ],
 )
 def test_killed_and_resumed_is_uninterrupted(work, tmp_path, method, layerwise):

@@ -68,7 +68,7 @@ def block_probabilities(
         >>> block_probabilities("increase", find_blocks(model))
         array([0.1, 0.2, 0.3, 0.4])
 
-    Sources: OwLore (arXiv 2405.18380); LISA (arXiv 2403.17919); LLR (arXiv 2605.22297) for the map of ``alpha``;
+    Sources: OwLore (arXiv 2405.18380), published as OWS (Findings of ACL 2025); LISA (arXiv 2403.17919); LLR (arXiv 2605.22297) for the map of ``alpha``;
     Spectrum (arXiv 2406.06623).
     """
     L = len(blocks)
@@ -217,7 +217,7 @@ def matrix_probabilities(
     for name, value in rows:
         block, inside = _place(name, blocks)
         while inside and (block, inside) not in places:  # a part of a fused matrix, or an expert
-            inside = inside.rpartition(".")[0]
+            inside = inside[: max(inside.rfind("."), inside.rfind("["), 0)]
         if (block, inside) in places:
             found[places[block, inside]].append(value)
     values = _means(found, scores, strategy)
