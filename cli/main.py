@@ -285,7 +285,7 @@ def memory(
         int | None,
         typer.Option(
             min=1,
-            help="Rank of the adapters (8), or of the gradients' subspaces (128, less in a small model).",
+            help="Rank of the adapters (8), or of the gradients' subspaces (128, apollo 256; less in a small model).",
             show_default=False,
         ),
     ] = None,
