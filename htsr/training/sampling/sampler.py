@@ -291,7 +291,7 @@ class LayerSampler:
         self._hold()
         shown = ", ".join(self.names) if len(self.names) < 4 else f"{self.names[0]} … {self.names[-1]}"
         kind = "blocks" if self.unit == "block" else "matrices"
-        logger.info("%d of %d %s train now: %s", len(self._active), len(self.names), kind, shown)
+        logger.info("%d of %d %s train at a time: %s", len(self._active), len(self.names), kind, shown)
         if sentence := what_else_trains(self.model, self._blocks, self._trainable):
             logger.warning(sentence)
 

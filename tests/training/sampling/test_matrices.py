@@ -160,5 +160,6 @@ def test_what_has_no_meaning_is_refused():
     released = LowRankAdamW(low_rank_groups(model, 4), gradients="update")
     with pytest.raises(htsr.UsageError, match="gradients that are kept"):
         sampler_of(model, "gradient_norm").attach(released)
+    model = llama(3)
     with pytest.raises(htsr.UsageError, match="unit='matrix' trains parts of all"):
-        htsr.stream_frozen(llama(3), sampler_of(llama(3)), device="cpu")
+        htsr.stream_frozen(model, sampler_of(model), device="cpu")
