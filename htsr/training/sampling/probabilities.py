@@ -68,8 +68,8 @@ def block_probabilities(
         >>> block_probabilities("increase", find_blocks(model))
         array([0.1, 0.2, 0.3, 0.4])
 
-    Sources: OwLore (arXiv 2405.18380), published as OWS (Findings of ACL 2025); LISA (arXiv 2403.17919); LLR (arXiv 2605.22297) for the map of ``alpha``;
-    Spectrum (arXiv 2406.06623).
+    Sources: OwLore (arXiv 2405.18380), published as OWS (Findings of ACL 2025); LISA (arXiv 2403.17919); LLR (arXiv
+    2605.22297) for the map of ``alpha``; Spectrum (arXiv 2406.06623).
     """
     L = len(blocks)
     if not isinstance(strategy, str):

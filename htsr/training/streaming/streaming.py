@@ -64,7 +64,8 @@ def stream_frozen(
         The `Streaming`, which works until its `stop` is called, kept or not.
 
     Raises:
-        UsageError: the model's weights cannot be moved one block at a time, or `where` has no meaning.
+        UsageError: the model's weights cannot be moved one block at a time, `where` has no meaning, or the sampler draws
+            matrices.
 
     Examples:
         >>> import htsr, torch
@@ -82,9 +83,15 @@ def stream_frozen(
         >>> sampler.active, streaming.streamed
         ((2,), (0, 1, 3))
     """
+    _insist_on_blocks(sampler)
     streaming = Streaming(model, sampler.blocks, device, where)
     streaming.follow(sampler)
     return streaming
+
+
+def _insist_on_blocks(sampler: LayerSampler) -> None:
+    if sampler.unit == "matrix":
+        raise UsageError("blocks are streamed whole, and unit='matrix' trains parts of all: take 'block'")
 
 
 class Streaming:
@@ -153,8 +160,7 @@ class Streaming:
         Raises:
             UsageError: it is that of another model, or draws matrices.
         """
-        if sampler.unit == "matrix":
-            raise UsageError("blocks are streamed whole, and unit='matrix' trains parts of all: take 'block'")
+        _insist_on_blocks(sampler)
         if not {id(p) for p in sampler.drawn()} <= {id(p) for p in self.model.parameters()}:
             raise UsageError("the sampler is that of another model than is streamed")
         self._sampler = sampler
