@@ -1,11 +1,14 @@
-"""Layer sampling: which blocks of a transformer train now (LISA, OwLore and their relatives).
+"""Layer sampling: which blocks of a transformer train now, or which of their matrices (LISA, OwLore, MISA).
 
-=============== ========================================================================================================
-`members`       which parameters belong to which block, to the embedding, or to neither
-`probabilities` how likely each block is to be drawn
-`freezing`      which parameters train, kept so whoever else sets ``requires_grad``
-`offload`       optimizer state of frozen blocks in host memory
-`coverage`      how often each block was trained
-`sampler`       `htsr.LayerSampler`
-=============== ========================================================================================================
+================ =======================================================================================================
+`members`        what is drawn: which parameters belong to which block or matrix, to the embedding, or to neither
+`probabilities`  how likely each block or matrix is to be drawn
+`gradient_norms` the same by the gradients that they have had
+`draws`          which are drawn
+`freezing`       which parameters train, kept so whoever else sets ``requires_grad``
+`states`         what becomes of the optimizer state of what is frozen
+`offload`        optimizer state in host memory
+`coverage`       how often each was trained
+`sampler`        `htsr.LayerSampler`
+================ =======================================================================================================
 """

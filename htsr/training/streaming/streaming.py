@@ -64,8 +64,8 @@ def stream_frozen(
         The `Streaming`, which works until its `stop` is called, kept or not.
 
     Raises:
-        UsageError: the model's weights cannot be moved one block at a time, `where` has no meaning, or the sampler draws
-            matrices.
+        UsageError: the model's weights cannot be moved one block at a time, `where` has no meaning, or the sampler
+            draws matrices.
 
     Examples:
         >>> import htsr, torch
