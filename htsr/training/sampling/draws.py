@@ -51,7 +51,7 @@ class Draws:
         >>> from htsr.training.sampling.draws import Draws
         >>> draws = Draws(("q", "k", "v"), np.array([0.2, 0.3, 0.5]), 1, 0, False, np.array([3, 1, 2]), room=3)
         >>> [draws.draw(number) for number in range(4)]
-        [(1, 2), (0,), (0,), (2,)]
+        [(0,), (1, 2), (0,), (1, 2)]
     """
 
     names: tuple[str, ...]

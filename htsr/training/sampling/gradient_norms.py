@@ -49,7 +49,7 @@ class GradientNorms:
         >>> norms.estimates
         array([2., 1., 0.])
         >>> norms.probabilities().round(3)
-        array([0.452, 0.202, 0.346])
+        array([0.473, 0.211, 0.316])
     """
 
     def __init__(self, members: int) -> None:
