@@ -15,7 +15,6 @@ from htsr.finetuning.recipe_values import kind_of, nearest
 from htsr.training.lora import HILL
 from htsr.training.lora_targets import ALL_LINEAR
 from htsr.training.lowrank.gum import Base, Reweight
-from htsr.training.lowrank.gum_groups import Unit
 from htsr.training.lowrank.rounding import Rounding
 from htsr.training.lowrank.scaling import ScaledBy
 from htsr.training.memory.plan import FrozenWeights

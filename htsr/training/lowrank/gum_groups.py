@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from htsr.calibration.outliers import OWLORE_THRESHOLD
 from htsr.errors import UsageError
@@ -11,12 +11,11 @@ from htsr.matrices.blocks import find_blocks
 from htsr.matrices.roles import block_of, role_of
 from htsr.matrices.stored_tensors import clean_name
 from htsr.training.lowrank.groups import low_rank_groups
+from htsr.training.sampling.members import Unit
 from htsr.training.sampling.probabilities import Scores, Strategy, block_probabilities
 
 if TYPE_CHECKING:
     import torch
-
-Unit: TypeAlias = Literal["block", "matrix"]
 
 
 def gum_groups(

@@ -43,8 +43,6 @@ def block_probabilities(
                  does not divide); needs an analysis with ``bulk=True``
     ``increase`` p_l ∝ l + 1 with depth l
     ``decrease`` p_l ∝ L - l
-    ``gradient_norm`` 1/L at first, and then by the gradients of those that were drawn, see
-                 `htsr.training.sampling.gradient_norms`
     ============ ===================================================================================================
 
     Args:
@@ -77,7 +75,7 @@ def block_probabilities(
         if weights.shape != (L,) or not np.isfinite(weights).all() or not weights.any():
             raise UsageError(f"probabilities are {L} finite numbers ≥ 0 and not all zero, one for each block")
         return allocate.probabilities(weights)
-    if strategy in ("uniform", "gradient_norm"):
+    if strategy == "uniform":
         return np.full(L, 1 / L)
     if strategy in ("increase", "decrease"):
         weights = np.arange(1.0, L + 1)
@@ -89,6 +87,8 @@ def block_probabilities(
         if strategy != "snr":
             values = allocate.multipliers(values, bounds=(1.0, 5.0), missing=3.0)
         return allocate.probabilities(values)
+    if strategy == "gradient_norm":
+        raise UsageError("gradient_norm goes by the gradients of a training, which `LayerSampler` alone has")
     raise UsageError(f"unknown strategy {strategy!r}: {', '.join(get_args(Strategy))}, or an array")
 
 
@@ -202,7 +202,7 @@ def matrix_probabilities(
         if weights.shape != (M,) or not np.isfinite(weights).all() or not weights.any():
             raise UsageError(f"probabilities are {M} finite numbers ≥ 0 and not all zero, one for each matrix")
         return allocate.probabilities(weights)
-    if strategy in ("uniform", "gradient_norm"):
+    if strategy == "uniform":
         return np.full(M, 1 / M)
     by_block = block_probabilities(strategy, blocks, scores, threshold)  # refuses what does not go together
     if strategy in ("increase", "decrease"):

@@ -171,11 +171,13 @@ class LayerSampler:
         extra = self._embedding if embedding == "sampled" else []
         members = members_of(model, self._blocks, self._trainable, unit, extra)
         self.names, self._members = tuple(members), list(members.values())
-        weights = (strategy, scores, threshold)
-        self._draws = draws_of(model, self._blocks, members, unit, weights, active=active, seed=seed, top=top)
+        by_gradients = isinstance(strategy, str) and strategy == "gradient_norm"  # with uniform draws at first
+        weights: Strategy | Sequence[float] = "uniform" if by_gradients else strategy
+        self._draws = draws_of(
+            model, self._blocks, members, unit, (weights, scores, threshold), active=active, seed=seed, top=top
+        )
         self.model, self.interval, self.top, self.unit = model, interval, top, unit
         self.embedding, self.frozen_state = embedding, frozen_state
-        by_gradients = isinstance(strategy, str) and strategy == "gradient_norm"
         if by_gradients and top:
             raise UsageError("top takes the most probable for good, and those of gradient_norm change: leave one out")
         self._norms = GradientNorms(len(self.names)) if by_gradients else None
