@@ -82,11 +82,20 @@ class Result(Tabular):
         }
 
     def remarks(self) -> tuple[str, ...]:
-        """How to go on with the model."""
+        """How to go on with the model.
+
+        Examples:
+            >>> from htsr.finetuning.result import Result
+            >>> Result("runs/my model", {}).remarks()[0]
+            "talk to it: htsr chat 'runs/my model'"
+        """
         folder = shlex.quote(self.output)
-        said = [f'in Python: AutoModelForCausalLM.from_pretrained("{self.output}")']
+        said = [
+            f"talk to it: htsr chat {folder}",
+            f'in Python: AutoModelForCausalLM.from_pretrained("{self.output}")',
+        ]
         if self.moved:
-            said.append(f"htsr compare {folder}/spectra_before.npz {folder}/spectra_after.npz")
+            said.append(f"matrix by matrix: htsr compare {folder}/spectra_before.npz {folder}/spectra_after.npz")
         return tuple(said)
 
 
