@@ -16,6 +16,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import subprocess
 import tarfile
 import tempfile
@@ -31,13 +32,16 @@ PACKAGES = (
     "python3.11-doc", "linux-doc-6.1", "postgresql-doc-15", "git-doc", "perl-doc", "nodejs-doc", "cmake-doc",
     "sqlite3-doc", "python-django-doc", "python-sqlalchemy-doc", "python-sympy-doc", "python-scipy-doc",
     "python-pandas-doc", "octave-doc", "llvm-14-doc", "libboost1.74-doc", "apache2-doc", "bind9-doc",
-    "debian-handbook", "debian-reference-en", "developers-reference",
+    "debian-reference-en", "developers-reference",
 )  # fmt: skip
 TEXT = (".txt", ".rst", ".md", ".pod", ".texi", ".adoc")
 HTML = (".html", ".htm", ".xhtml")
 LISTS = ("genindex", "py-modindex", "search", "searchindex", "copyright", "changelog", "objects", "modindex")
+OTHER_LANGUAGES = re.compile(
+    r"/(cs|da|de|el|es|fi|fr|hu|id|it|ja|ko|nb|nl|pl|pt|ro|ru|sv|tr|uk|vi|zh)([-_][A-Za-z]+)?/"
+)
 FEWEST_CHARACTERS = 400
-ENGLISH = 0.95  # share of ASCII characters; pages in other languages have less
+ENGLISH = 0.95  # share of ASCII characters; pages in most other languages have less
 MOST_TOKENS = 28_000_000  # 2 bytes each: 53 MiB
 MOST_BYTES = 60 << 20
 
@@ -82,7 +86,7 @@ def collected(packages: Sequence[Path]) -> dict[str, str]:
 def _page(name: str) -> str:
     """What a page and its source have in common: the path without suffixes."""
     path = Path(name.replace("/_sources/", "/"))
-    return str(path.with_name(path.name.split(".")[0]))
+    return f"{path.parent}/{path.name.split('.')[0] or path.name}"
 
 
 def texts_of(package: Path) -> Iterator[tuple[str, str]]:
@@ -93,7 +97,7 @@ def texts_of(package: Path) -> Iterator[tuple[str, str]]:
             name = member.name.removeprefix("./").removesuffix(".gz")
             stem = Path(name).name.split(".")[0].lower()
             held = files.extractfile(member) if member.isfile() and name.endswith(TEXT + HTML) else None
-            if held is None or stem in LISTS:
+            if held is None or stem in LISTS or OTHER_LANGUAGES.search(name):
                 continue
             content = held.read()
             raw = gzip.decompress(content) if member.name.endswith(".gz") else content
