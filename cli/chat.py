@@ -44,7 +44,7 @@ def chat(
     text = "" if interactive else sys.stdin.read()
     if not interactive and not text.strip():
         raise UsageError("nothing was said on standard input")
-    options = {"max_new_tokens": max_tokens}
+    options: dict[str, float] = {"max_new_tokens": max_tokens}
     if temperature is not None:
         options |= {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
     with words.of_others():

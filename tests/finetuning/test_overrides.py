@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import get_args
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ import htsr
 from htsr.finetune import read_recipe
 from htsr.finetuning.budget import parse_memory
 from htsr.finetuning.reading import shipped
+from htsr.finetuning.recipe import Method
 from htsr.finetuning.recipe_values import dump_yaml, load_yaml
 from htsr.finetuning.run_folder import begin_folder, check_same_run, plain, resolved
 
@@ -120,6 +122,13 @@ def test_a_carried_recipe_is_printed_and_its_resolved_form_is_the_same_run(tmp_p
     (tmp_path / "resolved.yaml").write_text(resolved(recipe))
     assert read_recipe(str(tmp_path / "resolved.yaml")) == recipe
     assert (tmp_path / "resolved.yaml").read_text().startswith("# a recipe of htsr finetune, every default filled in b")
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_the_resolved_form_of_every_method_is_the_same_run(tmp_path, method):
+    recipe = read_recipe(write(tmp_path, MINIMAL | {"method": method}))
+    (tmp_path / "resolved.yaml").write_text(resolved(recipe))
+    assert read_recipe(str(tmp_path / "resolved.yaml")) == recipe
 
 
 def test_a_recipe_that_is_not_carried(capsys):
