@@ -314,7 +314,7 @@ def _begin_by_loftq(adapted: Any, recipe: Recipe) -> None:
     import torch
     from bitsandbytes.functional import dequantize_4bit
 
-    whole = load_model(recipe.model, revision=recipe.revision, **how_loaded(recipe) | {"four_bit": False})
+    whole: Any = load_model(recipe.model, revision=recipe.revision, **how_loaded(recipe) | {"four_bit": False})
     for name, layer in _layers(adapted).items():
         packed, rank = layer.get_base_layer().weight, layer.r[_NAME]
         kept = dequantize_4bit(packed.data, packed.quant_state)

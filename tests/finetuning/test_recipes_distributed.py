@@ -24,9 +24,10 @@ pytest.importorskip("trl")
 
 LOW_RANK = {"rank": 8, "scale": 1.0, "refresh_every": 2}
 SAMPLING = {"active": 1, "interval": 2, "threshold": 3.0}
+LORA = {"rank": 4, "modules_to_save": ["embed"], "options": {"init_lora_weights": "pissa"}}
 RECIPES = {
     "full": {"method": "full", "layerwise": {"min_size": 8}},
-    "lora": {"method": "lora", "lora": {"rank": 4}, "layerwise": {"attn.*.lora_B": 16}},
+    "lora": {"method": "lora", "lora": LORA, "layerwise": {"attn.*.lora_B": 16}},
     "lisa": {"method": "lisa", "layerwise": {"min_size": 8}, "sampling": SAMPLING},
     "lisa, state kept": {"method": "lisa", "sampling": SAMPLING | {"frozen_state": "keep"}},
     "lisa, narrow": {"method": "lisa", "sampling": SAMPLING, "dtype": "bfloat16", "rounding": "master"},
