@@ -180,6 +180,6 @@ def check_rates(policy: Policy, model: torch.nn.Module, adapters: Any, *, ends_t
             "multiplier of its own"
         )
     for pattern in policy.pin:
-        alone = {"pin": {pattern: 2.0}, "score": None, "embeddings": "leave", "head": None, "exclude": ()}
-        if changes_nothing(replace(policy, **alone)):
+        alone = replace(policy, pin={pattern: 2.0}, score=None, embeddings="leave", head=None, exclude=())
+        if changes_nothing(alone):
             raise UsageError(f"layerwise: {pattern!r} matches nothing that trains")

@@ -318,7 +318,8 @@ def _begin_by_loftq(adapted: Any, recipe: Recipe) -> None:
     for name, layer in _layers(adapted).items():
         packed, rank = layer.get_base_layer().weight, layer.r[_NAME]
         kept = dequantize_4bit(packed.data, packed.quant_state)
-        lost = whole.get_submodule(name).weight.data.to(kept.device).float() - kept.float()
+        stored: Any = whole.get_submodule(name).weight
+        lost = stored.data.to(kept.device).float() - kept.float()
         u, values, v = torch.linalg.svd(lost, full_matrices=False)
         root = (values[:rank] / layer.scaling[_NAME]).sqrt()
         layer.lora_A[_NAME].weight.data = root[:, None] * v[:rank]

@@ -69,7 +69,7 @@ class GradientNorms:
         own = [(i, p) for i in active for p in parameters[i] if p.grad is not None]
         if not own:
             return
-        norms = torch._foreach_norm([parameter.grad for _, parameter in own])
+        norms = torch._foreach_norm([parameter.grad for _, parameter in own if parameter.grad is not None])
         squares = torch.stack([norm.float().square().to(norms[0].device) for norm in norms]).tolist()
         for index in dict.fromkeys(i for i, _ in own):
             square = sum(value for (i, _), value in zip(own, squares, strict=True) if i == index)
