@@ -201,6 +201,9 @@ class FinetuneTrainer(SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the state; that of blocks that were frozen is in no checkpoint, and FSDP2 has to be told."""
+        held = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
+        if self.checkpoint is not None and self.is_fsdp_enabled and isinstance(held, GUM):
+            held.before_loading(self.checkpoint.step)
         if checkpoint is None or self.sampler is None:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[no-untyped-call]
             return

@@ -174,6 +174,18 @@ class GUM(LowRankAdamW):
         super().load_state_dict(state_dict)
         self._weights = None
 
+    def before_loading(self, steps: int) -> None:
+        """Have the next step, with which FSDP2's loading makes states to be filled, make those of a step's number.
+
+        torch.distributed.checkpoint fills states that are there, and those of drawn blocks are larger. Call it before
+        ``set_optimizer_state_dict``; `load_state_dict` needs no such word.
+
+        Args:
+            steps: number of steps that the saved optimizer has made, at least 1.
+        """
+        for group in self.param_groups:
+            group["steps"] = steps - 1
+
     @property
     def drawn(self) -> frozenset[int]:
         """Units that train outside of their subspaces now."""
