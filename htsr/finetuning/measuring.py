@@ -33,8 +33,7 @@ _EXACT = {"float32": ("float32", "bfloat16", "float16"), "bfloat16": ("bfloat16"
 
 def needs_spectra(recipe: Recipe) -> bool:
     """Whether the method of a `recipe` asks for the spectra of the model before it trains."""
-    by_spectra = recipe.sampling is not None and recipe.sampling.strategy in ("alpha", "erg", "snr")
-    return by_spectra or (recipe.lora is not None and recipe.lora.score is not None)
+    return recipe.strategy in ("alpha", "erg", "snr") or (recipe.lora is not None and recipe.lora.score is not None)
 
 
 def spectra_before(
@@ -54,7 +53,7 @@ def spectra_before(
     kept = ranks.of_first(lambda: Analysis.load(path) if path.exists() else None)
     if kept is not None:
         return kept
-    bulk = recipe.sampling is not None and recipe.sampling.strategy == "snr"
+    bulk = recipe.strategy == "snr"
     return _analyzed(source, revision, path, recipe.model, ranks, voice, bulk=bulk)
 
 

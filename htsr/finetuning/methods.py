@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from htsr.analysis.result import Analysis
+from htsr.arrays import Vector
 from htsr.calibration.outlier_scores import measure_outliers
 from htsr.calibration.outliers import Outliers
 from htsr.calibration.records import Record, text_of
@@ -15,9 +16,10 @@ from htsr.errors import SourceError, UsageError
 from htsr.finetuning.adapters import adapter_config
 from htsr.finetuning.placing import on_device
 from htsr.finetuning.starts import START, Start, begun, changes_weights, made_start, start_of
+from htsr.matrices.blocks import find_blocks
 from htsr.ranks import Ranks
 from htsr.training.sampling.members import freeze_embedding
-from htsr.training.sampling.probabilities import Strategy
+from htsr.training.sampling.probabilities import block_probabilities
 from htsr.training.sampling.sampler import LayerSampler
 from htsr.training.streaming.streaming import stream_frozen
 
@@ -37,8 +39,10 @@ def prepare(
     output: Path,
     voice: Voice,
     arguments: Any,
-) -> tuple[torch.nn.Module, LayerSampler | None]:
-    """The model with its adapters, and the sampler of blocks or None, as the recipe's method has them.
+) -> tuple[torch.nn.Module, LayerSampler | None, Vector | None]:
+    """The model with its adapters, and as the recipe's method has them, or None: sampler, and weights of the blocks.
+
+    The weights, (L,) with the sum 1, are those of the draws of gum.
 
     Where frozen blocks live in host memory, they are streamed to the device from then on.
 
@@ -55,10 +59,7 @@ def prepare(
     Raises:
         UsageError: the recipe needs spectra and has none, or adapters cannot begin as it says.
     """
-    device = arguments.device
-    given = recipe.sampling
-    default: Strategy = "owlore" if recipe.method == "owlore" else "uniform"
-    strategy = (given.strategy or default) if given else None
+    device, given, strategy = arguments.device, recipe.sampling, recipe.strategy
     scores: Outliers | Analysis | None = None
     if strategy in ("owlore", "reverse"):
         scores = _outliers(recipe, model, tokenizer, train, output / "outliers.json", voice, device)
@@ -68,10 +69,13 @@ def prepare(
         scores = before
     if recipe.lora is not None:
         model = _with_adapters(recipe, model, tokenizer, train, before, output, voice, arguments)
+    weights = None
+    if recipe.gum is not None and strategy is not None:
+        weights = block_probabilities(strategy, find_blocks(model), scores, recipe.gum.threshold)
     if given is None or strategy is None:
         if recipe.embedding == "freeze":
             freeze_embedding(model)
-        return model, None
+        return model, None, weights
     sampler = LayerSampler(
         model,
         strategy,
@@ -90,7 +94,7 @@ def prepare(
         place = "on disk" if recipe.frozen_weights == "disk" else "in host memory"
         here = f"visit {device} to compute" if device.type != "cpu" else "compute on the CPU, where that saves nothing"
         voice.say(f"frozen_weights: {len(streaming.streamed)} blocks live {place} and {here}")
-    return model, sampler
+    return model, sampler, None
 
 
 def _outliers(
@@ -103,7 +107,7 @@ def _outliers(
     device: torch.device,
 ) -> Outliers:
     """Outliers from the recipe's file, from the run's own when resuming, or measured by the first process for all."""
-    given = recipe.sampling
+    given = recipe.draws
     assert given is not None
     if given.outliers:
         return Outliers.load(given.outliers)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PATHS = frozenset(
-    ("model", "output", "data.train", "data.evaluation", "data.multiple_choice", "sampling.outliers")
+    ("model", "output", "data.train", "data.evaluation", "data.multiple_choice", "sampling.outliers", "gum.outliers")
 )  # each machine may have its own
 
 
@@ -128,8 +128,8 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
     checkpoint = last_checkpoint(output) if resume else None
     if checkpoint is not None:
         _check_processes(output, checkpoint, count_processes(arguments))
-    if recipe.sampling is not None and recipe.sampling.outliers:
-        Outliers.load(recipe.sampling.outliers).distribution(recipe.sampling.threshold)
+    if recipe.draws is not None and recipe.draws.outliers:
+        Outliers.load(recipe.draws.outliers).distribution(recipe.draws.threshold)
     questions = _questions(recipe.data)
     own_code = bool(recipe.model_options.get(CODE))
     if own_code:

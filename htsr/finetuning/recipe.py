@@ -260,15 +260,24 @@ class Gum:
         unit: what is drawn: a ``block`` with all of its matrices, or each ``matrix`` for itself.
         base: what trains the matrices of the blocks.
         reweight: what is divided by the probability of being drawn, or of not being drawn.
+        strategy: what the weights of the blocks in the draws follow, as in `Sampling`.
+        threshold: τ of the outlier distribution.
+        outliers: file from `htsr outliers`; without it outliers are measured on the training data.
+        calibration_samples: number of training records on which they are measured.
     """
 
     active: int = 2
     unit: Unit = "block"
     base: Base = "adamw"
     reweight: Reweight = "gradient"
+    strategy: Strategy = "uniform"
+    threshold: float = 13.0
+    outliers: str | None = None
+    calibration_samples: int = 64
 
     def __post_init__(self) -> None:
-        _at_least("gum.", 1, active=self.active)
+        _at_least("gum.", 1, active=self.active, calibration_samples=self.calibration_samples)
+        _between("gum.", 0, math.inf, threshold=self.threshold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,9 +423,10 @@ class Recipe:
         for name in ("model", "output"):
             if not getattr(self, name).strip() or "\0" in getattr(self, name):
                 raise UsageError(f"{name} is empty")
-        by_spectra = self.sampling is not None and self.sampling.strategy in ("alpha", "erg", "snr")
+        by_spectra = self.strategy in ("alpha", "erg", "snr")
         if not self.spectra and (by_spectra or (self.lora is not None and self.lora.score is not None)):
-            what = f"sampling.strategy {self.sampling.strategy}" if self.sampling and by_spectra else "lora.score"
+            section = "gum" if self.gum else "sampling"
+            what = f"{section}.strategy {self.strategy}" if by_spectra else "lora.score"
             raise UsageError(f"{what} needs spectra: true")
         if self.frozen_weights != "device" and (self.sampling is None or self.method == "qlora"):
             which = "lora with the section sampling, lisa and owlore"
@@ -481,6 +491,17 @@ class Recipe:
         narrow = self.low_rank is not None and (policy.spectrum == "momentum" or self.low_rank.gradients == "project")
         if policy.spectrum != "weights" and narrow:
             raise UsageError(f"layerwise.spectrum: {policy.spectrum} of low-rank matrices are in their subspace only")
+
+    @property
+    def draws(self) -> Sampling | Gum | None:
+        """The section that says how blocks are drawn."""
+        return self.sampling or self.gum
+
+    @property
+    def strategy(self) -> Strategy | None:
+        """The strategy of the draws, or what None stands for; None where nothing is drawn."""
+        default: Strategy = "owlore" if self.method == "owlore" else "uniform"
+        return (self.draws.strategy or default) if self.draws else None
 
     @property
     def embedding(self) -> str:

@@ -133,10 +133,11 @@ def _train(
         # adapters are merged into the weights as they are stored
         source, revision = stored(recipe) if recipe.method == "qlora" else (model, None)
         before = spectra_before(recipe, source, revision, output, ranks, voice)
-    model, sampler = prepare(recipe, model, prepared.tokenizer, train, before, output, voice, arguments)
+    model, sampler, weights = prepare(recipe, model, prepared.tokenizer, train, before, output, voice, arguments)
     trainer: Any = FinetuneTrainer(
         recipe=recipe,
         sampler=sampler,
+        weights=weights,
         checkpoint=checkpoint,
         voice=voice,
         model=model,

@@ -29,6 +29,7 @@ from htsr.training.lowrank.rounding import NARROW, Rounding, share_lost
 if TYPE_CHECKING:
     import torch
 
+    from htsr.arrays import Vector
     from htsr.finetuning.recipe import Recipe
     from htsr.training.sampling.sampler import LayerSampler
 
@@ -41,6 +42,7 @@ class FinetuneTrainer(SFTTrainer):
     Args:
         recipe: recipe, of which method, rounding, low_rank, layerwise and seed are read.
         sampler: sampler of the model's blocks, where they are sampled.
+        weights: (L,) weights of the L blocks in the draws of gum; None for equal ones.
         checkpoint: checkpoint from which training will go on.
         voice: voice of the run, which tells the losses where it shows how far something is.
         arguments: arguments of SFTTrainer.
@@ -57,11 +59,12 @@ class FinetuneTrainer(SFTTrainer):
         *,
         recipe: Recipe,
         sampler: LayerSampler | None = None,
+        weights: Vector | None = None,
         checkpoint: Checkpoint | None = None,
         voice: Voice | None = None,
         **arguments: Any,
     ) -> None:
-        self.recipe, self.sampler, self.checkpoint = recipe, sampler, checkpoint
+        self.recipe, self.sampler, self.weights, self.checkpoint = recipe, sampler, weights, checkpoint
         self.losses = LossSum(checkpoint, count_processes(arguments["args"]))
         self.epoch_steps: int | None = None
         self.rounding: Rounding | None = None
@@ -168,7 +171,8 @@ class FinetuneTrainer(SFTTrainer):
         own = {name: value for name, value in asdict(low_rank).items() if name not in ("rank", "embedding")}
         if (gum := self.recipe.gum) is not None:
             del own["moments"], own["scaled_by"]
-            units = gum_groups(model, low_rank.rank, unit=gum.unit, embeddings=embeddings)
+            strategy: Any = "uniform" if self.weights is None else self.weights
+            units = gum_groups(model, low_rank.rank, strategy=strategy, unit=gum.unit, embeddings=embeddings)
             own |= {"active": gum.active, "base": gum.base, "reweight": gum.reweight}
             return GUM(units, weight_decay=args.weight_decay, **self._options(), **own)
         groups = low_rank_groups(model, low_rank.rank, embeddings=embeddings)

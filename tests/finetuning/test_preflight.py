@@ -423,6 +423,7 @@ def test_an_end_of_text_and_a_chat_template_that_the_tokenizer_has_not(tmp_path)
         (CHAT, {"training": {"assistant_only_loss": True}}, "wants a chat template with {% generation %}"),
         (SHORT, {"method": "galore", "low_rank": {"rank": 999}}, "low_rank.rank: no matrix of .* can have rank 999"),
         (SHORT, {"method": "lisa", "sampling": {"active": 3}}, "sampling.active is 3, and .* has 2 blocks to draw"),
+        (SHORT, {"method": "gum", "low_rank": {"rank": 8}}, "gum.active is 2, and is below the 2 blocks of"),
         ([*SHORT, {"text": "w5"}], {}, "train.jsonl, line 17: text, while line 1 has prompt and completion"),
         ([{"chosen": "w5", "rejected": "w6"}], {}, "holds preferences .*: TRL's DPOTrainer trains on them"),
         ([*CHAT, SHORT[0]], {}, "line 9: prompt and completion, while line 1 has messages"),

@@ -63,7 +63,7 @@ def recipe_file(work, output, method, **more):
         content["low_rank"] = {"scaled_by": "tensor", "gradients": "update", "refresh_every": 2}
         training |= {"max_grad_norm": 0, "learning_rate": 1e-3}
     if method == "gum":
-        content["gum"] = {"active": 1, "base": "muon"}
+        content["gum"] = {"active": 1, "base": "muon", "strategy": "owlore", "threshold": 3.0}
     if method in ("galore", "owlore", "gum"):
         content["low_rank"] = {"rank": 8, "scale": 1.0, "refresh_every": 2}
     path = output.parent / f"{output.name}.yaml"
