@@ -35,7 +35,6 @@ from htsr.finetuning.starts import start_of
 from htsr.matrices.blocks import find_blocks
 from htsr.ranks import Ranks
 from htsr.training.lowrank.groups import low_rank_groups
-from htsr.training.lowrank.gum_groups import gum_groups
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -235,11 +234,11 @@ def check_sizes(recipe: Recipe, config: Any) -> None:
         except UsageError as error:
             raise UsageError(f"low_rank.rank: {error}") from error
         if recipe.gum is not None:
-            groups = gum_groups(model, recipe.low_rank.rank, unit=recipe.gum.unit)
-            units = sum("unit" in group for group in groups)
-            if recipe.gum.active >= units:
-                what = f"{units} {'blocks' if recipe.gum.unit == 'block' else 'matrices'}"
-                raise UsageError(f"gum.active is {recipe.gum.active}, and is below the {what} of {recipe.model}")
+            blocks = len(find_blocks(model))
+            if recipe.gum.active >= blocks:
+                raise UsageError(
+                    f"gum.active is {recipe.gum.active}, and is below the {blocks} blocks of {recipe.model}"
+                )
     if (policy := policy_of(recipe.layerwise)) is not None:
         check_rates(policy, model, adapters, ends_train=recipe.embedding != "freeze")
 

@@ -256,7 +256,7 @@ class Gum:
     """Which blocks train outside of their subspaces now, see `GUM`; they are drawn anew with each subspace.
 
     Attributes:
-        active: number γ of blocks, or matrices, in each draw.
+        active: number γ of blocks in each draw; of matrices as many as γ blocks have.
         unit: what is drawn: a ``block`` with all of its matrices, or each ``matrix`` for itself.
         base: what trains the matrices of the blocks.
         reweight: what is divided by the probability of being drawn, or of not being drawn.
@@ -278,6 +278,8 @@ class Gum:
     def __post_init__(self) -> None:
         _at_least("gum.", 1, active=self.active, calibration_samples=self.calibration_samples)
         _between("gum.", 0, math.inf, threshold=self.threshold)
+        if self.strategy == "gradient_norm":
+            raise UsageError("gum.strategy: gradient_norm is for the methods with the section sampling")
 
 
 @dataclass(frozen=True, kw_only=True)

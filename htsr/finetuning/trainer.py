@@ -18,6 +18,7 @@ from htsr.finetuning.memory import reset_peak
 from htsr.finetuning.progress import TrainingLines, Voice
 from htsr.finetuning.rates import policy_of
 from htsr.finetuning.stopping import EarlyStopping, KeptBest
+from htsr.matrices.blocks import find_blocks
 from htsr.training.callbacks import LayerSamplerCallback, LayerwiseCallback
 from htsr.training.layerwise.wrapper import layerwise
 from htsr.training.lowrank.groups import low_rank_groups
@@ -173,7 +174,8 @@ class FinetuneTrainer(SFTTrainer):
             del own["moments"], own["scaled_by"]
             strategy: Any = "uniform" if self.weights is None else self.weights
             units = gum_groups(model, low_rank.rank, strategy=strategy, unit=gum.unit, embeddings=embeddings)
-            own |= {"active": gum.active, "base": gum.base, "reweight": gum.reweight}
+            each = sum("unit" in group for group in units) // len(find_blocks(model)) if gum.unit == "matrix" else 1
+            own |= {"active": gum.active * each, "base": gum.base, "reweight": gum.reweight}
             return GUM(units, weight_decay=args.weight_decay, **self._options(), **own)
         groups = low_rank_groups(model, low_rank.rank, embeddings=embeddings)
         return LowRankAdamW(groups, weight_decay=args.weight_decay, **self._options(), **own)
