@@ -92,8 +92,8 @@ def iterated(
         told: number of records after which it is told what nothing reads in them; None for the end, 0 for never.
 
     Raises:
-        SourceError: as `read_records`.
-        MissingDependencyError: as `read_records`.
+        SourceError: the source cannot be read, or a record has no form or another one than the first.
+        MissingDependencyError: a package that the source needs is not installed.
     """
     ignored: Counter[str] = Counter()
     number, seen = 0, set[str]()
@@ -169,7 +169,7 @@ def mixed(parts: Sequence[Sequence[Record]], weights: Sequence[float | None], se
         >>> from htsr.calibration.records import mixed
         >>> few, many = [{"text": "a"}], [{"text": str(i)} for i in range(6)]
         >>> len(mixed([few, many], [None, None], seed=0)), len(mixed([few, many], [1.0, 2.0], seed=0))
-        (7, 8)
+        (7, 9)
     """
     if all(weight is None for weight in weights):
         return [record for part in parts for record in part]
