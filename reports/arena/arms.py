@@ -72,7 +72,7 @@ def _apollo(**changes: Any) -> Callable[[Size], Recipe]:
         low_rank = {"refresh_every": size.refresh_every, "embedding": "freeze", **changes}
         if "rank" in low_rank:
             low_rank["rank"] = size.rank(low_rank["rank"])
-        return {"method": "apollo", "low_rank": low_rank}
+        return {"method": "apollo", "low_rank": low_rank, **_unclipped(low_rank)}
 
     return recipe
 
@@ -83,10 +83,15 @@ def _gum(share: float, r: int, base: str, **changes: Any) -> Callable[[Size], Re
     def recipe(size: Size) -> Recipe:
         low_rank = {"rank": size.rank(r), "refresh_every": 3 * size.interval, "embedding": "freeze"}
         low_rank |= {"gradients": "project", **changes}
-        unclipped = {"training": {"max_grad_norm": 0.0}} if low_rank["gradients"] == "update" else {}
-        return {"method": "gum", "low_rank": low_rank, "gum": {"active": size.active(share), "base": base}, **unclipped}
+        gum = {"active": size.active(share), "base": base}
+        return {"method": "gum", "low_rank": low_rank, "gum": gum, **_unclipped(low_rank)}
 
     return recipe
+
+
+def _unclipped(low_rank: Recipe) -> Recipe:
+    """No clipping where gradients are used up as they come."""
+    return {"training": {"max_grad_norm": 0.0}} if low_rank.get("gradients") == "update" else {}
 
 
 def _in_bfloat16(recipe: Callable[[Size], Recipe]) -> Callable[[Size], Recipe]:
@@ -102,12 +107,23 @@ ARMS: dict[str, Arm] = {
     "dora-32": Arm("DoRA r32", _lora(32, use_dora=True), 8e-4, ours=False),
     "lisa": Arm("LISA, a fifth of the blocks", _sampled("lisa", 0.2), 4e-4),
     "lisa-half": Arm("LISA, half of the blocks", _sampled("lisa", 0.5), 2e-4),
+    "misa": Arm(
+        "MISA, matrices of a fifth of the weights",
+        _sampled("lisa", 0.2, unit="matrix", strategy="gradient_norm"),
+        4e-4,
+    ),
     "owlore": Arm("OwLore (OWS), half of the blocks, r128, 8-bit", _low_rank(0.5, 128, "owlore", state_dtype="8bit"), 8e-4),
     "galore": Arm("GaLore r128, all weights", _galore(128), 2e-4),
     "galore-frozen": Arm("GaLore r128, 8-bit, embedding frozen", _low_rank(1, 128, "uniform", state_dtype="8bit"), 2e-4),
     "galore-64": Arm("GaLore r64, 8-bit, embedding frozen", _low_rank(1, 64, "uniform", state_dtype="8bit"), 4e-4),
-    "apollo-mini": Arm("APOLLO-Mini, embedding frozen", _apollo(scaled_by="tensor"), 1e-4),
-    "apollo": Arm("APOLLO r128, embedding frozen", _apollo(rank=128), 1e-4),
+    "apollo-mini": Arm("APOLLO-Mini, embedding frozen", _apollo(scaled_by="tensor"), 4e-4),
+    "apollo-mini-e": Arm(
+        "APOLLO-Mini, embedding too", _apollo(scaled_by="tensor", embedding="lowrank", gradients="update"), 4e-4
+    ),
+    "apollo-16-e": Arm(
+        "APOLLO r16, embedding too", _apollo(rank=16, embedding="lowrank", gradients="update"), 8e-4
+    ),
+    "apollo": Arm("APOLLO r128, embedding frozen", _apollo(rank=128), 4e-4),
     "gum-muon": Arm("GUM with Muon, a fifth of the blocks, r128, embedding frozen", _gum(0.2, 128, "muon"), 8e-4),
     "gum-muon-32": Arm(
         "GUM with Muon, a tenth of the blocks, r32, bf16 momentum, embedding frozen",
@@ -117,7 +133,7 @@ ARMS: dict[str, Arm] = {
     "gum-muon-32-e": Arm(
         "GUM with Muon, a tenth of the blocks, r32, bf16 momentum, embedding at low rank",
         _gum(0.1, 32, "muon", gradients="update", state_dtype="bfloat16", embedding="lowrank"),
-        8e-4,
+        1.6e-3,
     ),
     "gum-adamw": Arm("GUM with AdamW, a fifth of the blocks, r128, embedding frozen", _gum(0.2, 128, "adamw"), 4e-4),
 }  # fmt: skip

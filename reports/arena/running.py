@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def recipe_of(job: Job, size: Size, task: Task, work: Path, device: str) -> dict
             own["sampling"] = own["sampling"] | {"outliers": str(kept)}
     return {
         "model": str(task.base),
-        "output": str(work / f"run-{size.name}"),
+        "output": str(work / f"run-{size.name}-{os.getpid()}"),  # several processes may share the arms
         "seed": job.seed,
         "spectra": False,
         "data": {"train": str(task.train), "evaluation_share": 0},

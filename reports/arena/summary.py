@@ -19,18 +19,18 @@ REFERENCES = ("lora-32", "full")
 LEVEL = 0.05
 
 
-def summarise(runs: search.Runs, size: Size, memory: dict[str, float]) -> dict[str, Any]:
+def summarise(runs: search.Runs, size: Size, memory: dict[str, list[float]]) -> dict[str, Any]:
     """Every arm that has a run, with its differences to the references.
 
     Args:
         runs: runs of the size, of the base model among them.
         size: size of the study.
-        memory: predicted peak of each arm in MiB.
+        memory: what `predicted` returns.
     """
     base = next(run for run in runs if run["kind"] == "base")
     arms = [arm for arm in ARMS if search.best(runs, arm) is not None]
     at_best = {arm: _at_best(runs, arm) for arm in arms}
-    found = {arm: _arm(runs, arm, size, at_best[arm], base) | {"predicted_mib": memory.get(arm)} for arm in arms}
+    found = {arm: _arm(runs, arm, size, at_best[arm], base) | memory_of(memory[arm]) for arm in arms}
     for arm in arms:
         others = [other for other in REFERENCES if other in arms and other != arm]
         found[arm]["against"] = {other: difference(at_best[arm], at_best[other]) for other in others}
@@ -40,6 +40,11 @@ def summarise(runs: search.Runs, size: Size, memory: dict[str, float]) -> dict[s
         "device": next((run["device"] for run in runs if run["kind"] == "loss"), "cpu"),
         "arms": found,
     }
+
+
+def memory_of(found: list[float]) -> dict[str, float]:
+    """The two predictions of an arm by name."""
+    return {"predicted_mib": found[0], "without_checkpointing_mib": found[1]}
 
 
 def _at_best(runs: search.Runs, arm: str) -> dict[int, dict[str, Any]]:
@@ -95,27 +100,34 @@ def is_real(found: dict[str, Any]) -> bool:
     return all(found[key] is not None and found[key] < LEVEL for key in ("p_seeds", "p_records"))
 
 
-def predicted(size: Size, task: Task, arms: list[str], work: Path) -> dict[str, float]:
-    """Peak memory of each arm in MiB, as `htsr memory` predicts it at full sequences; kept in `work`."""
+def predicted(size: Size, task: Task, arms: list[str], work: Path) -> dict[str, list[float]]:
+    """Peak memory of each arm in MiB, as `htsr memory` predicts it at full sequences; kept in `work`.
+
+    Two numbers each: with checkpointed activations, which is TRL's default and changes no loss, and without.
+    """
     import yaml
 
     from htsr.finetune import read_recipe
     from htsr.finetuning.arguments import training_arguments
     from htsr.finetuning.memory import predicted_memory
 
-    kept = work / f"{size.name}-memory.json"
-    known: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
+    kept = work / f"{size.name}-plans.json"
+    known: dict[str, list[float]] = json.loads(kept.read_text()) if kept.exists() else {}
     found = {}
     for arm in arms:
-        recipe = recipe_of(Job("loss", arm, 1e-4), size, task, work, "cpu")
         key = json.dumps(ARMS[arm].recipe(size), sort_keys=True)
         if key not in known:
-            file = work / "predicted.yaml"
-            file.write_text(yaml.safe_dump(recipe))
-            read = read_recipe(str(file))
-            plan = predicted_memory(read, training_arguments(read))
-            assert plan is not None
-            known[key] = round(plan.total / 2**20, 1)
+            plans = []
+            for checkpointing in (True, False):
+                recipe = recipe_of(Job("loss", arm, 1e-4), size, task, work, "cpu")
+                recipe["training"]["gradient_checkpointing"] = checkpointing
+                file = work / "predicted.yaml"
+                file.write_text(yaml.safe_dump(recipe))
+                read = read_recipe(str(file))
+                plan = predicted_memory(read, training_arguments(read))
+                assert plan is not None
+                plans.append(round(plan.total / 2**20, 1))
+            known[key] = plans
             kept.write_text(json.dumps(known))
         found[arm] = known[key]
     return found
