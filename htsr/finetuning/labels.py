@@ -130,20 +130,39 @@ def check_tokenizer(name: str, tokenizer: Any, records: Sequence[Record], argume
 
 
 def check_tools(name: str, tokenizer: Any, records: Sequence[Record], say: Callable[[str], None]) -> None:
-    """Tell where the chat template leaves out the tools that records have, since the model is then not told of them.
+    """Tell where the chat template leaves out the tools that records have, and insist that it writes their calls.
+
+    Of tools that it leaves out the model is not told; in place of a call it would learn to say nothing.
 
     Args:
         name: name of the model, for the message.
         tokenizer: tokenizer of the model.
         records: records that were checked.
         say: function that is told.
+
+    Raises:
+        UsageError: calls are left out.
     """
+    calling = [(record, called) for record in records if (called := _called(record))]
+    lost = sum(any(call not in text_of(record, tokenizer) for call in called) for record, called in calling)
+    if lost:
+        raise UsageError(
+            f"tool_calls: the chat template of {name} does not write them, in {lost} of {len(calling)} records that "
+            "have some, and the model would learn to say nothing in their place: set training.chat_template_path to a "
+            "template that does"
+        )
     with_tools = [record for record in records if record.get("tools")]
     if with_tools:
         first = with_tools[0]
         without = {key: value for key, value in first.items() if key != "tools"}
         if text_of(first, tokenizer) == text_of(without, tokenizer):
             say(f"tools: the chat template of {name} does not write them, in {len(with_tools)} records that have some")
+
+
+def _called(record: Record) -> list[str]:
+    """Names of the functions that the turns of a chat call."""
+    turns = record.get("messages") or [*record["prompt"], *record["completion"]] if is_chat(record) else []
+    return [str(call["function"]["name"]) for turn in turns for call in turn.get("tool_calls") or ()]
 
 
 def _marks_answers(tokenizer: Any) -> bool:

@@ -5,6 +5,8 @@ import json
 import pytest
 import yaml
 
+from htsr.errors import UsageError
+from htsr.finetuning.labels import check_tools
 from htsr.finetuning.preview import preview
 from tests.transformer import llama, word_tokenizer
 
@@ -87,3 +89,18 @@ def found_sizes(records, tokenizer):
         else:
             sizes.append(len((record.get("text") or record["prompt"] + record["completion"]).split()) + 1)
     return sizes
+
+
+def test_a_template_that_writes_no_calls_is_refused_and_one_that_writes_no_tools_is_told():
+    tokenizer, told = word_tokenizer(), []
+    call = {"type": "function", "function": {"name": "w9", "arguments": {}}}
+    turns = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    records = [{"messages": turns, "tools": [{"name": "w9"}]}, {"messages": turns}, CHATS[0]]
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(UsageError, match="tool_calls: the chat template of m does not write them, in 2 of 2 records"):
+        check_tools("m", tokenizer, records, told.append)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ m.tool_calls or '' }}{% endfor %}"
+    check_tools("m", tokenizer, records, told.append)
+    assert told == ["tools: the chat template of m does not write them, in 1 records that have some"]
+    check_tools("m", tokenizer, [CHATS[0], {"text": "w5"}], told.append)
+    assert len(told) == 1
