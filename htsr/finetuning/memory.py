@@ -60,7 +60,7 @@ def setting_of(recipe: Recipe, arguments: Any, longest: int | None = None) -> di
             setting["embeddings"] = low_rank.embedding
         setting |= {"rank": low_rank.rank, "state_dtype": low_rank.state_dtype, "gradients": low_rank.gradients}
     if (gum := recipe.gum) is not None:
-        setting |= {"active_blocks": gum.active, "base": gum.base}
+        setting |= {"active_blocks": gum.active, "base": gum.base, "unit": gum.unit}
     if recipe.lora is not None:
         lora = recipe.lora
         setting |= {"rank": lora.rank, "targets": lora.targets, "modules_to_save": lora.modules_to_save}

@@ -256,7 +256,8 @@ class Gum:
     """Which blocks train outside of their subspaces now, see `GUM`; they are drawn anew with each subspace.
 
     Attributes:
-        active: number γ of blocks in each draw; of matrices as many as γ blocks have.
+        active: number γ of blocks in each draw; of matrices as many as γ blocks have, which may be larger ones: memory
+            is planned for the largest.
         unit: what is drawn: a ``block`` with all of its matrices, or each ``matrix`` for itself.
         base: what trains the matrices of the blocks.
         reweight: what is divided by the probability of being drawn, or of not being drawn.

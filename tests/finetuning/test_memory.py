@@ -5,7 +5,7 @@ import pytest
 import htsr
 from htsr.finetuning.arguments import training_arguments
 from htsr.finetuning.memory import predicted_memory
-from htsr.finetuning.recipe import Data, Lora, LowRank, Recipe, Sampling
+from htsr.finetuning.recipe import Data, Gum, Lora, LowRank, Recipe, Sampling
 from tests.transformer import llama
 
 pytest.importorskip("trl.trainer.sft_trainer")
@@ -46,5 +46,7 @@ def test_every_method_of_a_recipe_has_the_plan_of_its_own_settings(tmp_path, mon
     frozen = plan("galore", low_rank=LowRank(rank=8, embedding="freeze"))
     assert frozen == expected("galore", rank=8, embeddings="freeze")
     assert frozen != plan("galore", low_rank=LowRank(rank=8))
+    drawn = plan("gum", low_rank=LowRank(rank=8), gum=Gum(active=1, unit="matrix"))
+    assert drawn == expected("gum", rank=8, active_blocks=1, unit="matrix")
     low = plan("owlore", sampling=Sampling(active=1, embedding="lowrank"), low_rank=LowRank(rank=8))
     assert low == expected("owlore", active_blocks=1, embeddings="lowrank", rank=8)

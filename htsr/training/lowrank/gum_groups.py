@@ -75,10 +75,27 @@ def gum_groups(
     for parameter in low.pop("params"):
         name = names[parameter]
         index = blocks.index_of(name)
-        key = name if unit == "matrix" else index if index is not None else _outside(name)
+        key = unit_of(name, index, unit)
         weight = float(probabilities[index] if index is not None else 1 / len(blocks))
         units.setdefault(key, {"params": [], **low, "unit": len(units), "weight": weight})["params"].append(parameter)
     return [*units.values(), *rest]
+
+
+def unit_of(name: str, block: int | None, unit: Unit) -> str | int:
+    """What of the draws a matrix at low rank belongs to.
+
+    Args:
+        name: name of the parameter.
+        block: place of its block; None outside of the sampled blocks.
+        unit: what is drawn, ``block`` or ``matrix``.
+
+    Returns:
+        The name itself, the place of the block, or what stands for one: ``embedding and head``, a block of another
+        tower.
+    """
+    if unit == "matrix":
+        return name
+    return block if block is not None else _outside(name)
 
 
 def _outside(name: str) -> str:

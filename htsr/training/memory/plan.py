@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from htsr.training.lowrank.moments import StateDtype
     from htsr.training.lowrank.released import Gradients
     from htsr.training.lowrank.rounding import Rounding
+    from htsr.training.sampling.members import Unit
 
 TrainingMethod: TypeAlias = Literal["full", "lora", "qlora", "galore", "apollo", "gum", "lisa", "owlore"]
 Embeddings: TypeAlias = Literal["train", "lowrank", "freeze"]
@@ -47,6 +48,7 @@ class Setting:
         targets: which modules have adapters.
         modules_to_save: which modules train whole beside adapters.
         base: optimizer of the blocks' matrices under ``gum``.
+        unit: what ``gum`` draws.
     """
 
     method: TrainingMethod
@@ -64,6 +66,7 @@ class Setting:
     targets: str | tuple[str, ...] = "all-linear"
     modules_to_save: tuple[str, ...] = ()
     base: Base = "adamw"
+    unit: Unit = "block"
 
     @property
     def samples(self) -> bool:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from htsr.training.lowrank.moments import StateDtype
     from htsr.training.lowrank.released import Gradients
     from htsr.training.lowrank.rounding import Rounding
+    from htsr.training.sampling.members import Unit
 
 
 Source: TypeAlias = Union[str, "os.PathLike[str]", "torch.nn.Module"]
@@ -59,6 +60,7 @@ def predict_memory(
     modules_to_save: Sequence[str] = (),
     model_options: Mapping[str, Any] | None = None,
     base: Base = "adamw",
+    unit: Unit = "block",
     revision: str | None = None,
 ) -> MemoryPlan:
     """Peak memory of training a causal language model, without loading it.
@@ -69,7 +71,8 @@ def predict_memory(
         method: ``full``; ``lora`` and ``qlora`` on all linear layers of the blocks; ``galore`` and ``apollo``
             (`LowRankAdamW`), the latter with a projection that is not stored; ``lisa`` and ``owlore``: some blocks at a
             time, the latter at low rank; ``gum`` (`GUM`): some blocks at full rank at a time, the others at low rank.
-            The active blocks are taken to be the lowest, from which backward is longest.
+            The active blocks are taken to be the lowest, from which backward is longest; under ``gum`` those units of
+            the draws that take most: with embeddings ``lowrank`` embedding and head are one of them.
         batch: sequences per backward pass.
         sequence: tokens per sequence, all of them real.
         rank: rank of the adapters (8 by default), or dimension of the gradients' subspaces: 128 by default, under
@@ -97,6 +100,7 @@ def predict_memory(
         model_options: how transformers makes the model, as in a recipe: attn_implementation and attributes of the
             configuration; for a source that is read.
         base: what trains the matrices under ``gum``: ``adamw``, or ``muon`` with one moment.
+        unit: what ``gum`` draws: a ``block``, or each ``matrix`` for itself, as many as γ blocks have.
         revision: branch, tag or commit of a hub id.
 
     Returns:
@@ -132,6 +136,7 @@ def predict_memory(
         ("rounding", rounding, ROUNDINGS),
         ("frozen_weights", frozen_weights, get_args(FrozenWeights)),
         ("base", base, ("adamw", "muon")),
+        ("unit", unit, ("block", "matrix")),
     ):
         if value is not None and value not in known:
             raise UsageError(f"unknown {name} {value!r}: one of {', '.join(known)}")
@@ -145,8 +150,9 @@ def predict_memory(
         raise UsageError(f"frozen_weights={frozen_weights!r} is for {', '.join(STREAMED)}, not for {method}")
     if (targets != "all-linear" or modules_to_save) and method not in ("lora", "qlora"):
         raise UsageError(f"targets and modules_to_save are those of adapters, which {method} has not")
-    if base != "adamw" and method != "gum":
-        raise UsageError(f"base={base!r} is for gum, not for {method}")
+    for name, differs, value in (("base", base != "adamw", base), ("unit", unit != "block", unit)):
+        if differs and method != "gum":
+            raise UsageError(f"{name}={value!r} is for gum, not for {method}")
     if active_blocks is not None and method not in DRAWN:
         raise UsageError(f"active_blocks={active_blocks} is for {', '.join(DRAWN)}, not for {method}")
     given = rank
@@ -170,6 +176,7 @@ def predict_memory(
         targets=targets if isinstance(targets, str) else tuple(targets),
         modules_to_save=tuple(modules_to_save),
         base=base,
+        unit=unit,
     )
     from htsr.training.memory.simulation import simulate
 

@@ -20,6 +20,7 @@ from htsr.errors import SourceError, UsageError
 from htsr.matrices.blocks import find_blocks
 from htsr.training.lora_targets import module_options
 from htsr.training.lowrank.groups import is_low_rank
+from htsr.training.lowrank.gum_groups import unit_of
 from htsr.training.lowrank.moments import BLOCK
 from htsr.training.lowrank.rounding import NARROW
 from htsr.training.lowrank.subspace import OVERSAMPLING
@@ -274,16 +275,22 @@ def _is_low_rank(name: str, parameter: Tensor, setting: Setting) -> bool:
 
 
 def _drawn(label: str, model: Any, ranked: set[str], setting: Setting) -> set[str]:
-    """Names of the matrices that `GUM` trains at full rank while it has drawn the first blocks."""
+    """Names of the matrices that `GUM` trains at full rank while it has drawn the units that take most."""
     if setting.method != "gum":
         return set()
-    blocks = find_blocks(model)
-    places = {name: blocks.index_of(name) for name in ranked}
+    blocks, shapes = find_blocks(model), dict(model.named_parameters())
+    places = {name: blocks.index_of(name) for name in shapes if name in ranked}
     count = len({place for place in places.values() if place is not None})
     active = setting.active_blocks if setting.active_blocks is not None else min(2, count - 1)
     if not 1 <= active < count:
         raise UsageError(f"active_blocks is {active}, and is at least 1 and below the {count} blocks of {label}")
-    return {name for name, place in places.items() if place is not None and place < active}
+    units = {name: unit_of(name, place, setting.unit) for name, place in places.items()}
+    more: Counter[str | int] = Counter()
+    for name, unit in units.items():
+        more[unit] += shapes[name].numel() - _entries(shapes[name], "low", setting)
+    each = len(more) // len(blocks) if setting.unit == "matrix" else 1
+    largest = {unit for unit, _ in more.most_common(active * each)}
+    return {name for name, unit in units.items() if unit in largest}
 
 
 def _kind(ranked: bool, drawn: bool) -> Kind:

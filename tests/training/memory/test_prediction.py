@@ -129,6 +129,25 @@ def test_parts_are_what_arithmetic_says(folder):
     assert plans["owlore"].weights == plans["lisa"].weights == full.weights
 
 
+@pytest.mark.parametrize(
+    ("unit", "embeddings", "active"), [("block", "lowrank", 2), ("matrix", "train", 1), ("matrix", "lowrank", 1)]
+)
+def test_gum_is_planned_at_the_draw_that_takes_most(unit, embeddings, active):
+    """The largest moments of all draws of so many units, with one moment under Muon and two for what trains whole."""
+    sizes = {"hidden_size": 16, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 900}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, num_hidden_layers=3))
+    plan = predict_memory(
+        model, "gum", sequence=8, rank=4, base="muon", unit=unit, embeddings=embeddings, active_blocks=active
+    )
+    groups = htsr.gum_groups(model, 4, unit=unit, embeddings=embeddings == "lowrank")
+    units = [group["params"] for group in groups if "unit" in group]
+    whole = 2 * sum(p.numel() for group in groups if "unit" not in group for p in group["params"])
+    each = len(units) // 3 if unit == "matrix" else 1
+    low = [sum(4 * max(p.shape) for p in unit) for unit in units]
+    more = [sum(p.numel() for p in unit) - least for unit, least in zip(units, low, strict=True)]
+    assert plan.optimizer == 4 * (whole + sum(low) + sum(sorted(more)[-active * each :]))
+
+
 def test_what_rounding_keeps_is_of_the_narrow_weights_that_train(tmp_path):
     config = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 99}
     LlamaConfig(**config, num_hidden_layers=1).save_pretrained(tmp_path)
@@ -225,7 +244,7 @@ def test_sources(folder, tmp_path):
         (
             ["{folder}", "--method", "lora", "--embeddings", "freeze"],
             2,
-            "is for galore, apollo, lisa and owlore, not for lora",
+            "is for galore, apollo, gum, lisa and owlore, not for lora",
         ),
         (["{folder}", "--frozen-weights", "tape"], 2, "unknown frozen_weights 'tape': one of device, host, disk"),
         (["{folder}", "--method", "full", "--frozen-weights", "host"], 2, "is for lora, lisa, owlore, not for full"),
@@ -235,7 +254,7 @@ def test_sources(folder, tmp_path):
         (
             ["{folder}", "--method", "full", "--gradients", "update"],
             2,
-            "is for galore, apollo and owlore, not for full",
+            "is for galore, apollo, gum and owlore, not for full",
         ),
         (["{folder}", "--method", "galore", "--rank", "999999"], 2, "can have rank 999999: none has both sides larger"),
         (["{folder}", "--method", "lisa", "--active-blocks", "9"], 2, "active_blocks is 9, and {folder} has 4 blocks"),
