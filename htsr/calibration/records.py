@@ -153,8 +153,8 @@ def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Reco
 def mixed(parts: Sequence[Sequence[Record]], weights: Sequence[float | None], seed: int) -> list[Record]:
     """The records of several sources in one list.
 
-    Without weights they stand one source after the other. With weights each record is of a source that is drawn by
-    them, until every record of every source was taken at least once: the others begin again before that
+    Without weights each record of all sources is taken once, in an order drawn by the seed, so that the first ones
+    stand for all. With weights each record is of a source that is drawn by them, until every record of every source was taken at least once: the others begin again before that
     (`datasets.interleave_datasets`, ``all_exhausted``).
 
     Args:
@@ -171,8 +171,11 @@ def mixed(parts: Sequence[Sequence[Record]], weights: Sequence[float | None], se
         >>> len(mixed([few, many], [None, None], seed=0)), len(mixed([few, many], [1.0, 2.0], seed=0))
         (7, 9)
     """
+    if len(parts) == 1:
+        return list(parts[0])
     if all(weight is None for weight in weights):
-        return [record for part in parts for record in part]
+        every = [record for part in parts for record in part]
+        return random.Random(seed).sample(every, len(every))
     import datasets
 
     shares = probabilities(weights)

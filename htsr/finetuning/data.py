@@ -40,7 +40,8 @@ def training_records(
         SourceError: a source cannot be read, or the sources are of several forms.
     """
     data, sources = recipe.data, recipe.data.sources("train")
-    measured = [section.calibration_samples for section in (recipe.sampling, recipe.lora) if section is not None]
+    sections = (recipe.sampling, recipe.lora, recipe.gum)
+    measured = [section.calibration_samples for section in sections if section is not None]
     head = max(HEAD, *measured) if data.streaming else None
     skipped = data.evaluation_records or 0
     read = [_read(source, data, tokenizer, head and head + skipped) for source in sources]
@@ -64,9 +65,10 @@ def training_records(
     if data.evaluation:
         held = [_read(source, data, tokenizer, None) for source in data.sources("evaluation")]
         held_out = [record for part in merged(held) for record in part]
+    train = train[: data.limit]
     if not data.streaming:
         _tell_shares(sources, [left for left, _ in parts], train, say)
-        return train[: data.limit], held_out, None
+        return train, held_out, None
     say(
         f"streaming: what is checked and measured before training is so on the first {len(train)} records; the others "
         f"are read as training goes on, shuffled {BUFFER} at a time, and those of a source again when it has ended"

@@ -206,7 +206,10 @@ def test_names_of_fields(tmp_path, caplog):
 
 def test_weights_are_shares(tmp_path):
     parts = [[{"text": f"{name}{i}"} for i in range(size)] for name, size in (("a", 300), ("b", 20))]
-    assert mixed(parts, [None, None], seed=0) == parts[0] + parts[1]
+    plain = mixed(parts, [None, None], seed=0)
+    assert sorted(plain, key=str) == sorted(parts[0] + parts[1], key=str)
+    assert 0 < sum(record["text"].startswith("b") for record in plain[:100]) < 20  # any first ones stand for all
+    assert mixed(parts[:1], [None], seed=0) == parts[0]
     found = mixed(parts, [3.0, None], seed=1)
     assert {record["text"] for record in found} == {record["text"] for part in parts for record in part}
     share = sum(record["text"].startswith("a") for record in found) / len(found)

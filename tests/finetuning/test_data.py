@@ -94,6 +94,22 @@ def test_sources_are_mixed_and_nothing_held_out_is_trained_on(work, tmp_path):
         records_of(work, tmp_path, {"train": sources}, without)
 
 
+def test_a_limit_is_drawn_over_all_sources(work, tmp_path):
+    sources = [str(work / "alpaca.json"), str(work / "sharegpt.jsonl.gz")]
+    data = {"train": sources, "limit": 15, "evaluation_share": 0}
+    train, _, _, said = records_of(work, tmp_path, data)
+    of_alpaca = sum("w9" in record["messages"][0]["content"] for record in train)
+    assert len(train) == 15
+    assert 5 < of_alpaca < 15  # 20 and 10 records: 10 are expected
+    shares = [f"{sources[0]}: {of_alpaca} of 15 training", f"{sources[1]}: {15 - of_alpaca} of 15 training"]
+    assert said[-2:] == [f"{share} records" for share in shares]
+    weighted = [{"source": sources[0]}, {"source": sources[1], "weight": 8}]
+    train, _, _, said = records_of(work, tmp_path, data | {"train": weighted})
+    of_alpaca = sum("w9" in record["messages"][0]["content"] for record in train)
+    assert said[-2] == f"{sources[0]}: {of_alpaca} of 15 training records"
+    assert said[-1].startswith(f"{sources[1]}: {15 - of_alpaca} of 15 training records")
+
+
 def test_a_stream_begins_after_what_is_held_out_and_never_ends(work, tmp_path):
     data = {"train": str(work / "texts.csv"), "text_field": "body", "streaming": True, "evaluation_records": 5}
     train, held_out, stream, said = records_of(work, tmp_path, data)
