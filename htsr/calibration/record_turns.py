@@ -24,6 +24,7 @@ _ROLES = {
     "observation": "tool",
 }
 _ROLES |= {role: role for role in ("user", "assistant", "system", "tool", "developer")}
+_SPEAKERS = ("user", "assistant")
 _CALLS = ("function_call", "function-call")
 
 
@@ -36,10 +37,12 @@ def checked_turns(value: Any, key: str, *, of_sharegpt: bool = False) -> list[di
     Args:
         value: turns as they were read.
         key: name of the field that they are from, for the message.
-        of_sharegpt: whether roles are those of ShareGPT: human, gpt, system, function …
+        of_sharegpt: whether roles are those of ShareGPT: human, gpt, system, function … They are, too, where a turn has
+            from and value, or another word for user or assistant.
 
     Raises:
-        SourceError: a turn has no role or no content that is text, or a role of ShareGPT is unknown.
+        SourceError: a turn has no role or no content that is text, a role of ShareGPT is unknown, or role and from, or
+            content and value, say two things.
 
     Examples:
         >>> from htsr.calibration.record_turns import checked_turns
@@ -48,15 +51,33 @@ def checked_turns(value: Any, key: str, *, of_sharegpt: bool = False) -> list[di
     """
     if not isinstance(value, list) or not value:
         raise SourceError(f"{key} is a list of turns, not {kind_of(value) if value != [] else 'an empty one'}")
+    of_sharegpt = of_sharegpt or any(map(_is_of_sharegpt, value))  # which is found under messages, too
     return [_turn(turn, f"{key}[{i}]", of_sharegpt) for i, turn in enumerate(value)]
+
+
+def _is_of_sharegpt(turn: Any) -> bool:
+    """Whether a `turn` has from for its role, or a role that is another word for user or assistant."""
+    if not isinstance(turn, dict):
+        return False
+    role = turn.get("role")
+    if role is None:
+        return "from" in turn
+    return role not in _SPEAKERS and _role(role) in _SPEAKERS
+
+
+def _role(word: Any) -> Any:
+    return _ROLES.get(word.lower(), word) if isinstance(word, str) else word
 
 
 def _turn(value: Any, where: str, of_sharegpt: bool) -> dict[str, Any]:
     turn = {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else {}
-    for theirs, ours in (("from", "role"), ("value", "content")):  # of ShareGPT, which is found under messages, too
+    for theirs, ours in (("from", "role"), ("value", "content")):
         if theirs in turn and ours not in turn:
             turn[ours] = turn.pop(theirs)
-            of_sharegpt = True
+    if _role(turn.get("from")) in _ROLES.values() and _role(turn["from"]) != _role(turn["role"]):
+        raise SourceError(f"{where} has the role {turn['role']!r} and is from {turn['from']!r}: leave one of them")
+    if isinstance(turn.get("value"), str) and turn["value"] != turn["content"]:
+        raise SourceError(f"{where} has a content and another value: leave one of them")
     if not isinstance(turn.get("role"), str):
         raise SourceError(f"{where} is a turn with role and content, not {kind_of(value)}")
     if of_sharegpt:

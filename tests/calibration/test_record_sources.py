@@ -129,6 +129,15 @@ def test_conversations_are_messages(tmp_path):
     assert found["messages"][0]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
     path = write(tmp_path, "c.jsonl", [{"messages": [{"from": "human", "value": "a"}]}])
     assert read_records(path) == [{"messages": [{"role": "user", "content": "a"}]}]
+    roles = [("human", "user"), ("function_call", "assistant"), ("observation", "tool"), ("GPT", "assistant")]
+    spoken = [{"role": role, "content": json.dumps(call)} for role, _ in roles]
+    (found,) = read_records(write(tmp_path, "d.jsonl", [{"messages": spoken}]))
+    assert [turn["role"] for turn in found["messages"]] == [role for _, role in roles]
+    assert found["messages"][1] == turns[2]
+    own = [{"role": "user", "content": "a"}, {"role": "observation", "content": "b"}]  # of a template that knows it
+    assert read_records(write(tmp_path, "e.jsonl", [{"messages": own}])) == [{"messages": own}]
+    with pytest.raises(htsr.SourceError, match="a source of records is named ':train', which names nothing"):
+        read_records(":train")
 
 
 def test_instructions_are_turns_where_there_is_a_template():

@@ -115,6 +115,9 @@ def test_an_array_of_records(tmp_path):
     [
         ({"text": None}, "this one has text: null"),
         ({"conversations": [{"from": "alien", "value": "a"}]}, r"conversations\[0\] is from 'alien'; there are human"),
+        ({"messages": [TURN, {"role": "gpt", "content": "a"}, TURN | {"role": "alien"}]}, r"\[2\] is from 'alien'"),
+        ({"messages": [TURN | {"from": "gpt"}]}, r"messages\[0\] has the role 'user' and is from 'gpt': leave one"),
+        ({"messages": [TURN | {"value": "b"}]}, r"messages\[0\] has a content and another value: leave one of them"),
         ({"conversations": [{"from": "function_call", "value": "f()"}]}, "is a call of a function, in JSON with name"),
         ({"conversations": [{"from": "human", "value": "a"}], "system": ["b"]}, "system is a text, not a list"),
         ({"messages": [TURN], "chosen": "a", "rejected": "b"}, r"messages and chosen \+ rejected in one record"),
