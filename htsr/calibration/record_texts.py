@@ -11,6 +11,8 @@ from htsr.errors import SourceError, UsageError, reason_of
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_ANSWERS = ("content", "tool_calls", "reasoning_content", "thinking")  # an answer has one of them at least
+
 
 def for_model(record: Record, tokenizer: Any) -> Record:
     """A record in a form that depends on no tokenizer; all but instructions are so already.
@@ -163,6 +165,24 @@ def merged(sources: Sequence[Sequence[Record]]) -> list[list[Record]]:
     if set(kinds) == {"chat", "completion of turns"}:
         return [[as_messages(record) for record in records] for records in sources]
     raise SourceError(f"the sources are of several forms, {' and '.join(dict.fromkeys(kinds))}; one run is of one form")
+
+
+def is_unanswered(record: Record) -> bool:
+    """Whether there is nothing to learn in a checked `record` but to end: no text, no answer, or an empty one.
+
+    Args:
+        record: record of any form but preferences.
+
+    Examples:
+        >>> from htsr.calibration.record_texts import is_unanswered
+        >>> is_unanswered({"prompt": "1 + 1 =", "completion": ""}), is_unanswered({"text": "1 + 1 = 2"})
+        (True, False)
+    """
+    if not is_chat(record):
+        row = columns(record)
+        return not row.get("completion", row.get("text")).strip()
+    answers = [turn for turn in turns_of(record) if turn["role"] == "assistant"]
+    return not answers or not all(any(str(turn.get(key) or "").strip() for key in _ANSWERS) for turn in answers)
 
 
 def as_messages(record: Record) -> Record:

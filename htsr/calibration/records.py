@@ -154,8 +154,8 @@ def mixed(parts: Sequence[Sequence[Record]], weights: Sequence[float | None], se
     """The records of several sources in one list.
 
     Without weights each record of all sources is taken once, in an order drawn by the seed, so that the first ones
-    stand for all. With weights each record is of a source that is drawn by them, until every record of every source was taken at least once: the others begin again before that
-    (`datasets.interleave_datasets`, ``all_exhausted``).
+    stand for all. With weights each record is of a source that is drawn by them, until every record of every source
+    was taken at least once: the others begin again before that (`datasets.interleave_datasets`, ``all_exhausted``).
 
     Args:
         parts: records of each source.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -9,14 +11,17 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from htsr.calibration.record_forms import FOR_TEMPLATE, Names, Record, form_of, is_chat
-from htsr.calibration.record_texts import as_messages, columns, for_model, merged
+from htsr.calibration.record_texts import as_messages, columns, for_model, is_unanswered, merged, turns_of
 from htsr.calibration.records import Source, iterated, mixed, probabilities, read_records, split
 from htsr.errors import UsageError
+from htsr.ranks import is_first
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
     from htsr.finetuning.recipe import Data, Recipe
+
+logger = logging.getLogger(__name__)
 
 HEAD = 256  # records of each source that are looked at before a stream begins
 BUFFER = 1000  # records among which a stream is shuffled
@@ -42,7 +47,7 @@ def training_records(
     data, sources = recipe.data, recipe.data.sources("train")
     sections = (recipe.sampling, recipe.lora, recipe.gum)
     measured = [section.calibration_samples for section in sections if section is not None]
-    head = max(HEAD, *measured) if data.streaming else None
+    head = max([HEAD, *measured]) if data.streaming else None
     skipped = data.evaluation_records or 0
     read = [_read(source, data, tokenizer, head and head + skipped) for source in sources]
     forms = [records[0] for records in read]
@@ -58,7 +63,7 @@ def training_records(
         if short := [source.source for source, (left, _) in zip(sources, parts, strict=True) if not left]:
             raise UsageError(f"data.evaluation_records: {short[0]} has no more than {skipped} records")
     else:
-        share = 0.0 if data.evaluation else data.evaluation_share
+        share = 0.0 if data.evaluation else data.evaluation_share or 0.0
         parts = [split(records, share, recipe.seed) for records in read]
     train = mixed([left for left, _ in parts], weights, recipe.seed)
     held_out = [record for _, held in parts for record in held]
@@ -66,6 +71,7 @@ def training_records(
         held = [_read(source, data, tokenizer, None) for source in data.sources("evaluation")]
         held_out = [record for part in merged(held) for record in part]
     train = train[: data.limit]
+    _count_common(held_out, train)
     if not data.streaming:
         _tell_shares(sources, [left for left, _ in parts], train, say)
         return train, held_out, None
@@ -86,7 +92,31 @@ def _read(source: Source, data: Data, tokenizer: Any, limit: int | None) -> list
             "TRL's DPOTrainer trains on them, with the optimizers and callbacks of htsr; or name the answer to train "
             "on, as in data.columns: {chosen: completion, rejected: null}"
         )
-    return [for_model(record, tokenizer) for record in found]
+    records = [for_model(record, tokenizer) for record in found]
+    if (empty := sum(map(is_unanswered, records))) and is_first():
+        logger.warning(
+            "%s: %d of %d records have an empty text or answer, or none: they teach to end at once",
+            source.source,
+            empty,
+            len(records),
+        )
+    return records
+
+
+def _count_common(held_out: Sequence[Record], train: Sequence[Record]) -> None:
+    """Tell how many held-out records are trained on."""
+    trained = set(map(_written, train))
+    common = sum(_written(record) in trained for record in held_out)
+    if common and is_first():
+        logger.warning(
+            "data: %d of %d held-out records are trained on, too, and their loss tells nothing of others",
+            common,
+            len(held_out),
+        )
+
+
+def _written(record: Record) -> str:
+    return json.dumps(turns_of(record) if is_chat(record) else columns(record), sort_keys=True)
 
 
 def _tell_shares(

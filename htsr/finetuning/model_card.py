@@ -40,11 +40,12 @@ def model_card(recipe: Recipe, result: Result, comparison: Comparison | None) ->
         front.append(f"base_model: {recipe.model}")
     rates = recipe.layerwise if isinstance(recipe.layerwise, str) else f"`{json.dumps(dict(recipe.layerwise))}`"
     layerwise = "" if rates == "none" else f", layerwise learning rates by {rates}"
+    sources = ", ".join(f"`{source.source}`" for source in recipe.data.sources("train"))
     metrics = [(key.replace("_", " "), _number(value)) for key, value in result.metrics.items()]
     parts = [
         "\n".join([*front, "---"]),
         f"# {recipe.output.rstrip('/').rsplit('/', 1)[-1]}",
-        f"Fine-tuned from `{recipe.model}` on `{recipe.data.train}` by {_METHODS[recipe.method]}{layerwise}. "
+        f"Fine-tuned from `{recipe.model}` on {sources} by {_METHODS[recipe.method]}{layerwise}. "
         f"The seed of everything random, data order, draws and adapters, is {recipe.seed}.",
         "## Results\n\n" + _table(["metric", "value"], metrics),
         "## Settings\n\n" + _table(["key", "value"], _settings(recipe)),

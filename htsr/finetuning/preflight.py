@@ -45,7 +45,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PATHS = frozenset(
-    ("model", "output", "data.train", "data.evaluation", "data.multiple_choice", "sampling.outliers", "gum.outliers")
+    (
+        *("model", "output", "data.multiple_choice", "sampling.outliers", "gum.outliers"),
+        *("data.train", "data.train.source", "data.evaluation", "data.evaluation.source"),
+    )
 )  # each machine may have its own
 
 

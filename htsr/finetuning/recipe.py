@@ -64,9 +64,11 @@ class Data:
     Attributes:
         train: source of the training records, with ``text``, ``prompt`` and ``completion``, chat ``messages``,
             ShareGPT's ``conversations``, Alpaca's ``instruction`` and ``output``, or ``question``, ``choices`` and
-            ``answer``; or a list of sources, each also with ``source``, ``weight``, ``text_field`` and ``columns``.
+            ``answer``; or a list of sources. Each may be a section with ``source``, ``weight``, ``text_field`` and
+            ``columns``.
         evaluation: source of records for the evaluation loss, or a list of them.
         evaluation_share: share of the training records that is held out where there is no `evaluation`; 0 for none.
+            None is 0.05, and where training is `streaming` none: `evaluation_records` are held out there.
         evaluation_records: number of first records of each source that are held out where training is `streaming`.
         multiple_choice: source of questions whose accuracy is measured before and after.
         limit: largest number of training records, drawn by the seed.
@@ -79,9 +81,9 @@ class Data:
         UsageError: a number is out of its range, keys do not go together, or a name is none of ours.
     """
 
-    train: str | tuple[str | Source, ...]
-    evaluation: str | tuple[str | Source, ...] | None = None
-    evaluation_share: float = 0.05
+    train: str | Source | tuple[str | Source, ...]
+    evaluation: str | Source | tuple[str | Source, ...] | None = None
+    evaluation_share: float | None = None
     evaluation_records: int | None = None
     multiple_choice: str | None = None
     limit: int | None = None
@@ -91,8 +93,14 @@ class Data:
 
     def __post_init__(self) -> None:
         _at_least("data.", 1, limit=self.limit, evaluation_records=self.evaluation_records)
-        _between("data.", 0, 1, closed=True, evaluation_share=self.evaluation_share)
-        for key in ("train", "evaluation"):
+        if self.evaluation_share is None and not self.streaming:
+            object.__setattr__(self, "evaluation_share", 0.05)
+        _between("data.", 0, 1, closed=True, evaluation_share=self.evaluation_share or 0.0)
+        if self.streaming and self.evaluation_share:
+            raise UsageError(
+                "data.evaluation_share has no meaning with streaming: true, where evaluation_records are held out"
+            )
+        for key in ("train", "evaluation", "multiple_choice"):
             if getattr(self, key) in ((), ""):
                 raise UsageError(f"data.{key} is empty")
         if any(source.weight is not None for source in self.sources("evaluation")):

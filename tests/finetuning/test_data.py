@@ -110,6 +110,24 @@ def test_a_limit_is_drawn_over_all_sources(work, tmp_path):
     assert said[-1].startswith(f"{sources[1]}: {15 - of_alpaca} of 15 training records")
 
 
+def test_what_teaches_nothing_is_counted(work, tmp_path, caplog):
+    turns = [{"from": "human", "value": "w4"}, {"from": "gpt", "value": " "}]
+    records = [{"conversations": turns[:n]} for n in (1, 2)] + [
+        {"conversations": [turns[0], turns[1] | {"value": "w5"}]}
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(lines(records))
+    train, held_out, _, _ = records_of(work, tmp_path, {"train": {"source": str(path)}, "evaluation": str(path)})
+    assert len(train) == len(held_out) == 3
+    told = f"{path}: 2 of 3 records have an empty text or answer, or none: they teach to end at once"
+    common = "data: 3 of 3 held-out records are trained on, too, and their loss tells nothing of others"
+    assert caplog.messages == [told, told, common]
+    caplog.clear()
+    path.write_text(lines([{"instruction": "w4", "output": ""}, {"instruction": "w4", "output": "w5"}]))
+    records_of(work, tmp_path, {"train": str(path), "evaluation_share": 0})
+    assert caplog.messages == [told.replace("2 of 3", "1 of 2")]
+
+
 def test_a_stream_begins_after_what_is_held_out_and_never_ends(work, tmp_path):
     data = {"train": str(work / "texts.csv"), "text_field": "body", "streaming": True, "evaluation_records": 5}
     train, held_out, stream, said = records_of(work, tmp_path, data)
@@ -140,6 +158,11 @@ def test_a_stream_begins_after_what_is_held_out_and_never_ends(work, tmp_path):
     [
         ({"train": "a", "streaming": True, "limit": 5}, "data.limit has no meaning with streaming"),
         ({"train": ["a", "b"], "streaming": True}, "never comes to the end of a source: give several of them a weight"),
+        (
+            {"train": "a", "streaming": True, "evaluation_share": 0.5},
+            "data.evaluation_share has no meaning with stream",
+        ),
+        ({"train": "a", "multiple_choice": ""}, "data.multiple_choice is empty"),
         ({"train": "a", "evaluation_records": 5}, "data.evaluation_records is for streaming: true"),
         ({"train": "a", "streaming": True, "evaluation": "b", "evaluation_records": 5}, "no meaning beside data.eval"),
         ({"train": "a", "text_field": "b", "columns": {"c": "text"}}, "data.text_field and data.columns: where"),

@@ -62,7 +62,7 @@ def test_an_override_is_what_the_file_would_say(tmp_path):
         ("evaluation=a", "--set evaluation: unknown key evaluation; did you mean data.evaluation?"),
         ("sed=3", "--set sed: unknown key sed; did you mean seed?"),
         ("seed.a=3", "--set seed.a: seed is a value, and no section of keys"),
-        ("data.train.a=3", "--set data.train.a: data.train is a value"),
+        ("data.train.a=3", "--set data.train.a: data.train has no key a; there are source,"),
         ("seed", "--set seed: it is KEY=VALUE"),
         ("=3", "it is KEY=VALUE"),
         ("lora..rank=3", "it is KEY=VALUE"),
