@@ -180,7 +180,7 @@ def is_unanswered(record: Record) -> bool:
     """
     if not is_chat(record):
         row = columns(record)
-        return not row.get("completion", row.get("text")).strip()
+        return not str(row.get("completion", row.get("text"))).strip()
     answers = [turn for turn in turns_of(record) if turn["role"] == "assistant"]
     return not answers or not all(any(str(turn.get(key) or "").strip() for key in _ANSWERS) for turn in answers)
 
