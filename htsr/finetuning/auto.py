@@ -5,7 +5,7 @@ The candidates and their order are those of `reports/arena`: by the loss that ea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,8 @@ def choose(
 
     passed: list[str] = []
     for candidate in CANDIDATES:
-        recipe = _with(candidate, path, changes, overrides)
+        left: list[str] = []
+        recipe = _with(candidate, path, changes, overrides, left.append)
         check_options(recipe)
         found = planned(recipe, training_arguments(recipe), None, memory)
         if found is None:
@@ -97,7 +98,7 @@ def choose(
             return Choice(
                 recipe,
                 f"method auto: {told} is the first in the order of our comparison, reports/arena, that fits in "
-                f"{budget.size / 2**30:.2f} GiB ({budget.of}){others}",
+                f"{budget.size / 2**30:.2f} GiB ({budget.of}){others}" + "".join(f"; {sentence}" for sentence in left),
             )
         passed.append(told)
     raise UsageError(
@@ -107,11 +108,17 @@ def choose(
     )
 
 
-def _with(candidate: Candidate, path: str, changes: Mapping[str, Any] | None, overrides: Sequence[str]) -> Recipe:
+def _with(
+    candidate: Candidate,
+    path: str,
+    changes: Mapping[str, Any] | None,
+    overrides: Sequence[str],
+    say: Callable[[str], None],
+) -> Recipe:
     """The recipe with a candidate's method, and its settings where file and command line say nothing else."""
     of_others = {name for names in SECTIONS_OF.values() for name in names} - {*SECTIONS_OF[candidate.method]}
     mine = [text for text in overrides if text.partition("=")[0].partition(".")[0].strip() not in of_others]
-    content = read_contents(path, {**(changes or {}), "method": candidate.method}, mine)
+    content = read_contents(path, {**(changes or {}), "method": candidate.method}, mine, say)
     for section, settings in candidate.settings.items():
         given = content.get(section) or {}
         content[section] = settings | given if isinstance(given, dict) else given  # whose kind is refused

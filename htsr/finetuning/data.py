@@ -53,10 +53,7 @@ def training_records(
     forms = [records[0] for records in read]
     read = merged(read)
     if any(("messages" in a) != ("messages" in b[0]) for a, b in zip(forms, read, strict=True)):
-        say(
-            "data.train: some sources have messages, so all records are written as such, and every token has a label "
-            "unless training.assistant_only_loss is true"
-        )
+        say("data.train: some sources have messages, so all records are written as such")
     weights = [source.weight for source in sources]
     if data.streaming:
         parts = [(records[skipped:], records[:skipped]) for records in read]

@@ -72,6 +72,27 @@ def count_labels(records: Sequence[Record], tokenizer: Any, arguments: Any) -> L
     return Labels(len(records), cut, empty, labels, lost, highest)
 
 
+def tell_labels(
+    name: str, tokenizer: Any, records: Sequence[Record], arguments: Any, say: Callable[[str], None]
+) -> None:
+    """Say so where system prompts and questions of chats enter the loss, and how answers alone would.
+
+    Args:
+        name: name of the model, for the message.
+        tokenizer: tokenizer of the model.
+        records: training records in the form in which they are trained on.
+        arguments: arguments of TRL; assistant_only_loss is read.
+        say: function that is told.
+    """
+    if arguments.assistant_only_loss or not any("messages" in record for record in records):
+        return
+    lacking = f" once training.chat_template_path names a template with {{% generation %}}, which that of {name} lacks"
+    say(
+        "messages: every token has a label, those of system prompts and questions too; training.assistant_only_loss: "
+        "true leaves labels to the answers alone" + lacking * (not _marks_answers(tokenizer))
+    )
+
+
 def take_own(name: str, tokenizer: Any, arguments: Any) -> None:
     """Give a tokenizer the chat template and the end-of-text token that TRL's arguments name, as TRL will.
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,11 @@ from htsr.finetuning.labels import (
     check_vocabulary,
     count_labels,
     take_own,
+    tell_labels,
 )
 from htsr.finetuning.placing import is_to_be_sharded
 from htsr.finetuning.rates import check_rates, policy_of
-from htsr.finetuning.run_folder import leaves, plain
+from htsr.finetuning.run_folder import check_same_data, leaves, plain
 from htsr.finetuning.starts import start_of
 from htsr.matrices.blocks import find_blocks
 from htsr.ranks import Ranks
@@ -71,6 +73,12 @@ class Prepared:
     questions: list[Record]
     checkpoint: Checkpoint | None
     stream: IterableDataset | None = None
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """What `digest_of` says of the records, by what they are for."""
+        kinds = {"train": self.train, "held_out": self.held_out, "questions": self.questions}
+        return {name: digest_of(records) for name, records in kinds.items()}
 
     def training_set(self) -> Dataset | IterableDataset:
         """What TRL trains on."""
@@ -145,6 +153,7 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
     say(f"{'a stream of' if stream else len(train)} training records, {len(held_out)} held out{asked}")
     check_tokenizer(recipe.model, tokenizer, [*train, *held_out], arguments)
     check_tools(recipe.model, tokenizer, [*train, *held_out], say)
+    tell_labels(recipe.model, tokenizer, train, arguments, say)
     found = count_labels(train, tokenizer, arguments)
     check_labels(found, arguments, "training records")
     highest = found.highest
@@ -165,7 +174,10 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
         whole = _Whole()
         highest = max(highest, count_labels(questions, tokenizer, whole).highest)
     check_vocabulary(recipe.model, highest, int(config.get_text_config().vocab_size))
-    return Prepared(tokenizer, train, held_out, questions, checkpoint, stream)
+    prepared = Prepared(tokenizer, train, held_out, questions, checkpoint, stream)
+    if resume:
+        check_same_data(prepared.digests, output)
+    return prepared
 
 
 def _questions(data: Data) -> list[Record]:
@@ -175,6 +187,20 @@ def _questions(data: Data) -> list[Record]:
             f"data.multiple_choice: {data.multiple_choice} holds records without question, choices, answer"
         )
     return questions
+
+
+def digest_of(records: Sequence[Record]) -> str:
+    """How many `records` there are, and a digest of them in their order.
+
+    Examples:
+        >>> from htsr.finetuning.preflight import digest_of
+        >>> digest_of([{"text": "a"}])
+        '1 records with the digest 7c24616314d4c7dd'
+    """
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(record, sort_keys=True, default=str).encode("utf-8", "surrogatepass") + b"\n")
+    return f"{len(records)} records with the digest {digest.hexdigest()[:16]}"
 
 
 def agree(ranks: Ranks, recipe: Recipe, prepared: Prepared) -> None:
@@ -192,10 +218,7 @@ def agree(ranks: Ranks, recipe: Recipe, prepared: Prepared) -> None:
         return
     ranks.meet("htsr finetune")
     lines = [f"{key} {value}" for key, value in leaves(plain(recipe)) if key not in _PATHS]
-    for name in ("train", "held_out", "questions"):
-        records: list[Record] = getattr(prepared, name)
-        digest = hashlib.sha256(json.dumps(records, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
-        lines.append(f"{len(records)} records of {name} with the digest {digest.hexdigest()[:16]}")
+    lines += [f"{told} of {name}" for name, told in prepared.digests.items()]
     lines.append(f"checkpoint of step {prepared.checkpoint.step}" if prepared.checkpoint else "no checkpoint")
     if differ := ranks.difference(lines):
         raise UsageError(f"the processes do not train one run: {differ}")

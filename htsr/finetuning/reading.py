@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from htsr.errors import SourceError
 from htsr.finetuning.arguments import check_lora, check_training
 from htsr.finetuning.overrides import override, split_override
-from htsr.finetuning.recipe import SECTIONS_OF, Recipe
+from htsr.finetuning.recipe import SECTIONS_OF, Recipe, needed_by
 from htsr.finetuning.recipe_values import load_yaml, made
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -102,13 +105,21 @@ def recipe_of(content: Mapping[str, Any], path: str) -> Recipe:
     return recipe
 
 
-def read_contents(path: str, changes: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_contents(
+    path: str,
+    changes: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    say: Callable[[str], None] = logger.warning,
+) -> dict[str, Any]:
     """The keys and values of which `read_keys` makes a recipe, without defaults; those of `overrides` are known ones.
+
+    Where the method changes, what the file says for its own method and the new one does not need is left out.
 
     Args:
         path: path of the file, or a name.
         changes: top-level keys that replace the file's.
         overrides: any keys that replace the file's, as in ``training.learning_rate=1e-4``; values are YAML.
+        say: function that is told, in one sentence, which keys of the file are left out.
 
     Raises:
         SourceError: there is no such file, or it is no YAML.
@@ -122,11 +133,27 @@ def read_contents(path: str, changes: Mapping[str, Any] | None = None, overrides
         raise SourceError(f"{path} holds no keys and values")
     wanted = [split_override(text) for text in overrides]
     changes = {**(changes or {}), **{key: value for key, value in wanted if key == "method"}}
+    left: list[str] = []
+    if "method" in changes:
+        then = str(content.get("method", Recipe.method))
+        left = _of_another_method(content, then, str(changes["method"]))
+        content = {key: value for key, value in content.items() if key not in left}
     content |= changes
-    if "method" in changes:  # the file's sections may be those of another method
-        known = {section for sections in SECTIONS_OF.values() for section in sections}
-        mine = SECTIONS_OF.get(str(changes["method"]), ())
-        content = {key: value for key, value in content.items() if key not in known or key in mine}
     for key, value in wanted:
         override(content, key, value)
+    frozen = "frozen_weights"
+    if "method" in changes and frozen in content and frozen not in {*changes, *dict(wanted)}:
+        samples = "sampling" in needed_by(str(content["method"])) or content.get("sampling") is not None
+        if content[frozen] != "device" and (not samples or content["method"] == "qlora"):
+            left.append(frozen)
+            del content[frozen]
+    if left:
+        say(f"method {content['method']}: left out what the recipe says for the method {then}: {', '.join(left)}")
     return content
+
+
+def _of_another_method(content: Mapping[str, Any], then: str, method: str) -> list[str]:
+    """Sections of a recipe of the method `then` that `method` has not, or only where a recipe of its own asks."""
+    mine = {*needed_by(method), *({*SECTIONS_OF.get(method, ())} & {*SECTIONS_OF.get(then, ())} - {*needed_by(then)})}
+    known = {section for sections in SECTIONS_OF.values() for section in sections}
+    return [key for key in content if key in known - mine and content[key] is not None]

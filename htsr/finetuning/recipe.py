@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -39,6 +40,18 @@ SECTIONS_OF: Mapping[str, tuple[str, ...]] = {
 }
 USUAL_RATE = 2e-5  # SFTConfig's own, for whole matrices
 ADAPTER_RATE = 2e-4  # that of the guides of PEFT and TRL; adapters begin at ΔW = 0 and have far to go
+
+
+def needed_by(method: str) -> tuple[str, ...]:
+    """The sections that a recipe of `method` has whether it names them or not.
+
+    Examples:
+        >>> from htsr.finetuning.recipe import SECTIONS_OF, needed_by
+        >>> SECTIONS_OF["lora"], needed_by("lora")
+        (('lora', 'sampling'), ('lora',))
+    """
+    sections = SECTIONS_OF.get(method, ())
+    return tuple(section for section in sections if not (section == "sampling" and "lora" in sections))
 
 
 def _at_least(section: str, least: int, **values: int | None) -> None:
@@ -355,7 +368,7 @@ class Recipe:
 
     Attributes:
         model: folder, hub id, .gguf file, or ``package:MODULE/PATH``.
-        output: folder of the result.
+        output: folder of the result; ``~`` is the user's own.
         data: see `Data`.
         method: ``full``, ``lora``, ``qlora`` (LoRA over weights in 4 bits), ``lisa``, ``owlore``, ``galore``,
             ``apollo`` or ``gum``.
@@ -423,8 +436,7 @@ class Recipe:
         for section, make in (("sampling", Sampling), ("low_rank", LowRank), ("gum", Gum), ("lora", Lora)):
             if getattr(self, section) is not None and section not in wanted:
                 raise UsageError(f"the section {section} has no meaning for the method {self.method}")
-            needed = section in wanted and not ("lora" in wanted and section == "sampling")
-            if getattr(self, section) is None and needed:
+            if getattr(self, section) is None and section in needed_by(self.method):
                 object.__setattr__(self, section, make())
         if self.low_rank is not None:
             object.__setattr__(self, "low_rank", self.low_rank.filled(self.method))
@@ -434,6 +446,8 @@ class Recipe:
         for name in ("model", "output"):
             if not getattr(self, name).strip() or "\0" in getattr(self, name):
                 raise UsageError(f"{name} is empty")
+        # transformers expands its own copy, and a run has one folder
+        object.__setattr__(self, "output", os.path.expanduser(self.output))
         by_spectra = self.strategy in ("alpha", "erg", "snr")
         if not self.spectra and (by_spectra or (self.lora is not None and self.lora.score is not None)):
             section = "gum" if self.gum else "sampling"

@@ -10,10 +10,8 @@ asked and analyzed, and so is the untrained one, where the method needs no spect
 
 The folder of the result holds the model as plain transformers loads it (and LoRA's adapter under ``adapter``), a model
 card, ``results.json``, the recipe as ``recipe.yaml``, ``spectra_before.npz`` and ``spectra_after.npz``, ``spectra.csv``
-with their comparison and how far each matrix moved, ``outliers.json`` where blocks were drawn by outliers, and the
-checkpoints.
-with their comparison and how far each matrix moved, ``outliers.json`` where blocks were drawn by outliers, and the
-checkpoints.
+with their comparison and how far each matrix moved, ``outliers.json`` where blocks were drawn by outliers, a digest of
+the data in ``data.json``, and the checkpoints.
 """
 
 from __future__ import annotations
@@ -69,7 +67,7 @@ def finetune(
     """
     from transformers import set_seed
 
-    from htsr.finetuning.run_folder import begin_folder, check_output, check_same_run
+    from htsr.finetuning.run_folder import DATA, begin_folder, check_output, check_same_run, write_json
 
     output, voice = Path(recipe.output), Voice(say, show)
     check_output(output, resume)
@@ -94,6 +92,7 @@ def finetune(
     agree(ranks, recipe, prepared)
     repository = ranks.of_first(lambda: hub_repository(arguments))
     ranks.of_first(lambda: begin_folder(recipe, output, resume))
+    ranks.of_first(lambda: write_json(output / DATA, prepared.digests))
     set_seed(recipe.seed)
     metrics, losses, coverage = _train(recipe, arguments, prepared, output, ranks, voice)
     gc.collect()  # model, optimizer and trainer hold each other, and the saved model is loaded next

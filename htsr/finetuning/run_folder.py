@@ -16,9 +16,9 @@ from htsr.finetuning.recipe import USUAL_RATE, Recipe
 from htsr.finetuning.recipe_values import dump_yaml, load_yaml, made
 from htsr.finetuning.starts import START
 
-RECIPE, RESULTS = "recipe.yaml", "results.json"
+RECIPE, RESULTS, DATA = "recipe.yaml", "results.json", "data.json"
 _OLD_RECIPE = "recipe.json"  # of 0.2.0 and before
-PREPARED = (RECIPE, _OLD_RECIPE, "spectra_before.npz", "accuracy_before.json", "outliers.json", START)
+PREPARED = (RECIPE, DATA, _OLD_RECIPE, "spectra_before.npz", "accuracy_before.json", "outliers.json", START)
 _MAY_CHANGE = frozenset(  # neither of these changes a weight; the folder may have another name by now
     (
         "output",
@@ -99,6 +99,29 @@ def begin_folder(recipe: Recipe, output: Path, resume: bool) -> None:
         raise HtsrError(f"output: {output} cannot be made: {error.strerror}") from error
     with written(output / RECIPE) as temporary:
         temporary.write_text(resolved(recipe), encoding="utf-8")
+
+
+def check_same_data(found: Mapping[str, str], output: Path) -> None:
+    """Insist that the run in the folder `output` began with the data that was found, before it goes on.
+
+    Args:
+        found: what is found now: number and digest of the records by what they are for.
+        output: folder of the run; one of an older version says nothing of its data.
+
+    Raises:
+        UsageError: the data is other; all that differs is named.
+        SourceError: what the folder says of it cannot be read.
+    """
+    path = output / DATA
+    try:
+        then = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else dict(found)
+    except (OSError, ValueError, TypeError) as error:
+        raise SourceError(f"{path} cannot be read: {reason_of(error, path)}") from error
+    if changed := [f"{key}, {then.get(key)} and now {found[key]}" for key in found if then.get(key) != found[key]]:
+        raise UsageError(
+            f"{output} holds a run that began with other data, and --resume would mix the two: {'; '.join(changed)}. "
+            "Bring the data back, or name another output"
+        )
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,6 +1,7 @@
 """`htsr finetune --method auto`: the first of the candidates whose run fits, with what the recipe says itself."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -51,6 +52,14 @@ def test_the_first_that_fits_is_taken_with_what_the_recipe_says(recipe_file):
     other = choose(recipe_file, {"seed": 3}, ["lora.rank=5"], memory=2**40).recipe
     assert (other.seed, other.lora.rank) == (3, 5)
     assert read_recipe(recipe_file).method == "full"
+
+
+def test_what_the_recipe_says_for_its_own_method_is_none_of_a_candidates(recipe_file, tmp_path):
+    content = yaml.safe_load(Path(recipe_file).read_text()) | {"method": "owlore", "sampling": {"active": 2}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    choice = choose(str(tmp_path / "recipe.yaml"), memory=2**40)
+    assert (choice.recipe.method, choice.recipe.sampling) == ("lora", None)
+    assert "method lora: left out what the recipe says for the method owlore: sampling" in choice.why
 
 
 def test_where_none_fits_that_is_said_with_what_would_help(recipe_file, capsys):

@@ -87,8 +87,8 @@ def test_an_override_that_means_nothing_is_refused_with_its_key(tmp_path, overri
 
 def test_overrides_on_the_command_line(tmp_path, capsys):
     path = write(tmp_path, MINIMAL | {"output": str(tmp_path / "o")})
-    assert main(["finetune", "--config", path, "--set", "seed=1", "--set", "data.train=none.jsonl"]) == 1
-    assert "none.jsonl" in capsys.readouterr().err
+    assert main(["finetune", "--config", path, "--set", "seed=1", "--set", "model=nowhere"]) == 1
+    assert "nowhere" in capsys.readouterr().err
     assert main(["finetune", "--config", path, "--set", "lora.ranks=1"]) == 2
     assert capsys.readouterr().err == "htsr: --set lora.ranks: lora has no key ranks; did you mean rank?\n"
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,7 +234,7 @@ def test_a_start_that_failed_locks_nothing(tmp_path, model, monkeypatch):
         patched.setattr("htsr.finetuning.methods.prepare", lambda *_args, **_kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             finetune(recipe)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"spectra_before.npz", "recipe.yaml"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"recipe.yaml", "data.json"}
     (tmp_path / "run" / "spectra_before.npz").write_text("of another model")
     assert finetune(recipe).metrics["steps"] == 3
     with pytest.raises(htsr.UsageError, match="is not empty"):
@@ -372,6 +373,19 @@ def stopped(tmp_path_factory, model):
     return recipe
 
 
+def test_a_run_does_not_go_on_with_other_data(stopped, no_model):
+    path = Path(stopped.data.train)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[1:], lines[0]]))
+    try:
+        with pytest.raises(
+            htsr.UsageError, match=r"began with other data.*: train, 16 records .* and now 16 records .*"
+        ):
+            finetune(stopped, resume=True)
+    finally:
+        path.write_text("".join(lines))
+
+
 @pytest.mark.parametrize("how", ["cut", "empty", "gone"])
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
 def test_a_spoiled_checkpoint_is_named(tmp_path, stopped, no_model, name, how):
@@ -403,7 +417,10 @@ def test_an_end_of_text_and_a_chat_template_that_the_tokenizer_has_not(tmp_path)
         tmp_path, tmp_path / "model", CHAT,
         training={"eos_token": "</s>", "chat_template_path": str(tmp_path / "chat.jinja"), "max_steps": 1},
     )  # fmt: skip
-    assert finetune(recipe).metrics["steps"] == 1
+    said = []
+    assert finetune(recipe, say=said.append).metrics["steps"] == 1
+    (told,) = [sentence for sentence in said if sentence.startswith("messages: every token has a label")]
+    assert told.endswith("a template with {% generation %}, which that of " + f"{tmp_path / 'model'} lacks")
     assert (tmp_path / "run" / "chat_template.jinja").read_text() == TEMPLATE
     text = recipe_of(tmp_path, tmp_path / "model", SHORT, output=str(tmp_path / "text"), training={"eos_token": "</s>"})
     assert finetune(text).metrics["steps"] == 3

@@ -7,6 +7,7 @@ from htsr_cli.main import main
 
 import htsr
 from htsr.finetune import read_recipe
+from htsr.finetuning.arguments import training_arguments
 from htsr.finetuning.reading import FOLDER
 from tests.transformer import llama
 
@@ -183,6 +184,40 @@ def test_a_method_from_the_command_line_leaves_the_sections_of_others_out(tmp_pa
     path = write(tmp_path, MINIMAL | {"sampling": {"active": 3}, "low_rank": {"rank": 4}})
     recipe = read_recipe(path, {"method": "lisa", "output": "elsewhere"})
     assert (recipe.method, recipe.output, recipe.low_rank, recipe.sampling.active) == ("lisa", "elsewhere", None, 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "left", "active"),
+    [
+        ("lora", [], "sampling, low_rank, frozen_weights", None),
+        ("lora", ["sampling.active=3"], "sampling, low_rank", 3),
+        ("full", [], "sampling, low_rank, frozen_weights", None),
+        ("lisa", [], "low_rank", 2),
+    ],
+)
+def test_another_method_takes_nothing_of_a_recipe_that_it_does_not_need(caplog, method, overrides, left, active):
+    recipe = read_recipe("one_gpu_8gb", {"method": method}, overrides)
+    assert (recipe.sampling and recipe.sampling.active) == active
+    assert recipe.frozen_weights == ("host" if active else "device")
+    assert f"method {method}: left out what the recipe says for the method owlore: {left}\n" in caplog.text
+
+
+def test_sampled_adapters_stay_sampled_by_another_method_of_adapters(tmp_path, caplog):
+    path = write(tmp_path, MINIMAL | {"sampling": {"active": 3}})
+    assert [read_recipe(path, {"method": name}).sampling.active for name in ("lora", "qlora")] == [3, 3]
+    assert not caplog.text
+    with pytest.raises(htsr.UsageError, match="frozen_weights: host is for blocks that are sampled"):
+        read_recipe(path, {"method": "full", "frozen_weights": "host"})
+
+
+def test_the_output_of_a_user_is_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    path = write(tmp_path, MINIMAL | {"output": "~/runs/x"})
+    recipe = read_recipe(path, None, ["training.use_cpu=true"])
+    assert recipe.output == str(tmp_path / "runs/x")
+    assert training_arguments(recipe).output_dir == recipe.output
+    assert read_recipe(path, {"output": "~/y"}) == read_recipe(path, None, ["output=~/y"])
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
