@@ -7,6 +7,9 @@ from typing import Annotated
 import typer
 from htsr_cli.options import Device, Quiet, Revision, Seed, Verbose
 
+_GOES_ON = "goes on with what you write; text of several lines, such as headings, comes by a pipe"
+_AS_TRAINED = "; it has no chat template, and wants the text as it was trained, headings and line breaks included"
+
 
 def chat(
     model: Annotated[
@@ -26,7 +29,8 @@ def chat(
 ) -> None:
     """Talk with a model: line by line on a terminal; of a pipe all is one question.
 
-    A model without a chat template goes on with the text.
+    A model without a chat template goes on with the text, which is read as it is to its last line break: give it the
+    words with which it was trained, as printf '### Instruction:\\n…\\n\\n### Response:\\n' for records of Alpaca.
 
     For example:  [bold]echo 'What is a spectrum?' | htsr chat runs/first[/bold]
     """
@@ -57,11 +61,16 @@ def chat(
         sys.stdout.write("\n".join(map(visible, piece.split("\n"))))
         sys.stdout.flush()
 
-    if not interactive:
-        talk.answer(text.rstrip("\n"), tell)
+    def ask(text: str) -> None:
+        answered = talk.answer(text, tell)
         tell("\n")
+        if not answered.strip():
+            words.say(f"htsr: the answer is empty{'' if talk.has_template else _AS_TRAINED}")
+
+    if not interactive:
+        ask(text.removesuffix("\n") if talk.has_template else text)  # a turn ends by itself
         return
-    words.say(f"htsr: {model} {'answers' if talk.has_template else 'goes on with what you write'}; Ctrl-D ends")
+    words.say(f"htsr: {model} {'answers' if talk.has_template else _GOES_ON}; Ctrl-D ends")
     while True:
         try:
             text = input("> ")
@@ -70,7 +79,6 @@ def chat(
             return
         if text.strip():
             try:
-                talk.answer(text, tell)
+                ask(text)
             except UsageError as error:
                 words.say(f"htsr: {error}")
-            tell("\n")

@@ -27,6 +27,5 @@ def export(
     from htsr.finetuning.export import export_gguf
 
     words = Words(quiet, verbose)
-    words.say(f"htsr: converting {folder}; a large model takes minutes")
-    export_gguf(folder, gguf, outtype)
+    export_gguf(folder, gguf, outtype, lambda said: words.say(f"htsr: {said}"))
     words.say(f"htsr: the model is in {gguf}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from htsr.errors import HtsrError, UsageError
-from htsr.finetuning.budget import Budget, largest_batch
+from htsr.finetuning.budget import MOST, Budget, largest_batch
 from htsr.finetuning.memory import setting_of
 from htsr.finetuning.placing import is_to_be_sharded
 from htsr.finetuning.preflight import Prepared, check_sharding, prepare_data
@@ -46,7 +46,7 @@ class Check(Tabular):
     """What a recipe will do; None or empty where that could not be found out.
 
     Attributes:
-        recipe: keys and values of the recipe, every default filled in.
+        recipe: keys and values of the recipe, every default of htsr filled in; those of TRL are not.
         text: the same as YAML.
         refusals: what `htsr finetune` would refuse, in whole sentences.
         notes: what else it would say of the data.
@@ -59,6 +59,7 @@ class Check(Tabular):
         needed: bytes that the run needs, what its plan leaves out included.
         budget: bytes that there are, and where.
         largest_batch: largest per_device_train_batch_size with which the run fits; 0 where it does not fit at all.
+            `htsr.finetuning.budget.MOST` stands for that or more, as none that is larger is looked for.
         is_wrong_usage: whether one of the refusals is of what was asked for, and not of what was found.
     """
 
@@ -147,6 +148,8 @@ class Check(Tabular):
         rows = [("memory", f"{_gib(self.needed)} needed of {_gib(self.budget.size)} ({self.budget.of}): {fits}")]
         if self.largest_batch is not None:
             most = f"{self.largest_batch:,}" if self.largest_batch else "none: not even one sequence fits"
+            given = int(self.recipe["training"].get("per_device_train_batch_size", 0))
+            most += " or more" * (self.largest_batch >= max(MOST, given))  # none that is larger was looked for
             rows.append(("largest batch", f"{most} (training.per_device_train_batch_size)"))
         return rows
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from htsr.errors import HtsrError, MissingDependencyError, SourceError, UsageError, reason_of
@@ -17,13 +18,16 @@ SCRIPT, HOME = "convert_hf_to_gguf.py", "LLAMA_CPP"
 _ON_PATH = (SCRIPT, "llama-convert-hf-to-gguf", "convert-hf-to-gguf")  # of the source, and of Python packages
 
 
-def export_gguf(folder: str, file: Path, outtype: str = "auto") -> list[str]:
+def export_gguf(
+    folder: str, file: Path, outtype: str = "auto", say: Callable[[str], None] = lambda _: None
+) -> list[str]:
     """Write the model in `folder` to a GGUF `file`, whole or not at all, by llama.cpp's converter.
 
     Args:
         folder: folder of a model, as transformers loads it.
         file: file to write.
         outtype: type of the weights, as the converter names them: f32, f16, bf16, q8_0 …; ``auto`` for its own choice.
+        say: function that is told when the converter begins.
 
     Returns:
         The command that was run.
@@ -45,6 +49,7 @@ def export_gguf(folder: str, file: Path, outtype: str = "auto") -> list[str]:
     converter = find_converter()
     if converter is None:
         raise MissingDependencyError(_how_to(folder, file, outtype))
+    say(f"converting {folder}; a large model takes minutes")
     with written(file) as temporary:
         command = [*converter, str(place), "--outfile", str(temporary), "--outtype", outtype]
         try:

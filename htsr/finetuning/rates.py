@@ -78,6 +78,26 @@ def measures_by_epoch(layerwise: str | Mapping[str, Any]) -> bool:
     return layerwise.get(_BASE) == "tempbalance" and "interval" not in layerwise
 
 
+def rates_in_words(layerwise: str | Mapping[str, Any], learning_rate: float) -> str:
+    """The learning rates of a run: that of the recipe, and what `layerwise` makes of it.
+
+    Examples:
+        >>> from htsr.finetuning.rates import rates_in_words
+        >>> rates_in_words("none", 1e-3)
+        'learning rate 0.001'
+        >>> rates_in_words({"*.lora_B": 16}, 1e-3)
+        'learning rate 0.001, for *.lora_B × 16 = 0.016'
+    """
+    said = f"learning rate {learning_rate:g}"
+    if layerwise == "none":
+        return said
+    if isinstance(layerwise, str):
+        return f"{said}, layerwise {layerwise}"
+    if _has_fields(layerwise):
+        return f"{said}, layerwise {', '.join(f'{key} {value}' for key, value in layerwise.items())}"
+    return said + "".join(f", for {key} × {value:g} = {learning_rate * value:g}" for key, value in layerwise.items())
+
+
 def _has_fields(layerwise: str | Mapping[str, Any]) -> bool:
     """Whether these are a name or fields, and no multipliers by pattern."""
     return isinstance(layerwise, str) or not (_FIELDS - {"head"} | {_BASE}).isdisjoint(layerwise)

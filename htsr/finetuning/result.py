@@ -12,6 +12,7 @@ from htsr.finetuning.progress import clock
 from htsr.results import Column, Record, Table, Tabular
 from htsr.training.sampling.coverage import Coverage
 
+BY_NORM = 3  # of what moved, the first so many are by the norm, the others by α
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -149,11 +150,13 @@ def _time(left: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _moved(matrices: Sequence[Moved]) -> list[tuple[str, str]]:
     rows = []
-    for matrix in matrices:
-        words = [f"{100 * matrix.relative:.3g} % of its norm"] if matrix.relative is not None else []
+    for place, matrix in enumerate(matrices):
+        share = None if matrix.relative is None else f"{100 * matrix.relative:#.3g}".rstrip(".")
+        words = [f"{share} % of its norm"] if share is not None else []
         if matrix.alpha_before is not None and matrix.alpha_after is not None:
             words.append(f"α {matrix.alpha_before:.3f} → {matrix.alpha_after:.3f}")
-        rows.append((f"moved {matrix.name}", ", ".join(words)))
+        by = "moved most" if place < BY_NORM and share is not None else "α changed most"
+        rows.append((f"{by}: {matrix.name}", ", ".join(words)))
     return rows
 
 

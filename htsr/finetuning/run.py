@@ -115,6 +115,7 @@ def _train(
     from htsr.finetuning.memory import peak
     from htsr.finetuning.methods import prepare
     from htsr.finetuning.placing import how_loaded, load_placed
+    from htsr.finetuning.rates import rates_in_words
     from htsr.finetuning.saving import save_model
     from htsr.finetuning.stopping import best_step
     from htsr.finetuning.trainer import FinetuneTrainer
@@ -149,7 +150,8 @@ def _train(
         insist_on_labels(trainer.train_dataset)
     if checkpoint:
         voice.say(f"going on from {checkpoint.path.name}")
-    voice.say(f"training by {recipe.method}, learning rate {arguments.learning_rate:g}")
+    rates = rates_in_words(recipe.layerwise, arguments.learning_rate)
+    voice.say(f"training by {recipe.method}, {rates}")
     started = time.perf_counter()
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     seconds, steps = time.perf_counter() - (trainer.began or started), outcome.global_step

@@ -152,8 +152,9 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def resolved(recipe: Recipe) -> str:
-    """The `recipe` as YAML, each default filled in, from which `htsr.finetuning.reading.read_recipe` makes the same."""
-    heading = f"# a recipe of htsr finetune, every default filled in by htsr {__version__}\n"
+    """The `recipe` as YAML, our defaults filled in; `htsr.finetuning.reading.read_recipe` makes the same of it."""
+    heading = f"# a recipe of htsr finetune, every default of its own filled in by htsr {__version__};\n"
+    heading += "# what training does not name is as TRL's SFTConfig has it\n"
     return heading + dump_yaml(json.loads(json.dumps(_given(recipe), default=str)))
 
 

@@ -90,14 +90,13 @@ def write_reports(recipe: Recipe, result: Result, output: Path, comparison: Comp
     write_json(output / RESULTS, {"recipe": dataclasses.asdict(recipe), **dataclasses.asdict(result)})
 
 
-def most_moved(comparison: Comparison | None, count: int = 3) -> tuple[Moved, ...]:
-    """The matrices that moved most: `count` by the weights, then as many others by α.
+def most_moved(comparison: Comparison | None) -> tuple[Moved, ...]:
+    """The matrices that moved most: `BY_NORM` by the weights, then as many others by α.
 
     Args:
         comparison: the model before training beside the trained one; None for none.
-        count: number of matrices by each measure.
     """
-    from htsr.finetuning.result import Moved
+    from htsr.finetuning.result import BY_NORM, Moved
 
     if comparison is None:
         return ()
@@ -105,9 +104,9 @@ def most_moved(comparison: Comparison | None, count: int = 3) -> tuple[Moved, ..
         Moved(pair.name, pair.distance.relative if pair.distance else None, pair.a.alpha, pair.b.alpha)
         for pair in comparison.pairs
     ]
-    by_weights = sorted((row for row in rows if row.relative), key=lambda row: -(row.relative or 0.0))[:count]
+    by_weights = sorted((row for row in rows if row.relative), key=lambda row: -(row.relative or 0.0))[:BY_NORM]
     others = [row for row in rows if row not in by_weights and _change(row)]
-    return (*by_weights, *sorted(others, key=_change, reverse=True)[:count])
+    return (*by_weights, *sorted(others, key=_change, reverse=True)[:BY_NORM])
 
 
 def _change(row: Moved) -> float:

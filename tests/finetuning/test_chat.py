@@ -70,6 +70,22 @@ def test_a_pipe_is_one_question(folder, monkeypatch, capsys):
         assert sentence in err
 
 
+def test_a_text_is_read_as_it_is_and_an_answer_of_nothing_is_told(folder, monkeypatch, capsys):
+    read = []
+    monkeypatch.setattr("htsr.finetuning.chat.Chat.answer", lambda _, text, tell: read.append(text) or "")
+    headed = "### Instruction:\nw5\n\n### Response:\n"  # training ends the prompt by this line break
+    code, out, err = piped(monkeypatch, capsys, headed, folder / "plain")
+    assert (code, out, read.pop()) == (0, "\n", headed)
+    assert "the answer is empty" in err
+    assert "no chat template" in err
+    code, out, err = piped(
+        monkeypatch, capsys, "w5\n\n", folder / "turns"
+    )  # of echo, whose line break is not the turn's
+    assert (code, out, read.pop()) == (0, "\n", "w5\n")
+    assert "the answer is empty" in err
+    assert "no chat template" not in err
+
+
 def test_turns_are_remembered_until_they_are_too_long(folder, monkeypatch, capsys):
     said = iter(["w5", "", "w6 w7"])
     monkeypatch.setattr(sys, "stdin", io.StringIO())
@@ -115,7 +131,8 @@ def test_the_converter_is_found_and_writes_whole_or_not_at_all(folder, tmp_path,
     export = ["export", plain, "--gguf", str(file)]
     assert main([*export, "--outtype", "f16"]) == 1  # the commands, to be copied
     command = f"python llama.cpp/convert_hf_to_gguf.py {plain} --outfile {file} --outtype f16"
-    assert command in capsys.readouterr().err.splitlines()
+    assert command in (err := capsys.readouterr().err).splitlines()
+    assert "converting" not in err  # nothing does
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin" / "convert_hf_to_gguf.py"
     script.write_text(CONVERTER.format(python=sys.executable))

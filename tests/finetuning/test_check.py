@@ -80,6 +80,8 @@ def test_all_refusals_are_told_and_the_rest_is_found_all_the_same(work, tmp_path
     assert found["memory"]["total"] == sum(found["memory"][part] for part in htsr_parts())
     row = found["rows"][0]
     assert (row["budget_bytes"], row["budget_of"], row["largest_batch"]) == (800_000_000, "--memory", MOST)
+    assert main(["finetune", "--config", path, "--check", "--memory", "800MB"]) == 2
+    assert "1,024 or more" in capsys.readouterr().out
     data = {"train": str(work / "train.jsonl")}
     (tmp_path / "run" / "something").unlink()
     path = recipe_file(work, tmp_path / "recipe.yaml", data=data, model="no/model")

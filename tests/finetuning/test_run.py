@@ -388,9 +388,11 @@ def test_report_of_a_run(work, tmp_path, capsys, monkeypatch):
     told = json.loads((folder / "results.json").read_text())
     most = table.relative.nlargest(3)
     assert [(m["name"], m["relative"]) for m in told["moved"][:3]] == list(most.items())
-    assert f"moved {most.index[0]}" in out
+    assert out.count("moved most: ") == 3
+    assert f"moved most: {most.index[0]}" in out
     alphas = table.alpha_delta.abs().drop(most.index).nlargest(3)
     assert {m["name"] for m in told["moved"][3:]} == set(alphas[alphas > 0].index)
+    assert out.count("α changed most: ") == len(told["moved"]) - 3
     assert {"before_eval_loss", "predicted_mib", "peak_mib", "seconds"} <= results.keys()
     assert results["before_accuracy"] != results["accuracy"] or results["before_eval_loss"] > results["eval_loss"]
     assert [step for step, _ in told["losses"]] == [1, 2, 4, 6]
