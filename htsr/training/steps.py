@@ -37,6 +37,17 @@ def skipped_by_scaler(optimizer: Any) -> bool:
     return found is not None and bool(found.item())
 
 
+def scale_of_running_step() -> float:
+    """The factor that gradients had during backward: that of the GradScaler whose call the running step is, else 1."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
+        if isinstance(caller, torch.amp.GradScaler):
+            return float(caller.get_scale()) if caller.is_enabled() else 1.0
+        frame = frame.f_back
+    return 1.0
+
+
 def is_captured() -> bool:
     """Whether what runs now is captured into a CUDA graph, which will repeat it with the numbers of this moment."""
     begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

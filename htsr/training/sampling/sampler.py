@@ -39,11 +39,11 @@ from htsr.training.sampling.freezing import (
     set_up_anew,
     stop_input_gradients,
 )
-from htsr.training.sampling.gradient_norms import GradientNorms, insist_on_whole_gradients
+from htsr.training.sampling.gradient_norms import GradientNorms, after_backward, insist_on_whole_gradients
 from htsr.training.sampling.members import Unit, members_of, trainable, what_else_trains
 from htsr.training.sampling.probabilities import Scores, Strategy
 from htsr.training.sampling.states import FrozenState, MemberStates
-from htsr.training.steps import skipped_by_scaler
+from htsr.training.steps import scale_of_running_step, skipped_by_scaler
 
 if TYPE_CHECKING:
     import torch
@@ -90,8 +90,8 @@ class LayerSampler:
             trains beside them, such as a vision tower, is named in the log.
         strategy: ``owlore`` and ``reverse`` (outliers), ``uniform`` (LISA), ``alpha``, ``erg`` and ``snr`` (all three
             by an analysis), ``increase``, ``decrease`` (with depth), ``gradient_norm`` (MISA: by the gradients that
-            members have had, for gradients that are kept, and not sharded), or the probabilities themselves; see
-            `block_probabilities` and `matrix_probabilities`.
+            members have had, before clipping, for gradients that are kept, and not sharded), or the probabilities
+            themselves; see `block_probabilities` and `matrix_probabilities`.
         scores: the `Outliers` or the `Analysis` that the strategy needs.
         active: number γ of blocks that train at a time, or of blocks whose parameters the drawn matrices have.
         interval: number K of optimizer steps between draws.
@@ -286,6 +286,9 @@ class LayerSampler:
             self._stopped = stop_input_gradients(self.model)
         for optimizer in given:
             self._watch(optimizer)
+        if self._norms is not None:
+            own = [parameter.requires_grad_() for members in parameters for parameter in members]
+            self._handles += after_backward(own, self._see_gradients)
         if _KEY in given[0].param_groups[0]:
             self.load_state_dict(given[0].param_groups[0][_KEY])
         else:
@@ -445,7 +448,11 @@ class LayerSampler:
             self._insist_on_updates()
         self._steps += 1
         if self._norms is not None:
-            self._norms.note(self._parameters, self._active)
+            if self._norms.has_seen:
+                self._norms.note(scale_of_running_step())
+            else:  # gradients that came from no backward pass
+                self._see_gradients()
+                self._norms.note()
         if self._steps % self.interval == 0:
             if self._norms is not None:
                 self._expected = self._expected + self._draws.inclusion()
@@ -458,6 +465,10 @@ class LayerSampler:
             set_up_anew(self.model, {name for i in set(self._active) - set(before) for name in self._members[i]})
         else:
             self._write_state()
+
+    def _see_gradients(self) -> None:
+        if self._norms is not None:
+            self._norms.see(self._parameters, self._active)
 
     def _apply(self) -> None:
         frozen = [p for index, own in enumerate(self._parameters) if index not in self._active for p in own]

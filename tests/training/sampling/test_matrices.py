@@ -115,7 +115,7 @@ def test_gradient_norms_are_those_that_the_drawn_matrices_had():
         drawn, seen = sampler.active, []
         for tokens in batches(8)[start : start + 2]:
             loss_of(model, tokens).backward()
-            gradients = [[p.grad for p in own] for own in (sampler._parameters[i] for i in drawn)]
+            gradients = [[p.grad for p in own if p.ndim > 1] for own in (sampler._parameters[i] for i in drawn)]
             seen.append([torch.cat([g.flatten() for g in own]).square().mean().sqrt().item() for own in gradients])
             optimizer.step()
             optimizer.zero_grad()
@@ -127,6 +127,51 @@ def test_gradient_norms_are_those_that_the_drawn_matrices_had():
     assert len(set(sampler.probabilities.round(6))) > 4
     rows = sampler.coverage()
     assert sum(row.expected for row in rows) == pytest.approx(sum(row.intervals for row in rows), rel=0.3)
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_clipping_accumulation_and_a_scaler_change_no_gradient_norm(fused):
+    tokens = batches(6)
+
+    def estimates(clipped, parts=1, scaler=None):
+        model = llama(2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=fused if scaler else None)
+        sampler = sampler_of(model, "gradient_norm")
+        sampler.attach(optimizer)
+        for batch in tokens:
+            for part in batch.chunk(parts):
+                loss = loss_of(model, part) / parts
+                (scaler.scale(loss) if scaler else loss).backward()
+            if scaler and clipped:
+                scaler.unscale_(optimizer)
+            if clipped:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-4)
+            if scaler:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+        return sampler._norms.estimates
+
+    whole = estimates(False)
+    assert (whole > 0).sum() > 3
+    np.testing.assert_allclose(estimates(True), whole, rtol=1e-6)
+    np.testing.assert_allclose(estimates(True, parts=2), whole, rtol=1e-4)
+    for clipped in (False, True):  # with a scale that grows
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
+        np.testing.assert_allclose(estimates(clipped, scaler=scaler), whole, rtol=1e-4)
+
+
+def test_norms_of_a_block_do_not_count_beside_its_matrix_and_gradients_without_backward_do():
+    model = llama(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sampler = sampler_of(model, "gradient_norm", active=1, interval=1)
+    sampler.attach(optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0 if parameter.ndim > 1 else 1000.0)
+    optimizer.step()
+    np.testing.assert_allclose(sampler._norms.estimates[sampler._norms.estimates > 0], 3.0)
 
 
 def test_scores_are_those_of_the_matrix():
