@@ -164,7 +164,9 @@ def test_the_defaults_of_recipes_are_as_the_table_has_them():
     found = 0
     for cell in rows:
         for section, name, value in re.findall(r"`(sampling|low_rank)\.(\w+)`: ([\w.]+)", cell):
-            assert value == text(getattr({"sampling": Sampling(), "low_rank": LowRank()}[section], name)), name
+            assert value == text(
+                getattr({"sampling": Sampling(), "low_rank": LowRank().filled("galore")}[section], name)
+            ), name
             found += 1
     assert found == 8
 

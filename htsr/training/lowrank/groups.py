@@ -93,6 +93,18 @@ def low_rank_groups(
     return [group for group in groups if group["params"]]
 
 
+def fill_group(group: dict[str, Any]) -> None:
+    """Put the values of GaLore, APOLLO or APOLLO-Mini where a group of `LowRankAdamW` has None.
+
+    Args:
+        group: parameter group with all options.
+    """
+    if group["scale"] is None:
+        group["scale"] = 128**0.5 if group["scaled_by"] == "tensor" else 1.0
+    if group["method"] is None:
+        group["method"] = "randomized" if group["scaled_by"] is None else "random"
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Refuse a group of `LowRankAdamW` with an option without meaning.
 

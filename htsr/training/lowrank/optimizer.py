@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 from htsr.errors import UsageError
 from htsr.training.lowrank import sealing
-from htsr.training.lowrank.groups import check_group
+from htsr.training.lowrank.groups import check_group, fill_group
 from htsr.training.lowrank.moments import StateDtype
 from htsr.training.lowrank.projection import coordinates, insist_on_finite, is_due, refuse_capture, without_autocast
 from htsr.training.lowrank.released import Gradients, ReleasedGradient, release_in_backward
@@ -61,11 +61,12 @@ class LowRankAdamW(torch.optim.Optimizer):
         betas: decay rates of the two moments.
         eps: number that is added to the root of the second moment, after its bias correction.
         weight_decay: decoupled weight decay, W ← (1 - lr·weight_decay)·W.
-        scale: factor of the low-rank updates, α in the paper, which takes 0.25: here no
-            more than a factor of their learning rate, without that of the decay.
+        scale: factor of the low-rank updates, α in GaLore's paper, which takes 0.25: here no more than a factor of
+            their learning rate, without that of the decay. None is 1, and √128 where `scaled_by` is ``tensor``.
         refresh_every: optimizer steps from one projector to the next, T in the paper.
         method: method of the projector: ``randomized`` subspace iteration, exact ``svd``, or, under `scaled_by`, a
-            ``random`` projection, which is made of its seed at each step and not stored.
+            ``random`` projection, which is made of its seed at each step and not stored. None is ``random`` under
+            `scaled_by`, and ``randomized`` otherwise.
         moments: what becomes of the moments at a refresh: ``keep`` them as they are (the paper) or ``rotate`` them into
             the new subspace.
         state_dtype: dtype of the moments: ``float32``, ``bfloat16``, or ``8bit`` (bitsandbytes). The projector has the
@@ -84,10 +85,10 @@ class LowRankAdamW(torch.optim.Optimizer):
         process_group: processes with copies of the model, over which the optimizer averages what ``project`` and
             ``update`` release too early for DDP: run backward on the bare module or under ``no_sync()``.
         scaled_by: None for GaLore; ``channel`` or ``tensor`` for APOLLO: the update is the whole gradient times Adam's
-            ‖D‖/‖R‖ of each channel (APOLLO) or of the matrix (APOLLO-Mini). The paper takes `method` ``random``, with
-            `scale` 1 and a rank of a quarter of the smaller side or 256, and for ``tensor`` rank 1 and `scale` √128
-            (of the authors' code, whose ``scale`` is the square of ours, 1 and 128). Norms are of each matrix of a
-            stack. `gradients` are kept or used up, since the whole gradient is needed.
+            ‖D‖/‖R‖ of each channel (APOLLO) or of the matrix (APOLLO-Mini). What None stands for in `method` and
+            `scale` is the paper's (the authors' code has the square of our scale, 1 and 128); the rank, which each
+            group names, is there a quarter of the smaller side or 256, and for ``tensor`` 1. Norms are of each matrix
+            of a stack. `gradients` are kept or used up, since the whole gradient is needed.
         rounding: what becomes of that part of a weight which bfloat16 or float16 cannot hold. ``stochastic`` draws one
             of the two neighbours, so that the expectation of the weight is what was computed, and takes no memory;
             ``kahan`` adds it to the next update (2 bytes a weight, ``compensation`` in the state); ``master`` keeps the
@@ -128,9 +129,9 @@ class LowRankAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        scale: float = 1.0,
+        scale: float | None = None,
         refresh_every: int = 200,
-        method: Method = "randomized",
+        method: Method | None = None,
         moments: Literal["keep", "rotate"] = "keep",
         state_dtype: StateDtype = "float32",
         seed: int = 0,
@@ -174,6 +175,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             UsageError: an option has no meaning, or a group with a rank holds anything but matrices.
         """
         super().add_param_group(param_group)
+        fill_group(self.param_groups[-1])
         check_group(self.param_groups[-1])
         self._places.clear()
         self._hook()

@@ -129,6 +129,15 @@ def test_the_limiter_lets_an_update_grow_by_a_hundredth():
     np.testing.assert_allclose(np.array(lengths[1:]) / np.array(lengths[:-1]), 1.01, rtol=1e-6)
 
 
+@pytest.mark.parametrize("in_group", [False, True])
+def test_what_is_not_named_is_what_the_method_takes(in_group):
+    for by, method, scale in ((None, "randomized", 1), ("channel", "random", 1), ("tensor", "random", math.sqrt(128))):
+        own = {"scaled_by": by}
+        made = LowRankAdamW(groups(parameters(), 1, **(own if in_group else {})), **({} if in_group else own))
+        low = next(group for group in made.param_groups if group["rank"])
+        assert (low["method"], low["scale"]) == (method, scale)
+
+
 def test_what_has_no_meaning_is_refused():
     for options, sentence in (
         ({"scaled_by": "row"}, "unknown scaled_by 'row': one of None, channel, tensor"),
