@@ -207,8 +207,13 @@ def memory(name: str, methods: list[str] | None, options: dict[str, Any], words:
             mine["frozen_weights"] = "device"
         if len(asked) > 1 and method in METHODS and method not in DRAWN:
             mine["active_blocks"] = None
-        with words.of_others():
-            plans.append(predict_memory(name, method, **mine))
+        try:
+            with words.of_others():
+                plans.append(predict_memory(name, method, **mine))
+        except UsageError as error:
+            if methods or method != "gum":  # what the others take is no fault: a model of one block has none to draw
+                raise
+            words.say(f"htsr: gum is left out: {error}")
     stay = [method for method in asked if method not in STREAMED]
     if stay and options["frozen_weights"] != "device":
         words.say(f"htsr: the weights of {', '.join(stay)} are on the device: --frozen-weights is for sampled blocks")

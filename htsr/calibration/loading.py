@@ -132,12 +132,14 @@ def load_model(
     import transformers
 
     with _located(name, revision) as (folder, more):
+        if four_bit:
+            _insist_on_four_bits(name, more)
         config = load_config(name, revision=revision, causal=causal, options=options)
         how: dict[str, Any] = {**more, "dtype": dtype or "auto", "output_loading_info": True}
         if options:
             how |= {"config": config, CODE: is_own_code(config)}
         if four_bit:
-            how["quantization_config"] = _four_bit(name, dtype or config.dtype, more)
+            how["quantization_config"] = _four_bit(dtype or config.dtype)
         kind: Any = transformers.AutoModelForCausalLM
         if not causal and "gguf_file" not in more:  # that format holds language models, and does not name their class
             kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
@@ -156,13 +158,16 @@ def load_model(
     return model  # type: ignore[no-any-return]
 
 
-def _four_bit(name: str, dtype: torch.dtype | None, more: dict[str, Any]) -> Any:
-    from transformers import BitsAndBytesConfig
-
+def _insist_on_four_bits(name: str, more: dict[str, Any]) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingDependencyError("weights in 4 bits need bitsandbytes: pip install bitsandbytes")
     if "gguf_file" in more:
         raise SourceError(f"{name} is GGUF, which transformers does not quantise anew: convert it to safetensors first")
+
+
+def _four_bit(dtype: torch.dtype | None) -> Any:
+    from transformers import BitsAndBytesConfig
+
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

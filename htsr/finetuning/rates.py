@@ -72,7 +72,11 @@ def policy_of(layerwise: str | Mapping[str, Any], *, epoch_steps: int | None = N
 
 
 def measures_by_epoch(layerwise: str | Mapping[str, Any]) -> bool:
-    """Whether the policy's interval is an epoch: that of ``tempbalance`` where no other is given."""
+    """Whether the policy's interval is an epoch: that of ``tempbalance`` where no other is given.
+
+    Args:
+        layerwise: what the recipe's key says.
+    """
     if isinstance(layerwise, str):
         return layerwise == "tempbalance"
     return layerwise.get(_BASE) == "tempbalance" and "interval" not in layerwise

@@ -46,7 +46,11 @@ _PASSES = 100  # over the data, after which EVA's directions will not settle
 
 
 def start_of(lora: Lora | None) -> str | None:
-    """The start of new adapters that is more than a draw: pissa, olora, eva, corda, lora_ga, loftq; None for others."""
+    """The start of new adapters that is more than a draw: pissa, olora, eva, corda, lora_ga, loftq; None for others.
+
+    Args:
+        lora: section of the recipe; None where there are no adapters.
+    """
     wanted = None if lora is None else lora.options.get("init_lora_weights", True)
     return wanted if isinstance(wanted, str) and wanted not in ("gaussian", "orthogonal", "mica") else None
 
@@ -57,7 +61,11 @@ def changes_weights(start: str | None) -> bool:
 
 
 def with_configs(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of ``LoraConfig`` with the configurations inside them made of their keys."""
+    """Options of ``LoraConfig`` with the configurations inside them made of their keys.
+
+    Args:
+        options: options as the recipe has them.
+    """
     from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
 
     kinds: dict[str, Any] = {"eva_config": EvaConfig, "corda_config": CordaConfig, "lora_ga_config": LoraGAConfig}
@@ -72,7 +80,7 @@ class Start:
     """Adapters as training begins.
 
     Attributes:
-        tensors: A₀ and B₀ by PEFT's names, float32, in host memory.
+        tensors: A₀ (r, inputs) and B₀ (outputs, r) by PEFT's names, float32, in host memory.
         targets: names of the adapted modules.
         ranks: ranks that are not the usual one, by name.
         alphas: lora_alpha that is not the usual one, by name.
@@ -193,9 +201,12 @@ def for_stored_weights(
     trained whole.
 
     Args:
-        trained: tensors of the trained adapter by PEFT's names.
+        trained: tensors of the trained adapter by PEFT's names, A (r, inputs) and B (outputs, r) among them.
         start: how it began.
         config: its ``LoraConfig``.
+
+    Returns:
+        The tensors, A (2r, inputs) and B (outputs, 2r), and the configuration.
     """
     import torch
 

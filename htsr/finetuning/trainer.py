@@ -220,10 +220,20 @@ class FinetuneTrainer(SFTTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[no-untyped-call]
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """Make no repository: `htsr.finetuning.publishing` has made it."""
+        """Make no repository: `htsr.finetuning.publishing` has made it.
+
+        Args:
+            args: positional arguments of the Trainer's method.
+            kwargs: keyword arguments of the Trainer's method.
+        """
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Push nothing: what is pushed is the whole result, in the end."""
+        """Push nothing: what is pushed is the whole result, in the end.
+
+        Args:
+            args: positional arguments of the Trainer's method.
+            kwargs: keyword arguments of the Trainer's method.
+        """
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing yet: htsr writes its own card at the end."""

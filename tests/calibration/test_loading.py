@@ -72,7 +72,7 @@ def test_gguf_becomes_plain_floats_that_can_be_saved_and_trained(tmp_path, rando
 
 def test_four_bits(tmp_path):
     pytest.importorskip("bitsandbytes")
-    (tmp_path / "some.gguf").touch()
+    (tmp_path / "some.gguf").write_bytes(b"GGUF")
     with pytest.raises(htsr.SourceError, match=r"some\.gguf is GGUF, which transformers does not quantise anew"):
         load_model(str(tmp_path / "some.gguf"), causal=True, four_bit=True)
 

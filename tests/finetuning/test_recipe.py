@@ -149,7 +149,7 @@ def test_layerwise_rates_of_what_trains(tmp_path):
     for more in ({"layerwise": {"*.lora_B": 16}}, {"method": "lisa", "layerwise": {"attn.*": 2, "head": 1.5}}):
         assert read_recipe(write(tmp_path, MINIMAL | more)).layerwise == more["layerwise"]
     ends = {"layerwise": {"score": None, "embeddings": 5}}
-    for more in ({"method": "full"}, {"lora": {"options": {"modules_to_save": ["lm_head"]}}}):
+    for more in ({"method": "full"}, {"lora": {"modules_to_save": ["lm_head"]}}):
         assert read_recipe(write(tmp_path, MINIMAL | ends | more)).layerwise == ends["layerwise"]
     for more in ({"method": "galore"}, {"method": "lisa", "sampling": {"embedding": "train"}}):
         assert read_recipe(write(tmp_path, MINIMAL | more | {"layerwise": "ends"})).layerwise == "ends"
