@@ -286,6 +286,9 @@ class Gum:
         threshold: τ of the outlier distribution.
         outliers: file from `htsr outliers`; without it outliers are measured on the training data.
         calibration_samples: number of training records on which they are measured.
+
+    Raises:
+        UsageError: a number is out of its range, or the strategy has no meaning here.
     """
 
     active: int = 2
