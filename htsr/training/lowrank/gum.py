@@ -26,7 +26,7 @@ from htsr.training.lowrank import muon
 from htsr.training.lowrank.moments import StateDtype
 from htsr.training.lowrank.optimizer import LowRankAdamW
 from htsr.training.lowrank.projection import basis
-from htsr.training.lowrank.released import Gradients
+from htsr.training.lowrank.released import Gradients, ReleasedGradient
 from htsr.training.lowrank.rounding import STATE, Rounding
 from htsr.training.lowrank.subspace import Method, add_projected_back, local, project, projects_right
 from htsr.training.lowrank.update import Group, Pending
@@ -153,14 +153,23 @@ class GUM(LowRankAdamW):
         self._units()
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group.
+        """Add a group, which counts the optimizer's steps as those that are there.
 
         Args:
             param_group: group as torch takes it; with the key ``rank`` it has ``unit``, too.
 
         Raises:
-            UsageError: an option has no meaning, or a group with a rank holds anything but matrices.
+            UsageError: an option has no meaning, a group with a rank holds anything but matrices, or it is added while
+                a draw holds, which is of the units that were there.
         """
+        if self.param_groups and "steps" not in param_group:
+            steps = self.param_groups[0]["steps"]
+            if param_group.get("rank") is not None and self._is_amid_a_draw():
+                raise UsageError(
+                    f"a group with a rank is added after {steps} steps, amid those of one draw: add it after a "
+                    "multiple of refresh_every steps, before backward"
+                )
+            param_group["steps"] = steps
         super().add_param_group(param_group)
         _check_group(self.param_groups[-1])
         self._weights = None
@@ -216,6 +225,27 @@ class GUM(LowRankAdamW):
         units, weights = self._units()
         place, active = units.index(group["unit"]), group["active"]
         return place in _draw(group["seed"], _period(group), weights, active), _inclusion(weights, active)[place]
+
+    def _is_amid_a_draw(self) -> bool:
+        ranked = [group for group in self.param_groups if group["rank"] is not None]
+        if any(group["steps"] % group["refresh_every"] for group in ranked):
+            return True
+        gradients = (parameter.grad for group in ranked for parameter in group["params"])
+        return any(isinstance(gradient, ReleasedGradient) and not gradient.spent for gradient in gradients)
+
+    def _one(self, group: Group, parameter: Tensor, *others: Any) -> Pending:
+        one = super()._one(group, parameter, *others)
+        if group["rank"] is None or group["rank"] >= min(parameter.shape[-2:]):
+            return one
+        held = one.R.R if isinstance(one.R, ReleasedGradient) else one.state.get("exp_avg")
+        is_drawn, _ = self._drawn_with(group)
+        if held is not None and is_drawn != (held.shape == parameter.shape):
+            raise UsageError(
+                f"unit {group['unit']} {'is' if is_drawn else 'is not'} drawn now, and was otherwise when the draw "
+                "that holds began: active, seed, refresh_every and weights change after a multiple of refresh_every "
+                "steps, before backward"
+            )
+        return one
 
     def _is_due(self, one: Pending) -> bool:
         return "exp_avg" not in one.state

@@ -202,6 +202,44 @@ def test_draws_are_those_of_the_layer_sampler_and_only_drawn_blocks_have_full_st
     assert seen == {0, 1, 2}
 
 
+def moments_of_full_size(optimizer):
+    states = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"] if p.ndim == 2]
+    return sum("exp_avg" in s and 3 not in s["exp_avg"].shape for s in states)
+
+
+def test_a_group_that_is_added_is_drawn_with_the_others():
+    parameters, gradients = matrices(), [matrices(seed=s) for s in range(20)]
+    *first, last = units(parameters, [1, 1, 1, 1])
+    optimizer = GUM(first, active=1, refresh_every=5)
+    steps_with(optimizer, [step[:3] for step in gradients[:3]])
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4))]})
+    with pytest.raises(UsageError, match="after 3 steps, amid those of one draw"):
+        optimizer.add_param_group(dict(last))
+    assert len(optimizer.param_groups) == 4
+    steps_with(optimizer, [[*step[:3], torch.ones(4)] for step in gradients[3:5]])
+    optimizer.add_param_group(last)
+    assert {group["steps"] for group in optimizer.param_groups} == {5}
+    drawn = set()
+    for step in gradients:
+        steps_with(optimizer, [[*step[:3], torch.ones(4), step[3]]])
+        drawn |= optimizer.drawn
+        assert moments_of_full_size(optimizer) == (optimizer.param_groups[0]["steps"] % 5 != 0)
+    assert 3 in drawn
+
+
+@pytest.mark.parametrize("mode", ["keep", "project", "update"])
+def test_what_would_change_a_draw_that_holds_is_refused_before_anything_is_updated(mode):
+    model, optimizer = start(mode)
+    train(model, optimizer, 1)
+    before = [p.detach().clone() for p in model.parameters()]
+    for group in optimizer.param_groups:
+        group["active"] = 2
+    with pytest.raises(UsageError, match="is drawn now, and was otherwise"):
+        train(model, optimizer, 1, start=1)
+    if mode != "update":  # which updates during backward, one by one
+        assert all(map(torch.equal, before, model.parameters()))
+
+
 def test_units_of_a_model():
     model = make(blocks=3)
     by_matrix = gum_groups(model, 4, unit="matrix", strategy=[1, 1, 2], embeddings=True)
