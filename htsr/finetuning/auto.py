@@ -97,7 +97,7 @@ def choose(
             others = f"; {', '.join(passed)} would not fit" if passed else ""
             return Choice(
                 recipe,
-                f"method auto: {told} is the first in the order of our comparison, reports/arena, that fits in "
+                f"method auto: {told} is the first in our order for pre-trained models, by reports/arena, that fits in "
                 f"{budget.size / 2**30:.2f} GiB ({budget.of}){others}" + "".join(f"; {sentence}" for sentence in left),
             )
         passed.append(told)
