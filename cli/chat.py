@@ -29,8 +29,9 @@ def chat(
 ) -> None:
     """Talk with a model: line by line on a terminal; of a pipe all is one question.
 
-    A model without a chat template goes on with the text, which is read as it is to its last line break: give it the
-    words with which it was trained, as printf '### Instruction:\\n…\\n\\n### Response:\\n' for records of Alpaca.
+    A model without a chat template goes on with the text as it is, its last line break included.
+
+    After records of Alpaca it wants their headings: printf '### Instruction:\\n…\\n\\n### Response:\\n' | htsr chat …
 
     For example:  [bold]echo 'What is a spectrum?' | htsr chat runs/first[/bold]
     """
