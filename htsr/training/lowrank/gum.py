@@ -58,6 +58,10 @@ class GUM(LowRankAdamW):
     probability to be among those drawn; AdamW as a base; Nesterov's momentum as in torch.optim.Muon, which the paper
     writes without (``nesterov=False``); and what `LowRankAdamW` brings along.
 
+    A gradient's norm is that of its parts before they are divided, under ``gradients="project"`` and in
+    `clip_grad_norm_`; torch's ``clip_grad_norm_`` under ``keep`` sees the whole gradients, whose norm is larger. A
+    clipped gradient is not unbiased.
+
     Groups without a rank are trained by AdamW, as those of `LowRankAdamW`.
 
     Args:
@@ -252,27 +256,29 @@ class GUM(LowRankAdamW):
 
     def _coordinates(self, one: Pending, *, anew: bool, checked: bool, keeps: bool = True) -> Tensor:
         P = basis(one, self._average, anew=anew, checked=checked, keeps=keeps)
-        is_drawn, q = self._drawn_with(one.group)
-        weighted = one.group["reweight"] == "gradient"
-        if is_drawn:
-            return complement(one.R, P, 1 / q if weighted else 1.0)
-        R = project(one.R, P)
-        return R.mul_(1 / (1 - q)) if weighted else R
+        is_drawn, _ = self._drawn_with(one.group)
+        return complement(one.R, P) if is_drawn else project(one.R, P)
 
     def _projected(self, one: Pending, steps: bool = True) -> Pending:
-        one, group = super()._projected(one, steps), one.group
-        if group["rank"] is None:
+        one = super()._projected(one, steps)
+        if one.group["rank"] is None or not self._drawn_with(one.group)[0]:
             return one
-        is_drawn, q = self._drawn_with(group)
-        if group["reweight"] == "update":
-            lr, scale, decay = one.constants.lr, one.constants.scale, one.constants.weight_decay
-            changed = {"lr": lr / q, "weight_decay": decay * q} if is_drawn else {"scale": scale / (1 - q)}
-            one = one._replace(constants=one.constants._replace(**changed))
-        return one._replace(group=group | {"rank": None}) if is_drawn else one  # its state has the size of the matrix
+        return one._replace(group=one.group | {"rank": None})  # its state has the size of the matrix
+
+    def _reweighted(self, one: Pending) -> Pending:
+        """With what is divided by q or 1 - q; after clipping, so that a norm is of the gradient's parts as they are."""
+        is_drawn, q = self._drawn_with(one.group)
+        if one.group["reweight"] == "gradient":
+            local(one.R).mul_(1 / q if is_drawn else 1 / (1 - q))
+            return one
+        lr, scale, decay = one.constants.lr, one.constants.scale, one.constants.weight_decay
+        changed = {"lr": lr / q, "weight_decay": decay * q} if is_drawn else {"scale": scale / (1 - q)}
+        return one._replace(constants=one.constants._replace(**changed))
 
     def _update(self, pending: Iterable[Pending]) -> None:
         def others() -> Iterable[Pending]:
             for one in pending:
+                one = self._reweighted(one) if "projector" in one.state else one
                 if one.group["base"] == "muon" and "projector" in one.state:
                     muon.update(one)
                 else:
@@ -297,13 +303,12 @@ class GUM(LowRankAdamW):
         super()._end_step()
 
 
-def complement(G: Tensor, P: Tensor, factor: float = 1.0) -> Tensor:
-    """What of a gradient lies outside of its subspace, times a factor: factor·(G - G·P·Pᵀ) or factor·(G - P·Pᵀ·G).
+def complement(G: Tensor, P: Tensor) -> Tensor:
+    """What of a gradient lies outside of its subspace: G - G·P·Pᵀ or G - P·Pᵀ·G.
 
     Args:
         G: (m, n) gradient, or (E, m, n) stack.
         P: (min(m, n), r) basis from `projector`, or a stack of them.
-        factor: factor of the result.
 
     Returns:
         The shape and dtype of G, in memory of its own.
@@ -316,7 +321,7 @@ def complement(G: Tensor, P: Tensor, factor: float = 1.0) -> Tensor:
                 [0., 4.]])
     """
     R, out = project(G, P), G.clone()
-    add_projected_back(local(out), local(R), local(P), projects_right(G.shape), kept=factor, factor=-factor)
+    add_projected_back(local(out), local(R), local(P), projects_right(G.shape), kept=1.0, factor=-1.0)
     return out
 
 

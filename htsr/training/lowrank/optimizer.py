@@ -317,8 +317,8 @@ class LowRankAdamW(torch.optim.Optimizer):
                 if self._optimizer_step_pre_hooks:
                     raise UsageError("step hooks do not act on updates during backward; take gradients='project'")
                 one = self._projected(one)
-                self._update([one])
                 released.used = torch.linalg.vector_norm(one.R if one.G is None else one.G)
+                self._update([one])
         released.spent = False
 
     def __getstate__(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from htsr.training.lowrank.muon import orthogonalised
 from htsr.training.lowrank.subspace import project_back
 from htsr.training.sampling.sampler import LayerSampler
 from tests.reference import gum as reference
-from tests.training.lowrank.test_optimizer import make, same, train
+from tests.training.lowrank.test_optimizer import batch, loss_of, make, same, train
 
 SHAPES = [(12, 8), (8, 12), (8, 8), (12, 8)]
 
@@ -63,7 +63,8 @@ def test_the_gradient_that_is_used_has_the_gradient_as_its_expectation(weights, 
         optimizer = GUM(units(parameters, weights), method="svd", active=2)
         for parameter, G in zip(parameters, gradients, strict=True):
             parameter.grad = G.detach().clone()
-        for one, total in zip(map(optimizer._projected, optimizer._pending()), expected, strict=True):
+        used = (optimizer._reweighted(optimizer._projected(one)) for one in optimizer._pending())
+        for one, total in zip(used, expected, strict=True):
             assert (one.number in drawn) == (one.R.shape == total.shape)
             back = one.R if one.number in drawn else project_back(one.R, one.state["projector"], total.shape)
             total += probability * back
@@ -238,6 +239,24 @@ def test_what_would_change_a_draw_that_holds_is_refused_before_anything_is_updat
         train(model, optimizer, 1, start=1)
     if mode != "update":  # which updates during backward, one by one
         assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("mode", ["project", "update"])
+def test_the_norm_of_released_gradients_is_that_of_their_parts_before_they_are_divided(mode):
+    norms = []
+    for gradients in (mode, "keep"):
+        model, optimizer = start(gradients, torch.float64)
+        for step in range(4):
+            loss_of(model, batch(step)).backward()
+            if gradients == "keep":
+                norms.append(optimizer.clip_grad_norm_(1e9))
+                whole = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+                assert 0.5 * whole < norms[-1] < whole
+            else:
+                norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf")))
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(norms[:4], norms[4:], rtol=1e-6, atol=0)
 
 
 def test_units_of_a_model():
