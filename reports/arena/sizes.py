@@ -181,7 +181,7 @@ def _train_base(size: Size, texts: list[str], folder: Path) -> None:
 
     vocabulary = 2048 if size.name != "quick" else 300
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=corpus._tokenizer(texts, vocabulary), eos_token=corpus.END, pad_token=corpus.END
+        tokenizer_object=corpus.tokenizer_of(texts, vocabulary), eos_token=corpus.END, pad_token=corpus.END
     )
     ids = torch.tensor(tokenizer("".join(texts))["input_ids"])
     torch.manual_seed(0)

@@ -200,7 +200,7 @@ def test_a_stream_is_shared_by_the_processes(work):
 def test_ranks_that_have_read_other_records_are_refused(work):
     said = {json.loads((work / f"{rank}.json").read_text())["refused"] for rank in range(2)}
     assert len(said) == 1
-    assert said.pop().startswith("the processes do not train one run: 2 records of train with the digest")
+    assert said.pop().startswith("the processes do not train one run: 2 records with the digest")
 
 
 def test_a_run_is_not_resumed_by_another_number_of_processes(work, tmp_path):
