@@ -85,6 +85,10 @@ def measures_by_epoch(layerwise: str | Mapping[str, Any]) -> bool:
 def rates_in_words(layerwise: str | Mapping[str, Any], learning_rate: float) -> str:
     """The learning rates of a run: that of the recipe, and what `layerwise` makes of it.
 
+    Args:
+        layerwise: what the recipe's key says.
+        learning_rate: learning rate of the recipe.
+
     Examples:
         >>> from htsr.finetuning.rates import rates_in_words
         >>> rates_in_words("none", 1e-3)

@@ -187,7 +187,8 @@ class MemoryPlans(Tabular):
         rows.append(("trained", *(_millions(record["trainable"]) for record in records)))
         columns = (Column(f"{unit} at the peak", text=True), *(Column(record["method"]) for record in records))
         tones = (*[""] * len(PARTS), "total", *["aside"] * (len(rows) - len(PARTS) - 1))
-        return (Table(columns, tuple(rows), tones=tones),)
+        spare = ("lisa", "qlora") if len(self.plans) > 6 else ()  # more than 80 characters hold
+        return (Table(columns, tuple(rows), tones=tones, spare=spare, elsewhere="--method names those to show"),)
 
 
 def _millions(parameters: int) -> str:

@@ -141,7 +141,7 @@ def after_backward(parameters: Iterable[torch.Tensor], function: Callable[[], No
     Gradients are whole then: added up over the passes so far, and averaged by DDP.
 
     Args:
-        parameters: leaves that require gradients.
+        parameters: leaves of any shape that require gradients.
         function: function without arguments.
 
     Returns:
