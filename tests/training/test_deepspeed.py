@@ -219,7 +219,7 @@ def work(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "method", [{"method": "full", "layerwise": "llr"}, {"method": "lora", "lora": {"rank": 4}}], ids=["full", "lora"]
+    "method", [{"method": "full", "layerwise": {"min_size": 8}}, {"method": "lora", "lora": {"rank": 4}}], ids=["full", "lora"]
 )
 def test_a_recipe_ends_with_the_weights_of_data_parallel_training(work, method):
     name = method["method"]
