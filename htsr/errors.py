@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class HtsrError(Exception):
@@ -58,6 +60,31 @@ def reason_of(error: BaseException, path: str | os.PathLike[str] | None = None) 
     lines = said.strip().splitlines()
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 400 else f"{text[:397]}…"
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turn whatever a library raises on what others wrote, its file systems' errors too, into one sentence.
+
+    Args:
+        what: what cannot be done, with which the sentence begins.
+
+    Raises:
+        SourceError: the library has raised an error; htsr's own are left as they are.
+
+    Examples:
+        >>> from htsr.errors import refused
+        >>> with refused("m.json cannot be read"):
+        ...     raise ValueError("no JSON")
+        Traceback (most recent call last):
+        htsr.errors.SourceError: m.json cannot be read: no JSON
+    """
+    try:
+        yield
+    except HtsrError:
+        raise
+    except Exception as error:
+        raise SourceError(f"{what}: {reason_of(error)}") from error
 
 
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")  # torch, cuBLAS, cuSOLVER

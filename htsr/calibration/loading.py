@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from htsr.calibration.model_options import CODE, configured, is_own_code
-from htsr.errors import HtsrError, MissingDependencyError, SourceError, UsageError, reason_of
+from htsr.errors import MissingDependencyError, SourceError, UsageError, refused
 from htsr.matrices.hub import is_hub_id, reached
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def load_config(
     """
     from transformers import AutoConfig
 
-    with _located(name, revision) as (folder, more), _refused(f"the configuration of {name} cannot be read"):
+    with _located(name, revision) as (folder, more), refused(f"the configuration of {name} cannot be read"):
 
         def read(**changes: Any) -> Any:
             return AutoConfig.from_pretrained(folder, **more, **changes)
@@ -86,7 +86,7 @@ def check_config(name: str, config: Any, causal: bool = False) -> None:
     """
     from transformers.models.auto import modeling_auto as known
 
-    with _refused(f"the configuration of {name} has no meaning"):
+    with refused(f"the configuration of {name} has no meaning"):
         text = config.get_text_config()
         for key, most in _MOST.items():
             value = getattr(text, key, None)
@@ -143,7 +143,7 @@ def load_model(
         kind: Any = transformers.AutoModelForCausalLM
         if not causal and "gguf_file" not in more:  # that format holds language models, and does not name their class
             kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-        with _refused(f"{name} could not be loaded"):
+        with refused(f"{name} could not be loaded"):
             model, found = kind.from_pretrained(folder, **how)
             lacking = sorted(set(found["missing_keys"]) & {key for key, _ in model.named_parameters()})
             if lacking:
@@ -189,7 +189,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, own_code: bool = F
     """
     from transformers import AutoTokenizer
 
-    with _located(name, revision) as (folder, more), _refused(f"the tokenizer of {name} could not be loaded"):
+    with _located(name, revision) as (folder, more), refused(f"the tokenizer of {name} could not be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **more, trust_remote_code=own_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -206,7 +206,7 @@ def _located(name: str, revision: str | None) -> Iterator[tuple[str, dict[str, A
         UsageError: a path is given with a revision.
     """
     path = resolve(name)
-    with _refused(f"{name} cannot be read"):
+    with refused(f"{name} cannot be read"):
         exists = Path(path).expanduser().exists()
     if exists:
         if revision is not None:
@@ -229,14 +229,3 @@ def _located(name: str, revision: str | None) -> Iterator[tuple[str, dict[str, A
             raise SourceError(
                 f"{name} is neither a file or a folder here, nor{at} in the local cache, and the hub cannot be reached"
             ) from error
-
-
-@contextmanager
-def _refused(what: str) -> Iterator[None]:
-    """Turn whatever a library raises on what others wrote into one sentence."""
-    try:
-        yield
-    except HtsrError:
-        raise
-    except Exception as error:
-        raise SourceError(f"{what}: {reason_of(error)}") from error

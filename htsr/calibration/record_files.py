@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from htsr.calibration.loading import resolve
-from htsr.errors import HtsrError, MissingDependencyError, SourceError, reason_of
+from htsr.errors import HtsrError, MissingDependencyError, SourceError, reason_of, refused
 from htsr.matrices.hub import is_hub_id, reached
 from htsr.ranks import is_first
 
@@ -161,7 +161,7 @@ def _parquet(path: Path) -> Iterator[Any]:
     if not path.expanduser().is_file():
         raise SourceError(f"{path} cannot be read: no such file")
     datasets = _datasets(f"{path}")
-    with _refused(f"{path} cannot be read"):
+    with refused(f"{path} cannot be read"):
         found = datasets.load_dataset("parquet", data_files=str(path.expanduser()), split="train", streaming=True)
         yield from _of_arrow(found)
 
@@ -181,7 +181,7 @@ def _files_of(folder: Path, split: str) -> list[Path]:
     _datasets(str(folder))
     from datasets.data_files import DataFilesDict, get_data_patterns
 
-    with _refused(f"{folder} cannot be read"):
+    with refused(f"{folder} cannot be read"):
         patterns = get_data_patterns(str(folder))
         splits = DataFilesDict.from_patterns(patterns, base_path=str(folder))  # type: ignore[attr-defined]
     if split not in splits:
@@ -207,7 +207,7 @@ def _is_hidden(path: Path, folder: Path) -> bool:
 def _read_dataset(source: str, folder: Path, name: str, split: str, streaming: bool) -> Iterator[tuple[str, Any]]:
     datasets = _datasets("a data set of the hub")
     where = nullcontext() if folder.is_dir() else reached(name, kind="dataset")
-    with _refused(f"{source} is a data set that cannot be had"), where:
+    with refused(f"{source} is a data set that cannot be had"), where:
         if any((folder / kept).exists() for kept in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(str(folder))
             found = found if isinstance(found, datasets.Dataset) else found[split]
@@ -235,14 +235,3 @@ def _datasets(what: str) -> Any:
     except ImportError as error:
         raise MissingDependencyError(f"{what} needs datasets: pip install 'htsr[finetune]'") from error
     return datasets
-
-
-@contextmanager
-def _refused(what: str) -> Iterator[None]:
-    """Turn whatever a library raises, which lets through what its file systems raise, into one sentence."""
-    try:
-        yield
-    except HtsrError:
-        raise
-    except Exception as error:
-        raise SourceError(f"{what}: {reason_of(error)}") from error

@@ -9,8 +9,7 @@ from typing import Any
 
 from htsr.errors import HtsrError, UsageError
 from htsr.finetuning.budget import MOST, Budget, largest_batch
-from htsr.finetuning.memory import setting_of
-from htsr.finetuning.placing import is_to_be_sharded
+from htsr.finetuning.memory import is_planned, setting_of
 from htsr.finetuning.preflight import Prepared, check_sharding, prepare_data
 from htsr.finetuning.preview import Preview, preview
 from htsr.finetuning.recipe import Recipe
@@ -255,8 +254,7 @@ def planned(
     Returns:
         None where the run is sharded over processes, of which no plan is made.
     """
-    sharded = is_to_be_sharded(arguments) or getattr(arguments, "deepspeed_plugin", None) is not None
-    if sharded and arguments.world_size > 1:
+    if not is_planned(arguments):
         return None
     setting = setting_of(recipe, arguments, longest)
     is_host = bool(recipe.training.get("use_cpu"))

@@ -90,7 +90,7 @@ def _read(source: Source, data: Data, tokenizer: Any, limit: int | None) -> list
             "on, as in data.columns: {chosen: completion, rejected: null}"
         )
     records = [for_model(record, tokenizer) for record in found]
-    if (empty := sum(map(is_unanswered, records))) and is_first():
+    if is_first() and (empty := sum(map(is_unanswered, records))):
         logger.warning(
             "%s: %d of %d records have an empty text or answer, or none: they teach to end at once",
             source.source,
@@ -102,9 +102,10 @@ def _read(source: Source, data: Data, tokenizer: Any, limit: int | None) -> list
 
 def _count_common(held_out: Sequence[Record], train: Sequence[Record]) -> None:
     """Tell how many held-out records are trained on."""
+    if not held_out or not is_first():
+        return
     trained = set(map(_written, train))
-    common = sum(_written(record) in trained for record in held_out)
-    if common and is_first():
+    if common := sum(_written(record) in trained for record in held_out):
         logger.warning(
             "data: %d of %d held-out records are trained on, too, and their loss tells nothing of others",
             common,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from htsr.calibration.record_forms import Record, is_chat
-from htsr.calibration.record_texts import text_of
+from htsr.calibration.record_texts import text_of, turns_of
 from htsr.errors import SourceError, UsageError, reason_of
 from htsr.finetuning.tokens import bounds, tokenized
 
@@ -182,7 +182,7 @@ def check_tools(name: str, tokenizer: Any, records: Sequence[Record], say: Calla
 
 def _called(record: Record) -> list[str]:
     """Names of the functions that the turns of a chat call."""
-    turns = record.get("messages") or [*record["prompt"], *record["completion"]] if is_chat(record) else []
+    turns = turns_of(record) if is_chat(record) else []
     return [str(call["function"]["name"]) for turn in turns for call in turn.get("tool_calls") or ()]
 
 

@@ -67,6 +67,12 @@ def setting_of(recipe: Recipe, arguments: Any, longest: int | None = None) -> di
     return setting
 
 
+def is_planned(arguments: Any) -> bool:
+    """Whether a plan is made of the run of TRL's `arguments`: not where a model is sharded over processes."""
+    sharded = is_to_be_sharded(arguments) or getattr(arguments, "deepspeed_plugin", None) is not None
+    return not sharded or count_processes(arguments) == 1
+
+
 def predicted_memory(recipe: Recipe, arguments: Any, longest: int | None = None) -> MemoryPlan | None:
     """The plan of the run of a `recipe`; None where it is sharded over processes, of which no plan is made.
 
@@ -79,8 +85,7 @@ def predicted_memory(recipe: Recipe, arguments: Any, longest: int | None = None)
         SourceError: the model's configuration cannot be read, or no training step of it simulated.
         UsageError: the model cannot have such a rank or so many active blocks.
     """
-    sharded = is_to_be_sharded(arguments) or getattr(arguments, "deepspeed_plugin", None) is not None
-    if sharded and count_processes(arguments) > 1:
+    if not is_planned(arguments):
         return None
     return predict_memory(recipe.model, **setting_of(recipe, arguments, longest))
 

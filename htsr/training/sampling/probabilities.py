@@ -71,10 +71,7 @@ def block_probabilities(
     """
     L = len(blocks)
     if not isinstance(strategy, str):
-        weights = np.asarray(strategy, dtype=np.float64)
-        if weights.shape != (L,) or not np.isfinite(weights).all() or not weights.any():
-            raise UsageError(f"probabilities are {L} finite numbers ≥ 0 and not all zero, one for each block")
-        return allocate.probabilities(weights)
+        return _given(strategy, L, "block")
     if strategy == "uniform":
         return np.full(L, 1 / L)
     if strategy in ("increase", "decrease"):
@@ -90,6 +87,14 @@ def block_probabilities(
     if strategy == "gradient_norm":
         raise UsageError("gradient_norm goes by the gradients of a training, which `LayerSampler` alone has")
     raise UsageError(f"unknown strategy {strategy!r}: {', '.join(get_args(Strategy))}, or an array")
+
+
+def _given(weights: Sequence[float], count: int, unit: str) -> Vector:
+    """Probabilities from the weights themselves, `count` of them, one for each `unit`."""
+    found = np.asarray(weights, dtype=np.float64)
+    if found.shape != (count,) or not np.isfinite(found).all() or not found.any():
+        raise UsageError(f"probabilities are {count} finite numbers ≥ 0 and not all zero, one for each {unit}")
+    return allocate.probabilities(found)
 
 
 def _by_outliers(strategy: str, blocks: Blocks, scores: Scores | None, threshold: float) -> Vector:
@@ -198,10 +203,7 @@ def matrix_probabilities(
     """
     M, depth = len(names), np.array([blocks.index_of(f"{name}.") or 0 for name in names])
     if not isinstance(strategy, str):
-        weights = np.asarray(strategy, dtype=np.float64)
-        if weights.shape != (M,) or not np.isfinite(weights).all() or not weights.any():
-            raise UsageError(f"probabilities are {M} finite numbers ≥ 0 and not all zero, one for each matrix")
-        return allocate.probabilities(weights)
+        return _given(strategy, M, "matrix")
     if strategy == "uniform":
         return np.full(M, 1 / M)
     by_block = block_probabilities(strategy, blocks, scores, threshold)  # refuses what does not go together
