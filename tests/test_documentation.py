@@ -224,7 +224,7 @@ def test_a_block_that_fails_is_found(prepared, tmp_path):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_links_lead_somewhere(document):
-    """Those to files of the repository, as they lie there; the site's own are checked when it is built."""
+    """Those to files of the repository, as they lie there."""
     for target in re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", document.read_text(encoding="utf-8")):
         if not target.startswith(("http", "studies/", "../studies/")):
             assert (document.parent / target).exists(), target
@@ -252,6 +252,15 @@ def test_links_to_the_repository_are_turned(hooks):
     assert hooks.turned("../../../htsr/finetuning/recipes/one_cpu.yaml", "") == "recipes/one_cpu.yaml"
     for own in ("analyze.md", "../definitions.md", "../../../../README.md", "https://example.org/a"):
         assert hooks.turned(own, "coming-from") == own
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", SITE / "mkdocs.yml", "-d", tmp_path / "site"]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "site" / "studies" / "index.html").exists()
 
 
 def test_the_page_on_reports_explains_all_that_a_report_shows():
