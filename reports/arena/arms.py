@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from reports.arena.sizes import Size
@@ -77,13 +78,15 @@ def _apollo(**changes: Any) -> Callable[[Size], Recipe]:
     return recipe
 
 
-def _gum(share: float, r: int, base: str, **changes: Any) -> Callable[[Size], Recipe]:
+def _gum(
+    share: float, r: int, base: str, draws: Mapping[str, Any] = MappingProxyType({}), **changes: Any
+) -> Callable[[Size], Recipe]:
     """All blocks in every step, a share of them at full rank outside of their subspaces; embedding and head are frozen."""
 
     def recipe(size: Size) -> Recipe:
         low_rank = {"rank": size.rank(r), "refresh_every": 3 * size.interval, "embedding": "freeze"}
         low_rank |= {"gradients": "project", **changes}
-        gum = {"active": size.active(share), "base": base}
+        gum = {"active": size.active(share), "base": base, **draws}
         return {"method": "gum", "low_rank": low_rank, "gum": gum, **_unclipped(low_rank)}
 
     return recipe
@@ -136,6 +139,16 @@ ARMS: dict[str, Arm] = {
         1.6e-3,
     ),
     "gum-adamw": Arm("GUM with AdamW, a fifth of the blocks, r128, embedding frozen", _gum(0.2, 128, "adamw"), 4e-4),
+    "gum-adamw-update": Arm(
+        "GUM with AdamW, updates reweighted, a fifth of the blocks, r128, embedding frozen",
+        _gum(0.2, 128, "adamw", {"reweight": "update"}),
+        2e-4,
+    ),
+    "gum-adamw-owlore": Arm(
+        "GUM with AdamW, blocks drawn by outliers, a fifth of them, r128, embedding frozen",
+        _gum(0.2, 128, "adamw", {"strategy": "owlore", "threshold": 3.0}),
+        4e-4,
+    ),
 }  # fmt: skip
 for _name in ("full", "lisa", "galore"):
     ARMS[f"{_name}-bf16"] = Arm(

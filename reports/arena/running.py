@@ -47,9 +47,10 @@ def recipe_of(job: Job, size: Size, task: Task, work: Path, device: str) -> dict
         "bf16": device != "cpu" and "dtype" not in own,
         "use_cpu": device == "cpu",
     } | own.pop("training", {})
-    if "sampling" in own and own["sampling"].get("strategy", own["method"]) == "owlore":
-        if (kept := work / f"outliers-{size.name}.json").exists():  # the base's own: measured once for all
-            own["sampling"] = own["sampling"] | {"outliers": str(kept)}
+    for section in ("sampling", "gum"):
+        if section in own and own[section].get("strategy", own["method"]) == "owlore":
+            if (kept := work / f"outliers-{size.name}.json").exists():  # the base's own: measured once for all
+                own[section] = own[section] | {"outliers": str(kept)}
     return {
         "model": str(task.base),
         "output": str(work / f"run-{size.name}-{os.getpid()}"),  # several processes may share the arms
