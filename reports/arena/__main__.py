@@ -60,8 +60,9 @@ def main() -> None:
     task = prepare(size, args.work, args.data)
     if not args.write:
         arms = args.arms or list(ARMS)
-        if skipped := [arm for arm in arms if ARMS[arm].accelerator and args.device == "cpu"]:
-            print(f"need an accelerator: {', '.join(skipped)}", file=sys.stderr)
+        too_slow = args.device == "cpu" and not size.bfloat16
+        if skipped := [arm for arm in arms if too_slow and ARMS[arm].bfloat16]:
+            print(f"left out, bfloat16 takes too long on this processor: {', '.join(skipped)}", file=sys.stderr)
         go_on(size, task, [arm for arm in arms if arm not in skipped], args)
     keep(size, task, args.work)
     write_up(json.loads((HERE / "results.json").read_text()), HERE)
@@ -74,7 +75,7 @@ def keep(size: Size, task: Task, work: Path) -> None:
     runs = search.read(work / f"{size.name}.jsonl")
     done = [arm for arm in ARMS if search.best(runs, arm) is not None]
     found = summarise(runs, size, predicted(size, task, done, work))
-    skipped = [arm.title for name, arm in ARMS.items() if arm.accelerator and name not in done]
+    skipped = [arm.title for name, arm in ARMS.items() if name not in done]
     points[size.name] = {"title": size.title, "about": size.about, "size": asdict(size), "skipped": skipped} | found
     common.keep(HERE, {"points": {name: points[name] for name in SIZES if name in points}})
 

@@ -38,6 +38,7 @@ class Size:
         isolated: whether each run has a process of its own, so that its peak memory is its own.
         base: steps of the base model's own training; 0 for one that is there already.
         rate: factor of the learning rates at which the searches begin.
+        bfloat16: whether a processor, too, has time for the arms in bfloat16.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Size:
     isolated: bool = False
     base: int = 0
     rate: float = 1.0
+    bfloat16: bool = False
 
     @property
     def title(self) -> str:
@@ -83,7 +85,9 @@ class Size:
         return max(1, round(share * self.blocks))
 
 
-SMALL = Size("small", 128, 6, 100, 8, 64, interval=5, refresh_every=20, asked=96, windows=48, base=700, rate=8.0)
+SMALL = Size(
+    "small", 128, 6, 100, 8, 64, interval=5, refresh_every=20, asked=96, windows=48, base=700, rate=8.0, bfloat16=True
+)
 SMOLLM2 = Size("smollm2", 576, 30, 72, 4, 128, interval=4, refresh_every=18, asked=100, windows=8, isolated=True)
 QUICK = Size("quick", 32, 2, 2, 2, 32, interval=1, refresh_every=2, asked=2, windows=2, base=2)
 SIZES = {size.name: size for size in (SMALL, SMOLLM2)}

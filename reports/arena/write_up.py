@@ -29,7 +29,7 @@ def write_up(results: dict[str, Any], folder: Path) -> None:
 ## What was done
 
 One protocol for all arms: the same records in the same order by seed, the same steps, linear schedule with a warm-up of
-10 %, float32, a recipe of `htsr finetune` each (`arms.py`). The learning rate of **each arm** is searched with
+10 %, float32 where no other type is named, a recipe of `htsr finetune` each (`arms.py`). The learning rate of **each arm** is searched with
 seed 0 on one grid, factors of 2, downhill until the best has both neighbours. Rates are chosen on one half of the held-out
 records, arms are compared on the other; which arm is *our best* is chosen there, too, so that its p-values are too small. Gradients are clipped at
 1.0, but not in the arms that use them up in backward (`gradients: update`), which know no norm of all. *Forgotten* is the rise of the loss on ordinary text that the base model knows.
@@ -100,7 +100,7 @@ def section(name: str, point: dict[str, Any]) -> str:
     head += [*(["measured MiB"] if size["isolated"] else []), "s a step", "trains"]
     rates = sorted({float(lr) for arm in arms.values() for lr in arm["grid"]})
     grid = [[arms[arm]["title"], *(tried(arms[arm], lr) for lr in rates)] for arm in ranked(point)]
-    missing = f"Not run, for want of an accelerator: {', '.join(point['skipped'])}.\n\n" if point["skipped"] else ""
+    missing = f"Not run: {', '.join(point['skipped'])}.\n\n" if point["skipped"] else ""
     return f"""
 ## {point["title"]}
 
