@@ -5,7 +5,6 @@ So that it can be said before a model is loaded that a record has no label left,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,27 +71,6 @@ def count_labels(records: Sequence[Record], tokenizer: Any, arguments: Any) -> L
     return Labels(len(records), cut, empty, labels, lost, highest)
 
 
-def tell_labels(
-    name: str, tokenizer: Any, records: Sequence[Record], arguments: Any, say: Callable[[str], None]
-) -> None:
-    """Say so where system prompts and questions of chats enter the loss, and how answers alone would.
-
-    Args:
-        name: name of the model, for the message.
-        tokenizer: tokenizer of the model.
-        records: training records in the form in which they are trained on.
-        arguments: arguments of TRL; assistant_only_loss is read.
-        say: function that is told.
-    """
-    if arguments.assistant_only_loss or not any("messages" in record for record in records):
-        return
-    lacking = f" once training.chat_template_path names a template with {{% generation %}}, which that of {name} lacks"
-    say(
-        "messages: every token has a label, those of system prompts and questions too; training.assistant_only_loss: "
-        "true leaves labels to the answers alone" + lacking * (not _marks_answers(tokenizer))
-    )
-
-
 def take_own(name: str, tokenizer: Any, arguments: Any) -> None:
     """Give a tokenizer the chat template and the end-of-text token that TRL's arguments name, as TRL will.
 
@@ -121,7 +99,7 @@ def take_own(name: str, tokenizer: Any, arguments: Any) -> None:
 
 
 def check_tokenizer(name: str, tokenizer: Any, records: Sequence[Record], arguments: Any) -> None:
-    """Insist on a chat template where there are chats, marks of answers if wanted, and on a token that ends a text.
+    """Insist on a chat template where there are chats, on chats if wanted, and on a token that ends a text.
 
     Args:
         name: name of the model, for the message.
@@ -131,21 +109,15 @@ def check_tokenizer(name: str, tokenizer: Any, records: Sequence[Record], argume
 
     Raises:
         SourceError: the tokenizer has no chat template for chats, or no token that ends a text.
-        UsageError: the loss of answers alone is wanted, and they cannot be told.
+        UsageError: the loss of answers alone is wanted, and there are records that are no chats.
     """
     if any(is_chat(record) for record in records) and not getattr(tokenizer, "chat_template", None):
         raise SourceError(
             f"the tokenizer of {name} has no chat template, with which messages are written; take the model's chat "
             "variant, or set training.chat_template_path"
         )
-    if arguments.assistant_only_loss:
-        if not all(is_chat(record) for record in records):
-            raise UsageError("training.assistant_only_loss is for chats, and there are records that are none")
-        if not _marks_answers(tokenizer):
-            raise UsageError(
-                f"training.assistant_only_loss wants a chat template with {{% generation %}}, and that of {name} has "
-                "none; set training.chat_template_path"
-            )
+    if arguments.assistant_only_loss and not all(is_chat(record) for record in records):
+        raise UsageError("training.assistant_only_loss is for chats, and there are records that are none")
     if tokenizer.eos_token is None:
         raise SourceError(f"the tokenizer of {name} has no token that ends a text; set training.eos_token")
 
@@ -184,19 +156,6 @@ def _called(record: Record) -> list[str]:
     """Names of the functions that the turns of a chat call."""
     turns = turns_of(record) if is_chat(record) else []
     return [str(call["function"]["name"]) for turn in turns for call in turn.get("tool_calls") or ()]
-
-
-def _marks_answers(tokenizer: Any) -> bool:
-    """Whether the chat template says which tokens are the assistant's, or TRL knows one for it that does."""
-    from trl.chat_template_utils import get_training_chat_template
-
-    if re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
-        return True
-    try:
-        get_training_chat_template(tokenizer)
-    except ValueError:
-        return False
-    return True
 
 
 def check_labels(found: Labels, arguments: Any, what: str) -> None:

@@ -19,6 +19,7 @@ from htsr.calibration.record_texts import as_dataset
 from htsr.calibration.records import read_records
 from htsr.errors import UsageError
 from htsr.finetuning.adapters import adapter_config
+from htsr.finetuning.answers import answers_alone
 from htsr.finetuning.checkpoints import Checkpoint, count_processes, last_checkpoint
 from htsr.finetuning.data import training_records
 from htsr.finetuning.labels import (
@@ -28,12 +29,12 @@ from htsr.finetuning.labels import (
     check_vocabulary,
     count_labels,
     take_own,
-    tell_labels,
 )
 from htsr.finetuning.placing import is_to_be_sharded
 from htsr.finetuning.rates import check_rates, policy_of
 from htsr.finetuning.run_folder import check_same_data, leaves, plain
 from htsr.finetuning.starts import start_of
+from htsr.finetuning.tokens import with_labels
 from htsr.matrices.blocks import find_blocks
 from htsr.ranks import Ranks
 from htsr.training.lowrank.groups import low_rank_groups
@@ -65,6 +66,7 @@ class Prepared:
         questions: multiple-choice records for the accuracy.
         checkpoint: checkpoint from which the run goes on; None at the beginning.
         stream: what is trained on where training is streaming, of which `train` holds the first records; else None.
+        answers_by_default: whether answers alone have labels, and the recipe does not say so.
     """
 
     tokenizer: Any
@@ -73,16 +75,32 @@ class Prepared:
     questions: list[Record]
     checkpoint: Checkpoint | None
     stream: IterableDataset | None = None
+    answers_by_default: bool = False
 
     @cached_property
     def digests(self) -> dict[str, str]:
         """What `digest_of` says of the records, by what they are for."""
         kinds = {"train": self.train, "held_out": self.held_out, "questions": self.questions}
-        return {name: digest_of(records) for name, records in kinds.items()}
+        digests = {name: digest_of(records) for name, records in kinds.items()}
+        if self.answers_by_default:  # a run of an older version gave them to all tokens
+            digests["labels"] = "those of answers alone (training.assistant_only_loss: false has those of all tokens)"
+        return digests
 
-    def training_set(self) -> Dataset | IterableDataset:
-        """What TRL trains on."""
-        return as_dataset(self.train) if self.stream is None else self.stream
+    def datasets(self, arguments: Any) -> tuple[Dataset | IterableDataset, Dataset | None]:
+        """What TRL trains on, and the held-out records, if there are any.
+
+        Where answers alone have labels, records have their tokens and labels already, and TRL takes them as they are.
+
+        Args:
+            arguments: arguments of TRL, of which assistant_only_loss is no longer set then.
+        """
+        train = as_dataset(self.train) if self.stream is None else self.stream
+        found = train, as_dataset(self.held_out) if self.held_out else None
+        if not arguments.assistant_only_loss:
+            return found
+        train, held_out = (None if one is None else with_labels(one, self.tokenizer, arguments) for one in found)
+        arguments.assistant_only_loss = False
+        return train, held_out
 
 
 def check_sharding(recipe: Recipe, arguments: Any) -> None:
@@ -153,7 +171,8 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
     say(f"{'a stream of' if stream else len(train)} training records, {len(held_out)} held out{asked}")
     check_tokenizer(recipe.model, tokenizer, [*train, *held_out], arguments)
     check_tools(recipe.model, tokenizer, [*train, *held_out], say)
-    tell_labels(recipe.model, tokenizer, train, arguments, say)
+    wanted = recipe.training.get("assistant_only_loss")
+    arguments.assistant_only_loss = answers_alone(recipe.model, tokenizer, [*train, *held_out], wanted, say)
     found = count_labels(train, tokenizer, arguments)
     check_labels(found, arguments, "training records")
     highest = found.highest
@@ -174,7 +193,8 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
         whole = _Whole()
         highest = max(highest, count_labels(questions, tokenizer, whole).highest)
     check_vocabulary(recipe.model, highest, int(config.get_text_config().vocab_size))
-    prepared = Prepared(tokenizer, train, held_out, questions, checkpoint, stream)
+    by_default = arguments.assistant_only_loss and not wanted
+    prepared = Prepared(tokenizer, train, held_out, questions, checkpoint, stream, by_default)
     if resume:
         check_same_data(prepared.digests, output)
     return prepared

@@ -24,7 +24,6 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from htsr.calibration.record_texts import as_dataset
 from htsr.errors import HtsrError
 from htsr.finetuning.progress import Voice
 from htsr.finetuning.recipe import Recipe
@@ -134,6 +133,7 @@ def _train(
         source, revision = stored(recipe) if recipe.method == "qlora" else (model, None)
         before = spectra_before(recipe, source, revision, output, ranks, voice)
     model, sampler, weights = prepare(recipe, model, prepared.tokenizer, train, before, output, voice, arguments)
+    training_set, held_out_set = prepared.datasets(arguments)
     trainer: Any = FinetuneTrainer(
         recipe=recipe,
         sampler=sampler,
@@ -143,8 +143,8 @@ def _train(
         model=model,
         args=arguments,
         processing_class=prepared.tokenizer,
-        train_dataset=prepared.training_set(),
-        eval_dataset=as_dataset(held_out) if held_out else None,
+        train_dataset=training_set,
+        eval_dataset=held_out_set,
     )
     if prepared.stream is None:
         insist_on_labels(trainer.train_dataset)

@@ -5,13 +5,18 @@ The tokens are made as TRL makes them, without a model, so that they can be coun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from htsr.calibration.record_forms import Record, is_chat, question_of
 from htsr.calibration.record_texts import for_model, text_of, turns_of, written_by_template
-from htsr.errors import SourceError, reason_of
+from htsr.errors import SourceError
+from htsr.finetuning.answers import AnswerTemplate, marked
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,19 +50,57 @@ def tokenized(records: Iterable[Record], tokenizer: Any, arguments: Any) -> Iter
         arguments: arguments of TRL; completion_only_loss and assistant_only_loss are read.
 
     Raises:
-        SourceError: the chat template cannot write a record, or marks no answer in it where answers alone have labels.
+        SourceError: the chat template cannot write a record, or answers alone have labels and cannot be told in it.
     """
-    whole = arguments.completion_only_loss is False
-    answers = bool(getattr(arguments, "assistant_only_loss", False))
+    how = _how(tokenizer, arguments)
     for record in records:
-        record = for_model(record, tokenizer)
-        prompt, both, encode = _written(record, tokenizer)
+        yield _tokens_of(record, tokenizer, arguments.completion_only_loss is False, how)
+
+
+def with_labels(found: Any, tokenizer: Any, arguments: Any) -> Any:
+    """A data set of `datasets`, or a stream, of chats with token ids and labels, which TRL takes as they are.
+
+    A record of a stream in which answers cannot be told has no label, and is named in a warning.
+
+    Args:
+        found: data set with the columns of `htsr.calibration.record_texts.columns`, all chats.
+        tokenizer: tokenizer of the model.
+        arguments: arguments of TRL; completion_only_loss, assistant_only_loss and dataset_num_proc are read.
+    """
+    whole, how = arguments.completion_only_loss is False, _how(tokenizer, arguments)
+    columns = found.column_names or list(next(iter(found)))  # those of a stream are not known
+    more = {"num_proc": arguments.dataset_num_proc} if hasattr(found, "num_rows") else {}
+    return found.map(partial(_row, tokenizer=tokenizer, whole=whole, how=how), remove_columns=columns, **more)
+
+
+def _row(row: Record, tokenizer: Any, whole: bool, how: AnswerTemplate | None) -> dict[str, list[int]]:
+    record = {key: value for key, value in row.items() if value is not None}
+    try:
+        tokens = _tokens_of(record, tokenizer, whole, how)
+    except SourceError as error:
+        logger.warning("a record is left out: %s", error)
+        tokens = Tokens([tokenizer.eos_token_id], [False])
+    labels = [i if its else -100 for i, its in zip(tokens.ids, tokens.labels, strict=True)]
+    return {"input_ids": tokens.ids, "labels": labels}
+
+
+def _how(tokenizer: Any, arguments: Any) -> AnswerTemplate | None:
+    """How answers are found; None where they are not looked for."""
+    wanted = getattr(arguments, "assistant_only_loss", False) and getattr(tokenizer, "chat_template", None)
+    return AnswerTemplate.of(tokenizer) if wanted else None
+
+
+def _tokens_of(record: Record, tokenizer: Any, whole: bool, how: AnswerTemplate | None) -> Tokens:
+    record = for_model(record, tokenizer)
+    how = how if is_chat(record) else None
+    prompt, both, encode = _written(record, tokenizer, how.variables if how else {})
+    if how is None:
         ids = encode(both)
-        begin = _common(encode(prompt), ids) if prompt and not whole else 0
-        labels = [i >= begin for i in range(len(ids))]
-        if answers and is_chat(record):
-            labels = [a and b for a, b in zip(labels, _answers(record, tokenizer), strict=True)]
-        yield Tokens(ids, labels)
+        answers = [True] * len(ids)
+    else:
+        ids, answers = marked(turns_of(record), record, tokenizer, how)
+    begin = _common(encode(prompt), ids) if prompt and not whole else 0
+    return Tokens(ids, [answer and i >= begin for i, answer in enumerate(answers)])
 
 
 def bounds(size: int, arguments: Any) -> tuple[int, int]:
@@ -70,40 +113,20 @@ def bounds(size: int, arguments: Any) -> tuple[int, int]:
     return 0, min(size, limit)
 
 
-def _written(record: Record, tokenizer: Any) -> tuple[str, str, Callable[[str], list[int]]]:
+def _written(
+    record: Record, tokenizer: Any, variables: Mapping[str, Any]
+) -> tuple[str, str, Callable[[str], list[int]]]:
     """The prompt of a record as text, the whole of it, and what makes tokens of them."""
     if is_chat(record):
         prompt = ""
         if "messages" not in record:
-            prompt = written_by_template(record["prompt"], record, tokenizer, add_generation_prompt=True)
-        both = written_by_template(turns_of(record), record, tokenizer)
+            prompt = written_by_template(record["prompt"], record, tokenizer, add_generation_prompt=True, **variables)
+        both = written_by_template(turns_of(record), record, tokenizer, **variables)
         # templates write special tokens
         return prompt, both, lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
     prompt = question_of(record)[0] if "question" in record else record.get("prompt", "")
     both, end = text_of(record), tokenizer.eos_token
     return prompt, both if both.endswith(end) else both + end, lambda text: list(tokenizer(text)["input_ids"])
-
-
-def _answers(record: Record, tokenizer: Any) -> list[bool]:
-    """Whether each token of a chat is the assistant's, by the template that TRL takes for it."""
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
-    template = None
-    if not has_generation_markers(tokenizer.chat_template):
-        template = get_training_chat_template(tokenizer)
-    variables = {"tools": record.get("tools"), **record.get("chat_template_kwargs", {})}
-    try:
-        found = tokenizer.apply_chat_template(
-            turns_of(record),
-            chat_template=template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **variables,
-        )
-    except Exception as error:  # whatever the template or the tokenizer raises
-        raise SourceError(f"training.assistant_only_loss: {reason_of(error)}") from error
-    return [bool(answer) for answer in found["assistant_masks"]]
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -155,7 +155,7 @@ def test_steps_are_those_of_the_trainer(work, tmp_path, training):
         model=llama(1),
         args=arguments,
         processing_class=prepared.tokenizer,
-        train_dataset=prepared.training_set(),
+        train_dataset=prepared.datasets(arguments)[0],
     )
     counted = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())
     found = check(recipe).schedule

@@ -419,7 +419,8 @@ def test_an_end_of_text_and_a_chat_template_that_the_tokenizer_has_not(tmp_path)
     )  # fmt: skip
     said = []
     assert finetune(recipe, say=said.append).metrics["steps"] == 1
-    (told,) = [sentence for sentence in said if sentence.startswith("messages: every token has a label")]
+    (told,) = [sentence for sentence in said if sentence.startswith("messages: ")]
+    assert told.startswith("messages: every token has a label, those of system prompts and questions too")
     assert told.endswith("a template with {% generation %}, which that of " + f"{tmp_path / 'model'} lacks")
     assert (tmp_path / "run" / "chat_template.jinja").read_text() == TEMPLATE
     text = recipe_of(tmp_path, tmp_path / "model", SHORT, output=str(tmp_path / "text"), training={"eos_token": "</s>"})
@@ -437,7 +438,7 @@ def test_an_end_of_text_and_a_chat_template_that_the_tokenizer_has_not(tmp_path)
         ),
         (CHAT, {"training": {"chat_template_path": "org/model"}}, "org/model is no .jinja or .j2 file"),
         (SHORT, {"training": {"assistant_only_loss": True}}, "assistant_only_loss is for chats"),
-        (CHAT, {"training": {"assistant_only_loss": True}}, "wants a chat template with {% generation %}"),
+        (CHAT, {"training": {"assistant_only_loss": True}}, "may name a template with {% generation %}, which that"),
         (SHORT, {"method": "galore", "low_rank": {"rank": 999}}, "low_rank.rank: no matrix of .* can have rank 999"),
         (SHORT, {"method": "lisa", "sampling": {"active": 3}}, "sampling.active is 3, and .* has 2 blocks to draw"),
         (SHORT, {"method": "gum", "low_rank": {"rank": 8}}, "gum.active is 2, and is below the 2 blocks of"),

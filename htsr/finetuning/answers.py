@@ -1,0 +1,183 @@
+"""Which tokens of a chat are the assistant's, so that answers alone enter the loss.
+
+A chat template with ``{% generation %}`` says so itself, and for some families TRL knows one that does. With any other
+the answers are what the template writes from one turn to the next: between the turns before an answer with the
+beginning of the answer's turn (``add_generation_prompt``), and the turns up to it. That is exact where what is written
+of the first turns is the beginning of what is written of all, which is looked at in each chat.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from htsr.calibration.record_forms import Record, is_chat, short
+from htsr.calibration.record_texts import turns_of, written_by_template
+from htsr.errors import SourceError, reason_of
+
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class AnswerTemplate:
+    """How the answers of chats are found.
+
+    Attributes:
+        has_marks: whether the template that is used marks them.
+        template: TRL's template for the tokenizer; None where its own one is used.
+    """
+
+    has_marks: bool
+    template: str | None = None
+
+    @staticmethod
+    def of(tokenizer: Any) -> AnswerTemplate:
+        """The one for a `tokenizer` that has a chat template."""
+        from trl.chat_template_utils import get_training_chat_template
+
+        own = tokenizer.chat_template
+        if _MARK.search(own if isinstance(own, str) else str(own.get("default"))):
+            return AnswerTemplate(True)
+        try:
+            return AnswerTemplate(True, get_training_chat_template(tokenizer))
+        except ValueError:  # TRL knows none; so it is with a template of several variants in TRL 1.10
+            return AnswerTemplate(False)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `htsr.calibration.record_texts.written_by_template` is told."""
+        return {} if self.template is None else {"chat_template": self.template}
+
+
+def marked(turns: list[Record], record: Record, tokenizer: Any, how: AnswerTemplate) -> tuple[list[int], list[bool]]:
+    """Token ids of a chat, and whether each is the assistant's; so are those that are partly.
+
+    Args:
+        turns: turns of the chat.
+        record: record that they are from, for tools and variables of the template.
+        tokenizer: tokenizer of the model.
+        how: how answers are found.
+
+    Raises:
+        SourceError: the template cannot write the chat, or answers cannot be told in it.
+    """
+    if not how.has_marks:
+        text, spans = spans_of(turns, record, tokenizer)
+        try:
+            found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        except NotImplementedError as error:  # of a tokenizer in Python
+            raise SourceError("the tokenizer does not tell where in the text its tokens are") from error
+        ids, places = list(found["input_ids"]), found["offset_mapping"]
+        return ids, list(_within(places, spans))
+    variables = {"tools": record.get("tools"), **record.get("chat_template_kwargs", {}), **how.variables}
+    try:
+        found = tokenizer.apply_chat_template(
+            turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **variables
+        )
+    except Exception as error:  # whatever the template or the tokenizer raises
+        raise SourceError(f"training.assistant_only_loss: {reason_of(error)}") from error
+    return list(found["input_ids"]), [bool(answer) for answer in found["assistant_masks"]]
+
+
+def spans_of(turns: list[Record], record: Record, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a chat, and first and last position of each answer in it.
+
+    An assistant's turn before which nobody has spoken answers nothing, and counts as none.
+
+    Args:
+        turns: turns of the chat.
+        record: record that they are from, for tools and variables of the template.
+        tokenizer: tokenizer of the model.
+
+    Raises:
+        SourceError: the template cannot write the chat, or writes the first turns otherwise without those that follow.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> from htsr.finetuning.answers import spans_of
+        >>> def written(turns, tokenize, add_generation_prompt=False):
+        ...     text = "".join(f"<{turn['role']}>{turn['content']}</>" for turn in turns)
+        ...     return text + "<assistant>" * add_generation_prompt
+        >>> turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+        >>> text, [(first, last)] = spans_of(turns, {}, SimpleNamespace(apply_chat_template=written))
+        >>> text[first:last]
+        '2</>'
+    """
+
+    def write(count: int, **more: Any) -> str:
+        return written_by_template(turns[:count], record, tokenizer, **more)
+
+    text, spans = write(len(turns)), []
+    for i, turn in enumerate(turns):
+        if turn["role"] != "assistant" or all(one["role"] in ("system", "developer") for one in turns[:i]):
+            continue
+        before = write(i, add_generation_prompt=True)
+        after = text if i + 1 == len(turns) else write(i + 1)
+        if not (text.startswith(after) and after.startswith(before)):
+            raise SourceError(f"the chat template writes the turns up to {short(turn)} otherwise in a longer chat")
+        spans.append((len(before), len(after)))
+    return text, spans
+
+
+def _within(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Iterator[bool]:
+    """Whether each of several stretches of a text overlaps one of the `spans`, both in order."""
+    left = list(spans)
+    for first, last in places:
+        while left and first >= left[0][1]:
+            left.pop(0)
+        yield bool(left) and last > left[0][0]
+
+
+def answers_alone(
+    name: str, tokenizer: Any, records: Sequence[Record], wanted: bool | None, say: Callable[[str], None]
+) -> bool:
+    """Whether the answers of chats alone are to enter the loss: as it is `wanted`, or else where they can be told.
+
+    Of a prompt and a completion the latter alone does in any case.
+
+    Args:
+        name: name of the model, for the message.
+        tokenizer: tokenizer of the model.
+        records: records of training and evaluation in the form in which they are read.
+        wanted: what the recipe says; None where it says nothing.
+        say: function that is told what is decided.
+
+    Raises:
+        SourceError: it is wanted, and they cannot be told.
+    """
+    chats = [record for record in records if (is_chat(record) if wanted else "messages" in record)]
+    if not chats or wanted is False:
+        return bool(wanted)
+    how = AnswerTemplate.of(tokenizer)
+    try:
+        first = marked(turns_of(chats[0]), chats[0], tokenizer, how)
+        for record in () if how.has_marks else chats:
+            spans_of(turns_of(record), record, tokenizer)
+    except SourceError as error:
+        help = f"training.chat_template_path may name a template with {{% generation %}}, which that of {name} lacks"
+        if wanted:
+            raise SourceError(f"training.assistant_only_loss: {error}; {help}") from error
+        say(
+            "messages: every token has a label, those of system prompts and questions too, since answers cannot be "
+            f"told from them: {error}; {help}"
+        )
+        return False
+    if not wanted:
+        say("messages: the answers alone have labels; training.assistant_only_loss: false gives them to all tokens")
+    if not _learns_to_stop(*first, tokenizer):
+        say(
+            f"messages: the chat template of {name} ends an answer by no special token within it, so that the model "
+            "may not learn to stop"
+        )
+    return True
+
+
+def _learns_to_stop(ids: Sequence[int], is_answer: Sequence[bool], tokenizer: Any) -> bool:
+    """Whether the last token of an answer that is more than white space is a special one, or there is no answer."""
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    last = (
+        i for i, its in zip(reversed(ids), reversed(is_answer), strict=True) if its and tokenizer.decode([i]).strip()
+    )
+    return next(last, tokenizer.eos_token_id) in special
