@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from htsr.calibration.adapted import is_adapter, load_adapted, load_adapted_tokenizer
 from htsr.calibration.loading import load_model, load_tokenizer
-from htsr.errors import SourceError, UsageError
-from htsr.matrices.adapter_config import CONFIG as ADAPTER
-from htsr.matrices.adapter_config import read_adapter_config
+from htsr.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -119,19 +117,10 @@ def open_chat(
         SourceError: it cannot be loaded, or is an adapter that names no base.
         UsageError: there is a turn of the system, and no chat template to write it.
     """
-    adapter = Path(name).expanduser()
-    if not (adapter / ADAPTER).is_file() or (adapter / "config.json").is_file():
-        model, tokenizer = load_model(name, revision=revision, causal=True), load_tokenizer(name, revision=revision)
+    if is_adapter(name):
+        model, tokenizer = load_adapted(name, causal=True), load_adapted_tokenizer(name)
     else:
-        base = read_adapter_config(adapter).base
-        if not base:
-            raise SourceError(f"{name} is an adapter that names no base: merge it, and name the folder of the model")
-        from peft import PeftModel
-
-        whole: Any = load_model(base, causal=True)
-        model = PeftModel.from_pretrained(whole, str(adapter)).merge_and_unload()
-        has_own = (adapter / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(name if has_own else base)
+        model, tokenizer = load_model(name, revision=revision, causal=True), load_tokenizer(name, revision=revision)
     if system is not None and tokenizer.chat_template is None:
         raise UsageError(f"--system: {name} has no chat template, and writes no turn of a system")
     turns = [] if system is None else [{"role": "system", "content": system}]

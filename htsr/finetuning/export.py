@@ -7,12 +7,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+from htsr.calibration.adapted import is_adapter, load_adapted, load_adapted_tokenizer
 from htsr.errors import HtsrError, MissingDependencyError, SourceError, UsageError, reason_of
 from htsr.files import check_writable, written
-from htsr.matrices.adapter_config import CONFIG as ADAPTER
 
 SCRIPT, HOME = "convert_hf_to_gguf.py", "LLAMA_CPP"
 _ON_PATH = (SCRIPT, "llama-convert-hf-to-gguf", "convert-hf-to-gguf")  # of the source, and of Python packages
@@ -24,7 +27,7 @@ def export_gguf(
     """Write the model in `folder` to a GGUF `file`, whole or not at all, by llama.cpp's converter.
 
     Args:
-        folder: folder of a model, as transformers loads it.
+        folder: folder of a model, as transformers loads it, or of an adapter, which is merged into its base first.
         file: file to write.
         outtype: type of the weights, as the converter names them: f32, f16, bf16, q8_0 …; ``auto`` for its own choice.
         say: function that is told when the converter begins.
@@ -39,9 +42,7 @@ def export_gguf(
         HtsrError: the converter failed.
     """
     place = Path(folder).expanduser()
-    if not (place / "config.json").is_file():
-        if (place / ADAPTER).is_file():
-            raise SourceError(f"{folder} is an adapter alone: export the folder of the model that it was merged into")
+    if not (place / "config.json").is_file() and not is_adapter(folder):
         raise SourceError(f"{folder} holds no model: it has no config.json")
     if file.suffix != ".gguf":
         raise UsageError(f"--gguf {file}: name a file that ends in .gguf")
@@ -49,9 +50,9 @@ def export_gguf(
     converter = find_converter()
     if converter is None:
         raise MissingDependencyError(_how_to(folder, file, outtype))
-    say(f"converting {folder}; a large model takes minutes")
-    with written(file) as temporary:
-        command = [*converter, str(place), "--outfile", str(temporary), "--outtype", outtype]
+    with written(file) as temporary, _merged(folder, place, say) as whole:
+        say(f"converting {folder}; a large model takes minutes")
+        command = [*converter, str(whole), "--outfile", str(temporary), "--outtype", outtype]
         try:
             done = subprocess.run(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
@@ -63,6 +64,20 @@ def export_gguf(
             why = said[-1] if said else f"it ended with {done.returncode}"
             raise HtsrError(f"{converter[-1]} could not convert {folder}: {why[:400]}")
     return command
+
+
+@contextmanager
+def _merged(folder: str, place: Path, say: Callable[[str], None]) -> Iterator[Path]:
+    """The folder of the model itself; where it is an adapter, one with the base that it is merged into, for a while."""
+    if not is_adapter(folder):
+        yield place
+        return
+    say(f"merging the adapter in {folder} into its base")
+    with TemporaryDirectory() as temporary:
+        model: Any = load_adapted(folder, causal=True)
+        model.save_pretrained(temporary)
+        load_adapted_tokenizer(folder).save_pretrained(temporary)
+        yield Path(temporary)
 
 
 def find_converter() -> list[str] | None:
@@ -82,6 +97,8 @@ def find_converter() -> list[str] | None:
 
 def _how_to(folder: str, file: Path, outtype: str) -> str:
     words = ["python", f"llama.cpp/{SCRIPT}", folder, "--outfile", str(file), "--outtype", outtype]
+    if is_adapter(folder):  # which is merged first
+        words = ["env", f"{HOME}=llama.cpp", "htsr", "export", folder, "--gguf", str(file), "--outtype", outtype]
     return (
         f"llama.cpp's converter is neither on PATH nor in a folder that {HOME} names. These commands do it:\n"
         "git clone --depth 1 https://github.com/ggml-org/llama.cpp\n"

@@ -16,10 +16,11 @@ from htsr.analysis.analyze import Progress, analyze
 from htsr.analysis.comparing import compare_analyses
 from htsr.analysis.comparison import Comparison
 from htsr.analysis.result import Analysis
+from htsr.calibration.adapted import is_adapter, load_adapted
 from htsr.calibration.loading import load_model, resolve
 from htsr.calibration.multiple_choice import multiple_choice_accuracy
 from htsr.finetuning.placing import how_loaded, load_placed, on_device, whole_on_every_rank
-from htsr.finetuning.run_folder import write_json
+from htsr.finetuning.run_folder import ACCURACY_BEFORE, write_json
 from htsr.matrices.sources import Source, open_model
 from htsr.ranks import Ranks
 
@@ -69,8 +70,12 @@ def moved(recipe: Recipe, output: Path, ranks: Ranks, voice: Voice) -> Compariso
     source, revision = stored(recipe)
     before = spectra_before(recipe, source, revision, output, ranks, voice)
     path = output / "spectra_after.npz"
-    after = _analyzed(str(output), None, path, recipe.output, ranks, voice, bulk=before.options.bulk)
-    models = open_model(source, revision=revision), open_model(str(output))
+    trained: Source = str(output)
+    if is_adapter(str(output)):
+        with whole_on_every_rank():
+            trained = load_adapted(str(output), **how_loaded(recipe) | {"four_bit": False})
+    after = _analyzed(trained, None, path, recipe.output, ranks, voice, bulk=before.options.bulk)
+    models = open_model(source, revision=revision), open_model(trained)
     told = _told(voice, "comparing the weights")
     return compare_analyses(before, after, *models, ranks=ranks, progress=told)
 
@@ -130,7 +135,7 @@ def accuracies(
         with on_device(model, arguments.device):
             return asdict(multiple_choice_accuracy(model, tokenizer, questions, progress=stage))
 
-    path = output / "accuracy_before.json"
+    path = output / ACCURACY_BEFORE
     before = ranks.of_first(lambda: dict(json.loads(path.read_text())) if path.exists() else None)
     if before is None:
         found = before = asked(recipe.model, recipe.revision, "before")

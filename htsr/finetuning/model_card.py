@@ -35,7 +35,8 @@ def model_card(recipe: Recipe, result: Result, comparison: Comparison | None) ->
         result: result of the run.
         comparison: spectra before and after training; None where they were not measured.
     """
-    front = ["---", "library_name: transformers", "tags:", "- htsr", f"- {recipe.method}"]
+    library = "transformers" if recipe.lora is None or recipe.lora.merge else "peft"
+    front = ["---", f"library_name: {library}", "tags:", "- htsr", f"- {recipe.method}"]
     if "/" in recipe.model and not recipe.model.startswith(("/", ".", "package:")):
         front.append(f"base_model: {recipe.model}")
     rates = recipe.layerwise if isinstance(recipe.layerwise, str) else f"`{json.dumps(dict(recipe.layerwise))}`"

@@ -15,6 +15,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from htsr.calibration.activations import stacked_experts
+from htsr.calibration.adapted import is_adapter, load_adapted
 from htsr.calibration.loading import load_model
 from htsr.errors import SourceError
 from htsr.matrices.blocks import find_blocks
@@ -38,19 +39,23 @@ def load_placed(arguments: Any, name: str, *, streamed: bool = False, **how: Any
 
     Args:
         arguments: arguments of TRL.
-        name: folder, hub id or .gguf file.
+        name: folder, hub id or .gguf file; or the folder of an adapter, which is merged into its base.
         streamed: whether the model's frozen blocks live in host memory.
         how: arguments of `load_model`.
 
     Raises:
         SourceError: it cannot be loaded.
     """
+    load = load_model
+    if is_adapter(name):
+        load = load_adapted
+        del how["revision"]  # that of the base is the adapter's to name
     if streamed:
-        return load_model(name, **how)
+        return load(name, **how)
     if not is_to_be_sharded(arguments):
-        return load_model(name, **how).to(arguments.device)
+        return load(name, **how).to(arguments.device)
     with whole_on_every_rank():
-        return load_model(name, **how)
+        return load(name, **how)
 
 
 def is_to_be_sharded(arguments: Any) -> bool:

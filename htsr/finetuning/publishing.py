@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from htsr.errors import HtsrError, reason_of
+from htsr.finetuning.run_folder import ACCURACY_BEFORE, DATA
+from htsr.finetuning.starts import START
+
+# what only --resume reads, and arguments that name places of this machine
+_KEPT_BACK = ("_*", "checkpoint-*", "*training_args.bin", DATA, START, ACCURACY_BEFORE)
 
 
 def hub_repository(arguments: Any) -> str | None:
@@ -46,11 +51,11 @@ def publish(repository: str, arguments: Any, output: Path) -> None:
             repo_id=repository,
             folder_path=str(output),
             commit_message="Model, adapter where there is one, card and reports of the run",
-            ignore_patterns=["_*", "checkpoint-*"],
+            ignore_patterns=list(_KEPT_BACK),
             revision=arguments.hub_revision,
         )
     except Exception as error:  # of the network, the login or the hub
         raise HtsrError(
             f"the result in {output} is whole, but {repository} does not take it: {reason_of(error)}. Push it by "
-            f"hf upload {repository} {output} --exclude 'checkpoint-*'"
+            f"hf upload {repository} {output} " + " ".join(f"--exclude '{pattern}'" for pattern in _KEPT_BACK)
         ) from error

@@ -323,6 +323,9 @@ class Lora:
             for equal ranks.
         calibration_samples: number of training records on which a start is measured that asks for data: eva, corda,
             lora_ga.
+        merge: whether the folder of the result holds the model with the adapters merged into it, and the adapter alone
+            under ``adapter``; else it holds the adapter, which names the model,
+            for PEFT to load (``AutoPeftModelForCausalLM``).
         options: any other argument of PEFT's ``LoraConfig``: use_rslora, use_dora, init_lora_weights …
 
     Raises:
@@ -336,6 +339,7 @@ class Lora:
     dropout: float = 0.0
     score: str | None = None
     calibration_samples: int = 64
+    merge: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -459,6 +463,14 @@ class Recipe:
         if self.frozen_weights != "device" and (self.sampling is None or self.method == "qlora"):
             which = "lora with the section sampling, lisa and owlore"
             raise UsageError(f"frozen_weights: {self.frozen_weights} is for blocks that are sampled, by {which}")
+        if self.lora is not None and not self.lora.merge:
+            if self.model.endswith(".gguf"):
+                raise UsageError("lora.merge: an adapter of a .gguf file could not be loaded again, so it is merged")
+            if changed := sorted({*self.model_options} - {"attn_implementation", "trust_remote_code"}):
+                raise UsageError(
+                    f"lora.merge: an adapter cannot keep model_options.{changed[0]}, which a merged model has in its "
+                    "configuration: leave one of the two out"
+                )
         if self.early_stopping is not None and self.training.get("load_best_model_at_end") is False:
             raise UsageError("early_stopping saves the best model: leave training.load_best_model_at_end out")
         if self.gum is not None and self.low_rank is not None and self.low_rank.moments != "keep":

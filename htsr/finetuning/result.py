@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from htsr.calibration.adapted import is_adapter
 from htsr.finetuning.progress import clock
 from htsr.results import Column, Record, Table, Tabular
 from htsr.training.sampling.coverage import Coverage
@@ -91,10 +92,9 @@ class Result(Tabular):
             "talk to it: htsr chat 'runs/my model'"
         """
         folder = shlex.quote(self.output)
-        said = [
-            f"talk to it: htsr chat {folder}",
-            f'in Python: AutoModelForCausalLM.from_pretrained("{self.output}")',
-        ]
+        # of an adapter transformers' own classes lose DoRA's magnitudes
+        kind = "peft.AutoPeftModelForCausalLM" if is_adapter(self.output) else "AutoModelForCausalLM"
+        said = [f"talk to it: htsr chat {folder}", f'in Python: {kind}.from_pretrained("{self.output}")']
         if self.moved:
             said.append(f"matrix by matrix: htsr compare {folder}/spectra_before.npz {folder}/spectra_after.npz")
         return tuple(said)

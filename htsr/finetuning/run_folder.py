@@ -17,8 +17,9 @@ from htsr.finetuning.recipe_values import dump_yaml, load_yaml, made
 from htsr.finetuning.starts import START
 
 RECIPE, RESULTS, DATA = "recipe.yaml", "results.json", "data.json"
+ACCURACY_BEFORE = "accuracy_before.json"
 _OLD_RECIPE = "recipe.json"  # of 0.2.0 and before
-PREPARED = (RECIPE, DATA, _OLD_RECIPE, "spectra_before.npz", "accuracy_before.json", "outliers.json", START)
+PREPARED = (RECIPE, DATA, _OLD_RECIPE, "spectra_before.npz", ACCURACY_BEFORE, "outliers.json", START)
 _MAY_CHANGE = frozenset(  # neither of these changes a weight; the folder may have another name by now
     (
         "output",

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from htsr.calibration.loading import load_model
+from htsr.calibration.loading import load_model, resolve
 from htsr.files import written
 from htsr.finetuning.placing import how_loaded
 from htsr.finetuning.run_folder import RESULTS, kept_leaves, leaves, plain, write_json
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 def save_model(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks: Ranks) -> None:
     """Save the model as plain transformers loads it, in safetensors; adapters merged, and alone under ``adapter``.
 
+    Where they are not to be merged, they lie in the folder itself.
+
     Args:
         recipe: recipe, of which model, revision, dtype and lora are read.
         trainer: trainer that has trained the model.
@@ -37,10 +39,13 @@ def save_model(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks
     if recipe.lora is None:
         trainer.save_model(str(output))
     else:
-        trainer.save_model(str(output / "adapter"))
+        merge, folder = recipe.lora.merge, output / "adapter" if recipe.lora.merge else output
+        trainer.save_model(str(folder))
         unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]  # under ZeRO-3 all ranks would have to load
         ranks.wait()
-        ranks.of_first(lambda: _save_merged(recipe, output))
+        if merge:
+            ranks.of_first(lambda: _save_merged(recipe, output))
+        ranks.of_first(lambda: _complete_adapter(recipe, output, folder))
 
     def save_tokenizer() -> None:
         tokenizer.save_pretrained(output)
@@ -51,22 +56,33 @@ def save_model(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks
 def _save_merged(recipe: Recipe, output: Path) -> None:
     """Merge the adapter into a fresh copy of the model, whatever wraps the trained one."""
     from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
-    from safetensors.torch import save_file
 
     base: Any = load_model(recipe.model, revision=recipe.revision, **how_loaded(recipe) | {"four_bit": False})
     folder = str(output / "adapter")
     if not changes_weights(start_of(recipe.lora)):
         PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(output)
         return
-    start, config, trained = Start.load(output / START), LoraConfig.from_pretrained(folder), load_peft_weights(folder)
-    name = base.name_or_path
-    adapted = begun(base, config, start, changed=True)
-    set_peft_model_state_dict(adapted, dict(trained))
+    adapted = begun(base, LoraConfig.from_pretrained(folder), Start.load(output / START), changed=True)
+    set_peft_model_state_dict(adapted, dict(load_peft_weights(folder)))
     adapted.merge_and_unload().save_pretrained(output)
-    tensors, config = for_stored_weights(trained, start, config)
-    config.base_model_name_or_path, config.init_lora_weights = name, True
-    save_file(tensors, output / "adapter" / "adapter_model.safetensors", {"format": "pt"})
-    config.save_pretrained(folder)
+
+
+def _complete_adapter(recipe: Recipe, output: Path, folder: Path) -> None:
+    """Have the adapter in `folder` name its base as it is stored, and be one of it, however it began."""
+    from peft import LoraConfig, load_peft_weights
+    from safetensors.torch import save_file
+
+    changed = changes_weights(start_of(recipe.lora))
+    if not changed and recipe.revision is None:
+        return
+    config = LoraConfig.from_pretrained(str(folder))
+    if changed:
+        trained = load_peft_weights(str(folder))
+        tensors, config = for_stored_weights(trained, Start.load(output / START), config)
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        config.base_model_name_or_path, config.init_lora_weights = resolve(recipe.model), True
+    config.revision = recipe.revision
+    config.save_pretrained(str(folder))
 
 
 def write_reports(recipe: Recipe, result: Result, output: Path, comparison: Comparison | None) -> None:

@@ -151,7 +151,6 @@ def test_the_converter_is_found_and_writes_whole_or_not_at_all(folder, tmp_path,
     assert file.read_text().startswith("auto{")
     capsys.readouterr()
     for arguments, code, sentence in (
-        ([str(folder / "adapter"), "--gguf", "b.gguf"], 1, "is an adapter alone"),
         ([str(tmp_path), "--gguf", "b.gguf"], 1, "holds no model"),
         ([plain, "--gguf", "b.bin"], 2, "ends in .gguf"),
     ):

@@ -404,6 +404,9 @@ def test_report_of_a_run(work, tmp_path, capsys, monkeypatch):
     assert (options["repo_id"], options["revision"]) == ("me/mine", "first")
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "results.json"} <= pushed
     assert not any("checkpoint" in file for file in pushed)
+    kept_back = {"data.json", "accuracy_before.json", "training_args.bin"}  # which name places of this machine, too
+    assert not kept_back & pushed
+    assert kept_back <= {path.name for path in folder.iterdir()}
 
     from transformers import AutoModelForCausalLM
 

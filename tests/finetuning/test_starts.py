@@ -9,12 +9,13 @@ import pytest
 import torch
 import yaml
 from htsr_cli.main import main
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import htsr
 from htsr.calibration.loading import load_model
 from htsr.finetuning.adapters import adapter_config
+from htsr.finetuning.chat import open_chat
 from htsr.finetuning.recipe import Data, Lora, Recipe
 from htsr.finetuning.starts import START, Start, begun, for_stored_weights, made_start
 from tests.training.runs import killed_after
@@ -148,6 +149,51 @@ def test_a_start_from_weights_goes_on_as_it_was_with_an_embedding_that_trains_wh
     (tmp_path / "broken" / START).unlink()
     (tmp_path / "broken" / "results.json").unlink()
     assert main(["finetune", "--quiet", "--config", broken, "--resume"]) == 1
+
+
+def test_adapters_that_are_not_merged_are_the_model_that_a_merged_run_leaves(tmp_path, capsys, monkeypatch):
+    """By PEFT alone, in chat, in the spectra and answers after training, and as GGUF."""
+    from transformers import AutoModelForCausalLM
+
+    save_work(tmp_path)
+    (tmp_path / "questions.jsonl").write_text('{"question": "w5", "choices": ["w6", "w7"], "answer": 0}\n' * 3)
+    lora = {"rank": 4, "modules_to_save": ["head"], "options": {"init_lora_weights": "pissa", "use_dora": True}}
+    data = {"train": str(tmp_path / "train.jsonl"), "multiple_choice": str(tmp_path / "questions.jsonl")}
+    training = {"max_steps": 2, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    more = {"data": data, "spectra": True, "training": training | {"max_length": 32, "report_to": "none"}}
+    for name, merge in (("merged", True), ("alone", False)):
+        path = recipe_file(tmp_path, name, lora=lora | {"merge": merge}, **more)
+        assert main(["finetune", "--config", path]) == 0
+        assert ("peft.AutoPeftModelForCausalLM.from_pretrained" in capsys.readouterr().err) == (not merge)
+    merged, alone = tmp_path / "merged", tmp_path / "alone"
+    assert not (alone / "config.json").exists()
+    assert not list(alone.glob("model*"))
+    assert "library_name: peft" in (alone / "README.md").read_text()
+    expected = logits(AutoModelForCausalLM.from_pretrained(merged))
+    base = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+    assert (expected - base).abs().max() > 1e-2
+    for found in (AutoPeftModelForCausalLM.from_pretrained(alone), open_chat(str(alone)).model):
+        torch.testing.assert_close(logits(found), expected, rtol=1e-3, atol=1e-4)
+    a, b = (json.loads((folder / "results.json").read_text()) for folder in (merged, alone))
+    assert a["metrics"]["accuracy"] == b["metrics"]["accuracy"]
+    assert [one["name"] for one in a["moved"]] == [one["name"] for one in b["moved"]]
+    assert [one["relative"] for one in a["moved"]] == pytest.approx([one["relative"] for one in b["moved"]], rel=1e-3)
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text("import shutil, sys; shutil.copy(sys.argv[1] + '/model.safetensors', sys.argv[3])")
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    assert main(["export", "--quiet", str(alone), "--gguf", str(tmp_path / "a.gguf")]) == 0
+    own, theirs = load_file(tmp_path / "a.gguf"), load_file(merged / "model.safetensors")
+    assert own.keys() == theirs.keys()
+    assert all(torch.allclose(own[name], theirs[name], rtol=1e-3, atol=1e-4) for name in own)
+
+
+def test_what_an_adapter_alone_cannot_keep_is_refused():
+    for more, message in (
+        ({"model": "a.gguf"}, "an adapter of a .gguf file could not be loaded again"),
+        ({"model_options": {"rope_theta": 1e6}}, r"an adapter cannot keep model_options\.rope_theta"),
+    ):
+        with pytest.raises(htsr.UsageError, match=message):
+            Recipe(**{"model": "m", "output": "o", "data": Data(train="t"), "lora": Lora(merge=False)} | more)
 
 
 @pytest.mark.parametrize(
