@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from htsr_cli.conditions import Condition, judge, say_error, with_needed
 from htsr_cli.output import Target, Words
@@ -28,8 +28,6 @@ from htsr.matrices.sources import open_model
 from htsr.ranks import is_first
 from htsr.results import counted
 from htsr.spectra.windows import Windows
-from htsr.training.memory.plan import DRAWN, METHODS, STREAMED, MemoryPlans, TrainingMethod
-from htsr.training.memory.prediction import embeddings_fit, gradients_fit, predict_memory
 
 if TYPE_CHECKING:
     from htsr.spectra.directions import Keep
@@ -190,34 +188,6 @@ def compare(
 def describe(name: str, choice: Choice, words: Words, target: Target, *, revision: str | None) -> None:
     """`htsr describe`."""
     target.write(open_model(name, revision=revision).filtered(choice.filter), words)
-
-
-def memory(name: str, methods: list[str] | None, options: dict[str, Any], words: Words, target: Target) -> None:
-    """`htsr memory`; an option goes to the methods that it has a meaning for, unless one alone is asked for."""
-    asked = cast(list[TrainingMethod], methods or list(METHODS))
-    plans = []
-    for method in asked:
-        mine = dict(options)
-        wanted = mine["embeddings"]
-        if len(asked) > 1 and method in METHODS and wanted and not embeddings_fit(method, wanted):
-            mine["embeddings"] = None
-        if len(asked) > 1 and method in METHODS and not gradients_fit(method, mine["gradients"]):
-            mine["gradients"] = "keep"
-        if len(asked) > 1 and method in METHODS and method not in STREAMED:
-            mine["frozen_weights"] = "device"
-        if len(asked) > 1 and method in METHODS and method not in DRAWN:
-            mine["active_blocks"] = None
-        try:
-            with words.of_others():
-                plans.append(predict_memory(name, method, **mine))
-        except UsageError as error:
-            if methods or method != "gum":  # what the others take is no fault: a model of one block has none to draw
-                raise
-            words.say(f"htsr: gum is left out: {error}")
-    stay = [method for method in asked if method not in STREAMED]
-    if stay and options["frozen_weights"] != "device":
-        words.say(f"htsr: the weights of {', '.join(stay)} are on the device: --frozen-weights is for sampled blocks")
-    target.write(MemoryPlans(name, tuple(plans)), words)
 
 
 def project(

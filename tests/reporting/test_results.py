@@ -243,7 +243,9 @@ def work(tmp_path_factory):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_takes_every_format(work, tmp_path, capsys, monkeypatch, command):
     """On standard output by --format, and in a file by its suffix, the same data; words are on stderr."""
-    monkeypatch.setattr("htsr_cli.run.predict_memory", lambda _name, method, **_options: memory_plan(method))
+    monkeypatch.setattr(
+        "htsr.training.memory.prediction.predict_memory", lambda _name, method, **_options: memory_plan(method)
+    )
     monkeypatch.setattr("htsr.finetuning.reading.check_options", lambda _recipe: None)
     module = SimpleNamespace(finetune=lambda *_args, **_more: Result("runs/tiny", METRICS))
     monkeypatch.setitem(sys.modules, "htsr.finetuning.run", module)  # slow to import, both
