@@ -8,29 +8,26 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import logging
 import os
 import pickle
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from htsr.errors import HtsrError, MissingDependencyError, SourceError, UsageError, reason_of
-
-if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import Store
-
-logger = logging.getLogger(__name__)
-
-PATIENCE = 300.0  # seconds until processes that do not come are given up
-_WORRY = 20.0  # seconds until they are asked for
-_ARRIVALS = "htsr/arrivals"
+from htsr.meeting import (
+    ARRIVALS,
+    default_store,
+    meet,
+    store_of_agent,
+    store_of_launcher,
+    unfinished,
+    wait_for_all,
+)
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -123,8 +120,8 @@ class Ranks:
             mine = pickle.dumps(list(work()))
         except Exception as error:
             failure = error
-        if (store := _default_store()) is not None:
-            _wait_for_all(store, _ARRIVALS, self.rank, self.size, partial(_unfinished, self.rank))
+        if (store := default_store()) is not None:
+            wait_for_all(store, ARRIVALS, self.rank, self.size, partial(unfinished, self.rank))
         found: list[Any] = [None] * self.size
         distributed.all_gather_object(found, (mine, _said(failure, self.rank)))
         if failure is not None:
@@ -172,8 +169,8 @@ class Ranks:
         """
         if self.size == 1:
             return
-        if (store := _default_store()) is not None:
-            _meet(store, self.rank, self.size, call, advice)
+        if (store := default_store()) is not None:
+            meet(store, self.rank, self.size, call, advice)
 
 
 def is_first() -> bool:
@@ -202,7 +199,7 @@ def is_first_to_say(sentence: str) -> bool:
     round_ = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     digest = hashlib.sha256(f"{round_} {sentence}".encode("utf-8", "surrogatepass")).hexdigest()
     try:
-        store = _default_store() if _is_initialized() else _store_of_agent()
+        store = default_store() if _is_initialized() else store_of_agent()
         return store is None or int(store.add(f"htsr/said/{digest}", 1)) == 1
     except (RuntimeError, ValueError, KeyError):  # the process that held the store has ended
         return True
@@ -225,7 +222,7 @@ def all_launched(call: str, advice: str = "") -> Iterator[bool]:
     if _is_initialized() or not _is_launched():
         yield False
         return
-    store = _store_of_launcher(call, advice)
+    store = store_of_launcher(call, advice)
     atexit.register(_leave)
     yield True
     del store  # kept until the group has its own
@@ -237,65 +234,6 @@ def _is_launched() -> bool:
     return size.isdecimal() and int(size) > 1
 
 
-def _default_store() -> Store | None:
-    """The store of the default process group; None for a backend without one."""
-    from torch import distributed
-
-    try:
-        store = distributed.distributed_c10d._get_default_store()
-        store.add(_ARRIVALS, 0)
-    except (AttributeError, RuntimeError, ValueError):
-        return None
-    return store
-
-
-def _wait_for_all(
-    store: Store, place: str, rank: int, size: int, late: Callable[[Sequence[str]], str], patience: float | None = None
-) -> None:
-    """Wait until all ranks have come to a place as often as this one.
-
-    The `store` counts how often each came there, and all together. No rank comes again before the others have come, so
-    that the number of all tells whether they have.
-
-    Args:
-        store: store of all ranks.
-        place: name of the place, under which the store counts.
-        rank: index of this process.
-        size: number of processes.
-        late: function that makes a sentence of the ranks that have not come; it is logged once.
-        patience: seconds after which they are given up; None for never.
-
-    Raises:
-        UsageError: ranks have not come; it says the sentence.
-    """
-    own = f"{place}/{rank}"
-    turn = store.add(own, 1)
-    come = store.add(place, 1)
-
-    def said() -> str:
-        return late([str(other) for other in range(size) if store.add(f"{place}/{other}", 0) < turn])
-
-    started, worried = time.monotonic(), False
-    try:
-        while come < size * turn:
-            waited = time.monotonic() - started
-            if patience is not None and waited > patience:
-                if store.add(place, -1) < size * turn - 1:  # from now on nobody counts on this rank
-                    sentence = said()
-                    store.add(own, -1)
-                    raise UsageError(sentence)
-                store.add(place, 1)  # the last one came this moment
-            if waited > _WORRY and not worried:
-                logger.warning("%s", said())
-                worried = True
-            time.sleep(min(0.25, max(0.001, waited / 8)))
-            come = store.add(place, 0)
-    except KeyboardInterrupt:
-        store.add(own, -1)
-        store.add(place, -1)
-        raise
-
-
 def _said(failure: Exception | None, rank: int) -> tuple[type[HtsrError], str] | None:
     """The class and sentence of the error that the other ranks raise when one has failed."""
     if failure is None:
@@ -304,66 +242,6 @@ def _said(failure: Exception | None, rank: int) -> tuple[type[HtsrError], str] |
         return HtsrError, f"rank {rank} failed, {type(failure).__name__}: {reason_of(failure)}"
     kinds = (UsageError, SourceError, MissingDependencyError)
     return next((kind for kind in kinds if isinstance(failure, kind)), HtsrError), str(failure)
-
-
-def _meet(store: Store, rank: int, size: int, call: str, advice: str) -> None:
-    """Wait until all ranks have come to a meeting as often as this one, and give up those that do not."""
-    _wait_for_all(store, "htsr/meetings", rank, size, lambda late: _absent(rank, late, call, advice), PATIENCE)
-
-
-def _unfinished(rank: int, late: Sequence[str]) -> str:
-    return f"rank {rank} has done its part and waits for rank {_some(late)} to do the same"
-
-
-def _absent(rank: int, late: Sequence[str], call: str, advice: str) -> str:
-    return (
-        f"rank {rank} is in {call} and waits for rank {_some(late)}: every process has to call it{advice}; or it "
-        "failed there"
-    )
-
-
-def _some(ranks: Sequence[str]) -> str:
-    return ", ".join(ranks[:8]) + ", …" * (len(ranks) > 8)
-
-
-def _store_of_agent() -> Store | None:
-    """The store that torchrun and accelerate keep while processes come and go; None where there is no such agent."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is there
-
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_WORRY), wait_for_workers=False)
-
-
-def _store_of_launcher(call: str, advice: str) -> Store | None:
-    """The store in which launched processes meet, all of them come; torch alone waits for half an hour, silently."""
-    try:
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    except (KeyError, ValueError):  # accelerate finds them elsewhere, or says what is missing
-        return None
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is there
-
-    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        store = TCPStore(
-            address,
-            port,
-            size,
-            is_master=hosts,
-            timeout=timedelta(seconds=PATIENCE),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except RuntimeError as error:
-        if hosts:
-            raise UsageError(
-                f"rank 0 cannot open {address}:{port} for the other processes: {reason_of(error)}"
-            ) from error
-        raise UsageError(_absent(rank, ["0"], call, advice)) from error
-    _meet(store, rank, size, call, advice)
-    return store
 
 
 def _is_initialized() -> bool:

@@ -11,7 +11,8 @@ import pytest
 
 # Each room, and the rooms that it may import from; every one may take from those `BELOW`.
 ARROWS = {
-    "ranks": set(),
+    "meeting": set(),
+    "ranks": {"meeting"},
     "matrices": {"ranks"},
     "spectra": set(),
     "allocate": set(),

@@ -13,7 +13,7 @@ from htsr_cli.main import main
 from torch import distributed
 
 import htsr
-from htsr import ranks
+from htsr import meeting, ranks
 from htsr.calibration.multiple_choice import multiple_choice_accuracy
 from htsr.matrices.checksums import checksum
 from htsr.ranks import Ranks
@@ -75,10 +75,10 @@ def _asked(rank, _folder):
 
 
 def _one_comes(rank, _folder):
-    ranks.PATIENCE, ranks._WORRY = 0.5, 0.1
+    meeting.PATIENCE, meeting.WORRY = 0.5, 0.1
     alone = _refusal(state_dict()) if rank == 0 else ""
     distributed.barrier()
-    ranks.PATIENCE = 60.0
+    meeting.PATIENCE = 60.0
     return {"alone": alone, "together": _norms(htsr.analyze(state_dict(), device="cpu"))}
 
 
@@ -111,13 +111,13 @@ def _failing(rank, _folder):
 
 def _slow(both):
     """The second rank works for longer than the group has patience; what the first says of it."""
-    warned, warning = [], ranks.logger.warning
+    warned, warning = [], meeting.logger.warning
     set_timeout = distributed.distributed_c10d._set_pg_timeout
     distributed.barrier()
     set_timeout(timedelta(seconds=1))
-    ranks.logger.warning, ranks._WORRY, worry = lambda said, *args: warned.append(said % args), 0.1, ranks._WORRY
+    meeting.logger.warning, meeting.WORRY, worry = lambda said, *args: warned.append(said % args), 0.1, meeting.WORRY
     found = both.gather_from(lambda: time.sleep(1.6 * both.rank) or [both.rank])
-    ranks.logger.warning, ranks._WORRY = warning, worry
+    meeting.logger.warning, meeting.WORRY = warning, worry
     set_timeout(timedelta(minutes=30))
     return [found, warned]
 
@@ -237,7 +237,7 @@ def test_launched_processes_that_do_not_come_are_told_before_there_is_a_group(mo
     for name, value in started.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str("store" in kind))
-    monkeypatch.setattr(ranks, "PATIENCE", 0.2)
+    monkeypatch.setattr(meeting, "PATIENCE", 0.2)
     assert ranks.is_first() == (rank == 0)
     with pytest.raises(htsr.UsageError, match=rf"^rank {rank} is in htsr.analyze and waits for rank {1 - rank}: "):
         htsr.analyze(state_dict(), device="cpu")
@@ -273,13 +273,13 @@ def test_checksums_tell_one_entry(dtype):
 
 def test_those_that_have_given_up_are_not_counted_and_meetings_leave_no_keys(monkeypatch):
     """Three ranks, two of which come at first; each rank is a thread, all have one store."""
-    monkeypatch.setattr(ranks, "PATIENCE", 0.2)
+    monkeypatch.setattr(meeting, "PATIENCE", 0.2)
     store, size = distributed.HashStore(), 3
 
     def meet(present):
         def one(rank):
             try:
-                ranks._meet(store, rank, size, "work", "")
+                meeting.meet(store, rank, size, "work", "")
             except htsr.UsageError as error:
                 return str(error).partition(":")[0]
             return "met"
@@ -290,7 +290,7 @@ def test_those_that_have_given_up_are_not_counted_and_meetings_leave_no_keys(mon
     missed = [f"rank {rank} is in work and waits for rank" for rank in range(size)]
     assert all(said.startswith(missed[rank]) for rank, said in enumerate(meet([0, 1])))
     assert meet([2])[0].startswith(missed[2])  # it finds nobody who still waits
-    monkeypatch.setattr(ranks, "PATIENCE", 60.0)
+    monkeypatch.setattr(meeting, "PATIENCE", 60.0)
     assert meet([0, 1, 2]) == ["met"] * size
     keys = store.num_keys()
     assert [meet([2, 0, 1]) for _ in range(3)] == [["met"] * size] * 3

@@ -8,7 +8,7 @@ import torch
 from torch import distributed
 
 import htsr
-from htsr import ranks
+from htsr import meeting
 from htsr.training.layerwise import live_scores
 from tests.processes import in_two_processes, leave_with, one_thread
 from tests.training.models import INNER, MATRICES, WIDTH, SpyingAdamW, TinyLM, train
@@ -108,10 +108,10 @@ def _run_without_room_on_one_rank(rank):
 
 
 def _layerwise_on_one_rank(rank):
-    ranks.PATIENCE, patience = 0.3, ranks.PATIENCE
+    meeting.PATIENCE, patience = 0.3, meeting.PATIENCE
     said = _refusal(torch.nn.Linear(64, 60)) if rank == 0 else ""
     distributed.barrier()
-    ranks.PATIENCE = patience
+    meeting.PATIENCE = patience
     return said
 
 
