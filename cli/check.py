@@ -49,7 +49,7 @@ def show(found: Check) -> None:
     from rich.text import Text
 
     to = console()
-    to.print(found.text)
+    to.print(found.text, soft_wrap=True)  # to be copied: a line that is folded is another value
     colours = sys.stdout.isatty()
     marked = "in colour" if colours else "between ⟦ and ⟧"
     for number, record in enumerate(found.preview.shown if found.preview else (), start=1):

@@ -7,6 +7,7 @@ condition is met, 130 interrupted.
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Annotated
 
@@ -86,6 +87,7 @@ def main(args: list[str] | None = None) -> int:
     from htsr.ranks import is_first_to_say
     from htsr.reporting.text import visible
 
+    os.environ.setdefault("TQDM_DELAY", "3")  # seconds: bars of libraries are for what takes long; tqdm reads it once
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without α gets an escape, not a traceback
             stream.reconfigure(errors="backslashreplace")

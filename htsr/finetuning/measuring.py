@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from htsr.finetuning.recipe import Recipe
 
 _EXACT = {"float32": ("float32", "bfloat16", "float16"), "bfloat16": ("bfloat16",), "float16": ("float16",)}
+_WHICH = {"before": "untrained", "after": "trained"}  # both are measured when training has ended, as a rule
 
 
 def needs_spectra(recipe: Recipe) -> bool:
@@ -98,7 +99,7 @@ def _analyzed(
     source: Source, revision: str | None, path: Path, label: str, ranks: Ranks, voice: Voice, *, bulk: bool
 ) -> Analysis:
     when = path.stem.removeprefix("spectra_")
-    voice.say(f"analyzing the spectra {when}")
+    voice.say(f"analyzing the spectra of the {_WHICH[when]} model")
     found = analyze(source, revision=revision, bulk=bulk, progress=_told(voice, f"spectra {when}"))
     found = replace(found, label=label)
     ranks.of_first(lambda: found.save(path))
@@ -128,7 +129,7 @@ def accuracies(
         return {}
 
     def asked(name: str, revision: str | None, when: str) -> dict[str, Any]:
-        voice.say(f"asking the questions {when} training")
+        voice.say(f"asking the {_WHICH[when]} model the questions")
         stage = voice.stage(f"questions {when} training", "answers")
         streamed = recipe.frozen_weights != "device"
         model = load_placed(arguments, name, streamed=streamed, revision=revision, **how_loaded(recipe))

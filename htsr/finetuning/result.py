@@ -10,7 +10,7 @@ from typing import Any
 
 from htsr.calibration.adapted import is_adapter
 from htsr.finetuning.progress import clock
-from htsr.results import Column, Record, Table, Tabular
+from htsr.results import Column, Record, Table, Tabular, tabulate
 from htsr.training.sampling.coverage import Coverage
 
 BY_NORM = 3  # of what moved, the first so many are by the norm, the others by α
@@ -67,12 +67,13 @@ class Result(Tabular):
         return [{"output": self.output, **self.metrics}]
 
     def tables(self) -> tuple[Table, ...]:
-        """The metrics in words and units."""
+        """The metrics in words and units, and what moved most."""
         left = dict(self.metrics)
         rows = [*_losses(left, self.losses), *_accuracy(left), *_memory(left), *_time(left)]
         rows += [(key.replace("_", " "), _shown(value)) for key, value in left.items()]
         columns = (Column("metric", text=True), Column("value", text=True))
-        return (Table(columns, (*rows, *_moved(self.moved), ("model", self.output))),)
+        told = Table(columns, (*rows, ("model", self.output)))
+        return (told, _moved(self.moved)) if self.moved else (told,)
 
     def facts(self) -> dict[str, Any]:
         """The folder, how often each block trained, the losses, and what moved most."""
@@ -148,16 +149,17 @@ def _time(left: dict[str, Any]) -> list[tuple[str, str]]:
     return [("training time", ", ".join(words))] if words else []
 
 
-def _moved(matrices: Sequence[Moved]) -> list[tuple[str, str]]:
-    rows = []
-    for place, matrix in enumerate(matrices):
-        share = None if matrix.relative is None else f"{100 * matrix.relative:#.3g}".rstrip(".")
-        words = [f"{share} % of its norm"] if share is not None else []
-        if matrix.alpha_before is not None and matrix.alpha_after is not None:
-            words.append(f"α {matrix.alpha_before:.3f} → {matrix.alpha_after:.3f}")
-        by = "moved most" if place < BY_NORM and share is not None else "α changed most"
-        rows.append((f"{by}: {matrix.name}", ", ".join(words)))
-    return rows
+def _moved(matrices: Sequence[Moved]) -> Table:
+    """What moved most: by the length of the change first, where it is known, then by α."""
+    first = [place < BY_NORM and matrix.relative is not None for place, matrix in enumerate(matrices)]
+    columns = (
+        (Column("what moved most", text=True), lambda row: row[1].name),
+        (Column("‖ΔW‖/‖W‖", "#.3g", "%"), lambda row: None if row[1].relative is None else 100 * row[1].relative),
+        (Column("α before", ".3f"), lambda row: row[1].alpha_before),
+        (Column("α after", ".3f"), lambda row: row[1].alpha_after),
+        (Column("by", text=True), lambda row: "‖ΔW‖/‖W‖" if row[0] else "α"),
+    )
+    return tabulate(zip(first, matrices, strict=True), columns, spare=("by",), elsewhere="results.json has all")
 
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:

@@ -154,7 +154,7 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 
 def resolved(recipe: Recipe) -> str:
     """The `recipe` as YAML, our defaults filled in; `htsr.finetuning.reading.read_recipe` makes the same of it."""
-    heading = f"# a recipe of htsr finetune, every default of its own filled in by htsr {__version__};\n"
+    heading = f"# a recipe of htsr finetune, with the defaults of htsr {__version__};\n"
     heading += "# what training does not name is as TRL's SFTConfig has it\n"
     return heading + dump_yaml(json.loads(json.dumps(_given(recipe), default=str)))
 

@@ -18,7 +18,8 @@ const NARROWER = { matrix: 40, note: 26 };
 const COLOURED = new Set(["α", "note", "alpha", "status", "warning"]);
 const FILTERED = ["role", "status"]; // fields with a select box, where the rows have them
 const NUMBERS = "such as >6, <=2, 2..4, or 3.9 for all that round to it";
-const WORDS = 0.85; // width of a letter beside that of a digit
+const WORDS = 0.85; // width of a letter beside that of a digit, on average: of few it may be more
+const FEW = 20;
 const narrow = matchMedia("(max-width: 1000px)"); // as in the style sheet
 
 function matrixTable({ content, rows, open, columns: given = () => columnsOf(content, rows), largest = [] }) {
@@ -199,7 +200,8 @@ function allColumns({ fields, numeric }, rows) {
 }
 
 function columnWidth({ header, cells, numeric }) {
-  const longest = cells.reduce((most, cell) => Math.max(most, cell.length), 0) * (numeric ? 1 : WORDS);
+  const letters = cells.reduce((most, cell) => Math.max(most, cell.length), 0);
+  const longest = numeric ? letters : letters < FEW ? letters + 0.5 : letters * WORDS;
   const column = make("col");
   const most = NARROWER[header] ?? WIDEST;
   column.style.width = `calc(${Math.min(Math.max(longest, 0.85 * header.length + 1.6), most)}ch + 1.6rem)`;

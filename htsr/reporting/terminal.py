@@ -37,7 +37,8 @@ _TOLD = {"heavy tail": "α", "light tail": "α", "tail of ": "tail"}  # kinds of
 def terminal_table(table: Table, width: int) -> RichTable:
     """`table` as a rich table of at most `width` characters that never cuts a number.
 
-    Without room names lose their middle, notes their end, and then whole columns go; the caption says which.
+    Without room names lose their middle, notes their end, and then whole columns go; the caption says which. Of two
+    columns of words the second, which may have a path, is folded and loses nothing.
     """
     from rich import box
     from rich.table import Table as RichTable
@@ -49,9 +50,15 @@ def terminal_table(table: Table, width: int) -> RichTable:
     rest, room, left_out = _fitting(rest, longest, width, table.spare)
     room = max(room, 8) if table.spare else longest  # short names of parts say more than their ends
     drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for column in (first, *(column for column, _ in rest)):
-        justify = "left" if column.text else "right"
-        drawn.add_column(visible(column.header), justify=justify, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
+    shown = (first, *(column for column, _ in rest))
+    facts = len(shown) == 2 and all(column.text for column in shown)
+    for column in shown:
+        header, justify, folds = (
+            visible(column.header),
+            "left" if column.text else "right",
+            facts and column is not first,
+        )
+        drawn.add_column(header, justify=justify, no_wrap=not folds, overflow="fold" if folds else "ellipsis")  # type: ignore[arg-type]
     for i, name in enumerate(names):
         style = STYLES.get(table.tones[i], "") if table.tones else ""
         cells = (Text(cells[i], style=style if column.title in table.toned else "") for column, cells in rest)

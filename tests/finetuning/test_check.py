@@ -1,15 +1,19 @@
 """What `htsr finetune --check` finds out: it is what the run does, and no weights are needed for it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from htsr_cli.check import show
 from htsr_cli.main import main
 
 import htsr
 from htsr.finetune import read_recipe
 from htsr.finetuning.budget import MOST, Budget, largest_batch
 from htsr.finetuning.check import check, schedule_of
+from htsr.finetuning.run_folder import resolved
+from htsr.reporting.text import plain_console
 from htsr.training.memory.plan import PROCESS, MemoryPlan
 from tests.transformer import llama, word_tokenizer
 
@@ -163,3 +167,10 @@ def test_steps_are_those_of_the_trainer(work, tmp_path, training):
     assert found.steps == counted[-1]
     assert found.epochs == pytest.approx(found.steps / counted[1])
     assert found.warmup == arguments.get_warmup_steps(found.steps)
+
+
+def test_a_narrow_terminal_folds_no_line_of_the_recipe(work, tmp_path, monkeypatch, capsys):
+    recipe = read_recipe(recipe_file(work, tmp_path / "recipe.yaml"), {"output": " ".join(["runs/of a name"] * 9)})
+    monkeypatch.setattr("htsr_cli.check.console", lambda: plain_console(width=40))
+    show(SimpleNamespace(text=resolved(recipe), preview=None))
+    assert yaml.safe_load(capsys.readouterr().out)["output"] == recipe.output

@@ -121,7 +121,7 @@ def test_a_carried_recipe_is_printed_and_its_resolved_form_is_the_same_run(tmp_p
     assert recipe == read_recipe(name)
     (tmp_path / "resolved.yaml").write_text(resolved(recipe))
     assert read_recipe(str(tmp_path / "resolved.yaml")) == recipe
-    assert (tmp_path / "resolved.yaml").read_text().startswith("# a recipe of htsr finetune, every default of its own")
+    assert (tmp_path / "resolved.yaml").read_text().startswith("# a recipe of htsr finetune, with the defaults of")
 
 
 @pytest.mark.parametrize("method", get_args(Method))

@@ -8,6 +8,7 @@ from rich.console import Console
 
 import htsr
 from htsr.analysis import tables
+from htsr.finetuning.result import Moved, Result
 from htsr.reporting.formats import as_csv
 from htsr.reporting.terminal import STYLES, _first_kinds, terminal_table
 from htsr.spectra.notes import CAUTION
@@ -187,3 +188,16 @@ def test_the_caution_stands_where_a_tail_is_noted(capsys):
     assert CAUTION in capsys.readouterr().err
     Target(None, None).write(htsr.analyze(state, device="cpu", where=htsr.Filter(roles=("mlp.*",), blocks={0})), words)
     assert CAUTION not in capsys.readouterr().err
+
+
+def test_facts_are_folded_where_a_terminal_is_narrow():
+    folder = "/data/" + "a long name/" * 8 + "run"
+    moved = tuple(Moved(f"model.layers.{i}.self_attn.q_proj", 0.01 * i or None, 3.25, 3.5) for i in range(4))
+    told, most = Result(folder, {"peak_mib": 1009.0, "peak_of": "resident, whole process"}, moved=moved).tables()
+    shown = lines(terminal_table(told, 60), 60)
+    assert all(len(line) <= 60 and "…" not in line for line in shown)
+    words = " ".join(" ".join(shown).split())
+    assert folder in words
+    assert "1009 MiB (resident, whole process)" in words
+    rows = [line.split() for line in lines(terminal_table(most, 80), 80)]
+    assert rows[2:4] == [[moved[0].name, "3.250", "3.500", "α"], [moved[1].name, "1.00", "3.250", "3.500", "‖ΔW‖/‖W‖"]]
