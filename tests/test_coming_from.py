@@ -195,7 +195,7 @@ def names() -> dict[str, set[str]]:
     """What may follow the dot of a name in the column of htsr."""
     from htsr.analysis.comparison import Pair
     from htsr.analysis.distance import Distance
-    from htsr.finetuning.recipe import Data, Lora, LowRank, Recipe, Sampling
+    from htsr.finetuning.recipe import Data, EarlyStopping, Gum, Lora, LowRank, Recipe, Sampling
 
     found = {"htsr": set(htsr.__all__)}
     kinds = (htsr.Options, htsr.Policy, htsr.LayerMetrics, htsr.Filter, htsr.Windows, htsr.Analysis, Distance, Pair)
@@ -204,7 +204,8 @@ def names() -> dict[str, set[str]]:
         found[kind.__name__] = own
     for name in ("lora_config", "layerwise", "low_rank_groups", "predict_memory", "measure_outliers", "analyze"):
         found[name] = set(inspect.signature(getattr(htsr, name)).parameters)
-    for section, kind in (("data", Data), ("sampling", Sampling), ("low_rank", LowRank), ("lora", Lora)):
+    sections = {"data": Data, "sampling": Sampling, "low_rank": LowRank, "gum": Gum, "lora": Lora}
+    for section, kind in (sections | {"early_stopping": EarlyStopping}).items():
         found[section] = {f.name for f in fields(kind)}
     found["recipe"] = {f.name for f in fields(Recipe)}
     return found
@@ -271,13 +272,36 @@ def test_every_command_line_is_understood(page):
     assert not {line: wrong for line in lines if line.startswith("htsr ") and (wrong := problems(line))}
 
 
-def test_its_recipe_can_be_read(tmp_path):
+def test_a_key_of_another_tool_is_told_what_it_is_here(tmp_path):
+    """As the page on these tools has it; of a whole file of theirs all keys are named at once."""
+    from htsr.finetuning.other_names import HERE
+    from htsr.finetuning.reading import read_keys
+
+    assert not {theirs: wrong for theirs, ours in HERE.items() if (wrong := problems(ours.partition(",")[0]))}
+    for row in tables(PAGES / "coming-from" / "llamafactory.md"):
+        for code in CODE.findall(row["LLaMA-Factory"] + row["Axolotl"]):
+            ours = HERE.get(code, "").split(":")[0].split(",")[0]
+            section = ours.partition(".")[0]
+            shown = row["htsr"].replace("recipe.", "")
+            assert not ours or section in ("lora", "model_options", "source") or ours in shown, (code, ours, shown)
+    page = (PAGES / "coming-from" / "llamafactory.md").read_text(encoding="utf-8")
+    for block in re.findall(r"^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        (tmp_path / "theirs.yaml").write_text(block, encoding="utf-8")
+        with pytest.raises(htsr.UsageError, match=r"unknown keys .* \(here model\), .* \(here training\.max_length\)"):
+            read_keys(str(tmp_path / "theirs.yaml"))
+    (tmp_path / "one.yaml").write_text("model: M\noutput: o\ndata: {train: t}\nlearning_rate: 1e-4\n")
+    with pytest.raises(htsr.UsageError, match=r"unknown key learning_rate; here it is training\.learning_rate"):
+        read_keys(str(tmp_path / "one.yaml"))
+
+
+@pytest.mark.parametrize(("page", "method"), [("low-rank", "owlore"), ("llamafactory", "lora")])
+def test_its_recipe_can_be_read(tmp_path, page, method):
     from htsr.finetuning.reading import read_recipe
 
-    page = (PAGES / "coming-from" / "low-rank.md").read_text(encoding="utf-8")
+    page = (PAGES / "coming-from" / f"{page}.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
-    assert read_recipe(str(tmp_path / "recipe.yaml")).method == "owlore"
+    assert read_recipe(str(tmp_path / "recipe.yaml")).method == method
 
 
 @pytest.mark.parametrize("page", HERE, ids=lambda page: page.stem)
