@@ -42,7 +42,7 @@ def raw_records(source: str, *, streaming: bool = False) -> Iterator[tuple[str, 
     folder = Path(name).expanduser()
     if not name.strip():  # which would be the working directory
         raise SourceError(f"a source of records is named {source!r}, which names nothing")
-    if not folder.is_dir() and not is_hub_id(name):
+    if not folder.is_dir() and (folder.exists() or not is_hub_id(name)):
         raise SourceError(
             f"{source} is no {', '.join(KINDS[:-1])} or {KINDS[-1]} file, nor a folder, nor a data set of the hub"
         )

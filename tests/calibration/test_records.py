@@ -45,6 +45,13 @@ def test_a_data_set_that_cannot_be_had(tmp_path, limit):
             read_records(source, limit)
 
 
+def test_a_file_of_another_kind_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.xlsx").write_bytes(b"PK")
+    with pytest.raises(htsr.SourceError, match=r"train\.xlsx is no \.jsonl, .* file, nor a folder, nor a data"):
+        read_records("train.xlsx")
+
+
 def test_questions_without_a_field_or_an_answer():
     assert question_of(QUESTION) == ("Question: Why?\nAnswer:", [" x", " y"])
     with pytest.raises(htsr.SourceError, match="'answer' is missing"):
