@@ -31,8 +31,6 @@ def chat(
 
     A model without a chat template goes on with the text as it is, its last line break included.
 
-    After records of Alpaca it wants their headings: printf '### Instruction:\\n…\\n\\n### Response:\\n' | htsr chat …
-
     For example:  [bold]echo 'What is a spectrum?' | htsr chat runs/first[/bold]
     """
     import sys

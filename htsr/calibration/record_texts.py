@@ -11,6 +11,7 @@ from htsr.errors import SourceError, UsageError, reason_of
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_INSTRUCTION, _RESPONSE = "### Instruction:\n", "### Response:\n"
 _ANSWERS = ("content", "tool_calls", "reasoning_content", "thinking")  # an answer has one of them at least
 
 
@@ -37,9 +38,41 @@ def for_model(record: Record, tokenizer: Any) -> Record:
         turns.append({"role": "user", "content": f"{instruction}\n\n{more}" if more else instruction})
         return {"prompt": turns, "completion": [{"role": "assistant", "content": record["output"]}]}
     parts = [system] if system else []
-    parts.append(f"### Instruction:\n{instruction}")
+    parts.append(f"{_INSTRUCTION}{instruction}")
     parts += [f"### Input:\n{more}"] if more else []
-    return {"prompt": "\n\n".join([*parts, "### Response:\n"]), "completion": record["output"]}
+    return {"prompt": "\n\n".join([*parts, _RESPONSE]), "completion": record["output"]}
+
+
+def has_headings(record: Record) -> bool:
+    """Whether a `record` is a prompt under the headings of Alpaca with its completion, as `for_model` writes it."""
+    prompt = record.get("prompt")
+    return isinstance(prompt, str) and _INSTRUCTION in prompt and prompt.endswith(_RESPONSE)
+
+
+def template_of_headings(tokenizer: Any) -> str:
+    """A chat template that writes turns under the headings of Alpaca, as `for_model` writes an instruction.
+
+    So a model that was trained on such instructions can be asked by whatever reads chat templates. Of further turns,
+    which it was not trained on, each question with its answer comes after the end of the one before.
+
+    Args:
+        tokenizer: tokenizer of the model; where it begins a text by its token for that, so does the template.
+
+    Examples:
+        >>> from htsr.calibration.record_texts import template_of_headings
+        >>> "### Response:" in template_of_headings(lambda text: {"input_ids": []})
+        True
+    """
+    first = tokenizer("a")["input_ids"][:1]
+    begin = "{{ bos_token }}" if first and first == [tokenizer.bos_token_id] else ""
+    turns = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] + '\\n\\n' }}"
+        "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}"
+        "{% else %}{{ '@' + m['content'] + '\\n\\n$' }}{% endif %}{% endfor %}"
+    )
+    for sign, heading in (("@", _INSTRUCTION), ("$", _RESPONSE)):
+        turns = turns.replace(sign, heading.replace("\n", "\\n"))
+    return begin + turns
 
 
 def text_of(record: Record, tokenizer: Any = None) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from htsr.calibration.loading import load_model, resolve
+from htsr.calibration.record_texts import template_of_headings
 from htsr.files import written
 from htsr.finetuning.placing import how_loaded
 from htsr.finetuning.run_folder import RESULTS, kept_leaves, leaves, plain, write_json
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from htsr.finetuning.result import Moved, Result
 
 
-def save_model(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks: Ranks) -> None:
+def save_model(
+    recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks: Ranks, *, headed: bool = False
+) -> None:
     """Save the model as plain transformers loads it, in safetensors; adapters merged, and alone under ``adapter``.
 
     Where they are not to be merged, they lie in the folder itself.
@@ -31,9 +34,13 @@ def save_model(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks
         tokenizer: tokenizer of the model.
         output: folder of the result.
         ranks: processes that train; the first writes.
+        headed: whether it was trained on instructions under Alpaca's headings, of which a tokenizer without a chat
+            template gets one.
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    if headed and tokenizer.chat_template is None:
+        tokenizer.chat_template = template_of_headings(tokenizer)
     if trainer.is_fsdp_enabled:  # whatever its checkpoints are
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     if recipe.lora is None:

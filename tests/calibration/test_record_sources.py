@@ -8,7 +8,7 @@ import pytest
 
 import htsr
 from htsr.calibration.record_forms import Names
-from htsr.calibration.record_texts import as_dataset, for_model, merged
+from htsr.calibration.record_texts import as_dataset, for_model, has_headings, merged, template_of_headings
 from htsr.calibration.records import Source, mixed, read_records, text_of
 
 datasets = pytest.importorskip("datasets")
@@ -158,6 +158,33 @@ def test_instructions_are_turns_where_there_is_a_template():
     assert second == chat
     with pytest.raises(htsr.SourceError, match="several forms, text and chat; one run is of one form"):
         merged([[{"text": "a"}], [chat]])
+
+
+def test_a_model_trained_under_headings_is_asked_under_them():
+    from tokenizers.processors import TemplateProcessing
+
+    from tests.transformer import word_tokenizer
+
+    for begins in (False, True):
+        tokenizer = word_tokenizer()
+        if begins:
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+        for more in ({}, {"system": "w5"}):
+            record = for_model({"instruction": "w6 w7", "output": "w8"} | more, tokenizer)
+            turns = [{"role": "system", "content": "w5"}] if more else []
+            turns.append({"role": "user", "content": "w6 w7"})
+            tokenizer.chat_template = template_of_headings(tokenizer)
+            asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            assert asked == "<s>" * begins + record["prompt"]
+            asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+            assert asked == tokenizer(record["prompt"])["input_ids"]
+            turns.append({"role": "assistant", "content": "w8"})
+            whole = record["prompt"] + record["completion"] + "</s>"
+            assert tokenizer.apply_chat_template(turns, tokenize=False).removeprefix("<s>") == whole
+            tokenizer.chat_template = None
+            assert has_headings(record)
+    assert not has_headings(PAIRS[0])
+    assert not has_headings({"text": "a"})
 
 
 def test_preferences_are_what_trl_reads(tmp_path):
