@@ -38,7 +38,7 @@ def raw_records(source: str, *, streaming: bool = False) -> Iterator[tuple[str, 
     if source.startswith("package:") or kind_of_file(Path(source)):
         yield from _read_file(Path(resolve(source)))
         return
-    name, _, split = source.partition(":")
+    name, config, split = _parts(source)
     folder = Path(name).expanduser()
     if not name.strip():  # which would be the working directory
         raise SourceError(f"a source of records is named {source!r}, which names nothing")
@@ -46,12 +46,26 @@ def raw_records(source: str, *, streaming: bool = False) -> Iterator[tuple[str, 
         raise SourceError(
             f"{source} is no {', '.join(KINDS[:-1])} or {KINDS[-1]} file, nor a folder, nor a data set of the hub"
         )
-    files = _files_of(folder, split or "train") if folder.is_dir() else []
+    files = _files_of(folder, split) if folder.is_dir() else []
+    if config is not None and (files or _is_saved(folder)):
+        raise SourceError(f"{source}: {folder} has no configurations: no README.md names any")
     if files:
         for file in files:
             yield from _read_file(file)
     else:
-        yield from _read_dataset(source, folder, name, split or "train", streaming)
+        yield from _read_dataset(source, folder, name, config, split, streaming)
+
+
+def _parts(source: str) -> tuple[str, str | None, str]:
+    """Name, configuration and split of ``NAME``, ``NAME:SPLIT`` or ``NAME:CONFIGURATION:SPLIT``.
+
+    A split may be a part of one, as `datasets` writes it: ``train[:100]``.
+    """
+    name, _, rest = source.partition(":")
+    config, colon, split = rest.partition(":")
+    if not colon or "[" in config:
+        return name, None, rest or "train"
+    return name, config or None, split or "train"
 
 
 def kind_of_file(path: Path) -> str:
@@ -172,7 +186,7 @@ def _files_of(folder: Path, split: str) -> list[Path]:
     It does where it has saved the folder, or where a card in it says what is in which file. Which file is of which
     split, their names say, by the rules of `datasets`.
     """
-    if any((folder / name).exists() for name in ("state.json", "dataset_dict.json")) or _has_card(folder):
+    if _is_saved(folder) or _has_card(folder):
         return []
     folder = Path(os.path.abspath(folder))
     every = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path, folder))
@@ -195,6 +209,10 @@ def _files_of(folder: Path, split: str) -> list[Path]:
     return files
 
 
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
+
+
 def _has_card(folder: Path) -> bool:
     card = folder / "README.md"
     return card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith("---")
@@ -204,15 +222,25 @@ def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
 
 
-def _read_dataset(source: str, folder: Path, name: str, split: str, streaming: bool) -> Iterator[tuple[str, Any]]:
+def _read_dataset(
+    source: str, folder: Path, name: str, config: str | None, split: str, streaming: bool
+) -> Iterator[tuple[str, Any]]:
     datasets = _datasets("a data set of the hub")
     where = nullcontext() if folder.is_dir() else reached(name, kind="dataset")
     with refused(f"{source} is a data set that cannot be had"), where:
-        if any((folder / kept).exists() for kept in ("state.json", "dataset_dict.json")):
+        if _is_saved(folder):
             found = datasets.load_from_disk(str(folder))
             found = found if isinstance(found, datasets.Dataset) else found[split]
         else:
-            found = datasets.load_dataset(str(folder) if folder.is_dir() else name, split=split, streaming=streaming)
+            path = str(folder) if folder.is_dir() else name
+            try:
+                found = datasets.load_dataset(path, config, split=split, streaming=streaming)
+            except ValueError as error:
+                if config is not None or "onfig name is missing" not in str(error):
+                    raise
+                raise SourceError(
+                    f"{reason_of(error)}; name one of them, as in {name}:CONFIGURATION:{split}"
+                ) from error
         yield from ((f"{source}, record {i}", record) for i, record in enumerate(_of_arrow(found), 1))
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from htsr.calibration.record_turns import KNOWN_KEYS, checked_turns, for_template, kind_of
+from htsr.calibration.record_turns import KNOWN_KEYS, checked_turns, for_template, kind_of, turns_in
 from htsr.errors import SourceError, UsageError, reason_of
 
 Record = dict[str, Any]
@@ -31,6 +31,7 @@ _FORMS: dict[str, tuple[str, ...]] = {
     "preference": ("chosen", "rejected"),
     "question": ("question", "choices", "answer"),
 }
+_OF_TURNS = ("messages", "conversations")
 FOR_TEMPLATE = ("tools", "chat_template_kwargs")
 _FURTHER: dict[str, tuple[str, ...]] = {
     "chat": FOR_TEMPLATE,
@@ -59,7 +60,7 @@ class Names:
     columns: Mapping[str, str | None] = field(default_factory=dict)
 
     def ours(self, record: Any) -> Any:
-        """The `record` with our names; what is no object stays as it is.
+        """The `record` with our names, and turns that are JSON in a text, as in tables; no object stays as it is.
 
         Raises:
             SourceError: the field that holds the text is absent.
@@ -71,7 +72,8 @@ class Names:
                 raise SourceError(f"the field {self.text} is absent; there are {_fields(record)}")
             return {"text": record[self.text]}
         renamed = {ours: record[theirs] for theirs, ours in self.columns.items() if ours and theirs in record}
-        return {key: value for key, value in record.items() if key not in self.columns} | renamed
+        record = {key: value for key, value in record.items() if key not in self.columns} | renamed
+        return record | {key: turns_in(record[key]) for key in _OF_TURNS if isinstance(record.get(key), str)}
 
 
 def checked(record: Any, place: str = "", names: Names = Names()) -> Record:

@@ -50,9 +50,25 @@ def checked_turns(value: Any, key: str, *, of_sharegpt: bool = False) -> list[di
         [{'role': 'user', 'content': '1 + 1?'}]
     """
     if not isinstance(value, list) or not value:
-        raise SourceError(f"{key} is a list of turns, not {kind_of(value) if value != [] else 'an empty one'}")
+        kind = "an empty one" if value == [] else kind_of(value) + " without JSON of it" * isinstance(value, str)
+        raise SourceError(f"{key} is a list of turns, not {kind}")
     of_sharegpt = of_sharegpt or any(map(_is_of_sharegpt, value))  # which is found under messages, too
     return [_turn(turn, f"{key}[{i}]", of_sharegpt) for i, turn in enumerate(value)]
+
+
+def turns_in(text: str) -> Any:
+    """The list of turns that is written in a `text` as JSON; the text itself where there is none.
+
+    Examples:
+        >>> from htsr.calibration.record_turns import turns_in
+        >>> turns_in('[{"role": "user", "content": "1 + 1?"}]')
+        [{'role': 'user', 'content': '1 + 1?'}]
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return found if isinstance(found, list) else text
 
 
 def _is_of_sharegpt(turn: Any) -> bool:

@@ -59,7 +59,8 @@ def read_records(
             a .csv, .tsv or .parquet file (one record a row, by the names of its columns), a .txt file (one record
             ``{"text": …}`` a paragraph), each but .parquet also compressed (.gz, .zst, .bz2, .xz) and each also as
             ``package:MODULE/PATH``; a folder of such files, or one that `datasets` has saved; or an id of the hub of
-            `datasets`. Folders and ids have an optional split, as in ``org/name:train`` (``train`` by default).
+            `datasets`. Folders and ids have an optional split, as in ``org/name:train`` (``train`` by default), and
+            before it a configuration, where there are several: ``org/name:easy:train``.
         limit: number of records after which reading ends; None for all.
         alike: whether all records must go into one data set of TRL (`as_dataset`).
         names: what the fields of the records are called.

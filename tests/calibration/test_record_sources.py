@@ -140,6 +140,48 @@ def test_conversations_are_messages(tmp_path):
         read_records(":train")
 
 
+def test_turns_that_are_json_in_cells(tmp_path, caplog):
+    turns = [{"role": "user", "content": 'a, "b"\n'}, {"role": "assistant", "content": "c", "weight": 1}]
+    spoken = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "c"}]
+    for name, records in (
+        ("a.csv", [{"messages": json.dumps(turns), "tools": json.dumps([{"name": "f"}])}]),
+        ("b.parquet", [{"conversations": json.dumps(spoken), "system": "s"}]),
+    ):
+        (found,) = read_records(write(tmp_path, name, records))
+        if name == "a.csv":
+            assert found == {"messages": turns, "tools": [{"name": "f"}]}
+            assert "nothing reads weight of turns (1)" in caplog.text
+        else:
+            assert [turn["role"] for turn in found["messages"]] == ["system", "user", "assistant"]
+    path = write(tmp_path, "c.csv", [{"messages": str(turns)}])  # as pandas writes a list
+    with pytest.raises(
+        htsr.SourceError, match=r"c\.csv, record 1: messages is a list of turns, not a text without JSON"
+    ):
+        read_records(path)
+
+
+def test_a_configuration_of_a_data_set_is_named_before_its_split(tmp_path):
+    folder = tmp_path / "arc"
+    for config, split, text in (("easy", "train", "a"), ("easy", "test", "b"), ("hard", "train", "c")):
+        (folder / config).mkdir(parents=True, exist_ok=True)
+        write(folder / config, f"{split}.jsonl", [{"text": text}, {"text": text * 2}])
+    configs = [
+        {"config_name": name, "data_files": [{"split": s, "path": f"{name}/{s}.jsonl"} for s in splits]}
+        for name, splits in (("easy", ("train", "test")), ("hard", ("train",)))
+    ]
+    (folder / "README.md").write_text("---\n" + json.dumps({"configs": configs}) + "\n---\n")
+    assert read_records(f"{folder}:easy:test") == [{"text": "b"}, {"text": "bb"}]
+    assert read_records(f"{folder}:hard:") == [{"text": "c"}, {"text": "cc"}]
+    assert read_records(f"{folder}:hard:train[1:]", limit=None) == [{"text": "cc"}]
+    for source, sentence in (
+        (f"{folder}", "name one of them, as in .*arc:CONFIGURATION:train"),
+        (f"{folder}:medium:train", "medium"),
+        (f"{folder / 'easy'}:easy:train", "has no configurations: no README.md names any"),
+    ):
+        with pytest.raises(htsr.SourceError, match=sentence):
+            read_records(source)
+
+
 def test_instructions_are_turns_where_there_is_a_template():
     from tests.transformer import word_tokenizer
 
