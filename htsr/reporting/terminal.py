@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from htsr.reporting.text import plain_console, visible
 from htsr.results import Column, Table
@@ -48,17 +48,15 @@ def terminal_table(table: Table, width: int) -> RichTable:
     (first, names), *rest = columns
     longest = max(map(len, names), default=0)
     rest, room, left_out = _fitting(rest, longest, width, table.spare)
-    room = max(room, 8) if table.spare else longest  # short names of parts say more than their ends
+    heading = visible(first.header)
+    room = max(room, 8) if table.spare else max(longest, len(heading))  # short names of parts say more than their ends
+    facts = len(rest) == 1 and rest[0][0].text
     drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    shown = (first, *(column for column, _ in rest))
-    facts = len(shown) == 2 and all(column.text for column in shown)
-    for column in shown:
-        header, justify, folds = (
-            visible(column.header),
-            "left" if column.text else "right",
-            facts and column is not first,
-        )
-        drawn.add_column(header, justify=justify, no_wrap=not folds, overflow="fold" if folds else "ellipsis")  # type: ignore[arg-type]
+    for column in (first, *(column for column, _ in rest)):
+        header = _shortened(heading, room) if column is first else visible(column.header)
+        folds, side = facts and column is not first, "left" if column.text else "right"
+        overflow: Any = "fold" if folds else "ellipsis"
+        drawn.add_column(header, justify=side, no_wrap=not folds, overflow=overflow)  # type: ignore[arg-type]
     for i, name in enumerate(names):
         style = STYLES.get(table.tones[i], "") if table.tones else ""
         cells = (Text(cells[i], style=style if column.title in table.toned else "") for column, cells in rest)
@@ -101,8 +99,9 @@ def _fitting(columns: _Columns, longest: int, width: int, spare: Sequence[str]) 
         room = width - _GAP - sum(w + _GAP for w in least)
         if room >= min(longest, _LEAST_NAME) or title is None:
             break
-        left_out += [c.header for c, _ in columns if title in (c.title, c.beside) and not c.bar]
-        columns = [(c, cells) for c, cells in columns if title not in (c.title, c.beside)]
+        goes = [c.title == title or (bool(c.beside) and c.beside == title) for c, _ in columns]
+        left_out += [c.header for (c, _), out in zip(columns, goes, strict=True) if out and not c.bar]
+        columns = [column for column, out in zip(columns, goes, strict=True) if not out]
     note = max(room - longest, 0) + _LEAST_NOTE  # what the names leave
     told = tuple(kind for kind, title in _TOLD.items() if title in {c.title for c, _ in columns})
     shown = [

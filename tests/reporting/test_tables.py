@@ -11,6 +11,7 @@ from htsr.analysis import tables
 from htsr.finetuning.result import Moved, Result
 from htsr.reporting.formats import as_csv
 from htsr.reporting.terminal import STYLES, _first_kinds, terminal_table
+from htsr.results import Column, Table
 from htsr.spectra.notes import CAUTION
 from htsr.training.memory.plan import METHODS, MemoryPlan, MemoryPlans
 from tests.models import state_dict
@@ -180,6 +181,7 @@ def test_all_methods_fit_a_terminal_without_a_number_cut():
     assert "left out for width: lisa, qlora; --method names those to show" in " ".join(shown)
     assert ["activations", *["13.00"] * (len(METHODS) - 2)] in [line.split() for line in shown]
     assert ["trained", *["7,000", "M"] * (len(METHODS) - 2)] in [line.split() for line in shown]
+    assert ["peak", "in", *["backward"] * (len(METHODS) - 2)] in [line.split() for line in shown]
 
 
 def test_the_caution_stands_where_a_tail_is_noted(capsys):
@@ -188,6 +190,20 @@ def test_the_caution_stands_where_a_tail_is_noted(capsys):
     assert CAUTION in capsys.readouterr().err
     Target(None, None).write(htsr.analyze(state, device="cpu", where=htsr.Filter(roles=("mlp.*",), blocks={0})), words)
     assert CAUTION not in capsys.readouterr().err
+
+
+def test_without_room_for_bars_the_numbers_stay():
+    names = [f"model.layers.{i}" for i in range(3)]
+    columns = (
+        Column("block", text=True),
+        Column("D 3", ".4f", "%"),
+        Column("p", ".4f"),
+        Column("", text=True, bar=True),
+    )
+    table = Table(columns, tuple((name, 0.01, 1 / 3, 1.0) for name in names), spare=("", "D 3"))
+    rows = {width: [line.split() for line in lines(terminal_table(table, width), width)] for width in (40, 80)}
+    assert rows[40][2] == ["model.layers.0", "0.0100", "0.3333"]
+    assert rows[80][2] == [*rows[40][2], "█" * 24]
 
 
 def test_facts_are_folded_where_a_terminal_is_narrow():
