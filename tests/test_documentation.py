@@ -9,12 +9,15 @@ too long as it stands, says so in a comment above it:
     <!-- run with --config small.yaml: the recipe takes minutes -->
 
 The second appends what it says to the last command of the block. Blocks of text are not code. Bash blocks that hold
-nothing but commands of htsr run in this process, which has torch imported already.
+nothing but commands of htsr, which may read from one of bash and write to a file, run in this process, which has torch
+imported already.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -40,9 +43,10 @@ SITE = ROOT / "reports" / "documentation"
 PAGES = SITE / "pages"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(PAGES.rglob("*.md"))]
 MARK = re.compile(r"<!-- (not run|run with (?P<more>[^:]+)): (?P<why>\w.*) -->")
-PLAIN = re.compile(
-    r"""htsr(?:[^'"#|&;<>$`*?(){}\[\]\\!~]|'[^']*'|"[^"$`\\]*")*(?:\s#.*)?"""
-)  # nothing that bash would expand
+PLAIN = re.compile(  # nothing that bash would expand
+    r"""(?:(?P<before>(?:echo|printf)(?:[^'"|]|'[^']*'|"[^"]*")*)\| )?"""
+    r"""(?P<command>htsr(?:[^'"#|&;<>$`*?(){}\[\]\\!~]|'[^']*'|"[^"$`\\]*")*)(?:> (?P<file>[\w./]+))?(?:\s+#.*)?"""
+)
 PRELUDE = r"""
 set -euo pipefail
 python() { "$PYTHON" "$@"; }
@@ -150,12 +154,34 @@ def shell(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", PRELUDE + code], cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def plain_commands(block: Block) -> list[list[str]]:
-    """The arguments of `htsr`, line by line, where a block of bash holds nothing else; or no lines."""
-    lines = block.code.strip().splitlines()
-    if block.more or not all(PLAIN.fullmatch(line) for line in lines):
+@dataclass(frozen=True)
+class Command:
+    """The arguments of `htsr`, the command of bash that it reads from, and the file that it writes to."""
+
+    arguments: list[str]
+    before: str = ""
+    file: str = ""
+
+
+def plain_commands(block: Block) -> list[Command]:
+    """What `htsr` is told, line by line, where a block of bash holds nothing else; or no lines."""
+    found = [PLAIN.fullmatch(line) for line in block.code.strip().splitlines()]
+    if block.more or not all(found):
         return []
-    return [shlex.split(line, comments=True)[1:] for line in lines]
+    return [
+        Command(shlex.split(line["command"])[1:], (line["before"] or "").strip(), line["file"] or "") for line in found
+    ]
+
+
+def run_here(command: Command, folder: Path, monkeypatch) -> int:
+    """The exit code of a command that runs in this process."""
+    if command.before:
+        said = subprocess.run(["bash", "-c", command.before], capture_output=True, text=True, check=True).stdout
+        monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    if not command.file:
+        return main(command.arguments)
+    with (folder / command.file).open("w") as file, contextlib.redirect_stdout(file):
+        return main(command.arguments)
 
 
 def name_of(document: Path) -> str:
@@ -176,9 +202,9 @@ def test_code_blocks_run(document, prepared, tmp_path, monkeypatch):
         if block.language == "python":
             exec(compile("\n" * (block.line - 1) + block.code, str(document), "exec"), namespace)
         elif block.language == "bash" and (commands := plain_commands(block)):
-            for arguments in commands:
-                code = main(arguments)
-                assert code == 0 or (code == 3 and "--fail-on" in arguments), f"{where}: {arguments} ended with {code}"
+            for command in commands:
+                code = run_here(command, folder, monkeypatch)
+                assert code == 0 or (code == 3 and "--fail-on" in command.arguments), f"{where}: {command}, {code}"
         elif block.language == "bash":
             done = shell(block, folder)
             assert done.returncode == 0, f"{where}:\n{block.code}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
@@ -201,10 +227,15 @@ def test_marks():
 
 def test_what_needs_bash_is_run_by_it():
     lines = "htsr analyze A --role 'attn.*' --include \"*.o\"  # all\nhtsr --version\n"
-    expected = [["analyze", "A", "--role", "attn.*", "--include", "*.o"], ["--version"]]
+    expected = [Command(["analyze", "A", "--role", "attn.*", "--include", "*.o"]), Command(["--version"])]
+    assert plain_commands(Block("bash", lines, 1)) == expected
+    lines = "echo \"a | b\" | htsr chat A\nhtsr analyze A > b.txt  # all\n"
+    expected = [Command(["chat", "A"], 'echo "a | b"'), Command(["analyze", "A"], file="b.txt")]
     assert plain_commands(Block("bash", lines, 1)) == expected
     for line in (
-        "htsr analyze A > b",
+        "htsr analyze A >> b",
+        "cat a | htsr chat A",
+        "htsr analyze A | head",
         "htsr analyze *.npz",
         "htsr analyze $A",
         "ls",

@@ -32,7 +32,7 @@ def main() -> None:
     """Run the study."""
     args = common.arguments(str(__doc__))
     warnings.filterwarnings("ignore")
-    share = 0.1 if args.quick else 1.0
+    share = 0.03 if args.quick else 1.0
 
     def draws(count: int) -> int:
         return max(6, round(count * share))

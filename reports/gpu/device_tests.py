@@ -19,7 +19,7 @@ _REASON = re.compile(r"^(?:FAILED|ERROR|SKIPPED) (.+)")
 
 
 def tests(bench: Bench) -> Iterator[dict[str, Any]]:
-    """One row per test that did not pass, with what it said, and one with the counts; in miniature they are only collected."""
+    """One row per test that did not pass, with what it said, and one with the counts; in miniature those of one file are only collected."""
     if not (ROOT / FOLDER).is_dir():
         yield {"test": str(FOLDER), "outcome": "missing"}
         return
@@ -27,7 +27,7 @@ def tests(bench: Bench) -> Iterator[dict[str, Any]]:
         sys.executable,
         "-m",
         "pytest",
-        str(FOLDER),
+        str(FOLDER / "test_execution.py" if bench.small else FOLDER),
         f"--confcutdir={FOLDER}",
         "-p",
         "no:cacheprovider",

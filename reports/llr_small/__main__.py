@@ -36,7 +36,7 @@ LONG_ARMS = ["uniform", "llr", "ends"]
 # 850 steps of 131,072 tokens see 28 million tokens four times
 PAPER = Size(width=512, blocks=8, steps=850, batch=128, context=1024, vocabulary=32_000, head_width=64)
 PAPER_ARMS = ["uniform", "ends", "apart", "llr"]
-QUICK = Size(width=64, blocks=2, steps=60, vocabulary=1024)
+QUICK = Size(width=64, blocks=2, steps=24, vocabulary=1024)
 QUICK_TEXT = Path(sysconfig.get_path("stdlib")) / "asyncio"  # half a megabyte
 
 

@@ -89,7 +89,7 @@ def main() -> None:
     """Run the study."""
     args = common.arguments(str(__doc__))
     if args.quick:
-        config = SMALL | {"num_hidden_layers": 2, "vocab_size": 2000}
+        config = SMALL | {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1000}
         rows = compare(config, SMOLLM2_ARMS, {"batch": 2, "sequence": 64})
         print(common.table(["method", "predicted, MiB", "measured, MiB", "ratio"], [cells(r) for r in rows]))
         return

