@@ -229,7 +229,7 @@ def test_what_needs_bash_is_run_by_it():
     lines = "htsr analyze A --role 'attn.*' --include \"*.o\"  # all\nhtsr --version\n"
     expected = [Command(["analyze", "A", "--role", "attn.*", "--include", "*.o"]), Command(["--version"])]
     assert plain_commands(Block("bash", lines, 1)) == expected
-    lines = "echo \"a | b\" | htsr chat A\nhtsr analyze A > b.txt  # all\n"
+    lines = 'echo "a | b" | htsr chat A\nhtsr analyze A > b.txt  # all\n'
     expected = [Command(["chat", "A"], 'echo "a | b"'), Command(["analyze", "A"], file="b.txt")]
     assert plain_commands(Block("bash", lines, 1)) == expected
     for line in (

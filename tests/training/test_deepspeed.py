@@ -4,6 +4,7 @@ ZeRO-1 and -2 show the inner optimizer one flattened group at a time, ZeRO-3 one
 the model at all. Both ranks see the same batch, as in test_distributed.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -223,6 +224,7 @@ def recipe_file(folder, name, stage=None, **more):
 def _finetune(rank, folder, name, port):
     """One recipe in processes of its own, as `torchrun -m htsr.finetune` would start them; what a refusal says."""
     be_of_two(rank)
+    gc.freeze()  # as in conftest.py
     os.environ.update(MASTER_PORT=str(port), LOCAL_WORLD_SIZE="2")
     from htsr.finetune import finetune, read_recipe
 
