@@ -409,7 +409,7 @@ def test_what_overflows_is_said_in_its_row_alone(dtype, entry, options, shape):
         htsr.esd(W, device="cpu:0", **options)
 
 
-# accelerate starts several processes of one machine through torchrun and the path it names after GPUs; gloo runs on the CPU
+# accelerate starts processes of one machine through torchrun and the path it names after GPUs; gloo runs on the CPU
 LAUNCHER = "accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no "
 LAUNCHER += "--dynamo_backend=no --main_process_port=0"
 
