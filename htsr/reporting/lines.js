@@ -41,7 +41,8 @@ function sourceAxis(more = {}) {
     tickvals: positions, ticktext: names.map(inPlot), tickangle: narrow ? -40 : 0, ticklabeloverflow: "allow",
   };
   const title = data.steps ? { title: { text: "step" } } : {};
-  return { gridcolor: colour("line"), zeroline: false, automargin: true, ...title, ...ticks, ...more };
+  const whole = data.steps && Math.max(...positions) - Math.min(...positions) < 6 ? { tick0: 0, dtick: 1 } : {};
+  return { gridcolor: colour("line"), zeroline: false, automargin: true, ...title, ...ticks, ...whole, ...more };
 }
 
 function here() {

@@ -149,6 +149,7 @@ def plot_distributions(distributions: Mapping[str, Vector], title: str, *, ax: A
     blocks = max(map(len, distributions.values()))
     ax.axhline(1 / blocks, color="grey", linewidth=0.8, linestyle="--", label="uniform")
     ax.set(xlabel="block", ylabel="$D_l / \\sum D$")
+    _at_whole_numbers(ax)
     ax.set_title(visible(title), parse_math=False)
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False, fontsize="small")
@@ -226,11 +227,21 @@ def plot_trajectory(
         ax.plot(places, line, label=label, color=colour, marker="o", markersize=3, linewidth=1.2)
     if points.steps is None:
         ax.set_xticks(places, [visible(source) for source in points.sources], rotation=30, ha="right", parse_math=False)
+    else:
+        _at_whole_numbers(ax)
     name = figures.label(metric)
     ax.set(xlabel="model" if points.steps is None else "step", ylabel=name, title=title or f"{name} by {by}")
     if len(lines) <= _FEW_BLOCKS:
         ax.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
+
+
+def _at_whole_numbers(ax: Axes) -> None:
+    """Ticks of the horizontal axis where blocks and steps are: there is none at a half."""
+    from matplotlib.ticker import MaxNLocator
+
+    if ax.get_xscale() == "linear":
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
 def write_picture(axes: Axes, path: Path) -> None:

@@ -84,6 +84,13 @@ def test_a_line_has_the_latest_numbers_of_its_matrices():
     np.testing.assert_array_equal(lines["q"], [[0, 3.0], [5, np.nan], [9, 2.5]])  # measured, and without a fit
 
 
+def test_ticks_are_at_blocks_and_steps():
+    one_step = [point for point in POINTS if point["step"] == 0]
+    for axes in (plots.plot_trajectory(one_step, "alpha"), plots.plot_distributions({"τ = 3": np.ones(3)}, "of three")):
+        axes.figure.canvas.draw()
+        assert all(tick == round(tick) for tick in axes.get_xticks())
+
+
 def test_by_block_and_by_matrix_the_same_points_are_other_lines():
     found = pivot(POINTS)
     assert list(found.lines("alpha", "block")) == ["block 0", "block 1"]
