@@ -44,7 +44,18 @@ def store_of_agent() -> Store | None:
 
 
 def store_of_launcher(call: str, advice: str) -> Store | None:
-    """The store in which launched processes meet, all of them come; torch alone waits for half an hour, silently."""
+    """The store in which launched processes meet, all of them come; torch alone waits for half an hour, silently.
+
+    Args:
+        call: name of what every rank has to call, for the sentence.
+        advice: end of that sentence: what else can be done.
+
+    Returns:
+        The store; None where the environment does not say where it is.
+
+    Raises:
+        UsageError: other processes were started, and do not come.
+    """
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -121,12 +132,23 @@ def wait_for_all(
 
 
 def meet(store: Store, rank: int, size: int, call: str, advice: str) -> None:
-    """Wait until all ranks have come to a meeting as often as this one, and give up those that do not."""
+    """Wait until all ranks have come to a meeting as often as this one, and give up those that do not.
+
+    Args:
+        store: store of all ranks.
+        rank: index of this process.
+        size: number of processes.
+        call: name of what every rank has to call, for the sentence.
+        advice: end of that sentence: what else can be done.
+
+    Raises:
+        UsageError: ranks have not come.
+    """
     wait_for_all(store, "htsr/meetings", rank, size, lambda late: _absent(rank, late, call, advice), PATIENCE)
 
 
 def unfinished(rank: int, late: Sequence[str]) -> str:
-    """The sentence of a `rank` that has done its part, of those that are late."""
+    """The sentence of a `rank` that has done its part, of those that are `late`."""
     return f"rank {rank} has done its part and waits for rank {_some(late)} to do the same"
 
 
