@@ -75,6 +75,12 @@ def memory(
             help="Where frozen blocks of lora, lisa and owlore live: device; host or disk to stream them from."
         ),
     ] = "device",
+    logits: Annotated[
+        str,
+        typer.Option(
+            help="How the loss reads logits: whole (a loop of your own); in `htsr finetune` fused (GPU), chunked (CPU)."
+        ),
+    ] = "whole",
     revision: Revision = None,
     format: Format = None,
     output: Output = None,
@@ -99,6 +105,7 @@ def memory(
         "gradients": gradients,
         "rounding": rounding,
         "frozen_weights": frozen_weights,
+        "logits": logits,
         "revision": revision,
     }
     words = Words(quiet, verbose)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -78,38 +78,16 @@ class Budget:
         return self.needed(plan) <= self.size
 
 
-def largest_batch(plan_of: Callable[[int], MemoryPlan], batch: int, plan: MemoryPlan, budget: Budget) -> int:
-    """The largest batch whose run fits a `budget`, at most `MOST`; 0 where none does.
-
-    Memory is the largest of several sums that are linear in the batch, so the chord between two batches leads close.
+def largest_batch(plan_of: Callable[[int], MemoryPlan], batch: int, budget: Budget) -> int:
+    """The largest batch whose run fits a `budget`, at most `MOST`, or `batch` if it is larger; 0 where none does.
 
     Args:
         plan_of: function from a batch to its plan.
-        batch: batch of which the plan is known.
-        plan: plan of that batch.
+        batch: batch of the recipe.
         budget: memory that there is.
     """
-    known = {0: 0, batch: budget.needed(plan)}  # that of nothing is a bound
-    most = max(MOST, batch)
-    while True:
-        fit = sorted(size for size, needed in known.items() if needed <= budget.size)
-        low, high = fit[-1], min((size for size in known if size > fit[-1]), default=most + 1)
-        if high - low == 1:
-            return low
-        if low == 0:
-            guess = high // 2
-        elif high <= most:
-            guess = _on_chord(known, low, high, budget.size)
-        else:
-            guess = max(2 * low, _on_chord(known, fit[-2], low, budget.size) if fit[-2] else 0)
-        guess = max(low + 1, min(guess, high - 1))
-        known[guess] = budget.needed(plan_of(guess))
-
-
-def _on_chord(known: dict[int, int], first: int, second: int, size: int) -> int:
-    """The batch that needs `size` bytes, if what is needed goes on as between two batches of which it is known."""
-    slope = (known[second] - known[first]) / (second - first)
-    return first + math.floor((size - known[first]) / slope) if slope > 0 else MOST
+    sizes = range(1, max(MOST, batch) + 1)
+    return bisect_left(sizes, True, key=lambda size: not budget.holds(plan_of(size)))
 
 
 def _main_memory() -> int:

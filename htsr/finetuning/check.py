@@ -9,14 +9,14 @@ from typing import Any
 
 from htsr.errors import HtsrError, UsageError
 from htsr.finetuning.budget import MOST, Budget, largest_batch
-from htsr.finetuning.memory import is_planned, setting_of
+from htsr.finetuning.memory import is_planned, logits_of, setting_of
 from htsr.finetuning.preflight import Prepared, check_sharding, prepare_data
-from htsr.finetuning.preview import Preview, preview
+from htsr.finetuning.preview import Preview
 from htsr.finetuning.recipe import Recipe
 from htsr.finetuning.run_folder import check_output, check_same_run, plain, resolved
 from htsr.results import Column, Record, Table, Tabular
 from htsr.training.memory.plan import MemoryPlan, MemoryPlans
-from htsr.training.memory.prediction import predict_memory
+from htsr.training.memory.prediction import plans_by_batch
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Check(Tabular):
         refusals: what `htsr finetune` would refuse, in whole sentences.
         notes: what else it would say of the data.
         preview: what training will read; of a stream its first records.
+        sequences: number of sequences that training has of them in an epoch.
         streams: whether training records are streamed.
         held_out: number of records for the evaluation loss.
         questions: number of multiple-choice records for the accuracy.
@@ -67,6 +68,7 @@ class Check(Tabular):
     refusals: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     preview: Preview | None = None
+    sequences: int | None = None
     streams: bool = False
     held_out: int = 0
     questions: int = 0
@@ -86,7 +88,7 @@ class Check(Tabular):
         """One dictionary: what is counted of data, steps and memory."""
         row: Record = {"output": self.recipe["output"], "held_out": self.held_out, "questions": self.questions}
         if (seen := self.preview) is not None:
-            row |= {name: getattr(seen, name) for name in ("records", "sequences", "tokens", "labels")}
+            row |= {"records": seen.records, "sequences": self.sequences, "tokens": seen.tokens, "labels": seen.labels}
             row |= {f"tokens_{name.replace(' %', '_percent')}": size for name, size in seen.lengths.items()}
             row |= {"cut_records": seen.cut.cut, "empty_records": seen.cut.empty, "lost_labels": seen.cut.lost}
         if self.schedule is not None:
@@ -124,7 +126,7 @@ class Check(Tabular):
         of = "these" if self.streams else "an epoch"
         return [
             ("records", f"{train}, {self.held_out:,} held out{asked}"),
-            (f"sequences in {of}", f"{seen.sequences:,}"),
+            (f"sequences in {of}", f"{self.sequences:,}"),
             (f"tokens in {of}", f"{seen.tokens:,}, of which {seen.labels:,} enter the loss"),
             ("tokens of a record", ", ".join(f"{name} {size:,}" for name, size in seen.lengths.items())),
             ("cut off", str(seen.cut) if seen.cut.cut else "nothing"),
@@ -204,11 +206,11 @@ class _Refused:
 
 
 def _seen(prepared: Prepared, arguments: Any) -> dict[str, Any]:
-    seen = preview(prepared.train, prepared.tokenizer, arguments)
+    seen = prepared.preview
     counts = {"held_out": len(prepared.held_out), "questions": len(prepared.questions)}
-    streams = prepared.stream is not None
-    schedule = schedule_of(arguments, None if streams else seen.sequences)
-    return {"preview": seen, "streams": streams, **counts, "schedule": schedule}
+    streams, sequences = prepared.stream is not None, seen.sequences(arguments)
+    schedule = schedule_of(arguments, None if streams else sequences)
+    return {"preview": seen, "sequences": sequences, "streams": streams, **counts, "schedule": schedule}
 
 
 def schedule_of(arguments: Any, sequences: int | None) -> Schedule:
@@ -261,6 +263,7 @@ def planned(
     budget = Budget.of_device(arguments) if memory is None else Budget(memory, "--memory", is_host)
     if not budget.is_host and arguments.use_cpu:  # planned here for there, where TRL's own default holds
         setting["checkpointing"] = recipe.training.get("gradient_checkpointing", True)
+        setting["logits"] = logits_of(arguments, on_accelerator=True)
     return budget, setting
 
 
@@ -269,11 +272,10 @@ def _memory(recipe: Recipe, arguments: Any, longest: int | None, memory: int | N
         return {}
     budget, setting = found
 
-    def plan_of(batch: int) -> MemoryPlan:
-        return predict_memory(recipe.model, **(setting | {"batch": batch}))
-
-    plan = plan_of(setting["batch"])
-    most = largest_batch(plan_of, setting["batch"], plan, budget)
+    batch = setting.pop("batch")
+    plan_of = plans_by_batch(recipe.model, **setting)
+    plan = plan_of(batch)
+    most = largest_batch(plan_of, batch, budget)
     return {"plan": plan, "needed": budget.needed(plan), "budget": budget, "largest_batch": most}
 
 

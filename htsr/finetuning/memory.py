@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from htsr.finetuning.checkpoints import count_processes
 from htsr.finetuning.placing import is_to_be_sharded
-from htsr.training.memory.plan import LOW_RANK, SAMPLED, MemoryPlan, beside
+from htsr.training.memory.plan import LOW_RANK, SAMPLED, Logits, MemoryPlan, beside
 from htsr.training.memory.prediction import predict_memory
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def setting_of(recipe: Recipe, arguments: Any, longest: int | None = None) -> di
         >>> from htsr.finetuning.memory import setting_of
         >>> from htsr.finetuning.recipe import Data, Recipe
         >>> recipe = Recipe(model="org/name", output="out", data=Data(train="train.jsonl"), method="lisa")
-        >>> arguments = {"per_device_train_batch_size": 4, "max_length": 1024, "packing": False}
+        >>> arguments = {"per_device_train_batch_size": 4, "max_length": 1024, "packing": False, "use_cpu": True}
         >>> setting = setting_of(recipe, SimpleNamespace(**arguments, gradient_checkpointing=True), longest=300)
         >>> setting["batch"], setting["sequence"], setting["active_blocks"], setting["embeddings"]
         (4, 300, 2, 'freeze')
@@ -47,11 +47,12 @@ def setting_of(recipe: Recipe, arguments: Any, longest: int | None = None) -> di
         "checkpointing": bool(arguments.gradient_checkpointing),
         "rounding": recipe.rounds,
         "frozen_weights": recipe.frozen_weights,
+        "logits": logits_of(arguments),
         "model_options": recipe.model_options,
         "revision": recipe.revision,
     }
     if sampling is not None:
-        setting["active_blocks"] = sampling.active
+        setting |= {"active_blocks": sampling.active, "unit": sampling.unit}
     if sampling is not None and recipe.method in SAMPLED:
         full = sampling.embedding == "sampled" or (sampling.embedding == "lowrank" and recipe.method not in LOW_RANK)
         setting["embeddings"] = "train" if full else sampling.embedding
@@ -65,6 +66,20 @@ def setting_of(recipe: Recipe, arguments: Any, longest: int | None = None) -> di
         lora = recipe.lora
         setting |= {"rank": lora.rank, "targets": lora.targets, "modules_to_save": lora.modules_to_save}
     return setting
+
+
+def logits_of(arguments: Any, *, on_accelerator: bool | None = None) -> Logits:
+    """How the loss of TRL's SFTTrainer reads logits: whole only where labels are smoothed.
+
+    Args:
+        arguments: arguments of TRL.
+        on_accelerator: whether an accelerator with Triton trains; None where the arguments tell.
+    """
+    if getattr(arguments, "label_smoothing_factor", 0):
+        return "whole"
+    if on_accelerator is None:
+        on_accelerator = not arguments.use_cpu and arguments.device.type in ("cuda", "xpu")
+    return "fused" if on_accelerator else "chunked"
 
 
 def is_planned(arguments: Any) -> bool:

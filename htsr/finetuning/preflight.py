@@ -31,6 +31,7 @@ from htsr.finetuning.labels import (
     take_own,
 )
 from htsr.finetuning.placing import is_to_be_sharded
+from htsr.finetuning.preview import Preview, preview
 from htsr.finetuning.rates import check_rates, policy_of
 from htsr.finetuning.run_folder import check_same_data, leaves, plain
 from htsr.finetuning.starts import start_of
@@ -65,6 +66,7 @@ class Prepared:
         held_out: records for the evaluation loss.
         questions: multiple-choice records for the accuracy.
         checkpoint: checkpoint from which the run goes on; None at the beginning.
+        preview: what training will read of `train`.
         stream: what is trained on where training is streaming, of which `train` holds the first records; else None.
         answers_by_default: whether answers alone have labels, and the recipe does not say so.
     """
@@ -74,6 +76,7 @@ class Prepared:
     held_out: list[Record]
     questions: list[Record]
     checkpoint: Checkpoint | None
+    preview: Preview
     stream: IterableDataset | None = None
     answers_by_default: bool = False
 
@@ -173,7 +176,8 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
     check_tools(recipe.model, tokenizer, [*train, *held_out], say)
     wanted = recipe.training.get("assistant_only_loss")
     arguments.assistant_only_loss = answers_alone(recipe.model, tokenizer, [*train, *held_out], wanted, say)
-    found = count_labels(train, tokenizer, arguments)
+    seen = preview(train, tokenizer, arguments)
+    found = seen.cut
     check_labels(found, arguments, "training records")
     highest = found.highest
     if found.cut:
@@ -194,7 +198,7 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
         highest = max(highest, count_labels(questions, tokenizer, whole).highest)
     check_vocabulary(recipe.model, highest, int(config.get_text_config().vocab_size))
     by_default = arguments.assistant_only_loss and not wanted
-    prepared = Prepared(tokenizer, train, held_out, questions, checkpoint, stream, by_default)
+    prepared = Prepared(tokenizer, train, held_out, questions, checkpoint, seen, stream, by_default)
     if resume:
         check_same_data(prepared.digests, output)
     return prepared

@@ -39,21 +39,28 @@ class Preview:
     Attributes:
         shown: the first records.
         records: number of records.
-        sequences: number of sequences that training has of them in an epoch: packed, and without those that keep no
-            label.
         tokens: number of tokens of all records, after cutting.
         labels: number of these that enter the loss.
         lengths: tokens of a record before cutting, by name of the quantile: shortest, median, 90 %, 99 %, longest.
         cut: what is cut off, in numbers and, as a text, in words.
+        kept: tokens of each record, after cutting.
     """
 
     shown: tuple[Shown, ...]
     records: int
-    sequences: int
     tokens: int
     labels: int
     lengths: Mapping[str, int]
     cut: Labels
+    kept: tuple[int, ...]
+
+    def sequences(self, arguments: Any) -> int:
+        """Number of sequences that training has in an epoch: packed, and without those that keep no label.
+
+        Args:
+            arguments: arguments of TRL.
+        """
+        return _packed(self.kept, arguments) if arguments.packing else self.records - self.cut.empty
 
 
 def preview(records: Sequence[Record], tokenizer: Any, arguments: Any, *, shown: int = 3) -> Preview:
@@ -90,8 +97,7 @@ def preview(records: Sequence[Record], tokenizer: Any, arguments: Any, *, shown:
     counts = Labels(len(sizes), cut, empty, wanted, wanted - labels, highest)
     ordered = sorted(sizes)
     lengths = {name: ordered[round(share * (len(ordered) - 1))] for name, share in QUANTILES.items()}
-    sequences = _packed(kept, arguments) if arguments.packing else len(sizes) - empty
-    return Preview(tuple(first), len(sizes), sequences, sum(kept), labels, lengths, counts)
+    return Preview(tuple(first), len(sizes), sum(kept), labels, lengths, counts, tuple(kept))
 
 
 def _pieces(tokens: Tokens, tokenizer: Any) -> Iterator[tuple[str, bool]]:

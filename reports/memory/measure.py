@@ -17,6 +17,7 @@ from htsr.training.lowrank.gum import GUM
 from htsr.training.lowrank.gum_groups import gum_groups
 from htsr.training.lowrank.optimizer import LowRankAdamW
 from htsr.training.lowrank.rounding import NARROW
+from htsr.training.sampling.sampler import LayerSampler
 
 STEPS = "training steps"
 
@@ -39,7 +40,10 @@ def peak_allocated(run: Callable[[], Any]) -> int:
 
 
 def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, warm_up: int = 8, **options: Any) -> None:
-    """Two real steps of a freshly made model, the first of few tokens; options as in `htsr.predict_memory`."""
+    """Two real steps of a freshly made model, the first of few tokens; options as in `htsr.predict_memory`.
+
+    `seed` is that of the draws of matrices.
+    """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -51,13 +55,20 @@ def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, war
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if method == "qlora":
         quantise(model)
+    in_tiles = {}
+    if options.get("logits") == "chunked":
+        from trl.trainer.utils import add_fused_lm_head
+
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        in_tiles = {"fused_lm_head": True}
     if method in ("lora", "qlora"):
         import peft
 
         if options.get("checkpointing"):
             model.enable_input_require_grads()
         model = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
-    if method in ("lisa", "owlore"):
+    by_matrix = method in ("lisa", "owlore") and options.get("unit") == "matrix"
+    if method in ("lisa", "owlore") and not by_matrix:
         frozen = () if options.get("embeddings") else (model.get_input_embeddings(), model.get_output_embeddings())
         for module in (*frozen, *model.model.layers[options["active_blocks"] :]):
             module.requires_grad_(False)
@@ -71,21 +82,28 @@ def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, war
         gradients = options.get("gradients", "keep")
         optimizer: Any = LowRankAdamW(groups, gradients=gradients, state_dtype=state_dtype, rounding=rounding)
     elif method == "gum":
-        groups = gum_groups(model, rank, refresh_every=2)  # whose end drops the states
+        groups = gum_groups(
+            model, rank, refresh_every=2, unit=options.get("unit", "block")
+        )  # whose end drops the states
         names = ("gradients", "state_dtype", "base")
         own = {name: options[name] for name in names if name in options}
-        optimizer = GUM(groups, active=options["active_blocks"], rounding=rounding, **own)
+        each = sum("unit" in group for group in groups) // config.num_hidden_layers
+        optimizer = GUM(groups, active=options["active_blocks"] * each, rounding=rounding, **own)
     else:
         trained = [p for p in model.parameters() if p.requires_grad]
         if rounding == "nearest" or not any(p.dtype in NARROW for p in trained):
             optimizer = torch.optim.AdamW(trained, fused=True)
         else:
             optimizer = LowRankAdamW(trained, state_dtype="bfloat16", rounding=rounding)
+    if by_matrix:
+        embedding = options.get("embeddings", "freeze")
+        given = {"active": options["active_blocks"], "embedding": embedding, "seed": options.get("seed", 0)}
+        LayerSampler(model, unit="matrix", **given).attach(optimizer)
     generator = torch.Generator().manual_seed(0)
     with torch.profiler.record_function(STEPS):
         for shape in ((1, min(warm_up, sequence)), (batch, sequence)):  # the first makes the optimizer's states
             tokens = torch.randint(0, config.vocab_size, shape, generator=generator)
-            model(input_ids=tokens, labels=tokens).loss.backward()
+            model(input_ids=tokens, labels=tokens, **in_tiles).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -11,12 +11,22 @@ from tests.transformer import llama
 pytest.importorskip("trl.trainer.sft_trainer")
 
 
+class Asked:
+    """A simulation that says what it was asked for."""
+
+    def __init__(self, _label, _config, setting, **_more):
+        self.setting = setting
+
+    def trace(self, batch):
+        return batch
+
+    def plan(self, _trace, batch):
+        return SimpleNamespace(**vars(self.setting), batch=batch, projectors=1)
+
+
 def test_every_method_of_a_recipe_has_the_plan_of_its_own_settings(tmp_path, monkeypatch):
     """What is simulated is compared, and not the plans, which take a second each."""
-    monkeypatch.setattr(
-        "htsr.training.memory.simulation.simulate",
-        lambda _label, _config, setting, **_more: SimpleNamespace(**vars(setting), projectors=1),
-    )
+    monkeypatch.setattr("htsr.training.memory.simulation.Simulation", Asked)
     llama(4).save_pretrained(tmp_path)
     training = {"per_device_train_batch_size": 3, "max_length": 32, "gradient_checkpointing": True}
 
@@ -27,7 +37,7 @@ def test_every_method_of_a_recipe_has_the_plan_of_its_own_settings(tmp_path, mon
         return predicted_memory(recipe, training_arguments(recipe), longest)
 
     def expected(method, **more):
-        given = {"dtype": "float32", "batch": 3, "sequence": 32, "checkpointing": True}
+        given = {"dtype": "float32", "batch": 3, "sequence": 32, "checkpointing": True, "logits": "chunked"}
         return htsr.predict_memory(str(tmp_path), method, **(given | more))
 
     assert plan("full") == expected("full")
@@ -48,5 +58,7 @@ def test_every_method_of_a_recipe_has_the_plan_of_its_own_settings(tmp_path, mon
     assert frozen != plan("galore", low_rank=LowRank(rank=8))
     drawn = plan("gum", low_rank=LowRank(rank=8), gum=Gum(active=1, unit="matrix"))
     assert drawn == expected("gum", rank=8, active_blocks=1, unit="matrix")
+    matrices = plan("lisa", sampling=Sampling(active=1, unit="matrix"))
+    assert matrices == expected("lisa", active_blocks=1, unit="matrix")
     low = plan("owlore", sampling=Sampling(active=1, embedding="lowrank"), low_rank=LowRank(rank=8))
     assert low == expected("owlore", active_blocks=1, embeddings="lowrank", rank=8)

@@ -61,7 +61,7 @@ def test_the_preview_is_what_trl_makes(tmp_path, records, training):
         recipe=recipe, model=llama(1), args=arguments, processing_class=tokenizer, train_dataset=as_dataset(records)
     )
     theirs = list(trainer.train_dataset)
-    assert found.sequences == len(theirs)
+    assert found.sequences(arguments) == len(theirs)
     assert found.records == len(records)
     assert found.labels == sum(label != -100 for row in theirs for label in row["labels"])
     if arguments.packing:

@@ -114,9 +114,11 @@ def _refused_data(rank, folder):
     from htsr.ranks import Ranks
 
     recipe, record = read_recipe(f"{folder}/full-ddp.yaml"), {"text": "one"}
-    agree(Ranks.running(), replace(recipe, output=f"{recipe.output}{rank}"), Prepared(None, [record], [], [], None))
+    agree(
+        Ranks.running(), replace(recipe, output=f"{recipe.output}{rank}"), Prepared(None, [record], [], [], None, None)
+    )
     try:
-        agree(Ranks.running(), recipe, Prepared(None, [record, {"text": f"{rank}"}], [], [], None))
+        agree(Ranks.running(), recipe, Prepared(None, [record, {"text": f"{rank}"}], [], [], None, None))
     except htsr.UsageError as error:
         return str(error)
     return ""

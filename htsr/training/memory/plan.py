@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 TrainingMethod: TypeAlias = Literal["full", "lora", "qlora", "galore", "apollo", "gum", "lisa", "owlore"]
 Embeddings: TypeAlias = Literal["train", "lowrank", "freeze"]
 FrozenWeights: TypeAlias = Literal["device", "host", "disk"]
+Logits: TypeAlias = Literal["whole", "chunked", "fused"]
 
 METHODS: tuple[TrainingMethod, ...] = ("full", "lora", "qlora", "galore", "apollo", "gum", "lisa", "owlore")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -33,7 +34,6 @@ class Setting:
 
     Attributes:
         method: how the model is trained.
-        batch: sequences per backward pass.
         sequence: tokens per sequence.
         rank: rank of the adapters, or dimension of the gradients' subspaces.
         active_blocks: number of blocks that train at a time, or at full rank, where the method samples; None for 2, or
@@ -48,11 +48,11 @@ class Setting:
         targets: which modules have adapters.
         modules_to_save: which modules train whole beside adapters.
         base: optimizer of the blocks' matrices under ``gum``.
-        unit: what ``gum`` draws.
+        unit: what is drawn.
+        logits: how the loss reads what the head says.
     """
 
     method: TrainingMethod
-    batch: int
     sequence: int
     rank: int
     active_blocks: int | None
@@ -67,6 +67,7 @@ class Setting:
     modules_to_save: tuple[str, ...] = ()
     base: Base = "adamw"
     unit: Unit = "block"
+    logits: Logits = "whole"
 
     @property
     def samples(self) -> bool:

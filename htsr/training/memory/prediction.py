@@ -9,7 +9,9 @@ counted: the CUDA context, kernels' own workspaces, fragmentation of the allocat
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union, get_args
 
@@ -23,6 +25,7 @@ from htsr.training.memory.plan import (
     STREAMED,
     Embeddings,
     FrozenWeights,
+    Logits,
     MemoryPlan,
     Setting,
     TrainingMethod,
@@ -61,6 +64,7 @@ def predict_memory(
     model_options: Mapping[str, Any] | None = None,
     base: Base = "adamw",
     unit: Unit = "block",
+    logits: Logits = "whole",
     revision: str | None = None,
 ) -> MemoryPlan:
     """Peak memory of training a causal language model, without loading it.
@@ -100,7 +104,12 @@ def predict_memory(
         model_options: how transformers makes the model, as in a recipe: attn_implementation and attributes of the
             configuration; for a source that is read.
         base: what trains the matrices under ``gum``: ``adamw``, or ``muon`` with one moment.
-        unit: what ``gum`` draws: a ``block``, or each ``matrix`` for itself, as many as γ blocks have.
+        unit: what is drawn: a ``block``, or each ``matrix`` for itself: under ``gum`` as many as γ blocks have, taken
+            to be the largest; otherwise as many as have the parameters of γ blocks, taken to be one of the first block
+            and the others of the last.
+        logits: how the loss reads what the head says: ``whole``, as the model's own loss does in a loop of one's own;
+            tile by tile, as TRL's SFTTrainer does: ``fused`` by kernels of an accelerator, ``chunked`` without them, on
+            a CPU, where the temporaries of a tile take several times its memory.
         revision: branch, tag or commit of a hub id.
 
     Returns:
@@ -124,6 +133,77 @@ def predict_memory(
         >>> lisa.total < full.total
         True
     """
+    given = {name: value for name, value in locals().items() if name not in ("source", "method", "batch")}
+    _insist_on_one(batch=batch)
+    return plans_by_batch(source, method, **given)(batch)
+
+
+def plans_by_batch(
+    source: Source,
+    method: TrainingMethod = "full",
+    *,
+    model_options: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    **options: Any,
+) -> Callable[[int], MemoryPlan]:
+    """What `predict_memory` says for any batch; two of them or three are simulated, however many are asked for.
+
+    Args:
+        source: folder, file, hub id or model, as `predict_memory` takes it.
+        method: how the model is trained.
+        model_options: how transformers makes the model.
+        revision: branch, tag or commit of a hub id.
+        **options: the other options of `predict_memory`, without the batch.
+
+    Raises:
+        SourceError: the source is no configuration of a causal language model.
+        UsageError: an option has no meaning, or the model cannot have this rank or so many active blocks.
+    """
+    known = {name: value for name, value in (predict_memory.__kwdefaults__ or {}).items() if name in _OF_SETTING}
+    setting = _setting(method, **(known | options))
+    from htsr.training.memory.by_batch import PlansByBatch
+    from htsr.training.memory.simulation import Simulation
+
+    label, config = _configuration(source, revision, model_options)
+    halves = options.get("rank") is None and method in LOW_RANK
+
+    @contextmanager
+    def told() -> Iterator[None]:
+        try:
+            yield
+        except HtsrError:
+            raise
+        except Exception as error:  # whatever transformers' code for a model raises on sizes that do not go together
+            raise SourceError(f"a training step of {label} cannot be simulated: {reason_of(error)}") from error
+
+    with told():
+        plans = PlansByBatch(Simulation(label, config, setting, halves_rank=halves))
+    return told()(plans)
+
+
+_OF_SETTING = frozenset(field.name for field in fields(Setting)) - {"method"}
+
+
+def _setting(
+    method: TrainingMethod,
+    *,
+    sequence: int,
+    rank: int | None,
+    active_blocks: int | None,
+    dtype: str | None,
+    checkpointing: bool,
+    state_dtype: StateDtype | None,
+    embeddings: Embeddings | None,
+    gradients: Gradients,
+    rounding: Rounding | None,
+    frozen_weights: FrozenWeights,
+    targets: str | Sequence[str],
+    modules_to_save: Sequence[str],
+    base: Base,
+    unit: Unit,
+    logits: Logits,
+) -> Setting:
+    """The setting with its defaults filled in; options of no meaning are refused."""
     from htsr.training.lowrank.rounding import ROUNDINGS
 
     if method not in METHODS:
@@ -137,6 +217,7 @@ def predict_memory(
         ("frozen_weights", frozen_weights, get_args(FrozenWeights)),
         ("base", base, ("adamw", "muon")),
         ("unit", unit, ("block", "matrix")),
+        ("logits", logits, get_args(Logits)),
     ):
         if value is not None and value not in known:
             raise UsageError(f"unknown {name} {value!r}: one of {', '.join(known)}")
@@ -151,18 +232,15 @@ def predict_memory(
     if (targets != "all-linear" or modules_to_save) and method not in ("lora", "qlora"):
         raise UsageError(f"targets and modules_to_save are those of adapters, which {method} has not")
     for name, differs, value in (("base", base != "adamw", base), ("unit", unit != "block", unit)):
-        if differs and method != "gum":
-            raise UsageError(f"{name}={value!r} is for gum, not for {method}")
+        fit = ("gum",) if name == "base" else DRAWN
+        if differs and method not in fit:
+            raise UsageError(f"{name}={value!r} is for {', '.join(fit)}, not for {method}")
     if active_blocks is not None and method not in DRAWN:
         raise UsageError(f"active_blocks={active_blocks} is for {', '.join(DRAWN)}, not for {method}")
-    given = rank
     rank = rank if rank is not None else 256 if method == "apollo" else 128 if method in LOW_RANK else 8
-    for name, number in (("batch", batch), ("sequence", sequence), ("rank", rank), ("active_blocks", active_blocks)):
-        if number is not None and number < 1:
-            raise UsageError(f"{name} is {number}; it is at least 1")
-    setting = Setting(
+    _insist_on_one(sequence=sequence, rank=rank, active_blocks=active_blocks)
+    return Setting(
         method=method,
-        batch=batch,
         sequence=sequence,
         rank=rank,
         active_blocks=active_blocks,
@@ -177,17 +255,14 @@ def predict_memory(
         modules_to_save=tuple(modules_to_save),
         base=base,
         unit=unit,
+        logits=logits,
     )
-    from htsr.training.memory.simulation import simulate
 
-    label, config = _configuration(source, revision, model_options)
-    try:
-        plan = simulate(label, config, setting, halves_rank=given is None and method in LOW_RANK)
-    except HtsrError:
-        raise
-    except Exception as error:  # whatever transformers' code for a model raises on sizes that do not go together
-        raise SourceError(f"a training step of {label} cannot be simulated: {reason_of(error)}") from error
-    return plan
+
+def _insist_on_one(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise UsageError(f"{name} is {number}; it is at least 1")
 
 
 def gradients_fit(method: str, gradients: str) -> bool:

@@ -5,6 +5,7 @@ import io
 import json
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 from htsr_cli.main import main
@@ -12,8 +13,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Moe
 
 import htsr
 from htsr.errors import UsageError
+from htsr.training.memory import simulation
+from htsr.training.memory.by_batch import PlansByBatch
+from htsr.training.memory.ledger import Trace
 from htsr.training.memory.plan import METHODS, PARTS
-from htsr.training.memory.prediction import predict_memory
+from htsr.training.memory.prediction import plans_by_batch, predict_memory
 from reports.memory.measure import peak_allocated, train
 
 LLAMA = LlamaConfig(
@@ -52,6 +56,11 @@ RUNS = [
     ("gum", {"active_blocks": 1}),
     ("gum", {"active_blocks": 2, "base": "muon", "gradients": "update", "checkpointing": True}),
     ("gum", {"active_blocks": 3, "base": "muon", "gradients": "project"}),
+    ("gum", {"active_blocks": 3, "unit": "matrix", "state_dtype": "bfloat16", "gradients": "update"}),
+    ("full", {"logits": "chunked", "checkpointing": True}),
+    ("lora", {"logits": "chunked"}),
+    ("lisa", {"active_blocks": 1, "unit": "matrix", "embeddings": "train"}),
+    ("owlore", {"active_blocks": 2, "unit": "matrix", "checkpointing": True}),
     ("lisa", {"active_blocks": 1, "embeddings": "train"}),
     ("lisa", {"active_blocks": 1}),
     ("full", {"dtype": "bfloat16", "rounding": "kahan"}),
@@ -68,6 +77,8 @@ RUNS = [
 def test_within_ten_percent_of_what_torch_allocates(folder, method, options, batch, sequence):
     if method == "qlora" or options.get("state_dtype") == "8bit":
         pytest.importorskip("bitsandbytes")
+    if "logits" in options:
+        pytest.importorskip("trl.kernels", reason="TRL 1.10 makes logits in chunks of another size")
     plan = predict_memory(folder, method, batch=batch, sequence=sequence, rank=16, **options)
     # the allocator counts what other threads of the process, and the collector, do meanwhile: seldom, and never twice
     found = (peak_allocated(lambda: train(LLAMA, method, batch, sequence, rank=16, **options)) for _ in range(2))
@@ -170,17 +181,56 @@ def test_what_rounding_keeps_is_of_the_narrow_weights_that_train(tmp_path):
 
 
 def test_the_rank_of_a_small_model_takes_no_second_simulation(tmp_path, monkeypatch):
-    from htsr.training.memory import simulation
-
     config = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "vocab_size": 99}
     LlamaConfig(**config, num_hidden_layers=1).save_pretrained(tmp_path)
-    simulated, made = [], []
-    original, model = simulation.simulate, simulation._model
-    monkeypatch.setattr(simulation, "simulate", lambda *args, **how: simulated.append(args) or original(*args, **how))
-    monkeypatch.setattr(simulation, "_model", lambda *args: made.append(args) or model(*args))
+    simulated, made = counted(monkeypatch, simulation.Simulation, "trace"), counted(monkeypatch, simulation, "_model")
     assert predict_memory(tmp_path, "galore", sequence=8).rank == 16
     assert len(simulated) == 1
     assert len(made) == 1
+
+
+def counted(monkeypatch, owner, name):
+    """The arguments of all calls from here on."""
+    calls, original = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: calls.append(args[1:]) or original(*args))
+    return calls
+
+
+BY_BATCH = [
+    ("full", {"checkpointing": True}),
+    ("lora", {"logits": "fused", "dtype": "bfloat16"}),
+    ("gum", {"gradients": "project", "active_blocks": 1, "logits": "chunked"}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), BY_BATCH)
+def test_plans_of_all_batches_are_those_of_their_own_simulations(tmp_path, monkeypatch, method, options):
+    """Two simulations, up to where tiles of logits are full; a batch of one has copies and views of its own."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=500).save_pretrained(tmp_path)
+    options = {"sequence": 64, "rank": 8, **options}
+    wanted = {batch: predict_memory(tmp_path, method, batch=batch, **options) for batch in (1, 3, 8, 100)}
+    simulated = counted(monkeypatch, simulation.Simulation, "trace")
+    plans = plans_by_batch(tmp_path, method, **options)
+    assert {batch: plans(batch) for batch in (8, 3, 100)} == {batch: wanted[batch] for batch in (8, 3, 100)}
+    assert simulated == [(8,), (2,)]
+    assert {plans(batch).moment for batch in (1, 10**4)} <= {"forward", "backward", "step"}
+    assert plans(1) == wanted[1]
+    assert len(simulated) == 3
+
+
+def test_batches_of_other_operations_are_simulated_each(monkeypatch):
+    class Odd:
+        def trace(self, batch):
+            return Trace((("forward", batch),), np.full((1, 7), batch), np.zeros(1))
+
+        def plan(self, trace, batch):
+            return trace.sizes.sum(), batch
+
+    simulated = counted(monkeypatch, Odd, "trace")
+    plans = PlansByBatch(Odd())
+    assert [plans(batch) for batch in (5, 9, 5)] == [(35, 5), (63, 9), (35, 5)]
+    assert simulated == [(5,), (2,), (3,), (9,)]
 
 
 @pytest.mark.parametrize("method", ["lisa", "owlore", "lora"])
