@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -218,6 +219,17 @@ class FinetuneTrainer(SFTTrainer):
         self.sampler.attach(self.optimizer)  # before state comes, which stays in host memory where it is offloaded
         with self.sampler.loading(self.checkpoint.step) if self.is_fsdp_enabled else nullcontext():
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[no-untyped-call]
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model, without a word of PEFT on the base whose name says that it is no model as it is stored.
+
+        Args:
+            args: positional arguments of the Trainer's method.
+            kwargs: keyword arguments of the Trainer's method.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Could not find a config file in .* without ")
+            super().save_model(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Make no repository: `htsr.finetuning.publishing` has made it.
