@@ -1,5 +1,6 @@
 """Fixtures: the real models that packages carry, and small ones made here."""
 
+import functools
 import gc
 import importlib.util
 import logging
@@ -12,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the processors
 import hypothesis
 import numpy as np
 import pytest
+import typer.main
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -28,6 +30,14 @@ def _imports_are_no_garbage():
     training, going through the objects of torch took longer than the training."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _commands_are_made_once():
+    """An app of typer makes its commands anew whenever it is called, which takes longer than many a command."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture(autouse=True)
