@@ -30,7 +30,11 @@ def outliers(
     context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or .gguf file of a transformer.")],
     data: Annotated[
-        str, typer.Option(help="Calibration text: .jsonl, .txt, or a data set of the hub as in org/name:train.")
+        str,
+        typer.Option(
+            help="Calibration texts: .jsonl, .json, .csv, .tsv, .parquet or .txt, a folder of these, or a data set of "
+            "the hub as in org/name:train."
+        ),
     ],
     threshold: Annotated[
         list[float] | None, typer.Option(help="τ, multiples of the mean score; 3 5 7 10 13 if none. Repeatable.")
