@@ -42,7 +42,7 @@ def model_card(recipe: Recipe, result: Result, comparison: Comparison | None) ->
     rates = recipe.layerwise if isinstance(recipe.layerwise, str) else f"`{json.dumps(dict(recipe.layerwise))}`"
     layerwise = "" if rates == "none" else f", layerwise learning rates by {rates}"
     sources = ", ".join(f"`{source.source}`" for source in recipe.data.sources("train"))
-    metrics = [(key.replace("_", " "), _number(value)) for key, value in result.metrics.items()]
+    metrics = [row for row in result.tables()[0].rows if row != ("model", result.output)]
     parts = [
         "\n".join([*front, "---"]),
         f"# {recipe.output.rstrip('/').rsplit('/', 1)[-1]}",

@@ -20,6 +20,7 @@ from htsr.finetuning.progress import TrainingLines, Voice
 from htsr.finetuning.rates import policy_of
 from htsr.finetuning.stopping import EarlyStopping, KeptBest
 from htsr.matrices.blocks import find_blocks
+from htsr.matrices.modules import unwrapped
 from htsr.training.callbacks import LayerSamplerCallback, LayerwiseCallback
 from htsr.training.layerwise.wrapper import layerwise
 from htsr.training.lowrank.groups import low_rank_groups
@@ -230,6 +231,14 @@ class FinetuneTrainer(SFTTrainer):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Could not find a config file in .* without ")
             super().save_model(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Name what a checkpoint lacks; a tensor that is tied to one it has is none of that."""
+        tied = getattr(unwrapped(self.model), "all_tied_weights_keys", None) or {}
+        missing = [key for key in load_result.missing_keys if key not in tied]
+        if not getattr(self.model, "_keys_to_ignore_on_save", None):  # by which transformers tells what it has to tie
+            load_result = load_result._replace(missing_keys=missing)
+        super()._issue_warnings_after_load(load_result)  # type: ignore[no-untyped-call]
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Make no repository: `htsr.finetuning.publishing` has made it.

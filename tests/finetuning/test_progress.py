@@ -10,6 +10,7 @@ from htsr_cli.live import Live
 from htsr_cli.output import Words
 
 from htsr.finetuning.progress import TrainingLines, Voice
+from tests.transformer import llama
 
 
 @pytest.fixture
@@ -82,3 +83,19 @@ def test_what_says_nothing_to_who_runs_a_command_is_left_out_unless_all_is_asked
     assert len(warned) == 1 + verbose
     assert len(set(caplog.messages)) == 1 + verbose
     assert not theirs.filters
+
+
+def test_a_tied_head_is_not_missing_from_a_checkpoint(monkeypatch):
+    from torch.nn.modules.module import _IncompatibleKeys
+    from transformers import trainer as theirs
+
+    from htsr.finetuning.trainer import FinetuneTrainer
+
+    said = []
+    monkeypatch.setattr(theirs.logger, "warning", said.append)
+    trainer = FinetuneTrainer.__new__(FinetuneTrainer)
+    for tied in (True, False):
+        trainer.model = llama(1, tie_word_embeddings=tied)
+        trainer._issue_warnings_after_load(_IncompatibleKeys(["lm_head.weight"], []))
+    trainer._issue_warnings_after_load(_IncompatibleKeys([], ["more.weight"]))
+    assert [sentence.partition(":")[2] for sentence in said] == [" ['lm_head.weight'].", " ['more.weight']."]
