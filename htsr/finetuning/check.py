@@ -183,6 +183,8 @@ def check(recipe: Recipe, *, resume: bool = False, memory: int | None = None) ->
             found |= refused.unless(lambda: _seen(prepared, arguments)) or {}
         longest = found["preview"].lengths["longest"] if "preview" in found else None
         found |= refused.unless(lambda: _memory(recipe, arguments, longest, memory)) or {}
+        if arguments.use_liger_kernel and "plan" in found:
+            notes.append("memory is planned without Liger's kernels, which should take less: how much was not measured")
     found |= {"refusals": tuple(refused.sentences), "notes": tuple(notes)}
     return Check(plain(recipe), resolved(recipe), **found, is_wrong_usage=refused.is_wrong_usage)
 

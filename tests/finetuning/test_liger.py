@@ -7,6 +7,8 @@ import yaml
 from htsr_cli.main import main
 
 from htsr.finetuning import arguments
+from htsr.finetuning.check import check
+from htsr.finetuning.reading import read_recipe
 from tests.transformer import save_work
 
 pytest.importorskip("trl.trainer.sft_trainer")
@@ -41,6 +43,8 @@ def test_liger_is_asked_for_where_it_can_run(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(arguments, "_runs_kernels", lambda: True)
     monkeypatch.setattr("transformers.integrations.liger.is_liger_kernel_available", lambda: True)
+    (note,) = [said for said in check(read_recipe(str(tmp_path / "recipe.yaml"))).notes if "Liger" in said]
+    assert note.startswith("memory is planned without Liger's kernels")
     assert main(command) == 0
     assert (package / "transformers" / "called.json").read_text().startswith('["LlamaForCausalLM"')
     for name in [name for name in sys.modules if name.startswith("liger_kernel")]:

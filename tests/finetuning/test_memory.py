@@ -1,10 +1,13 @@
 from types import SimpleNamespace
 
 import pytest
+from transformers import LlamaConfig
 
 import htsr
 from htsr.finetuning.arguments import training_arguments
+from htsr.finetuning.check import planned
 from htsr.finetuning.memory import predicted_memory
+from htsr.finetuning.reading import read_recipe
 from htsr.finetuning.recipe import Data, Gum, Lora, LowRank, Recipe, Sampling
 from tests.transformer import llama
 
@@ -62,3 +65,16 @@ def test_every_method_of_a_recipe_has_the_plan_of_its_own_settings(tmp_path, mon
     assert matrices == expected("lisa", active_blocks=1, unit="matrix")
     low = plan("owlore", sampling=Sampling(active=1, embedding="lowrank"), low_rank=LowRank(rank=8))
     assert low == expected("owlore", active_blocks=1, embeddings="lowrank", rank=8)
+
+
+def test_the_recipe_of_gum_for_24_gb_fits(tmp_path):
+    """With room for a longer batch, and not with its gradients kept."""
+    wide = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    LlamaConfig(**wide, vocab_size=32000).save_pretrained(tmp_path)
+    recipe = read_recipe("one_gpu_24gb_gum", {"model": str(tmp_path)})
+    found = planned(recipe, training_arguments(recipe), None, 24 * 10**9)
+    assert found is not None
+    budget, setting = found
+    plan = htsr.predict_memory(recipe.model, **setting)
+    assert 0.75 * budget.size < budget.needed(plan) < 0.9 * budget.size
+    assert plan.total + 2 * plan.parameters > budget.size
