@@ -151,6 +151,7 @@ def test_a_start_from_weights_goes_on_as_it_was_with_an_embedding_that_trains_wh
     assert main(["finetune", "--quiet", "--config", broken, "--resume"]) == 1
 
 
+@pytest.mark.filterwarnings("error:Could not find a config file")  # of the base in a checkpoint, which is named as none
 def test_adapters_that_are_not_merged_are_the_model_that_a_merged_run_leaves(tmp_path, capsys, monkeypatch):
     """By PEFT alone, in chat, in the spectra and answers after training, and as GGUF."""
     from transformers import AutoModelForCausalLM
