@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, get_args
 
 import torch
@@ -26,6 +27,8 @@ from htsr.training.memory.states import Kind, entries_of, has_rank, states, to_p
 from htsr.training.sampling.members import Trainable, freeze_embedding, members_of, trainable
 from htsr.training.streaming.block import resident
 from htsr.training.streaming.layout import Layout
+
+logger = logging.getLogger(__name__)
 
 # NF4 in blocks of 64 with doubly quantised scales (QLoRA, arXiv 2305.14314, §3): bytes per weight
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -193,9 +196,13 @@ def _quietly(make: Any, *arguments: Any) -> Any:
 def _model(label: str, config: Any, setting: Setting) -> Any:
     config = deepcopy(config)
     config.use_cache = False
-    if hasattr(config, "quantization_config"):
+    packed = getattr(config, "quantization_config", None)
+    if packed is not None:
         del config.quantization_config
     dtype = getattr(torch, setting.dtype) if setting.dtype else getattr(config, "dtype", None) or torch.float32
+    if packed and setting.method != "qlora":
+        form = packed.get("quant_method", "another form") if isinstance(packed, dict) else packed.quant_method.value
+        _tell_packed(label, str(form), str(dtype).removeprefix("torch."))
     try:
         model = empty_model(config, dtype=dtype)
     except ValueError as error:
@@ -218,6 +225,13 @@ def _model(label: str, config: Any, setting: Setting) -> Any:
     elif setting.embeddings == "freeze":
         freeze_embedding(model)
     return model
+
+
+@cache
+def _tell_packed(label: str, form: str, dtype: str) -> None:
+    """Say once, and not for each method and each plan, what is planned of a model that is stored packed."""
+    sentence = "%s is stored in %s; its memory is planned with weights in %s, and less is needed where they stay packed"
+    logger.warning(sentence, label, form, dtype)
 
 
 def _active(label: str, model: Any, setting: Setting) -> set[str]:

@@ -379,6 +379,19 @@ def test_command(capsys, folder, tmp_path):
     assert int(row["total"]) == sum(int(row[part]) for part in PARTS)
 
 
+def test_a_model_that_is_stored_packed_is_planned_dense_and_that_is_said_once(tmp_path, caplog):
+    config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    config.save_pretrained(tmp_path)
+    plain = predict_memory(tmp_path, "lora", sequence=8, rank=2)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    plans = [predict_memory(tmp_path, method, sequence=8, rank=2) for method in ("lora", "full")]
+    assert plans[0].total == plain.total
+    (said,) = caplog.messages
+    assert "is stored in gptq; its memory is planned with weights in float32" in said
+
+
 def test_memory_of_nothing_is_refused():
     for name in ("batch", "sequence", "rank", "active_blocks"):
         with pytest.raises(htsr.UsageError, match=f"{name} is 0; it is at least 1"):
