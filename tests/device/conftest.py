@@ -28,6 +28,13 @@ def pytest_collection_modifyitems(config):
             pretended.install()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _imports_are_no_garbage():
+    """As in tests/conftest.py: accelerate collects garbage three times a training."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def device(request):
     """The accelerator: the process has one within the test."""
