@@ -39,16 +39,15 @@ def run(work, output, method, place, **more):
             "report_to": [],
         },
     }
-    if method in ("lisa", "owlore"):
+    if method == "owlore":
         content["sampling"] = {"active": 1, "interval": 2, "threshold": 3.0}
-    if method in ("galore", "owlore"):
         content["low_rank"] = {"rank": 8, "scale": 1.0, "refresh_every": 2}
     path = output.parent / f"{output.name}.yaml"
     path.write_text(yaml.safe_dump(content | more))
     return finetune(read_recipe(str(path)))
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "lisa", "owlore", "galore"])
+@pytest.mark.parametrize("method", ["full", "lora", "owlore"])  # which samples and projects
 def test_a_recipe(device, at_place, work, tmp_path, method):
     losses = []
     for place in ("cpu", device):

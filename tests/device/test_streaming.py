@@ -50,8 +50,9 @@ def _train(model, sampler, gradients, steps, checkpointing, rank=4, shape=(2, 9)
     return [loss.item() for loss in losses]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("gradients", ["keep", "project", "update"])
+@pytest.mark.parametrize(
+    ("gradients", "checkpointing"), [("keep", False), ("project", True), ("update", False), ("update", True)]
+)
 def test_streamed_to_the_device_is_resident_on_the_cpu(device, gradients, checkpointing):
     losses, weights = [], []
     for streams in (False, True):
