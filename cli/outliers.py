@@ -66,7 +66,7 @@ def outliers(
     from htsr.files import check_writable
     from htsr.reporting.plots import check_picture, write_picture
 
-    words = Words(quiet, verbose)
+    words, target = Words(quiet, verbose), Target.of(context)
     thresholds = list(checked_thresholds(threshold or THRESHOLDS))
     if picture:
         check_picture(picture)
@@ -88,7 +88,7 @@ def outliers(
         found.save(save)
     if picture:
         write_picture(found.plot(), picture)
-    Target.of(context).write(found, words)
+    target.write(found, words)
 
 
 @contextmanager
