@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import htsr
 
@@ -292,6 +293,25 @@ def test_a_key_of_another_tool_is_told_what_it_is_here(tmp_path):
     (tmp_path / "one.yaml").write_text("model: M\noutput: o\ndata: {train: t}\nlearning_rate: 1e-4\n")
     with pytest.raises(htsr.UsageError, match=r"unknown key learning_rate; here it is training\.learning_rate"):
         read_keys(str(tmp_path / "one.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("key", "here"),
+    [
+        ("train_on_inputs: false", "training.completion_only_loss, which is its opposite (of chats training.assistant"),
+        ("train_on_prompt: false", "training.completion_only_loss, which is its opposite (of chats training.assistant"),
+        ("pissa_init: true", "lora.options.init_lora_weights: pissa"),
+    ],
+)
+def test_a_key_whose_value_would_mean_something_else_here_is_told_with_it(tmp_path, key, here):
+    from htsr.finetuning.reading import read_recipe
+
+    for section in ("", "data", "lora", "training"):
+        recipe = {"model": "M", "output": "o", "data": {"train": "t"}, "training": {}, "lora": {}}
+        (recipe[section] if section else recipe).update(yaml.safe_load(key))
+        (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        with pytest.raises(htsr.UsageError, match=f"; here it is {re.escape(here)}"):
+            read_recipe(str(tmp_path / "theirs.yaml"))
 
 
 @pytest.mark.parametrize(("page", "method"), [("low-rank", "owlore"), ("llamafactory", "lora")])

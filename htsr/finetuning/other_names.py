@@ -12,6 +12,8 @@ _TRAINING = (
     "warmup_steps", "weight_decay",
 )  # fmt: skip
 
+_OPPOSITE = "training.completion_only_loss, which is its opposite (of chats training.assistant_only_loss)"
+
 HERE: Mapping[str, str] = {key: f"training.{key}" for key in _TRAINING} | {
     "base_model": "model",
     "model_name_or_path": "model",
@@ -39,17 +41,17 @@ HERE: Mapping[str, str] = {key: f"training.{key}" for key in _TRAINING} | {
     "test_datasets": "data.evaluation",
     "val_set_size": "data.evaluation_share",
     "val_size": "data.evaluation_share",
-    "max_samples": "data.limit",
+    "max_samples": "data.limit, of all sources together",
     "chat_template": "training.chat_template_path",
     "template": "training.chat_template_path",
-    "train_on_inputs": "training.completion_only_loss",
-    "train_on_prompt": "training.completion_only_loss",
+    "train_on_inputs": _OPPOSITE,
+    "train_on_prompt": _OPPOSITE,
     "cutoff_len": "training.max_length",
     "max_seq_length": "training.max_length",
     "sequence_len": "training.max_length",
     "neat_packing": "training.packing",
     "sample_packing": "training.packing",
-    "batch_size": "training.per_device_train_batch_size",
+    "batch_size": "training.per_device_train_batch_size, of one step on one device",
     "micro_batch_size": "training.per_device_train_batch_size",
     "num_epochs": "training.num_train_epochs",
     "lr": "training.learning_rate",
@@ -73,7 +75,7 @@ HERE: Mapping[str, str] = {key: f"training.{key}" for key in _TRAINING} | {
     "lora_modules_to_save": "lora.modules_to_save",
     "init_lora_weights": "lora.options.init_lora_weights",
     "peft_init_lora_weights": "lora.options.init_lora_weights",
-    "pissa_init": "lora.options.init_lora_weights",
+    "pissa_init": "lora.options.init_lora_weights: pissa",
     "peft_use_dora": "lora.options.use_dora",
     "use_dora": "lora.options.use_dora",
     "peft_use_rslora": "lora.options.use_rslora",
@@ -86,4 +88,4 @@ HERE: Mapping[str, str] = {key: f"training.{key}" for key in _TRAINING} | {
     "lisa_interval_steps": "sampling.interval",
     "lisa_step_interval": "sampling.interval",
 }
-"""Our key, dotted, by theirs."""
+"""Our key, dotted, by theirs; where the value would mean something else here, that is said, too."""
