@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+
 from htsr.calibration.record_forms import Record
 from htsr.finetuning.labels import Labels
 from htsr.finetuning.tokens import Tokens, bounds, tokenized
@@ -43,7 +45,8 @@ class Preview:
         labels: number of these that enter the loss.
         lengths: tokens of a record before cutting, by name of the quantile: shortest, median, 90 %, 99 %, longest.
         cut: what is cut off, in numbers and, as a text, in words.
-        kept: tokens of each record, after cutting.
+        kept: bytes of each record, one for each token that cutting leaves, 1 where it enters the loss; empty where
+            records are not packed.
     """
 
     shown: tuple[Shown, ...]
@@ -52,10 +55,10 @@ class Preview:
     labels: int
     lengths: Mapping[str, int]
     cut: Labels
-    kept: tuple[int, ...]
+    kept: tuple[bytes, ...]
 
     def sequences(self, arguments: Any) -> int:
-        """Number of sequences that training has in an epoch: packed, and without those that keep no label.
+        """Number of sequences that training has in an epoch: packed, and without those in which no token has a label.
 
         Args:
             arguments: arguments of TRL.
@@ -78,13 +81,15 @@ def preview(records: Sequence[Record], tokenizer: Any, arguments: Any, *, shown:
     """
     first: list[Shown] = []
     sizes: list[int] = []
-    kept: list[int] = []
-    cut = empty = wanted = labels = highest = 0
+    kept: list[bytes] = []
+    cut = empty = wanted = labels = tokens = highest = 0
     for whole in tokenized(records, tokenizer, arguments):
         size = len(whole.ids)
         part = whole.between(*bounds(size, arguments))
         sizes.append(size)
-        kept.append(len(part.ids))
+        tokens += len(part.ids)
+        if arguments.packing:
+            kept.append(bytes(part.labels))
         its_labels = sum(part.labels)
         if len(first) < shown:
             pieces = tuple(_pieces(part, tokenizer))
@@ -97,7 +102,7 @@ def preview(records: Sequence[Record], tokenizer: Any, arguments: Any, *, shown:
     counts = Labels(len(sizes), cut, empty, wanted, wanted - labels, highest)
     ordered = sorted(sizes)
     lengths = {name: ordered[round(share * (len(ordered) - 1))] for name, share in QUANTILES.items()}
-    return Preview(tuple(first), len(sizes), sum(kept), labels, lengths, counts, tuple(kept))
+    return Preview(tuple(first), len(sizes), tokens, labels, lengths, counts, tuple(kept))
 
 
 def _pieces(tokens: Tokens, tokenizer: Any) -> Iterator[tuple[str, bool]]:
@@ -110,12 +115,13 @@ def _pieces(tokens: Tokens, tokenizer: Any) -> Iterator[tuple[str, bool]]:
         before = text
 
 
-def _packed(sizes: Sequence[int], arguments: Any) -> int:
-    """Number of sequences into which TRL packs records of these sizes."""
+def _packed(records: Sequence[bytes], arguments: Any) -> int:
+    """Number of sequences with a label into which TRL packs records of such tokens."""
     import datasets
     from trl.data_utils import pack_dataset
 
-    rows = datasets.Dataset.from_dict({"input_ids": [[0] * size for size in sizes]})
+    rows = datasets.Dataset.from_dict({"labels": [np.frombuffer(record, np.uint8) for record in records]})
     if arguments.shuffle_dataset:  # sequences are packed from a thousand records at a time
         rows = rows.shuffle(seed=arguments.seed)
-    return len(pack_dataset(rows, arguments.max_length, arguments.packing_strategy))
+    packed = pack_dataset(rows, arguments.max_length, arguments.packing_strategy)
+    return sum(any(row["labels"][1:]) for row in packed)  # what comes first is predicted from nothing

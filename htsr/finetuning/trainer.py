@@ -90,6 +90,17 @@ class FinetuneTrainer(SFTTrainer):
         if recipe.layerwise != "none":
             self.add_callback(LayerwiseCallback(self))
 
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, *others: Any, **more: Any
+    ) -> Any:
+        """TRL's tokens and labels, without packed sequences in which nothing has a label.
+
+        TRL leaves out such records where they are not packed. A step of theirs would have the loss 0, which counts in
+        the mean, and an update by momentum and decay alone.
+        """
+        found = super()._prepare_dataset(dataset, processing_class, args, packing, *others, **more)
+        return found.filter(_has_label) if packing else found
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run forward and backward of one batch.
 
@@ -258,6 +269,10 @@ class FinetuneTrainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing yet: htsr writes its own card at the end."""
+
+
+def _has_label(row: dict[str, Any]) -> bool:
+    return any(label != -100 for label in row["labels"][1:])  # what comes first is predicted from nothing
 
 
 def _check_gradients(gradients: str, args: Any) -> None:

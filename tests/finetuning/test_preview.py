@@ -37,6 +37,9 @@ TURNS = [
         (COMPLETIONS, {}),
         (COMPLETIONS, {"truncation_mode": "keep_end"}),
         (COMPLETIONS, {"completion_only_loss": False}),
+        (COMPLETIONS, {"packing": True}),  # of the last record the prompt fills a sequence, and no label is left
+        (COMPLETIONS, {"packing": True, "packing_strategy": "wrapped", "max_length": 8}),
+        (COMPLETIONS, {"packing": True, "packing_strategy": "bfd_split", "max_length": 8}),
         (CHATS, {"max_length": 20}),
         (CHATS, {"assistant_only_loss": True}),
         (TURNS, {}),
@@ -64,8 +67,10 @@ def test_the_preview_is_what_trl_makes(tmp_path, records, training):
     assert found.sequences(arguments) == len(theirs)
     assert found.records == len(records)
     assert found.labels == sum(label != -100 for row in theirs for label in row["labels"])
+    assert all(any(label != -100 for label in row["labels"]) for row in theirs)
     if arguments.packing:
-        assert found.tokens == sum(len(row["input_ids"]) for row in theirs)
+        if records is TEXTS:  # else there are sequences without a label
+            assert found.tokens == sum(len(row["input_ids"]) for row in theirs)
         return
     by_text = {tokenizer.decode(row["input_ids"]): row for row in theirs}
     assert len(found.shown) == 3
