@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from htsr.calibration.record_turns import KNOWN_KEYS, checked_turns, for_template, kind_of, turns_in
+from htsr.calibration.record_turns import KNOWN_KEYS, are_turns, checked_turns, for_template, kind_of, turns_in
 from htsr.errors import SourceError, UsageError, reason_of
 
 Record = dict[str, Any]
@@ -73,7 +73,8 @@ class Names:
             return {"text": record[self.text]}
         renamed = {ours: record[theirs] for theirs, ours in self.columns.items() if ours and theirs in record}
         record = {key: value for key, value in record.items() if key not in self.columns} | renamed
-        return record | {key: turns_in(record[key]) for key in _OF_TURNS if isinstance(record.get(key), str)}
+        record |= {key: turns_in(record[key]) for key in _OF_TURNS if isinstance(record.get(key), str)}
+        return record | _turns_of_pairs(record)
 
 
 def checked(record: Any, place: str = "", names: Names = Names()) -> Record:
@@ -107,6 +108,16 @@ def checked(record: Any, place: str = "", names: Names = Names()) -> Record:
     return found
 
 
+def _turns_of_pairs(record: Record) -> Record:
+    """Turns by field, where a prompt and its completion, or two answers, are both such in JSON; one may be a text."""
+    for pair in (("prompt", "completion"), ("chosen", "rejected")):
+        texts = {key: record[key] for key in ("prompt", *pair) if isinstance(record.get(key), str)}
+        found = {key: turns for key, text in texts.items() if are_turns(turns := turns_in(text))}
+        if set(pair) <= set(found):
+            return found
+    return {}
+
+
 def unread(record: Record, names: Names = Names()) -> Iterator[str]:
     """What nothing reads in a `record` that `checked` has taken: fields, and keys of turns.
 
@@ -132,7 +143,7 @@ def unread(record: Record, names: Names = Names()) -> Iterator[str]:
             taken = names.columns[key] is None or names.columns[key] in read
         else:
             taken = key in read and key not in renamed
-        if value is not None and not taken:
+        if value not in (None, "") and not taken:
             yield str(key)
     turns = [
         turn for key in read for turn in _listed(named.get(key)) if isinstance(turn, dict) and key not in FOR_TEMPLATE
@@ -144,7 +155,8 @@ def form_of(record: Record) -> str:
     """The form of a `record`: ``text``, ``chat``, ``completion``, ``instruction``, ``preference`` or ``question``.
 
     Conversations that were not checked are ``conversations``. The ``text`` beside an instruction and its output, as in
-    Alpaca, is the two of them written out, and does not count.
+    Alpaca, is the two of them written out, and does not count. Nor does a form of which a field is an empty text, as an
+    empty cell of a table is, beside another form.
 
     Raises:
         SourceError: it has none of them, or several.
@@ -162,6 +174,8 @@ def form_of(record: Record) -> str:
             "a record has text, messages, conversations, prompt and completion, instruction and output, or question, "
             f"choices and answer; this one has {_fields(record)}; data.columns in a recipe gives fields these names"
         )
+    if len(found) > 1:
+        found = [form for form in found if not any(record[key] == "" for key in _FORMS[form])] or found
     if len(found) > 1:
         both = " and ".join(" + ".join(_FORMS[form]) for form in found)
         raise SourceError(f"{both} in one record: which of them is trained on cannot be told; leave one")

@@ -50,7 +50,7 @@ def checked_turns(value: Any, key: str, *, of_sharegpt: bool = False) -> list[di
         [{'role': 'user', 'content': '1 + 1?'}]
     """
     if not isinstance(value, list) or not value:
-        kind = "an empty one" if value == [] else kind_of(value) + " without JSON of it" * isinstance(value, str)
+        kind = "an empty one" if value == [] else kind_of(value) + " without JSON of one" * isinstance(value, str)
         raise SourceError(f"{key} is a list of turns, not {kind}")
     of_sharegpt = of_sharegpt or any(map(_is_of_sharegpt, value))  # which is found under messages, too
     return [_turn(turn, f"{key}[{i}]", of_sharegpt) for i, turn in enumerate(value)]
@@ -69,6 +69,24 @@ def turns_in(text: str) -> Any:
     except (ValueError, RecursionError):
         return text
     return found if isinstance(found, list) else text
+
+
+def are_turns(value: Any) -> bool:
+    """Whether a `value` is a list of turns, each with who speaks and what, and of nothing else.
+
+    Examples:
+        >>> from htsr.calibration.record_turns import are_turns
+        >>> are_turns([{"role": "user", "content": "1 + 1?"}]), are_turns([1, 2]), are_turns([])
+        (True, False, False)
+    """
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(turn, dict) and {"role", "from"} & set(turn) and {"content", "value", "tool_calls"} & set(turn)
+            for turn in value
+        )
+    )
 
 
 def _is_of_sharegpt(turn: Any) -> bool:
@@ -154,11 +172,12 @@ def for_template(record: dict[str, Any]) -> dict[str, Any]:
         SourceError: tools are no list, or variables no keys and values.
     """
     found = {key: record[key] for key in ("tools", "chat_template_kwargs") if record.get(key) is not None}
-    if isinstance(found.get("tools"), str):  # as TRL takes them, too
-        try:
-            found["tools"] = json.loads(found["tools"]) if found["tools"].strip() else []
-        except ValueError as error:
-            raise SourceError(f"tools is no JSON: {reason_of(error)}") from error
+    for key, none in (("tools", []), ("chat_template_kwargs", {})):
+        if isinstance(text := found.get(key), str):  # as TRL takes tools, too
+            try:
+                found[key] = json.loads(text) if text.strip() else none
+            except ValueError as error:
+                raise SourceError(f"{key} is no JSON: {reason_of(error)}") from error
     if not isinstance(found.get("tools", []), list):
         raise SourceError(f"tools is a list, not {kind_of(found['tools'])}")
     more = found.get("chat_template_kwargs", {})

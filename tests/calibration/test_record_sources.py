@@ -153,6 +153,22 @@ def test_turns_that_are_json_in_cells(tmp_path, caplog):
             assert "nothing reads weight of turns (1)" in caplog.text
         else:
             assert [turn["role"] for turn in found["messages"]] == ["system", "user", "assistant"]
+    pair = {
+        "prompt": json.dumps(turns[:1]),
+        "completion": json.dumps(turns[1:]),
+        "chat_template_kwargs": '{"think": 1}',
+    }
+    (found,) = read_records(write(tmp_path, "d.csv", [pair]))
+    assert found == {"prompt": turns[:1], "completion": turns[1:], "chat_template_kwargs": {"think": 1}}
+    answers = {"prompt": json.dumps(spoken[:1]), "chosen": json.dumps(spoken[1:]), "rejected": json.dumps(turns[1:])}
+    (found,) = read_records(write(tmp_path, "e.csv", [answers]))
+    assert [found[key][0]["role"] for key in answers] == ["user", "assistant", "assistant"]
+    for texts in ({"prompt": "as JSON", "completion": json.dumps(turns)}, {"prompt": "[1, 2]", "completion": "[3]"}):
+        assert read_records(write(tmp_path, "f.jsonl", [texts])) == [texts]
+    caplog.clear()
+    kinds = [{"text": "a", "messages": "", "prompt": ""}, {"text": "", "messages": json.dumps(turns[:1]), "prompt": ""}]
+    assert read_records(write(tmp_path, "g.jsonl", kinds)) == [{"text": "a"}, {"messages": turns[:1]}]
+    assert not caplog.messages
     path = write(tmp_path, "c.csv", [{"messages": str(turns)}])  # as pandas writes a list
     with pytest.raises(
         htsr.SourceError, match=r"c\.csv, record 1: messages is a list of turns, not a text without JSON"

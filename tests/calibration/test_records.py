@@ -139,7 +139,7 @@ def test_an_array_of_records(tmp_path):
         ({"prompt": [TURN], "completion": "b"}, "both texts or both lists of turns, not a list and a text"),
         ({"prompt": "a", "completion": [TURN]}, "both texts or both lists of turns, not a text and a list"),
         ({"messages": []}, "messages is a list of turns, not an empty one"),
-        ({"messages": "a"}, "messages is a list of turns, not a text without JSON of it"),
+        ({"messages": "a"}, "messages is a list of turns, not a text without JSON of one"),
         ({"messages": ["a"]}, r"messages\[0\] is a turn with role and content, not a text"),
         ({"messages": [TURN, {"role": "assistant", "content": None}]}, r"messages\[1\].content is a text, not null"),
         ({"messages": [TURN, {"role": "assistant"}]}, r"messages\[1\].content is a text, not null"),
