@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,7 @@ from htsr.errors import SourceError, UsageError, reason_of
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_INSTRUCTION, _RESPONSE = "### Instruction:\n", "### Response:\n"
+_INSTRUCTION, _INPUT, _RESPONSE = "### Instruction:\n", "### Input:\n", "### Response:\n"
 _ANSWERS = ("content", "tool_calls", "reasoning_content", "thinking")  # an answer has one of them at least
 
 
@@ -39,17 +41,33 @@ def for_model(record: Record, tokenizer: Any) -> Record:
         return {"prompt": turns, "completion": [{"role": "assistant", "content": record["output"]}]}
     parts = [system] if system else []
     parts.append(f"{_INSTRUCTION}{instruction}")
-    parts += [f"### Input:\n{more}"] if more else []
+    parts += [f"{_INPUT}{more}"] if more else []
     return {"prompt": "\n\n".join([*parts, _RESPONSE]), "completion": record["output"]}
 
 
-def has_headings(record: Record) -> bool:
-    """Whether a `record` is a prompt under the headings of Alpaca with its completion, as `for_model` writes it."""
-    prompt = record.get("prompt")
-    return isinstance(prompt, str) and _INSTRUCTION in prompt and prompt.endswith(_RESPONSE)
+def preamble_of(records: Sequence[Record]) -> str | None:
+    """What stands above the headings of Alpaca in most prompts; None where not all records are prompts under these.
+
+    That is nothing, as `for_model` writes them, or the sentence of the Stanford Alpaca project, which has another one
+    for instructions with an input; what stands above those without one counts, if there are any: a chat has none.
+
+    Args:
+        records: records that were trained on, at least one.
+
+    Examples:
+        >>> from htsr.calibration.record_texts import preamble_of
+        >>> preamble_of([{"prompt": "Do it.\\n\\n### Instruction:\\nAdd.\\n\\n### Response:\\n", "completion": "5"}])
+        'Do it.\\n\\n'
+    """
+    prompts = [record.get("prompt") for record in records]
+    texts = [text for text in prompts if isinstance(text, str) and _INSTRUCTION in text and text.endswith(_RESPONSE)]
+    if len(texts) < len(prompts):
+        return None
+    alone = [text for text in texts if _INPUT not in text] or texts
+    return Counter(text.partition(_INSTRUCTION)[0] for text in alone).most_common(1)[0][0]
 
 
-def template_of_headings(tokenizer: Any) -> str:
+def template_of_headings(tokenizer: Any, preamble: str = "") -> str:
     """A chat template that writes turns under the headings of Alpaca, as `for_model` writes an instruction.
 
     So a model that was trained on such instructions can be asked by whatever reads chat templates. Of further turns,
@@ -57,6 +75,7 @@ def template_of_headings(tokenizer: Any) -> str:
 
     Args:
         tokenizer: tokenizer of the model; where it begins a text by its token for that, so does the template.
+        preamble: what stands above the first heading (`preamble_of`); a system prompt replaces it.
 
     Examples:
         >>> from htsr.calibration.record_texts import template_of_headings
@@ -72,6 +91,9 @@ def template_of_headings(tokenizer: Any) -> str:
     )
     for sign, heading in (("@", _INSTRUCTION), ("$", _RESPONSE)):
         turns = turns.replace(sign, heading.replace("\n", "\\n"))
+    if preamble:  # JSON of a text is a text of Jinja
+        written = json.dumps(preamble, ensure_ascii=False)
+        begin += f"{{% if messages[0]['role'] != 'system' %}}{{{{ {written} }}}}{{% endif %}}"
     return begin + turns
 
 

@@ -24,7 +24,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from htsr.calibration.record_texts import has_headings
+from htsr.calibration.record_texts import preamble_of
 from htsr.errors import HtsrError
 from htsr.finetuning.progress import Voice
 from htsr.finetuning.recipe import Recipe
@@ -176,7 +176,7 @@ def _train(
         metrics["before_eval_loss"] = at_start[0]
     losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in history if "loss" in entry)
     voice.say("saving")
-    save_model(recipe, trainer, prepared.tokenizer, output, ranks, headed=all(map(has_headings, train)))
+    save_model(recipe, trainer, prepared.tokenizer, output, ranks, preamble=preamble_of(train))
     if held_out and "eval_loss" in (evaluated := trainer.evaluate()):
         metrics["eval_loss"] = evaluated["eval_loss"]
     coverage = sampler.coverage() if sampler else ()

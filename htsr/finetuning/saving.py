@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def save_model(
-    recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks: Ranks, *, headed: bool = False
+    recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, ranks: Ranks, *, preamble: str | None = None
 ) -> None:
     """Save the model as plain transformers loads it, in safetensors; adapters merged, and alone under ``adapter``.
 
@@ -34,13 +34,13 @@ def save_model(
         tokenizer: tokenizer of the model.
         output: folder of the result.
         ranks: processes that train; the first writes.
-        headed: whether it was trained on instructions under Alpaca's headings, of which a tokenizer without a chat
-            template gets one.
+        preamble: what stood above Alpaca's headings, under which it was trained on instructions, and of which a
+            tokenizer without a chat template gets one; None where it was trained otherwise.
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    if headed and tokenizer.chat_template is None:
-        tokenizer.chat_template = template_of_headings(tokenizer)
+    if preamble is not None and tokenizer.chat_template is None:
+        tokenizer.chat_template = template_of_headings(tokenizer, preamble)
     if trainer.is_fsdp_enabled:  # whatever its checkpoints are
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     if recipe.lora is None:

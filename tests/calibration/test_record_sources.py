@@ -8,7 +8,7 @@ import pytest
 
 import htsr
 from htsr.calibration.record_forms import Names
-from htsr.calibration.record_texts import as_dataset, for_model, has_headings, merged, template_of_headings
+from htsr.calibration.record_texts import as_dataset, for_model, merged, preamble_of, template_of_headings
 from htsr.calibration.records import Source, mixed, read_records, text_of
 
 datasets = pytest.importorskip("datasets")
@@ -240,9 +240,20 @@ def test_a_model_trained_under_headings_is_asked_under_them():
             whole = record["prompt"] + record["completion"] + "</s>"
             assert tokenizer.apply_chat_template(turns, tokenize=False).removeprefix("<s>") == whole
             tokenizer.chat_template = None
-            assert has_headings(record)
-    assert not has_headings(PAIRS[0])
-    assert not has_headings({"text": "a"})
+            assert preamble_of([record]) == "w5\n\n" * bool(more)
+    assert preamble_of([record, PAIRS[0]]) is None
+    assert preamble_of([{"text": "a"}]) is None
+    above = 'Below is "one" \\ {{ of }} the 😀 {% two %}.\n\n'
+    trained = for_model({"instruction": "w6 w7", "output": "w8"}, tokenizer)
+    longer = for_model({"instruction": "w6", "input": "w7", "output": "w8"}, tokenizer)
+    records = [{**one, "prompt": text + one["prompt"]} for text, one in ((above, trained), ("paired\n\n", longer))]
+    assert preamble_of([records[1]] * 2 + records[:1]) == above
+    assert preamble_of([*records, trained, trained]) == ""
+    tokenizer.chat_template = template_of_headings(tokenizer, above)
+    for turns, before in (([], above), ([{"role": "system", "content": "w5"}], "w5\n\n")):
+        turns = [*turns, {"role": "user", "content": "w6 w7"}]
+        asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        assert asked == "<s>" + before + trained["prompt"]
 
 
 def test_preferences_are_what_trl_reads(tmp_path):
