@@ -27,10 +27,12 @@ class AnswerTemplate:
     Attributes:
         has_marks: whether the template that is used marks them.
         template: TRL's template for the tokenizer; None where its own one is used.
+        trailing: beginning of another answer that the template writes after the last turn without being asked.
     """
 
     has_marks: bool
     template: str | None = None
+    trailing: str = ""
 
     @staticmethod
     def of(tokenizer: Any) -> AnswerTemplate:
@@ -43,7 +45,7 @@ class AnswerTemplate:
         try:
             return AnswerTemplate(True, get_training_chat_template(tokenizer))
         except ValueError:  # TRL knows none; so it is with a template of several variants in TRL 1.10
-            return AnswerTemplate(False)
+            return AnswerTemplate(False, trailing=_trailing(tokenizer))
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -64,13 +66,13 @@ def marked(turns: list[Record], record: Record, tokenizer: Any, how: AnswerTempl
         SourceError: the template cannot write the chat, or answers cannot be told in it.
     """
     if not how.has_marks:
-        text, spans = spans_of(turns, record, tokenizer)
+        text, spans = spans_of(turns, record, tokenizer, how.trailing)
         try:
             found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         except NotImplementedError as error:  # of a tokenizer in Python
             raise SourceError("the tokenizer does not tell where in the text its tokens are") from error
         ids, places = list(found["input_ids"]), found["offset_mapping"]
-        return ids, list(_within(places, spans))
+        return ids, list(_within(text, places, spans))
     variables = {"tools": record.get("tools"), **record.get("chat_template_kwargs", {}), **how.variables}
     try:
         found = tokenizer.apply_chat_template(
@@ -81,7 +83,9 @@ def marked(turns: list[Record], record: Record, tokenizer: Any, how: AnswerTempl
     return list(found["input_ids"]), [bool(answer) for answer in found["assistant_masks"]]
 
 
-def spans_of(turns: list[Record], record: Record, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+def spans_of(
+    turns: list[Record], record: Record, tokenizer: Any, trailing: str = ""
+) -> tuple[str, list[tuple[int, int]]]:
     """The text of a chat, and first and last position of each answer in it.
 
     An assistant's turn before which nobody has spoken answers nothing, and counts as none.
@@ -90,6 +94,7 @@ def spans_of(turns: list[Record], record: Record, tokenizer: Any) -> tuple[str, 
         turns: turns of the chat.
         record: record that they are from, for tools and variables of the template.
         tokenizer: tokenizer of the model.
+        trailing: what the template writes after the last turn, whichever that is, and which is of no answer.
 
     Raises:
         SourceError: the template cannot write the chat, or writes the first turns otherwise without those that follow.
@@ -114,20 +119,57 @@ def spans_of(turns: list[Record], record: Record, tokenizer: Any) -> tuple[str, 
         if turn["role"] != "assistant" or all(one["role"] in ("system", "developer") for one in turns[:i]):
             continue
         before = write(i, add_generation_prompt=True)
-        after = text if i + 1 == len(turns) else write(i + 1)
+        after = (text if i + 1 == len(turns) else write(i + 1)).removesuffix(trailing)
         if not (text.startswith(after) and after.startswith(before)):
             raise SourceError(f"the chat template writes the turns up to {short(turn)} otherwise in a longer chat")
         spans.append((len(before), len(after)))
     return text, spans
 
 
-def _within(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Iterator[bool]:
-    """Whether each of several stretches of a text overlaps one of the `spans`, both in order."""
+def _trailing(tokenizer: Any) -> str:
+    """The beginning of another answer that a template writes after the last turn unasked; mostly none.
+
+    It is what stands after a last answer beyond the answer's end. The end is what stands between an answer and the next
+    question, but for the question's beginning, which a first question has, too. Where nothing is left so, since the
+    template writes a system's turn of its own before the first, the end is all that a next question would not change.
+    """
+    question, answer, other = "Question0", "Answer0", "Question1"
+    turns = [{"role": r, "content": c} for r, c in (("user", question), ("assistant", answer), ("user", other))]
+    try:
+        longer, text = (written_by_template(turns[:count], {}, tokenizer) for count in (3, 2))
+    except SourceError:  # what is wrong with it shows in the chats themselves
+        return ""
+    start, _, after_question = longer.partition(question)
+    next_start = after_question.partition(answer)[2].partition(other)[0]
+    before, _, last = text.partition(question)[2].partition(answer)
+    whole = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
+    piece = re.compile("|".join([*map(re.escape, whole), "."]), re.DOTALL)
+    first, later, ending = map(piece.findall, (start, next_start, last))
+    end = "".join(later[: len(later) - common(first[::-1], later[::-1])])
+    if not end.strip():
+        end = "".join(later[: common(ending, later)])
+    beyond = last.removeprefix(end)
+    is_begin = not next_start.startswith(last) and last.startswith(end) and beyond.strip() and before.endswith(beyond)
+    return beyond if is_begin else ""
+
+
+def common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How long the beginning is that `a` and `b` have in common."""
+    shorter = min(len(a), len(b))
+    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
+
+
+def _within(text: str, places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Iterator[bool]:
+    """Whether each of several stretches of a `text` overlaps one of the `spans`, both in order.
+
+    One that goes on after a span, and has but white space of it, belongs to what follows.
+    """
     left = list(spans)
     for first, last in places:
         while left and first >= left[0][1]:
             left.pop(0)
-        yield bool(left) and last > left[0][0]
+        overlaps = bool(left) and last > left[0][0]
+        yield overlaps and (last <= left[0][1] or bool(text[first : left[0][1]].strip()))
 
 
 def answers_alone(
@@ -151,14 +193,14 @@ def answers_alone(
     if not chats or wanted is False:
         return bool(wanted)
     how = AnswerTemplate.of(tokenizer)
-    try:
-        first = marked(turns_of(chats[0]), chats[0], tokenizer, how)
-        for record in () if how.has_marks else chats:
-            spans_of(turns_of(record), record, tokenizer)
-    except SourceError as error:
+    untold, count = _untold(chats, tokenizer, how)
+    if untold is not None:
+        error = (
+            f"{untold} (so in {count} of {len(chats)} chats)" if len(chats) > 1 and not how.has_marks else str(untold)
+        )
         help = f"training.chat_template_path may name a template with {{% generation %}}, which that of {name} lacks"
         if wanted:
-            raise SourceError(f"training.assistant_only_loss: {error}; {help}") from error
+            raise SourceError(f"training.assistant_only_loss: {error}; {help}") from untold
         say(
             "messages: every token has a label, those of system prompts and questions too, since answers cannot be "
             f"told from them: {error}; {help}"
@@ -166,12 +208,29 @@ def answers_alone(
         return False
     if not wanted:
         say("messages: the answers alone have labels; training.assistant_only_loss: false gives them to all tokens")
-    if not _learns_to_stop(*first, tokenizer):
+    if not _learns_to_stop(*marked(turns_of(chats[0]), chats[0], tokenizer, how), tokenizer):
         say(
             f"messages: the chat template of {name} ends an answer by no special token within it, so that the model "
             "may not learn to stop"
         )
     return True
+
+
+def _untold(chats: Sequence[Record], tokenizer: Any, how: AnswerTemplate) -> tuple[SourceError | None, int]:
+    """Why answers cannot be told in the first of the chats where they cannot, and in how many that is.
+
+    Where marks tell them, the first chat stands for all.
+    """
+    first, count = None, 0
+    for i, record in enumerate(chats[:1] if how.has_marks else chats):
+        try:
+            if i == 0:  # the tokenizer has to tell places, too
+                marked(turns_of(record), record, tokenizer, how)
+            else:
+                spans_of(turns_of(record), record, tokenizer, how.trailing)
+        except SourceError as error:
+            first, count = first or error, count + 1
+    return first, count
 
 
 def _learns_to_stop(ids: Sequence[int], is_answer: Sequence[bool], tokenizer: Any) -> bool:

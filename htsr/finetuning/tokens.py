@@ -6,7 +6,7 @@ The tokens are made as TRL makes them, without a model, so that they can be coun
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from htsr.calibration.record_forms import Record, is_chat, question_of
 from htsr.calibration.record_texts import for_model, text_of, turns_of, written_by_template
 from htsr.errors import SourceError
-from htsr.finetuning.answers import AnswerTemplate, marked
+from htsr.finetuning.answers import AnswerTemplate, common, marked
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def _tokens_of(record: Record, tokenizer: Any, whole: bool, how: AnswerTemplate 
         answers = [True] * len(ids)
     else:
         ids, answers = marked(turns_of(record), record, tokenizer, how)
-    begin = _common(encode(prompt), ids) if prompt and not whole else 0
+    begin = common(encode(prompt), ids) if prompt and not whole else 0
     return Tokens(ids, [answer and i >= begin for i, answer in enumerate(answers)])
 
 
@@ -127,8 +127,3 @@ def _written(
     prompt = question_of(record)[0] if "question" in record else record.get("prompt", "")
     both, end = text_of(record), tokenizer.eos_token
     return prompt, both if both.endswith(end) else both + end, lambda text: list(tokenizer(text)["input_ids"])
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter)

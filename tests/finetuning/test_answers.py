@@ -7,7 +7,7 @@ import pytest
 
 import htsr
 from htsr.calibration.record_texts import as_dataset
-from htsr.finetuning.answers import AnswerTemplate, answers_alone, marked, spans_of
+from htsr.finetuning.answers import AnswerTemplate, _within, answers_alone, marked, spans_of
 from htsr.finetuning.tokens import tokenized, with_labels
 from tests.transformer import llama, word_tokenizer
 
@@ -110,6 +110,38 @@ def test_answers_are_those_of_the_templates_that_trl_has_marked(tokenizer):
     assert {"llama3", "gemma", "gemma3", "cohere", "lfm2", "qwen3_instruct_2507"} <= equal
 
 
+@pytest.mark.parametrize("own_turn", ["", "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"])
+def test_the_beginning_of_another_answer_is_no_part_of_an_answer(tokenizer, own_turn):
+    """That Llama 3's first template writes after whatever turn is the last, whether or not it is asked for."""
+    chats, begin = CHATS[1:3], "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    tokenizer.chat_template = plain(LLAMA3).replace("{{ bos_token }}", f"{{{{ bos_token }}}}{own_turn}")
+    expected = list(tokenized(chats, tokenizer, ALONE))
+    tokenizer.chat_template = re.sub(
+        r"{% if add_generation_prompt %}(.*?){% endif %}", r"\1", tokenizer.chat_template, flags=re.S
+    )
+    always, said = list(tokenized(chats, tokenizer, ALONE)), []
+    for asked, unasked in zip(expected, always, strict=True):
+        assert tokenizer.decode(unasked.ids) == tokenizer.decode(asked.ids) + begin
+        answers = [
+            tokenizer.decode([i for i, its in zip(t.ids, t.labels, strict=True) if its]) for t in (asked, unasked)
+        ]
+        # with a turn of the template's own before all others, what headers begin with counts as the end
+        assert answers[1] == (
+            answers[0].replace("<|eot_id|>", "<|eot_id|><|start_header_id|>") if own_turn else answers[0]
+        )
+    assert answers_alone("m", tokenizer, chats, True, said.append)
+    assert not said
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% if loop.last and m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    )
+    (found,) = tokenized(CHATS[2:3], tokenizer, ALONE)
+    assert tokenizer.decode([i for i, its in zip(found.ids, found.labels, strict=True) if its]) == " She did. </s>"
+
+
+def test_a_token_of_the_next_question_is_none_of_the_answer_whose_last_space_it_has():
+    assert list(_within("[a] </s> [b]", [(0, 3), (4, 8), (8, 10)], [(3, 9)])) == [False, True, False]
+
+
 def test_what_cannot_be_told_is_said_or_refused(tokenizer):
     late = MISTRAL.replace("loop.index0 == 1", "loop.index0 == (messages | length) - 2")
     tokenizer.chat_template = plain(late)  # the system's turn stands in the last question
@@ -118,6 +150,7 @@ def test_what_cannot_be_told_is_said_or_refused(tokenizer):
     assert not answers_alone("m", tokenizer, CHATS[:3], None, said.append)
     assert said[1].startswith("messages: every token has a label")
     assert "writes the turns up to {'role': 'assistant', 'content': ' She did. '} otherwise in a longer chat" in said[1]
+    assert "(so in 1 of 3 chats)" in said[1]
     with pytest.raises(
         htsr.SourceError, match=r"assistant_only_loss: the chat template writes the turns up to .* longer"
     ):
