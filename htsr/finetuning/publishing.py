@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,10 @@ def publish(repository: str, arguments: Any, output: Path) -> None:
             revision=arguments.hub_revision,
         )
     except Exception as error:  # of the network, the login or the hub
+        command = ["hf", "upload", repository, str(output)]
+        command += ["--revision", arguments.hub_revision] if arguments.hub_revision else []
+        command += [word for pattern in _KEPT_BACK for word in ("--exclude", pattern)]
         raise HtsrError(
             f"the result in {output} is whole, but {repository} does not take it: {reason_of(error)}. Push it by "
-            f"hf upload {repository} {output} " + " ".join(f"--exclude '{pattern}'" for pattern in _KEPT_BACK)
+            f"{shlex.join(command)}"
         ) from error
