@@ -19,6 +19,7 @@ from htsr.matrices.adapter_config import CONFIG, AdapterConfig, read_adapter_con
 from htsr.matrices.checkpoint_files import file_tensors
 from htsr.matrices.deltas import Delta, Sum, misfit
 from htsr.matrices.stored_tensors import StoredTensor
+from htsr.matrices.tying import tied
 
 PREFIX = "base_model.model."
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -108,6 +109,8 @@ def adapter_file(folder: Path) -> Path:
 def whole_tensors(stored: dict[str, StoredTensor]) -> list[StoredTensor]:
     """The tensors that an adapter saves whole, under the base's names: `modules_to_save`, resized embeddings.
 
+    A tied head that is saved beside its embedding has the same `storage`, and counts once.
+
     Args:
         stored: tensors of the adapter by name, from `adapter_tensors`.
     """
@@ -122,7 +125,7 @@ def whole_tensors(stored: dict[str, StoredTensor]) -> list[StoredTensor]:
         plain = saved.replace(".original_module.", ".").replace(".base_layer.", ".")
         if plain not in found or saved != name:  # what was trained stands for what it was trained from
             found[plain] = replace(tensor, name=plain)
-    return list(found.values())
+    return tied(list(found.values()))
 
 
 def merged_with_base(adapter: list[StoredTensor], base: list[StoredTensor]) -> list[StoredTensor]:

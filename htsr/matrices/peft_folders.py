@@ -55,7 +55,8 @@ def computed_by_peft(config: AdapterConfig, base: list[StoredTensor]) -> list[St
         )
     shift = _shift(stored, base)
     by_name = {shift(tensor.name): tensor for tensor in base}
-    for tensor in whole_tensors(stored):
+    whole = whole_tensors(stored)
+    for tensor in whole:
         target = by_name.get(tensor.name)
         if target is not None:
             by_name[tensor.name] = replace(tensor, name=target.name, kind=target.kind)
@@ -71,7 +72,9 @@ def computed_by_peft(config: AdapterConfig, base: list[StoredTensor]) -> list[St
             read = found.read
             if isinstance(read, (Adapted, Merged)):  # the skeleton is in float32, and the base's numbers are not
                 read = replace(read, base=replace(read.base, dtype=tensor.dtype))
-            result.append(replace(tensor, read=read, problem=found.problem or tensor.problem, storage=None))
+            # a tied pair that the adapter saves whole stays one
+            kept = tensor.storage if read is found.read and tensor.name in {other.name for other in whole} else None
+            result.append(replace(tensor, read=read, problem=found.problem or tensor.problem, storage=kept))
     return result
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-import numpy as np
-
-from htsr.arrays import Array, Difference, as_numpy
 from htsr.errors import SourceError, UsageError
 from htsr.matrices import adapters, hub, layouts, tying
 from htsr.matrices.adapter_config import read_adapter_config
 from htsr.matrices.apart import matrices_of
 from htsr.matrices.checkpoint_files import file_tensors, folder_tensors, state_dict_tensors
+from htsr.matrices.deltas import Delta
+from htsr.matrices.differences import Counterparts, Minus, computed_in, differences
 from htsr.matrices.folders import SUFFIXES, model_files, named_files, read_config, read_json
 from htsr.matrices.gguf_files import gguf_metadata
 from htsr.matrices.models import Model
@@ -43,18 +42,23 @@ def open_model(
             hub id.
         revision: branch, tag or commit of a hub id.
         against: another such source; the matrices are then those of the differences source - against of all tensors
-            with the same name and shape.
+            with the same name and shape. Where one of the two is an adapter and the other a model, the adapter is
+            base + ΔW; of two adapters the ΔW are subtracted.
         base: source of an adapter's base model, for the matrices of base + ΔW instead of ΔW. ``auto`` takes the base
-            that the adapter names.
+            that the adapter names; so does None where an adapter and a model are subtracted.
 
     Raises:
         SourceError: the source cannot be read; the message says why.
         UsageError: a `base` is given without an adapter, or a `revision` for a local path.
     """
-    label, tensors, config, fingerprint = _open(source, revision) if base is None else _on_base(source, base, revision)
+    adapted, other_adapted = _adapter_of(source, revision), None if against is None else _adapter_of(against)
+    if base is None and against is not None and bool(adapted) != bool(other_adapted):
+        base = "auto"  # a change less a weight has no meaning
+    on_base = base if adapted or not other_adapted else None
+    label, tensors, config, fingerprint = _opened(source, revision, on_base)
     if against is not None:
-        other_label, other, other_config, other_fingerprint = _open(against, None)
-        tensors = _difference(tensors, layouts.as_named(other, tensors, other_config, config))
+        other_label, other, other_config, other_fingerprint = _opened(against, None, base if other_adapted else None)
+        tensors = differences(tensors, layouts.as_named(other, tensors, other_config, config), other_config)
         label = f"{label} - {other_label}"
         fingerprint = fingerprint and other_fingerprint and f"{fingerprint}-{other_fingerprint}"
     matrices = tuple(matrices_of(unshared(tensors), config))
@@ -64,6 +68,10 @@ def open_model(
 
 
 Opened: TypeAlias = tuple[str, list[StoredTensor], dict[str, Any], str | None]
+
+
+def _opened(source: Source, revision: str | None, base: Source | None) -> Opened:
+    return _open(source, revision) if base is None else _on_base(source, base, revision)
 
 
 def _open(source: Source, revision: str | None) -> Opened:
@@ -98,7 +106,14 @@ def is_adapter(source: Source) -> bool:
         >>> is_adapter(torch.nn.Linear(2, 2))
         False
     """
-    return isinstance(source, (str, os.PathLike)) and adapters.adapter_folder(locate(os.fspath(source))) is not None
+    return _adapter_of(source) is not None
+
+
+def _adapter_of(source: Source, revision: str | None = None) -> Path | None:
+    """The folder of the adapter that `source` names; None where it is none."""
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    return adapters.adapter_folder(locate(os.fspath(source), revision))
 
 
 def locate(name: str, revision: str | None = None) -> Path:
@@ -164,27 +179,83 @@ def _files_of(file: Path) -> list[Path]:
     return [*model.files, *beside, *([model.index] if model.index else [])]
 
 
+def open_changes(source: Source, base: Source, revision: str | None = None) -> Model:
+    """The changes that an adapter makes to `base`, none of them read yet: its own ΔW where they are no other on it.
+
+    Args:
+        source: folder or hub id of the adapter.
+        base: source of its base model; ``auto`` for the one that it names.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        SourceError: a source cannot be read; the message says why.
+        UsageError: `source` is no adapter.
+    """
+    folder = _adapter_of(source, revision)
+    if folder is None:
+        raise UsageError("a base belongs to an adapter folder")
+    tensors, of_base = _changes(folder, _named(folder) if base == "auto" else base)
+    fingerprint = None if of_base is None else "-".join(filter(None, (_fingerprint(folder.iterdir()), of_base)))
+    return Model(os.fspath(source), tuple(matrices_of(unshared(tensors), {})), fingerprint)  # type: ignore[arg-type]
+
+
 def _adapter(folder: Path) -> tuple[list[StoredTensor], str | None]:
     """The changes that an adapter makes, and the fingerprint of its base where that was read.
 
     A change that depends on the base is computed on the base that the adapter names, if that is a folder here.
     """
+    named = read_adapter_config(folder).base
+    return _changes(folder, named if named is not None and Path(named).is_dir() else None)
+
+
+def _changes(folder: Path, base: Source | None) -> tuple[list[StoredTensor], str | None]:
+    """The changes that an adapter makes to `base`, and what tells that base: nothing where they do not depend on it."""
     settings = read_adapter_config(folder)
-    on_base = settings.changes_weights and (settings.dora or settings.needs_base)
-    if not on_base or settings.base is None or not Path(settings.base).is_dir():
-        return adapters.adapter_changes(folder), None
-    _, base, config, fingerprint = _open(settings.base, None)
-    before = {tensor.name: tensor for tensor in base}
-    changes = []
-    for tensor in _merged(folder, base, config):
-        old = before.get(tensor.name)
-        if old is None or tensor.shape != old.shape:
-            changes.append(tensor)
-        elif tensor.read is not old.read:
-            dtype, read = _computed_in(old), _Minus(tensor, old, exact=True)
-            more: dict[str, Any] = {"kind": "adapter", "storage": None, "warning": f"ΔW on {settings.base}"}
-            changes.append(replace(tensor, read=read, dtype=dtype, **more))
-    return changes, fingerprint
+    if base is not None and settings.changes_weights and (settings.dora or settings.needs_base):
+        label, before, config, fingerprint = _open(base, None)
+        return _minus_base(_merged(folder, before, config), before, config, label), fingerprint
+    changes = adapters.adapter_changes(folder)
+    whole = [tensor for tensor in changes if not isinstance(tensor.read, Delta) and tensor.problem is None]
+    if not whole:
+        return changes, ""
+    if base is None:
+        return [_of_unknown(tensor, settings.base) if tensor in whole else tensor for tensor in changes], ""
+    label, before, config, fingerprint = _open(base, None)
+    merged = adapters.merged_with_base(layouts.as_named(whole, before, {}, config), before)
+    factors = [tensor for tensor in changes if tensor not in whole]
+    return factors + _minus_base(merged, before, config, label), fingerprint
+
+
+def _minus_base(
+    merged: list[StoredTensor], base: list[StoredTensor], config: dict[str, Any], label: str
+) -> list[StoredTensor]:
+    """What an adapter changes: of the tensors of a model that has it, less those of the `base`, those that differ."""
+    untouched = {id(tensor.read) for tensor in base}
+    again = tying.repeated(merged)
+    find = Counterparts(base, config)
+    result = []
+    for tensor in merged:
+        if id(tensor.read) in untouched or tensor.name in again:
+            continue
+        old = find(tensor)
+        tensor = replace(tensor, kind="adapter", storage=None, warning=f"ΔW on {label}")
+        if old is None or old.shape != tensor.shape:
+            there = "it is not" if old is None else f"it is {old.shape}, and {tensor.shape} here,"
+            problem = ("unmatched", f"{tensor.name} is saved whole, and no change: {there} in {label}")
+            result.append(replace(tensor, problem=problem))
+        elif isinstance(getattr(tensor.read, "base", None), StoredTensor):
+            result.append(replace(tensor, read=Minus(tensor, old, exact=True), dtype=computed_in(old)))
+        else:  # saved whole, and rounded by itself
+            result.append(replace(tensor, read=Minus(tensor, old)))
+    return result
+
+
+def _of_unknown(tensor: StoredTensor, base: str | None) -> StoredTensor:
+    """A tensor that an adapter holds whole, whose change is not known without the base."""
+    if isinstance(tensor.read, Delta) or tensor.problem:
+        return tensor
+    why = f"{tensor.name} is saved whole, and its change depends on the base{f' {base}' if base else ''}: "
+    return replace(tensor, problem=("needs_base", f"{why}analyze it with base=…"))
 
 
 def _merged(folder: Path, base: list[StoredTensor], config: dict[str, Any]) -> list[StoredTensor]:
@@ -213,71 +284,17 @@ def _fingerprint(files: Any) -> str:
 
 
 def _on_base(source: Source, base: Source, revision: str | None) -> Opened:
-    path = locate(os.fspath(source), revision) if isinstance(source, (str, os.PathLike)) else None
-    folder = path and adapters.adapter_folder(path)
+    folder = _adapter_of(source, revision)
     if folder is None:
         raise UsageError("a base belongs to an adapter folder")
-    if base == "auto":
-        base = adapters.base_of(folder) or ""
-        if not base:
-            raise UsageError(f"{folder} names no base model; say which one it is")
-    _, base_tensors, config, fingerprint = _open(base, None)
+    _, base_tensors, config, fingerprint = _open(_named(folder) if base == "auto" else base, None)
     merged = _merged(folder, base_tensors, config)
     return os.fspath(source), merged, config, fingerprint and f"{_fingerprint(folder.iterdir())}-{fingerprint}"  # type: ignore[arg-type]
 
 
-def _difference(tensors: list[StoredTensor], other: list[StoredTensor]) -> list[StoredTensor]:
-    by_name = {tensor.name: tensor for tensor in other}
-    again = tying.repeated(tensors)
-    result = []
-    for tensor in tensors:
-        match = by_name.get(tensor.name)
-        if match is None and tensor.name in again:
-            continue  # a tied weight that the other model stores once
-        if match is None:
-            result.append(
-                replace(tensor, problem=("unmatched", f"{tensor.name} is not in the model it is compared against"))
-            )
-        elif match.shape != tensor.shape:
-            sizes = f"{tensor.shape} here and {match.shape} there"
-            result.append(replace(tensor, problem=("unmatched", f"{tensor.name} is {sizes}")))
-        elif match.order != tensor.order:
-            why = f"the rows or columns of {tensor.name} may be in another order there: {tensor.order or match.order}"
-            result.append(replace(tensor, problem=("unmatched", why)))
-        else:
-            both = (tensor.storage, match.storage) if tensor.storage and match.storage else None
-            read, problem = _Minus(tensor, match), tensor.problem or match.problem
-            result.append(replace(tensor, read=read, storage=both, problem=problem))
-    if not any(tensor.name in by_name for tensor in tensors):
-        raise SourceError("the two models have no tensor name in common")
-    return result
-
-
-def _computed_in(tensor: StoredTensor) -> str:
-    return "float64" if tensor.dtype == "float64" else "float32"
-
-
-@dataclass(frozen=True)
-class _Minus:
-    """Reads a - b, as a `Difference` that knows its rounding errors.
-
-    `exact` says that both were computed from the same stored numbers: their rounding cancels in the difference, and
-    only that of the computation is left. So it is where `a` is `b` with an adapter added.
-    """
-
-    a: StoredTensor
-    b: StoredTensor
-    exact: bool = False
-
-    def __call__(self, index: int | None = None) -> Array:
-        which = () if index is None else (index,)
-        a, b = (self._read(e, *which) for e in (self.a, self.b))
-        base = getattr(self.a.read, "base", None)
-        if self.exact or (isinstance(base, StoredTensor) and np.array_equal(as_numpy(base.read(*which)), as_numpy(b))):
-            return Difference.of(as_numpy(a), as_numpy(b), (_computed_in(self.a), _computed_in(self.b)))
-        return Difference.of(a, b, (self.a.dtype, self.b.dtype))
-
-    @staticmethod
-    def _read(tensor: StoredTensor, *which: int) -> Any:
-        values = tensor.read(*which)
-        return values if isinstance(values, Difference) else as_numpy(values)
+def _named(folder: Path) -> str:
+    """The base that the adapter in `folder` names."""
+    base = adapters.base_of(folder)
+    if base is None:
+        raise UsageError(f"{folder} names no base model; say which one it is (base=…, --base)")
+    return base

@@ -156,13 +156,84 @@ def test_dora_without_its_base_has_rows_that_say_so(tmp_path):
 
 def test_modules_to_save_come_along(tmp_path):
     folder, adapted = saved(tmp_path / "adapter", "linear", modules_to_save=["lm_head"])
-    alone = kept(htsr.describe(folder))
-    assert sum("lm_head" in name for name in alone) == 1
+    assert sum("lm_head" in m.name for m in htsr.describe(folder)) == 1
     llama().save_pretrained(tmp_path / "base")
     with torch.no_grad():
         adapted.base_model.model.lm_head.modules_to_save["default"].weight.fill_(3.0)
     adapted.save_pretrained(folder)
     assert (kept(htsr.describe(folder, base=str(tmp_path / "base")))["lm_head"] == 3).all()
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_an_adapter_against_a_model_is_its_base_with_it_less_the_model(tmp_path, dora):
+    """ΔW less W has no meaning, nor has a table in which some rows are ΔW and others are W."""
+    folder, adapted = saved(tmp_path / "adapter", "linear", modules_to_save=["lm_head"], use_dora=dora)
+    with torch.no_grad():
+        adapted.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+    adapted.save_pretrained(folder)
+    base, other = str(tmp_path / "base"), str(tmp_path / "other")
+    llama().save_pretrained(base)
+    twice = llama()
+    with torch.no_grad():
+        for parameter in twice.parameters():
+            parameter *= 2
+    twice.save_pretrained(other)
+    with pytest.raises(htsr.UsageError, match="names no base model"):
+        htsr.describe(folder, against=base)
+    alone = {m.name.removeprefix("model."): m for m in htsr.describe(folder)}
+    assert alone["lm_head"].problem[0] == "needs_base"
+    change_config(tmp_path / "adapter", base_model_name_or_path=base)
+    merged = adapted.merge_and_unload().state_dict()
+
+    def less(model, name):
+        return merged[f"{name}.weight"] - model.state_dict()[f"{name}.weight"]
+
+    for model, against in ((llama(), base), (twice, other)):
+        found = kept(htsr.describe(folder, against=against))
+        assert len(found) == 16
+        back = kept(htsr.describe(against, against=folder))
+        for name, values in found.items():
+            np.testing.assert_allclose(values, less(model, name).numpy(), rtol=0, atol=2e-6, err_msg=name)
+            np.testing.assert_allclose(back[name], -values, rtol=0, atol=2e-6, err_msg=name)
+    changes = kept(htsr.describe(folder))
+    assert sorted(name.removeprefix("model.") for name in changes) == sorted(alone)
+    for name, values in changes.items():
+        whole = name if name.startswith(("model.", "lm_head")) else f"model.{name}"
+        np.testing.assert_allclose(values, less(llama(), whole).numpy(), rtol=0, atol=2e-6, err_msg=name)
+    assert {m.kind for m in htsr.describe(folder)} == {"adapter"}
+    assert not any(np.abs(values).max() for values in kept(htsr.describe(folder, against=folder)).values())
+
+
+@pytest.mark.parametrize("start", [True, "pissa"])
+def test_a_tied_head_that_an_adapter_saves_beside_its_embedding_counts_once(tmp_path, start):
+    config = transformers.LlamaConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    base, folder = str(tmp_path / "base"), tmp_path / "adapter"
+    model.save_pretrained(base)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start)
+    peft.get_peft_model(model, lora).save_pretrained(folder)
+    change_config(folder, base_model_name_or_path=base, modules_to_save=["embed_tokens", "lm_head"])
+    before = load_file(f"{base}/model.safetensors")["model.embed_tokens.weight"]
+    table, stored = before + 0.1, load_file(folder / "adapter_model.safetensors")
+
+    def save(**names):
+        more = {f"base_model.model.{name}.weight": tensor.clone() for name, tensor in names.items()}
+        save_file(stored | more, folder / "adapter_model.safetensors")
+
+    save(**{"model.embed_tokens": table, "lm_head": table})
+    for more in ({}, {"base": base}, {"against": base}):
+        found = [m for m in htsr.describe(str(folder), **more) if "embed" in m.name or "head" in m.name]
+        assert [m.name for m in found] == ["model.embed_tokens"]
+        np.testing.assert_allclose(found[0].read(), table if "base" in more else table - before, atol=1e-6)
+    change_config(folder, modules_to_save=["lm_head"])
+    save(lm_head=2 * before)  # no longer tied: it was the embedding
+    for more in ({}, {"against": base}):
+        (head,) = (m for m in htsr.describe(str(folder), **more) if m.name == "lm_head")
+        np.testing.assert_allclose(head.read(), before, atol=1e-6)
 
 
 def test_the_base_that_the_adapter_names(tmp_path):
