@@ -79,7 +79,7 @@ def marked(turns: list[Record], record: Record, tokenizer: Any, how: AnswerTempl
             turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **variables
         )
     except Exception as error:  # whatever the template or the tokenizer raises
-        raise SourceError(f"training.assistant_only_loss: {reason_of(error)}") from error
+        raise SourceError(f"training.assistant_only_loss: {reason_of(error)}, in {short(turns)}") from error
     return list(found["input_ids"]), [bool(answer) for answer in found["assistant_masks"]]
 
 

@@ -6,6 +6,7 @@ The tokens are made as TRL makes them, without a model, so that they can be coun
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -60,7 +61,8 @@ def tokenized(records: Iterable[Record], tokenizer: Any, arguments: Any) -> Iter
 def with_labels(found: Any, tokenizer: Any, arguments: Any) -> Any:
     """A data set of `datasets`, or a stream, of chats with token ids and labels, which TRL takes as they are.
 
-    A record of a stream in which answers cannot be told has no label, and is named in a warning.
+    A record of a stream in which answers cannot be told has no label; of such the first is named in a warning, the
+    10th, the 100th …, with how many there were: a stream may have very many of them, and have them again and again.
 
     Args:
         found: data set with the columns of `htsr.calibration.record_texts.columns`, all chats.
@@ -70,15 +72,20 @@ def with_labels(found: Any, tokenizer: Any, arguments: Any) -> Any:
     whole, how = arguments.completion_only_loss is False, _how(tokenizer, arguments)
     columns = found.column_names or list(next(iter(found)))  # those of a stream are not known
     more = {"num_proc": arguments.dataset_num_proc} if hasattr(found, "num_rows") else {}
-    return found.map(partial(_row, tokenizer=tokenizer, whole=whole, how=how), remove_columns=columns, **more)
+    row_of = partial(_row, tokenizer=tokenizer, whole=whole, how=how, left_out=Counter())
+    return found.map(row_of, remove_columns=columns, **more)
 
 
-def _row(row: Record, tokenizer: Any, whole: bool, how: AnswerTemplate | None) -> dict[str, list[int]]:
+def _row(
+    row: Record, tokenizer: Any, whole: bool, how: AnswerTemplate | None, left_out: Counter[str]
+) -> dict[str, list[int]]:
     record = {key: value for key, value in row.items() if value is not None}
     try:
         tokens = _tokens_of(record, tokenizer, whole, how)
     except SourceError as error:
-        logger.warning("a record is left out: %s", error)
+        left_out["records"] += 1
+        if str(left_out["records"]).rstrip("0") == "1":
+            logger.warning("a record is left out (%d so far, told of at 1, 10, 100 …): %s", left_out["records"], error)
         tokens = Tokens([tokenizer.eos_token_id], [False])
     labels = [i if its else -100 for i, its in zip(tokens.ids, tokens.labels, strict=True)]
     return {"input_ids": tokens.ids, "labels": labels}

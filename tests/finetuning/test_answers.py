@@ -213,11 +213,15 @@ def test_trl_takes_them_as_it_takes_its_own(tmp_path, caplog):
 
     def two():
         yield chats[0]
-        yield {"messages": [{"role": "assistant"}]}  # what nobody can write
+        yield from [{"messages": [{"role": "assistant"}]}] * 12  # what nobody can write
 
     stream = with_labels(datasets.IterableDataset.from_generator(two), tokenizer, ALONE)
-    assert [any(label != -100 for label in row["labels"]) for row in stream] == [True, False]
-    assert "a record is left out: the chat template cannot write" in caplog.text
+    assert [any(label != -100 for label in row["labels"]) for row in stream] == [True] + [False] * 12
+    told = [message for message in caplog.messages if message.startswith("a record is left out")]
+    assert [message.split(": ")[0].split("(")[1] for message in told] == [
+        f"{count} so far, told of at 1, 10, 100 …)" for count in (1, 10)
+    ]
+    assert "the chat template cannot write [{'role': 'assistant'}]" in told[0]
 
 
 def test_a_run_that_began_with_labels_of_all_tokens_does_not_go_on_with_others(tmp_path):
