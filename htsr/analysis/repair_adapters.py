@@ -108,8 +108,12 @@ def _base_of(
     named = adapters.base_of(folder) if method.needs_base else None
     if against is None and method.needs_base and named is None:
         raise UsageError(f"{model.name} names no base model; say which one it is (against=…, --against)")
-    source = against or named
-    return None if source is None else Base(find(source), names)
+    if against is not None:
+        return Base(find(against), names)
+    if named is None:
+        return None
+    with adapters.named_by(folder):
+        return Base(find(named), names)
 
 
 @dataclass(frozen=True)

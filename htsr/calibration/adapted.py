@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from htsr.calibration.loading import load_model, load_tokenizer
 from htsr.errors import SourceError, refused
 from htsr.matrices.adapter_config import CONFIG, read_adapter_config
+from htsr.matrices.adapters import named_by
 from htsr.matrices.folders import read_json
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def load_adapted(name: str, *, four_bit: bool = False, **how: Any) -> torch.nn.M
     from peft import PeftModel
 
     base, revision = base_of(name)
-    whole: Any = load_model(base, revision=revision, four_bit=four_bit, **how)
+    with named_by(name):
+        whole: Any = load_model(base, revision=revision, four_bit=four_bit, **how)
     with refused(f"the adapter in {name} cannot be loaded"):
         adapted: Any = PeftModel.from_pretrained(whole, str(Path(name).expanduser()))
     return adapted if four_bit else adapted.merge_and_unload()  # type: ignore[no-any-return]
@@ -52,7 +54,8 @@ def load_adapted_tokenizer(name: str) -> Any:
     if (Path(name).expanduser() / "tokenizer_config.json").is_file():
         return load_tokenizer(name)
     base, revision = base_of(name)
-    return load_tokenizer(base, revision=revision)
+    with named_by(name):
+        return load_tokenizer(base, revision=revision)
 
 
 def base_of(name: str) -> tuple[str, str | None]:

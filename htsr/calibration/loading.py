@@ -41,6 +41,12 @@ def resolve(name: str) -> str:
     return str(path)
 
 
+def absolute(name: str) -> str:
+    """The absolute path of a model that lies here; a hub id as it is."""
+    path = Path(resolve(name)).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
 def load_config(
     name: str,
     *,
@@ -211,7 +217,7 @@ def _located(name: str, revision: str | None) -> Iterator[tuple[str, dict[str, A
     if exists:
         if revision is not None:
             raise UsageError(f"a revision belongs to a hub id, and {name} is a local path")
-        where = Path(path).expanduser()
+        where = Path(absolute(name))  # an adapter takes it over for the name of its base
         if where.is_file() and where.suffix != ".gguf" and where.name != "config.json":
             raise SourceError(f"{name} is a file; models are run from a folder, a .gguf file or a hub id")
         is_gguf = where.suffix == ".gguf" and where.is_file()

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from htsr.calibration.loading import load_model, resolve
+from htsr.calibration.loading import absolute, load_model
 from htsr.calibration.record_texts import template_of_headings
 from htsr.files import written
 from htsr.finetuning.placing import how_loaded
@@ -87,7 +87,7 @@ def _complete_adapter(recipe: Recipe, output: Path, folder: Path) -> None:
         trained = load_peft_weights(str(folder))
         tensors, config = for_stored_weights(trained, Start.load(output / START), config)
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-        config.base_model_name_or_path, config.init_lora_weights = resolve(recipe.model), True
+        config.base_model_name_or_path, config.init_lora_weights = absolute(recipe.model), True
     config.revision = recipe.revision
     config.save_pretrained(str(folder))
 

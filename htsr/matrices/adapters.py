@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,19 @@ def base_of(folder: Path) -> str | None:
         SourceError: the configuration of the adapter cannot be read.
     """
     return read_adapter_config(folder).base
+
+
+@contextmanager
+def named_by(adapter: object) -> Iterator[None]:
+    """A context in which the base that an `adapter` names is read, so that an error tells who names it.
+
+    Raises:
+        SourceError: the base cannot be read.
+    """
+    try:
+        yield
+    except SourceError as error:
+        raise SourceError(f"{error}; it is the base that {CONFIG} in {adapter} names") from error
 
 
 def adapter_changes(folder: Path) -> list[StoredTensor]:

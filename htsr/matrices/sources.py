@@ -293,8 +293,10 @@ def _on_base(source: Source, base: Source, revision: str | None) -> Opened:
 
 
 def _named(folder: Path) -> str:
-    """The base that the adapter in `folder` names."""
+    """The base that the adapter in `folder` names, which is there."""
     base = adapters.base_of(folder)
     if base is None:
         raise UsageError(f"{folder} names no base model; say which one it is (base=…, --base)")
+    with adapters.named_by(folder):
+        locate(base, None)
     return base

@@ -1,7 +1,10 @@
 """`htsr chat` says what transformers' generate says, and `htsr export` what llama.cpp's converter writes."""
 
 import io
+import json
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from htsr_cli.main import main
 from peft import LoraConfig, get_peft_model
 
 import htsr
+from htsr.calibration.loading import absolute, load_model
 from htsr.finetuning.chat import open_chat
 from tests.transformer import llama, word_tokenizer
 
@@ -38,6 +42,30 @@ def folder(tmp_path_factory):
     adapted.merge_and_unload().save_pretrained(folder / "merged")
     word_tokenizer().save_pretrained(folder / "merged")
     return folder
+
+
+def test_an_adapter_names_its_base_by_a_path_that_holds_anywhere(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    adapted = get_peft_model(load_model("plain", causal=True), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(folder / "plain") == absolute(str(folder / "plain"))
+    assert absolute("owner/plain") == "owner/plain"
+
+
+def test_a_base_that_is_not_there_is_told_with_the_adapter_that_names_it(folder, tmp_path):
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) | {
+        "base_model_name_or_path": "gone"
+    }
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    adapter = str(tmp_path / "adapter")
+    for read in (open_chat, partial(htsr.analyze, base="auto")):
+        with pytest.raises(
+            htsr.SourceError, match=r"^gone .*; it is the base that adapter_config.json in .*adapter names"
+        ):
+            read(adapter)
 
 
 def generated(folder, text, tokens=6):

@@ -162,11 +162,14 @@ def test_adapters_that_are_not_merged_are_the_model_that_a_merged_run_leaves(tmp
     data = {"train": str(tmp_path / "train.jsonl"), "multiple_choice": str(tmp_path / "questions.jsonl")}
     training = {"max_steps": 2, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
     more = {"data": data, "spectra": True, "training": training | {"max_length": 32, "report_to": "none"}}
+    monkeypatch.chdir(tmp_path)
     for name, merge in (("merged", True), ("alone", False)):
-        path = recipe_file(tmp_path, name, lora=lora | {"merge": merge}, **more)
+        path = recipe_file(tmp_path, name, lora=lora | {"merge": merge}, model="model", **more)
         assert main(["finetune", "--config", path]) == 0
         assert ("peft.AutoPeftModelForCausalLM.from_pretrained" in capsys.readouterr().err) == (not merge)
     merged, alone = tmp_path / "merged", tmp_path / "alone"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the adapter names its base by a path that holds here, too
     assert not (alone / "config.json").exists()
     assert not list(alone.glob("model*"))
     assert "library_name: peft" in (alone / "README.md").read_text()
