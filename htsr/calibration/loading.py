@@ -42,7 +42,7 @@ def resolve(name: str) -> str:
 
 
 def absolute(name: str) -> str:
-    """The absolute path of a model that lies here; a hub id as it is."""
+    """The absolute path of the model `name` where it lies here; else, as of a hub id, the name as it is."""
     path = Path(resolve(name)).expanduser()
     return str(path.absolute()) if path.exists() else name
 

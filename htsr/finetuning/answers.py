@@ -154,7 +154,7 @@ def _trailing(tokenizer: Any) -> str:
 
 
 def common(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How long the beginning is that `a` and `b` have in common."""
+    """How long the beginning is that the sequences `a` and `b` have in common."""
     shorter = min(len(a), len(b))
     return next((i for i in range(shorter) if a[i] != b[i]), shorter)
 
