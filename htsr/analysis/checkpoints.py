@@ -95,7 +95,8 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
     A checkpoint is a folder, or a file of weights, whose name has a number after ``checkpoint``, ``step``, ``ckpt``,
     ``iter`` or ``epoch``, as in ``checkpoint-500`` or ``epoch=1-step=500.ckpt``. The final model is the one in the
     folder itself, or the adapter in ``adapter`` where the checkpoints are adapters; it counts where the folder says
-    after how many steps it was saved, and no checkpoint is of that step. Epochs count where nothing else does.
+    after how many steps it was saved, and no checkpoint is of that step; where `htsr finetune` has kept the best model,
+    it is of the step of that one. Epochs count where nothing else does.
 
     Returns:
         The checkpoints; nothing where the folder has none.
@@ -116,7 +117,7 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
     found.sort(key=lambda checkpoint: (checkpoint.step, checkpoint.label))
     if found and (final := _final_model(folder, found)):
         found.append(final)
-    return found
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.label))
 
 
 def step_of(name: str) -> int | None:
@@ -229,7 +230,8 @@ def _final_model(folder: Path, found: list[Checkpoint]) -> Checkpoint | None:
 
 def _last_step(folder: Path) -> int | None:
     """The step after which the run in `folder` has saved its final model, as the run says itself."""
-    for name, keys in ((_STATE, ("global_step",)), (_RESULTS, ("metrics", "steps"))):
+    best = (_RESULTS, ("metrics", "best_step"))  # its weights are those of an earlier step than the last
+    for name, keys in (best, (_STATE, ("global_step",)), (_RESULTS, ("metrics", "steps"))):
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
             for key in keys:

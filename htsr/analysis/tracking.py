@@ -31,10 +31,9 @@ from htsr.analysis.trajectory_file import (
     read_trajectory,
 )
 from htsr.errors import SourceError, UsageError
-from htsr.matrices.adapter_config import read_adapter_config
 from htsr.matrices.adapters import adapter_folder
 from htsr.matrices.models import Filter, Model, WeightMatrix, as_filter
-from htsr.matrices.sources import Source, locate, open_model
+from htsr.matrices.sources import Source, locate, open_changes, open_model
 from htsr.ranks import Ranks
 from htsr.spectra.metrics import Options
 from htsr.spectra.tail import FitMethod
@@ -67,7 +66,8 @@ def track(
             ``owner/name@revision``; or models by label, or by their step as a whole number. The path of a saved
             trajectory (.jsonl) is read as it is.
         against: base model that is subtracted: spectra are then those of the changes, as in `htsr.analyze`. A ΔW that
-            an adapter holds is such a change already.
+            an adapter holds is such a change already. Without it adapters are measured as ΔW, but beside whole models
+            as base + ΔW, on the base that each names.
         save: trajectory file (.jsonl) that measurements are appended to, each checkpoint when it is done. What is in it
             already is not measured again, as long as the files of the checkpoint are the same (path, size, date), and
             stays in it when they are deleted; a checkpoint that was interrupted goes on where it stopped.
@@ -120,7 +120,8 @@ def track(
     reference = _reference(checkpoints, header, against, ranks)
     if reference is not None and ranks.is_first:
         _say_if_changed(reference, header, points)
-    run = _Run(settings, as_filter(where), against, reference, ranks)
+    merges = against is None and ranks.of_first(partial(_are_mixed, checkpoints, points))
+    run = _Run(settings, as_filter(where), against, merges, reference, ranks)
     problems: dict[str, str] = {}
     failures: list[SourceError] = []
     with file or nullcontext():
@@ -242,6 +243,7 @@ class _Run:
         options: options of all measurements.
         where: filter of the matrices that are wanted.
         against: model that is subtracted; None for the weights themselves.
+        merges: whether adapters are measured as base + ΔW, since whole models are beside them.
         reference: model that changes are relative to; None where there is none.
         ranks: processes that share the work.
     """
@@ -249,6 +251,7 @@ class _Run:
     options: Options
     where: Filter
     against: Source | None
+    merges: bool
     reference: Reference | None
     ranks: Ranks
 
@@ -288,13 +291,13 @@ class _Run:
             if adapter is None:
                 model = open_model(source, revision=revision, against=against)
                 weights = model if against is None else open_model(source, revision=revision)
-            elif against is None:
-                model, weights = open_model(source, revision=revision), None
-            else:
-                config = read_adapter_config(adapter)
-                more = {"base": against, "against": against} if config.needs_base or config.dora else {}
-                model = open_model(source, revision=revision, **more)
+            elif against is not None:
+                model = open_changes(source, against, revision)
                 weights = open_model(source, revision=revision, base=against)
+            elif self.merges:
+                model = weights = open_model(source, revision=revision, base="auto")
+            else:
+                model, weights = open_model(source, revision=revision), None
             return model.filtered(self.where), weights
 
         return _on_all(self.ranks, open_both)
@@ -305,6 +308,21 @@ def _adapter(checkpoint: Checkpoint) -> Path | None:
     if not isinstance(checkpoint.source, (str, os.PathLike)):
         return None
     return adapter_folder(locate(os.fspath(checkpoint.source), checkpoint.revision))
+
+
+def _are_mixed(checkpoints: Sequence[Checkpoint], points: Points) -> bool:
+    """Whether whole models are among the `checkpoints` or what was measured, and adapters among the `checkpoints`."""
+    adapted = []
+    for checkpoint in checkpoints:
+        try:
+            adapted.append(_adapter(checkpoint) is not None)
+        except SourceError:
+            continue  # said when its turn comes
+    before = [any(point.row.kind == "adapter" for point in known.values()) for known in points.by_source.values()]
+    mixed = any(adapted) and not all([*adapted, *before])
+    if mixed:
+        logger.warning("adapters among whole models are measured as base + ΔW, on the base that each names")
+    return mixed
 
 
 def _is_known(point: Point | None, fingerprint: str | None) -> bool:

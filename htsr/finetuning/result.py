@@ -49,6 +49,7 @@ class Result(Tabular):
         losses: step and training loss of each log, the mean since the log before.
         moved: the matrices that moved most: the three of the largest relative distance, then the three whose α changed
             most; empty where spectra were not measured.
+        model: path or hub id of the model that was fine-tuned.
     """
 
     output: str
@@ -56,6 +57,7 @@ class Result(Tabular):
     coverage: tuple[Coverage, ...] = ()
     losses: tuple[tuple[int, float], ...] = ()
     moved: tuple[Moved, ...] = ()
+    model: str = ""
 
     @property
     def label(self) -> str:  # type: ignore[override]
@@ -76,9 +78,10 @@ class Result(Tabular):
         return (told, _moved(self.moved)) if self.moved else (told,)
 
     def facts(self) -> dict[str, Any]:
-        """The folder, how often each block trained, the losses, and what moved most."""
+        """The folder, the model that was fine-tuned, how often each block trained, the losses, and what moved most."""
         return {
             "output": self.output,
+            "model": self.model,
             "coverage": [asdict(block) for block in self.coverage],
             "losses": [list(point) for point in self.losses],
             "moved": [asdict(matrix) for matrix in self.moved],
@@ -88,16 +91,19 @@ class Result(Tabular):
         """How to go on with the model.
 
         Examples:
-            >>> from htsr.finetuning.result import Result
+            >>> from htsr.finetuning.result import Moved, Result
             >>> Result("runs/my model", {}).remarks()[0]
             "talk to it: htsr chat 'runs/my model'"
+            >>> moved = (Moved("lm_head", 0.1, 3.0, 3.1),)
+            >>> Result("runs/mine", {}, moved=moved, model="a/base").remarks()[-1]
+            'matrix by matrix: htsr compare a/base runs/mine'
         """
         folder = shlex.quote(self.output)
         # of an adapter transformers' own classes lose DoRA's magnitudes
         kind = "peft.AutoPeftModelForCausalLM" if is_adapter(self.output) else "AutoModelForCausalLM"
         said = [f"talk to it: htsr chat {folder}", f'in Python: {kind}.from_pretrained("{self.output}")']
-        if self.moved:
-            said.append(f"matrix by matrix: htsr compare {folder}/spectra_before.npz {folder}/spectra_after.npz")
+        if self.moved and self.model:
+            said.append(f"matrix by matrix: htsr compare {shlex.quote(self.model)} {folder}")
         return tuple(said)
 
 

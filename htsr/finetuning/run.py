@@ -98,7 +98,7 @@ def finetune(
     gc.collect()  # model, optimizer and trainer hold each other, and the saved model is loaded next
     metrics |= accuracies(recipe, arguments, prepared.tokenizer, prepared.questions, output, ranks, voice)
     comparison = moved(recipe, output, ranks, voice) if recipe.spectra else None
-    result = Result(str(output), metrics, coverage, losses, most_moved(comparison))
+    result = Result(str(output), metrics, coverage, losses, most_moved(comparison), str(recipe.model))
     ranks.of_first(lambda: write_reports(recipe, result, output, comparison))
     if repository is not None:
         voice.say(f"pushing to {repository}")

@@ -39,6 +39,11 @@ def test_checkpoints_of_a_run_go_by_their_numbers(tmp_path):
         ({"trainer_state.json": {"global_step": 600}}, 600),
         ({"results.json": {"metrics": {"steps": 600}}}, 600),
         ({"trainer_state.json": {"global_step": 500}}, None),  # of that step there is a checkpoint
+        ({"results.json": {"metrics": {"steps": 600, "best_step": 500}}}, None),  # it is that checkpoint
+        (
+            {"results.json": {"metrics": {"steps": 600, "best_step": 550}}, "trainer_state.json": {"global_step": 600}},
+            550,
+        ),
         ({"results.json": [600]}, None),
         ({}, None),  # nothing says after how many steps it was saved
     ],

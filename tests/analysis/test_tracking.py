@@ -1,3 +1,4 @@
+import json
 import shutil
 import tracemalloc
 from dataclasses import replace
@@ -358,14 +359,37 @@ def test_checkpoints_of_adapters(adapters, method):
                 assert point.row.norm == pytest.approx(expected**2 * squared_norm(before[name].read()), rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_what_an_adapter_saves_whole_is_a_change_of_the_base_that_is_given(adapters, tmp_path, method):
+    """It was W among rows of ΔW with LoRA; with `against` in memory nothing knows whether it is still the same."""
+    base, run = adapters / "base", tmp_path / "run" / "checkpoint-2"
+    shutil.copytree(adapters / method / "checkpoint-2", run)
+    file = run / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
+    stored = load_file(run / "adapter_model.safetensors")
+    head = load_file(base / "model.safetensors")["lm_head.weight"]
+    name = next(name for name in stored if "lm_head" in name)
+    save_file(stored | {name: 1.5 * head}, run / "adapter_model.safetensors", {"format": "pt"})
+    found = {p.row.name: p for p in htsr.track([run], against=base, **PLAIN)}
+    assert found["lm_head"].row.norm == pytest.approx(squared_norm(head.numpy()) / 4, rel=1e-4)
+    assert found["lm_head"].relative == pytest.approx(0.5, rel=1e-4)
+    assert len(found) == 5
+    mixed = htsr.track([base, adapters / method / "checkpoint-2"], **PLAIN)
+    assert {p.row.kind for p in mixed}.isdisjoint({"adapter"})
+    assert len(mixed.at(mixed.sources[0])) == len(mixed.at(mixed.sources[1]))
+
+
 def test_the_length_of_an_adapter_is_against_the_base_as_it_is_now(adapters, tmp_path, measured):
-    base, save = tmp_path / "base", tmp_path / "spectra.jsonl"
+    base, run, save = tmp_path / "base", tmp_path / "run", tmp_path / "spectra.jsonl"
     shutil.copytree(adapters / "base", base)
-    before = htsr.track(adapters / "lora", against=base, save=save, **PLAIN)
+    shutil.copytree(adapters / "lora", run)
+    for file in run.glob("*/adapter_model.safetensors"):
+        save_file({name: W for name, W in load_file(file).items() if "lora_" in name}, file, {"format": "pt"})
+    before = htsr.track(run, against=base, save=save, **PLAIN)
     weights = load_file(base / "model.safetensors")
     save_file({name: 2 * W for name, W in weights.items()}, base / "model.safetensors", {"format": "pt"})
     measured.clear()
-    found = htsr.track(adapters / "lora", against=base, save=save, **PLAIN)
+    found = htsr.track(run, against=base, save=save, **PLAIN)
     assert not measured  # ΔW is the adapter's own
     old, new = ([p.relative for p in each if p.relative and "_proj" in p.row.name] for each in (before, found))
     assert new == pytest.approx([length / 2 for length in old], rel=1e-4)

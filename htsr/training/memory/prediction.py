@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union, get_args
 
 from htsr.errors import HtsrError, SourceError, UsageError, reason_of
+from htsr.matrices.adapters import base_of, is_adapter
 from htsr.training.memory.plan import (
     DRAWN,
     DTYPES,
@@ -298,5 +299,8 @@ def _configuration(source: Source, revision: str | None, options: Mapping[str, A
     if path.is_file() and path.suffix != ".gguf":
         path = path.parent
     if path.is_dir() and not (path / "config.json").is_file():
+        if is_adapter(path):
+            base = f" of {named}" if (named := base_of(path)) else ", and names no base model"
+            raise SourceError(f"{path} is an adapter{base}, and memory is predicted of its base model: give that")
         raise SourceError(f"{path} has no config.json, from which memory is predicted")
     return name, load_config(str(path) if path.is_dir() else name, revision=revision, causal=True, options=options)

@@ -317,6 +317,7 @@ def test_sources(folder, tmp_path):
         (["{folder}", "--seq", "8", "--active-blocks", "5"], 2, "active_blocks is 5, and {folder} has 4 blocks"),
         (["./nowhere"], 1, "./nowhere does not exist"),
         (["{empty}"], 1, "has no config.json"),
+        (["{adapter}"], 1, "is an adapter of some/base, and memory is predicted of its base model"),
         (["{t5}"], 1, "is no causal language model"),
         (["{broken}"], 1, "cannot be read"),
         (["{bert}"], 1, "is no causal language model of transformers, but an encoder"),
@@ -331,6 +332,8 @@ def test_bad_input_is_one_sentence(capsys, folder, tmp_path, arguments, code, se
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text('{"model_type": "no such type"}')
     (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
     for name, config in (
         ("bert", {"model_type": "bert"}),
         ("deep", {"model_type": "llama", "num_hidden_layers": 10**6}),
@@ -338,7 +341,10 @@ def test_bad_input_is_one_sentence(capsys, folder, tmp_path, arguments, code, se
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-    paths = {"folder": folder, **{name: tmp_path / name for name in ("t5", "broken", "empty", "bert", "deep", "odd")}}
+    paths = {
+        "folder": folder,
+        **{name: tmp_path / name for name in ("t5", "broken", "empty", "adapter", "bert", "deep", "odd")},
+    }
     assert main(["memory", *(argument.format(**paths) for argument in arguments)]) == code
     out, err = capsys.readouterr()
     assert out == ""
