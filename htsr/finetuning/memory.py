@@ -65,6 +65,7 @@ def setting_of(recipe: Recipe, arguments: Any, longest: int | None = None) -> di
     if recipe.lora is not None:
         lora = recipe.lora
         setting |= {"rank": lora.rank, "targets": lora.targets, "modules_to_save": lora.modules_to_save}
+        setting["merge"] = lora.merge
     return setting
 
 

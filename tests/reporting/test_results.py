@@ -31,7 +31,7 @@ KINDS = ("analysis", "comparison", "model", "memory", "one memory plan", "plan",
 def memory_plan(method="lora"):
     return MemoryPlan(
         "tiny", method, "step", total=300, weights=100, gradients=100, optimizer=50, projectors=0, activations=50,
-        logits=0, workspace=0, parameters=1234, trainable=34,
+        logits=0, workspace=0, parameters=1234, trainable=34, merging=100,
     )  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def test_nothing_is_lost_of_what_json_held_before(results):
     first = content["comparison"]["rows"][0]
     assert first["alpha_delta"] == comparison.pairs[0].b.alpha - comparison.pairs[0].a.alpha
     assert first["cosine"] == comparison.pairs[0].distance.cosine
-    assert content["memory"]["rows"][1] == asdict(memory_plan()) | {"process": PROCESS, "merging": 100}
+    assert content["memory"]["rows"][1] == asdict(memory_plan()) | {"process": PROCESS}
     assert content["plan"]["policy"] == json.loads(results["plan"].policy.describe())
     assert content["surgery"]["rows"] == [asdict(operation) for operation in results["surgery"].operations]
     assert content["outliers"]["matrices"] == tuple(asdict(row) for row in results["outliers"].rows)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 from htsr.training.memory.plan import PARTS
 
 TILE = 4096  # tokens of which TRL makes logits at a time
+_aten = torch.ops.aten
+_SUMS = (_aten.add.Tensor, _aten._to_copy.default)  # of which autograd makes the gradient of a tied weight
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,17 @@ class Trace:
         return Trace(self.operations, self.sizes + (other.sizes - self.sizes) * above // below, self.tiles)
 
 
+@dataclass
+class _Storage:
+    """A storage since the moment `born`, and up to `died`; `made_of` are those it is the sum or copy of."""
+
+    part: str
+    size: int
+    born: int
+    died: int | None = None
+    made_of: list[_Storage] = field(default_factory=list)
+
+
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of all storages that operations have made and that are still alive, by part, moment by moment.
 
@@ -69,9 +83,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.logits, self.fixed, self.dense = logits, fixed, dense
         self.live: Counter[str] = Counter()
         self.now = "forward"
-        self._parts_of: dict[int, tuple[str, int]] = {}
+        self._known: dict[int, _Storage] = {}
         self._operations: list[tuple[str, Any]] = []
-        self._sizes: list[tuple[int, ...]] = []
+        self._sizes: list[list[int]] = []
         self._tiles: list[int] = []
 
     def __torch_dispatch__(
@@ -83,6 +97,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(leaf, Tensor):
                 part = "logits" if leaf.numel() in self.logits else "activations"
                 self.enter(leaf, part, move=False)
+        if func in _SUMS and self.now == "backward":
+            made_of = [self._known.get(_key(leaf)) for leaf in args if isinstance(leaf, Tensor)]
+            self._known[_key(out)].made_of = [storage for storage in made_of if storage is not None]
         used = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)] if self.dense else []
         dense = max((self.dense.get(tensor.untyped_storage()._cdata, 0) for tensor in used), default=0)
         self.note(dense, operation=func)
@@ -90,17 +107,30 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def enter(self, tensor: Tensor, part: str, move: bool = True) -> None:
         """Count the storage of a `tensor` of any shape under `part`; a known one changes its part if it may `move`."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        known = self._parts_of.get(key)
+        storage, key = tensor.untyped_storage(), _key(tensor)
+        known = self._known.get(key)
         if known is None:
             weakref.finalize(storage, self._leave, key)
+            self._known[key] = _Storage(part, storage.nbytes(), len(self._sizes))
+            self.live[part] += storage.nbytes()
         elif move:
-            self.live[known[0]] -= known[1]
-        else:
-            return
-        self._parts_of[key] = (part, storage.nbytes())
-        self.live[part] += storage.nbytes()
+            self._move(known, part)
+
+    def arrive(self, gradient: Tensor) -> None:
+        """Count a complete `gradient` under gradients since it was made, and with it those that it is the sum of."""
+        self.enter(gradient, "gradients", move=False)
+        parts = [self._known[_key(gradient)]]
+        while parts:
+            one = parts.pop()
+            if one.part == "activations":
+                here, there = PARTS.index("activations"), PARTS.index("gradients")
+                for sizes in self._sizes[one.born : one.died]:
+                    sizes[here] -= one.size
+                    sizes[there] += one.size
+                if one.died is None:
+                    self._move(one, "gradients")
+                one.part = "gradients"
+                parts += one.made_of
 
     def note(self, workspace: int = 0, *, tile: int = 0, operation: Any = None) -> None:
         """Note what is alive at this moment.
@@ -113,7 +143,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._operations.append((self.now, operation))
         live = {part: self.live[part] + self.fixed.get(part, 0) for part in PARTS}
         live["workspace"] += workspace
-        self._sizes.append(tuple(live.values()))
+        self._sizes.append(list(live.values()))
         self._tiles.append(tile)
 
     def trace(self) -> Trace:
@@ -121,6 +151,16 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         sizes = np.array(self._sizes, dtype=np.int64).reshape(-1, len(PARTS))
         return Trace(tuple(self._operations), sizes, np.array(self._tiles, dtype=np.int64))
 
+    def _move(self, storage: _Storage, part: str) -> None:
+        self.live[storage.part] -= storage.size
+        self.live[part] += storage.size
+        storage.part = part
+
     def _leave(self, key: int) -> None:
-        part, size = self._parts_of.pop(key)
-        self.live[part] -= size
+        storage = self._known.pop(key)
+        storage.died = len(self._sizes)
+        self.live[storage.part] -= storage.size
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -50,6 +50,7 @@ class Setting:
         base: optimizer of the blocks' matrices under ``gum``.
         unit: what is drawn.
         logits: how the loss reads what the head says.
+        merge: whether adapters are merged into the weights after training.
     """
 
     method: TrainingMethod
@@ -68,6 +69,7 @@ class Setting:
     base: Base = "adamw"
     unit: Unit = "block"
     logits: Logits = "whole"
+    merge: bool = True
 
     @property
     def samples(self) -> bool:
@@ -86,7 +88,8 @@ class MemoryPlan(Tabular):
         moment: when the peak is: ``forward``, ``backward`` or ``step``.
         total: bytes of all parts.
         weights: bytes of parameters and buffers, adapters included.
-        gradients: bytes of the gradients that wait for the optimizer at that moment.
+        gradients: bytes of the gradients that wait for the optimizer at that moment, and of those on their way: of a
+            tied embedding the head's, its own and their sum.
         optimizer: bytes of Adam's moments, and of what the rounding keeps.
         projectors: bytes of the bases of the low-rank subspaces.
         activations: bytes of what backward needs, and of what forward and backward are working on.
@@ -98,6 +101,8 @@ class MemoryPlan(Tabular):
         host: bytes of weights in host memory, where frozen blocks live there; with ``disk`` at most, as training
             changes them. No part of `total`.
         bus: bytes of frozen blocks that are copied to the device for one forward and backward pass; no part of `total`.
+        merging: bytes of the weights once more, after training on a CPU, where adapters are merged into them; else 0.
+            No part of `total`.
     """
 
     model: str
@@ -116,6 +121,7 @@ class MemoryPlan(Tabular):
     rank: int | None = None
     host: int = 0
     bus: int = 0
+    merging: int = 0
 
     @property
     def label(self) -> str:  # type: ignore[override]
@@ -123,10 +129,9 @@ class MemoryPlan(Tabular):
         return self.model
 
     def records(self) -> list[Record]:
-        """One dictionary: the attributes, and what a run on a CPU has resident besides, no part of `total`.
+        """One dictionary: the attributes, and bytes that a run on a CPU has resident besides, no part of `total`.
 
-        ``process``: bytes of the interpreter with the packages of a fine-tuning run. ``merging``: bytes of the weights
-        once more, after training, where adapters are merged into them; else 0.
+        ``process``: bytes of the interpreter with the packages of a fine-tuning run.
         """
         return MemoryPlans(self.model, (self,)).records()
 
@@ -143,9 +148,9 @@ def beside(plan: MemoryPlan) -> dict[str, int]:
 
     Returns:
         Bytes by name. ``process``: the interpreter with the packages of a fine-tuning run, all the time. ``merging``:
-        the weights once more after training, into which adapters are merged.
+        the weights once more after training, where adapters are merged into them.
     """
-    return {"process": PROCESS, "merging": plan.weights if plan.method in ("lora", "qlora") else 0}
+    return {"process": PROCESS, "merging": plan.merging}
 
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))

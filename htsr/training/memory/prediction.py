@@ -66,6 +66,7 @@ def predict_memory(
     base: Base = "adamw",
     unit: Unit = "block",
     logits: Logits = "whole",
+    merge: bool = True,
     revision: str | None = None,
 ) -> MemoryPlan:
     """Peak memory of training a causal language model, without loading it.
@@ -111,6 +112,7 @@ def predict_memory(
         logits: how the loss reads what the head says: ``whole``, as the model's own loss does in a loop of one's own;
             tile by tile, as TRL's SFTTrainer does: ``fused`` by kernels of an accelerator, ``chunked`` without them, on
             a CPU, where the temporaries of a tile take several times its memory.
+        merge: whether adapters are merged into the weights after training, which a run on a CPU needs them twice for.
         revision: branch, tag or commit of a hub id.
 
     Returns:
@@ -203,6 +205,7 @@ def _setting(
     base: Base,
     unit: Unit,
     logits: Logits,
+    merge: bool,
 ) -> Setting:
     """The setting with its defaults filled in; options of no meaning are refused."""
     from htsr.training.lowrank.rounding import ROUNDINGS
@@ -257,6 +260,7 @@ def _setting(
         base=base,
         unit=unit,
         logits=logits,
+        merge=merge,
     )
 
 

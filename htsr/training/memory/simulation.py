@@ -18,7 +18,7 @@ from htsr.calibration.model_options import empty_model
 from htsr.errors import SourceError, UsageError
 from htsr.matrices.blocks import find_blocks
 from htsr.matrices.stored_tensors import clean_name
-from htsr.training.lora_targets import module_options
+from htsr.training.lora_targets import module_options, tied_modules
 from htsr.training.lowrank.gum_groups import unit_of
 from htsr.training.memory.head import chunked_loss
 from htsr.training.memory.ledger import Ledger, Trace
@@ -126,6 +126,7 @@ class Simulation:
             rank=setting.rank if setting.method not in ("full", "lisa") else None,
             host=streamed.blocks if streamed else 0,
             bus=2 * streamed.frozen if streamed else 0,
+            merging=parts["weights"] if setting.merge and setting.method in ("lora", "qlora") else 0,
             **parts,
         )
 
@@ -178,13 +179,21 @@ def _with_possible_rank(setting: Setting, model: Any) -> Setting:
 def _arrived(parameter: Tensor, *, ledger: Ledger, kind: Kind, released: bool, setting: Setting) -> None:
     """Hook for a parameter's complete gradient: it waits for the optimizer, or is used up at once."""
     assert parameter.grad is not None
-    ledger.enter(parameter.grad, "gradients")
+    ledger.arrive(parameter.grad)
     if released:
         at_once = to_project if setting.gradients == "project" else to_step
         ledger.note(at_once(parameter, kind, setting))
         parameter.grad = None
         if setting.gradients == "project":
             ledger.live["gradients"] += entries_of(parameter, kind, setting) * parameter.element_size()
+
+
+def _tie_saved(model: Any, tied: list[str]) -> None:
+    """Make one tensor of the copies of `tied` modules that train, as PEFT does where there are values."""
+    modules = [model.get_submodule(f"base_model.model.{name}") for name in tied]
+    saved = [module.modules_to_save["default"] for module in modules if hasattr(module, "modules_to_save")]
+    for copy in saved[1:]:
+        copy.weight = saved[0].weight
 
 
 def _quietly(make: Any, *arguments: Any) -> Any:
@@ -213,11 +222,13 @@ def _model(label: str, config: Any, setting: Setting) -> Any:
     if setting.method in ("lora", "qlora"):
         import peft
 
+        tied = tied_modules(model)
         modules = module_options(model, setting.targets, setting.modules_to_save, {})
         adapter = peft.LoraConfig(r=setting.rank, task_type="CAUSAL_LM", **modules)
         if setting.checkpointing:
             model.enable_input_require_grads()
         model = peft.get_peft_model(model, adapter, low_cpu_mem_usage=True)
+        _tie_saved(model, tied)
     if setting.samples:
         active = _active(label, model, setting)
         for name, parameter in model.named_parameters():

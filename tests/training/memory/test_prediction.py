@@ -126,7 +126,8 @@ def test_parts_are_what_arithmetic_says(folder):
     assert full.weights == pytest.approx(size, rel=1e-3)  # rotary frequencies are buffers
     assert full.optimizer == 2 * size
     assert full.moment == "backward"
-    assert full.gradients + full.activations == pytest.approx(size, rel=0.02)  # the last is on its way
+    assert full.gradients == pytest.approx(size, rel=0.02)  # the last, which is on its way, too
+    assert full.activations < 0.02 * size
     assert full.logits == 0
     h, f, v = 256, 688, 2000
     kv = h // 2
@@ -144,6 +145,24 @@ def test_parts_are_what_arithmetic_says(folder):
     assert plans["lisa"].trainable == 2 * (linear // 4 + 2 * h) + h  # the last norm, too
     assert plans["owlore"].optimizer < plans["lisa"].optimizer
     assert plans["owlore"].weights == plans["lisa"].weights == full.weights
+
+
+def test_a_tied_embedding_is_one_tensor_that_trains_and_its_gradients_are_gradients():
+    """Of a tied one the head's gradient, the embedding's own and their sum are there together."""
+    tied = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+                       vocab_size=8000, tie_word_embeddings=True)  # fmt: skip
+    model, one = AutoModelForCausalLM.from_config(tied), 4 * 8000 * 64
+    full = predict_memory(model, sequence=8)
+    assert full.moment == "backward"
+    assert full.activations < 0.1 * one
+    assert full.gradients == pytest.approx(full.weights + 2 * one, rel=0.02)
+    bare = predict_memory(model, "lora", sequence=8)
+    for names in (["head"], ["embed"], ["head", "embed"]):
+        plan = predict_memory(model, "lora", sequence=8, modules_to_save=names, merge=False)
+        assert plan.trainable == bare.trainable + 8000 * 64
+        assert (plan.weights, plan.optimizer) == (bare.weights + one, bare.optimizer + 2 * one)
+        assert plan.gradients == pytest.approx(3 * one, rel=0.05)
+        assert (plan.merging, bare.merging) == (0, bare.weights)
 
 
 @pytest.mark.parametrize(
