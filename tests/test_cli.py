@@ -444,7 +444,7 @@ def test_a_typo_like_a_hub_id_is_one_question_offline(capsys, monkeypatch):
     monkeypatch.setattr("htsr.matrices.hub.answers", lambda *_: False)
     code, out, err = run(capsys, "analyze", "runs/typo")
     assert (code, out, len(err.splitlines())) == (1, "", 1)
-    assert "runs/typo is neither a file or a folder here, nor in the local cache" in err
+    assert "runs/typo is no file or folder here, nor in the local cache" in err
 
 
 @pytest.mark.parametrize("windows", ["10x10x.", "2x2x..", "0x10", "10x0", "2x2x0", "x", "99999999999x2", ""])

@@ -66,7 +66,7 @@ def test_a_base_that_no_matrix_fits_ends_with_one_and_is_said(capsys, run_folder
         (["run", "--save", "spectra.json"], 2, "saved as .jsonl"),
         (["run", "--include", "nothing"], 2, "matches 'nothing'"),
         (["run", "other.jsonl"], 2, "other.jsonl is a trajectory and no model"),
-        (["nowhere"], 1, "nowhere is neither a file or a folder here"),
+        (["nowhere"], 1, "nowhere is no file or folder here"),
         (["run.jsonl"], 2, "is a trajectory: it is read as it is, and takes no options"),
     ],
 )

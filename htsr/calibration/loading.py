@@ -233,5 +233,5 @@ def _located(name: str, revision: str | None) -> Iterator[tuple[str, dict[str, A
                 raise
             at = f" at revision {revision}" if revision else ""
             raise SourceError(
-                f"{name} is neither a file or a folder here, nor{at} in the local cache, and the hub cannot be reached"
+                f"{name} is no file or folder here, nor{at} in the local cache, and the hub cannot be reached"
             ) from error

@@ -72,6 +72,22 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
+class LastLog(TrainerCallback):
+    """The loss of the last step is logged, too: a run of fewer steps than ``logging_steps`` has a course as well."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a log at the last step, where steps are logged at all.
+
+        Args:
+            args: arguments of the Trainer.
+            state: state of the Trainer.
+            control: control of the Trainer.
+            kwargs: what else the Trainer passes to callbacks.
+        """
+        if state.global_step >= state.max_steps and args.logging_strategy == "steps":
+            control.should_log = True
+
+
 class TrainingLines(TrainerCallback):
     """One short line for each log of the loss; the Trainer writes all it logs, twenty keys with TRL's own.
 

@@ -43,8 +43,8 @@ class Result(Tabular):
         metrics: ``train_loss`` (mean over all steps, those before a resume included), ``before_eval_loss`` and
             ``eval_loss`` (nats per token), ``before_accuracy`` and ``accuracy`` …, ``seconds`` and ``seconds_per_step``
             (of the steps since a resume), ``steps``, ``best_step`` where the best model was kept, ``peak_mib`` (of
-            ``peak_of``) and ``predicted_mib`` (of the same), ``trainable_parameters``, and ``rounding`` where the
-            weights that train are in bfloat16 or float16.
+            ``peak_of``) and ``predicted_mib`` (of the same), both where this process trained,
+            ``trainable_parameters``, and ``rounding`` where the weights that train are in bfloat16 or float16.
         coverage: how often each block trained, where blocks were sampled.
         losses: step and training loss of each log, the mean since the log before.
         moved: the matrices that moved most: the three of the largest relative distance, then the three whose α changed

@@ -169,7 +169,8 @@ def _train(
         voice.say(f"{early}the best model is that of step {best}")
     if trainer.rounding is not None:
         metrics["rounding"] = trainer.rounding
-    metrics |= peak() | _predicted(recipe, arguments, trainer)
+    if trained:  # else what is resident has nothing to do with a plan of training
+        metrics |= peak() | _predicted(recipe, arguments, trainer)
     history = trainer.state.log_history
     at_start = [entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] == 0]
     if at_start:

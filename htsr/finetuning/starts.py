@@ -141,6 +141,8 @@ def made_start(
     assert start is not None
     config = copy(config)
     config.modules_to_save, config.use_dora, config.init_lora_weights = None, False, True
+    if hasattr(config, "ensure_weight_tying"):
+        config.ensure_weight_tying = False  # of what is saved whole, which has no start
     nested = with_configs(recipe.lora.options)
     samples: list[Tokens] = []
     if start in _ASK_DATA:

@@ -16,7 +16,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from htsr.errors import UsageError
 from htsr.finetuning.checkpoints import Checkpoint, LossSum, count_processes
 from htsr.finetuning.memory import reset_peak
-from htsr.finetuning.progress import TrainingLines, Voice
+from htsr.finetuning.progress import LastLog, TrainingLines, Voice
 from htsr.finetuning.rates import policy_of
 from htsr.finetuning.stopping import EarlyStopping, KeptBest
 from htsr.matrices.blocks import find_blocks
@@ -73,7 +73,7 @@ class FinetuneTrainer(SFTTrainer):
         self.rounding: Rounding | None = None
         self.began: float | None = None
         self.lines = TrainingLines(voice) if voice is not None and voice.show is not None else None
-        callbacks: list[Any] = [self.losses, *([LayerSamplerCallback(sampler)] if sampler else [])]
+        callbacks: list[Any] = [self.losses, LastLog(), *([LayerSamplerCallback(sampler)] if sampler else [])]
         if arguments["args"].load_best_model_at_end:
             callbacks.append(KeptBest())
         if recipe.early_stopping is not None:

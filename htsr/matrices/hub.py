@@ -62,7 +62,7 @@ def answers(repo: str, revision: str | None = None, kind: Literal["model", "data
     except GatedRepoError:
         return True  # who may have what is for the download to say
     except RepositoryNotFoundError as error:
-        raise SourceError(f"{repo} is neither a file or a folder here, nor a {what} on the hub") from error
+        raise SourceError(f"{repo} is no file or folder here, nor a {what} on the hub") from error
     except RevisionNotFoundError as error:
         raise SourceError(f"{repo} has no revision {revision}") from error
     except Exception:  # offline by choice, no network, an ill server: each HTTP library has errors of its own
@@ -147,14 +147,14 @@ def _fetched(repo: str, revision: str | None) -> Path:
     except GatedRepoError as error:
         raise SourceError(f"{repo} is gated: accept its licence on the hub and log in (hf auth login)") from error
     except RepositoryNotFoundError as error:
-        raise SourceError(f"{repo} is neither a file or a folder here, nor a model on the hub") from error
+        raise SourceError(f"{repo} is no file or folder here, nor a model on the hub") from error
     except RevisionNotFoundError as error:
         raise SourceError(f"{repo} has no revision {revision}") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise SourceError(f"{repo} could not be had from the hub: {error}") from error
     if offline:
         raise SourceError(
-            f"{repo} is neither a file or a folder here, nor{at} in the local cache, and the hub cannot be reached"
+            f"{repo} is no file or folder here, nor{at} in the local cache, and the hub cannot be reached"
         )
     raise SourceError(f"{repo}{at} has no model.safetensors, pytorch_model.bin or index of shards on the hub")
 

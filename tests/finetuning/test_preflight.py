@@ -194,7 +194,7 @@ def test_held_out_records_that_are_all_cut_leave_the_model_saved(tmp_path, model
         (SHORT, {"training": {"bf16": True, "fp16": True}}, htsr.UsageError, "training: .*fp16"),
         (SHORT, {"training": {"deepspeed": "none.json"}}, htsr.HtsrError, r"training.*(deepspeed|none\.json)"),
         (SHORT, {"training": {"save_strategy": "sometimes"}}, htsr.UsageError, "training.save_strategy: sometimes"),
-        (SHORT, {"model": "runs/typo"}, htsr.SourceError, "runs/typo is neither a file or a folder here, nor in"),
+        (SHORT, {"model": "runs/typo"}, htsr.SourceError, "runs/typo is no file or folder here, nor in"),
         (SHORT, {"model": "./runs/typo"}, htsr.SourceError, "./runs/typo does not exist"),
         (SHORT, {"data": {"multiple_choice": "train"}}, htsr.UsageError, "holds records without question"),
         (SHORT, {"method": "lisa", "sampling": {"outliers": "none.json"}}, htsr.SourceError, "none.json is not a file"),
@@ -340,7 +340,9 @@ def test_the_folder_keeps_the_recipe_and_only_what_changes_no_weight_may_change(
     other = recipe_of(
         tmp_path, model, SHORT, method="lisa", sampling={"active": 1}, training={"save_steps": 1, "logging_steps": 2}
     )
-    assert finetune(other, resume=True, say=said.append).metrics["steps"] == 3
+    metrics = finetune(other, resume=True, say=said.append).metrics
+    assert metrics["steps"] == 3
+    assert not {"peak_mib", "predicted_mib", "seconds"} & metrics.keys()  # nothing was left to train
     assert "going on from checkpoint-3" in said
     assert "training by lisa, learning rate 0.01" in said
     assert read_recipe(str(run / "recipe.yaml")) == other

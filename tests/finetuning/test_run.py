@@ -270,7 +270,7 @@ def test_data_are_alone_on_stdout_and_words_are_few(work, tmp_path, capsys):
     content = json.loads(out)
     assert content["rows"][0]["steps"] == 5
     losses = [(int(step), float(loss)) for step, loss in re.findall(r"^step (\d+)/5  .*  loss (\S+)  lr", err, re.M)]
-    assert [step for step, _ in losses] == [step for step, _ in content["losses"]] == [1, 2, 4]
+    assert [step for step, _ in losses] == [step for step, _ in content["losses"]] == [1, 2, 4, 5]
     np.testing.assert_allclose([loss for _, loss in losses], [loss for _, loss in content["losses"]], rtol=1e-3)
     before, after = (content["rows"][0][key] for key in ("before_eval_loss", "eval_loss"))
     assert f"before training  evaluation loss {before:.4g}\n" in err

@@ -119,6 +119,7 @@ def check(folder):
     return merged, json.loads((folder / "adapter" / "adapter_config.json").read_text())
 
 
+@pytest.mark.filterwarnings("error:You have requested .ensure_weight_tying.")  # nobody has, of a start
 def test_a_start_from_weights_goes_on_as_it_was_with_an_embedding_that_trains_whole(tmp_path):
     save_work(tmp_path)
     llama(4, tie_word_embeddings=True).save_pretrained(tmp_path / "model")

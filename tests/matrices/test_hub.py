@@ -122,10 +122,10 @@ def test_a_single_file_comes_before_an_older_index(cache):
         (
             "owner/unknown",
             None,
-            "owner/unknown is neither a file or a folder here, nor in the local cache, and the hub",
+            "owner/unknown is no file or folder here, nor in the local cache, and the hub",
         ),
-        ("unknown", None, "unknown is neither a file or a folder here, nor in the local cache"),
-        ("owner/model", "v9", "owner/model is neither a file or a folder here, nor at revision v9 in the local cache"),
+        ("unknown", None, "unknown is no file or folder here, nor in the local cache"),
+        ("owner/model", "v9", "owner/model is no file or folder here, nor at revision v9 in the local cache"),
         ("./owner/model", None, "./owner/model does not exist"),
         ("owner/model/more", None, "owner/model/more does not exist"),
         ("weights.safetensors", None, "weights.safetensors does not exist"),
@@ -142,7 +142,7 @@ def test_what_is_not_there(cache, repo, revision, sentence):
     ("error", "sentence"),
     [
         ("GatedRepoError", "owner/model is gated: accept its licence on the hub and log in"),
-        ("RepositoryNotFoundError", "owner/model is neither a file or a folder here, nor a model on the hub"),
+        ("RepositoryNotFoundError", "owner/model is no file or folder here, nor a model on the hub"),
         ("RevisionNotFoundError", "owner/model has no revision v9"),
         ("HfHubHTTPError", "owner/model could not be had from the hub: sorry"),
         ("EntryNotFoundError", "owner/model at revision v9 has no model.safetensors, pytorch_model.bin or index"),
@@ -195,7 +195,7 @@ def test_a_path_is_no_hub_id(name):
     [
         (None, True),
         ("GatedRepoError", True),
-        ("RepositoryNotFoundError", "owner/data is neither a file or a folder here, nor a data set on the hub"),
+        ("RepositoryNotFoundError", "owner/data is no file or folder here, nor a data set on the hub"),
         ("RevisionNotFoundError", "owner/data has no revision v9"),
         ("HfHubHTTPError", False),
         ("OfflineModeIsEnabled", False),
