@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from htsr.finetuning.checkpoints import count_processes
 from htsr.finetuning.placing import is_to_be_sharded
+from htsr.finetuning.starts import OF_STARTS
 from htsr.training.memory.plan import LOW_RANK, SAMPLED, Logits, MemoryPlan, beside
 from htsr.training.memory.prediction import predict_memory
 
@@ -65,6 +66,8 @@ def setting_of(recipe: Recipe, arguments: Any, longest: int | None = None) -> di
     if recipe.lora is not None:
         lora = recipe.lora
         setting |= {"rank": lora.rank, "targets": lora.targets, "modules_to_save": lora.modules_to_save}
+        options = {key: value for key, value in lora.options.items() if key not in OF_STARTS}
+        setting["lora_options"] = options | ({"lora_dropout": lora.dropout} if lora.dropout else {})
         setting["merge"] = lora.merge
     return setting
 

@@ -66,7 +66,8 @@ def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, war
 
         if options.get("checkpointing"):
             model.enable_input_require_grads()
-        model = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+        adapters = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **options.get("lora_options", {})}
+        model = peft.get_peft_model(model, peft.LoraConfig(r=rank, **adapters))
     by_matrix = method in ("lisa", "owlore") and options.get("unit") == "matrix"
     if method in ("lisa", "owlore") and not by_matrix:
         frozen = () if options.get("embeddings") else (model.get_input_embeddings(), model.get_output_embeddings())

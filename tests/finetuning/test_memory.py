@@ -48,6 +48,9 @@ def test_every_method_of_a_recipe_has_the_plan_of_its_own_settings(tmp_path, mon
     assert plan("full", longest=99) == expected("full")
     assert plan("lora", lora=Lora(rank=4)) == expected("lora", rank=4)
     assert plan("lora", lora=Lora(rank=4, merge=False)) == expected("lora", rank=4, merge=False)
+    options = {"init_lora_weights": "pissa", "use_dora": True}  # a start is over before training, DoRA is not
+    kept = {"use_dora": True, "lora_dropout": 0.1}
+    assert plan("lora", lora=Lora(rank=4, dropout=0.1, options=options)) == expected("lora", rank=4, lora_options=kept)
     sampled = plan("lora", lora=Lora(rank=4), sampling=Sampling(active=1))
     assert sampled == expected("lora", rank=4, active_blocks=1)
     assert plan("qlora", dtype="bfloat16", sampling=Sampling()).method == "qlora"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from htsr.results import Column, Record, Table, Tabular
 
@@ -47,6 +48,7 @@ class Setting:
         frozen_weights: where the weights of frozen blocks live.
         targets: which modules have adapters.
         modules_to_save: which modules train whole beside adapters.
+        lora_options: further arguments of PEFT's ``LoraConfig``.
         base: optimizer of the blocks' matrices under ``gum``.
         unit: what is drawn.
         logits: how the loss reads what the head says.
@@ -66,6 +68,7 @@ class Setting:
     frozen_weights: FrozenWeights = "device"
     targets: str | tuple[str, ...] = "all-linear"
     modules_to_save: tuple[str, ...] = ()
+    lora_options: Mapping[str, Any] = field(default_factory=dict)
     base: Base = "adamw"
     unit: Unit = "block"
     logits: Logits = "whole"

@@ -62,6 +62,7 @@ def predict_memory(
     frozen_weights: FrozenWeights = "device",
     targets: str | Sequence[str] = "all-linear",
     modules_to_save: Sequence[str] = (),
+    lora_options: Mapping[str, Any] | None = None,
     model_options: Mapping[str, Any] | None = None,
     base: Base = "adamw",
     unit: Unit = "block",
@@ -103,6 +104,8 @@ def predict_memory(
         targets: which modules have adapters under ``lora`` and ``qlora``, by name, role or regular expression, as
             ``lora.targets`` in a recipe.
         modules_to_save: names or roles of modules that train whole beside adapters.
+        lora_options: further arguments of PEFT's ``LoraConfig``; ``use_dora`` and ``lora_dropout`` keep more of the
+            activations.
         model_options: how transformers makes the model, as in a recipe: attn_implementation and attributes of the
             configuration; for a source that is read.
         base: what trains the matrices under ``gum``: ``adamw``, or ``muon`` with one moment.
@@ -202,6 +205,7 @@ def _setting(
     frozen_weights: FrozenWeights,
     targets: str | Sequence[str],
     modules_to_save: Sequence[str],
+    lora_options: Mapping[str, Any] | None,
     base: Base,
     unit: Unit,
     logits: Logits,
@@ -233,8 +237,8 @@ def _setting(
         raise UsageError(f"gradients={gradients!r} is for {where}, not for {method}")
     if frozen_weights != "device" and method not in STREAMED:
         raise UsageError(f"frozen_weights={frozen_weights!r} is for {', '.join(STREAMED)}, not for {method}")
-    if (targets != "all-linear" or modules_to_save) and method not in ("lora", "qlora"):
-        raise UsageError(f"targets and modules_to_save are those of adapters, which {method} has not")
+    if (targets != "all-linear" or modules_to_save or lora_options) and method not in ("lora", "qlora"):
+        raise UsageError(f"targets, modules_to_save and lora_options are those of adapters, which {method} has not")
     for name, differs, value in (("base", base != "adamw", base), ("unit", unit != "block", unit)):
         fit = ("gum",) if name == "base" else DRAWN
         if differs and method not in fit:
@@ -257,6 +261,7 @@ def _setting(
         frozen_weights=frozen_weights,
         targets=targets if isinstance(targets, str) else tuple(targets),
         modules_to_save=tuple(modules_to_save),
+        lora_options=lora_options or {},
         base=base,
         unit=unit,
         logits=logits,

@@ -223,7 +223,7 @@ def _model(label: str, config: Any, setting: Setting) -> Any:
         import peft
 
         tied = tied_modules(model)
-        modules = module_options(model, setting.targets, setting.modules_to_save, {})
+        modules = module_options(model, setting.targets, setting.modules_to_save, dict(setting.lora_options))
         adapter = peft.LoraConfig(r=setting.rank, task_type="CAUSAL_LM", **modules)
         if setting.checkpointing:
             model.enable_input_require_grads()

@@ -46,6 +46,7 @@ RUNS = [
     ("full", {}),
     ("full", {"checkpointing": True}),
     ("lora", {}),
+    ("lora", {"lora_options": {"use_dora": True, "lora_dropout": 0.1}}),
     ("qlora", {}),
     ("galore", {}),
     ("galore", {"gradients": "update", "checkpointing": True}),
