@@ -89,3 +89,28 @@ HERE: Mapping[str, str] = {key: f"training.{key}" for key in _TRAINING} | {
     "lisa_step_interval": "sampling.interval",
 }
 """Our key, dotted, by theirs; where the value would mean something else here, that is said, too."""
+
+LEAVE_OUT: Mapping[str, str] = {
+    "type": "the form of records is told by their fields",
+    "stage": "a recipe is of supervised fine-tuning",
+    "do_train": "a recipe trains",
+    "do_eval": "held-out records are asked for by data.evaluation",
+    "overwrite_cache": "prepared data are not taken from another run",
+    "overwrite_output_dir": "no folder is written over",
+    "preprocessing_num_workers": "training.dataset_num_proc says how many processes prepare the data",
+    "plot_loss": "the losses are in results.json, and their course is told at the end",
+}
+"""Why a key of theirs has no place here."""
+
+
+def told(key: object) -> str:
+    """What there is in place of an unknown `key`, in a few words; empty where it is none of theirs.
+
+    Examples:
+        >>> from htsr.finetuning.other_names import told
+        >>> told("lora_r"), told("plot_loss").partition(":")[0], told("modell")
+        ('here it is lora.rank', 'leave it out', '')
+    """
+    if not isinstance(key, str):
+        return ""
+    return f"here it is {HERE[key]}" if key in HERE else f"leave it out: {LEAVE_OUT[key]}" if key in LEAVE_OUT else ""

@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from htsr.errors import UsageError
-from htsr.finetuning.other_names import HERE
+from htsr.finetuning.other_names import told
 
 MOST_CHARACTERS, MOST_VALUES, MOST_ENTRIES = 30_000, 10_000, 2_000
 
@@ -116,7 +116,8 @@ def made(kind: Any, content: Mapping[str, Any], where: str) -> Any:
     if len(unknown) == 1:
         raise UsageError(f"{where}: unknown key {str(unknown[0])[:80]}{nearest(unknown[0], hints)}")
     if unknown:
-        named = [f"{str(key)[:80]}{f' (here {HERE[key]})' if key in HERE else ''}" for key in unknown[:40]]
+        words = [told(key).replace("here it is", "here") for key in unknown[:40]]
+        named = [f"{str(key)[:80]}{f' ({of})' if of else ''}" for key, of in zip(unknown, words, strict=False)]
         raise UsageError(f"{where}: unknown keys {', '.join(named)}{', …' * (len(unknown) > len(named))}")
     for f in fields(kind):
         missing = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -171,7 +172,7 @@ def nearest(key: Any, known: Any) -> str:
     """Which of the `known` keys an unknown `key` may have meant, as the end of a message."""
     import difflib
 
-    if key in HERE:
-        return f"; here it is {HERE[key]}"
+    if words := told(key):
+        return f"; {words}"
     near = difflib.get_close_matches(str(key)[:80], list(known), n=1)
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}" if len(known) < 20 else ""

@@ -35,6 +35,11 @@ def test_defaults_and_numbers(tmp_path):
     ("change", "message"),
     [
         ({"modle": "m"}, "recipe.yaml: unknown key modle; did you mean model?"),
+        ({"plot_loss": True}, "recipe.yaml: unknown key plot_loss; leave it out: the losses are in"),
+        (
+            {"data": {"train": {"path": "p", "type": "t"}}},
+            "unknown keys path (here source), type (leave it out: the form",
+        ),
         ({"data": {"train": "t", "evaluatoin": "e"}}, "recipe.yaml: data: unknown key evaluatoin; did you mean"),
         ({"data": {}}, "data: the key train is missing"),
         ({"data": "t.jsonl"}, "data is a section of keys, not 't.jsonl'"),
