@@ -395,7 +395,7 @@ def test_report_of_a_run(work, tmp_path, capsys, monkeypatch):
     assert sum(line[-1:] == ["α"] for line in lines) == len(told["moved"]) - 3
     assert {"before_eval_loss", "predicted_mib", "peak_mib", "seconds"} <= results.keys()
     assert results["before_accuracy"] != results["accuracy"] or results["before_eval_loss"] > results["eval_loss"]
-    assert [step for step, _ in told["losses"]] == [1, 2, 4, 6]
+    assert [step for step, _ in told["losses"]] == [1, 2, 4, 6, 7]  # each other step, the first and the last
     logged = [log for log in tracked if "loss" in log]
     assert [log["loss"] for log in logged] == [loss for _, loss in told["losses"]]
     assert all({"entropy", "mean_token_accuracy", "grad_norm"} <= log.keys() for log in logged)  # trackers have all

@@ -88,7 +88,9 @@ def held_against_powerlaw(x):
         assert mine.sum() >= theirs.sum() - 1e-7
         if mine.sum() < theirs.sum() + 1e-4 and np.abs(mine - power).max() > 1e-3:
             R, p = powerlaw.statistics.loglikelihood_ratio(power.copy(), theirs, normalized_ratio=True)
-            assert (ours[law].R, ours[law].p) == (pytest.approx(R, abs=2e-3), pytest.approx(p, abs=2e-3))
+            spread = np.std(power - mine) * np.sqrt(len(x))  # R is in its units, in which 1e-4 may be much
+            near = 2e-3 + 2 * (mine.sum() - theirs.sum()) / spread
+            assert (ours[law].R, ours[law].p) == (pytest.approx(R, abs=near), pytest.approx(p, abs=near))
             equal += 1
     return equal
 

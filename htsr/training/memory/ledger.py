@@ -117,7 +117,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._move(known, part)
 
     def arrive(self, gradient: Tensor) -> None:
-        """Count a complete `gradient` under gradients since it was made, and with it those that it is the sum of."""
+        """Count a complete `gradient` under gradients since it was made, and with it those that it is the sum of.
+
+        Args:
+            gradient: gradient of a parameter, of its shape.
+        """
         self.enter(gradient, "gradients", move=False)
         parts = [self._known[_key(gradient)]]
         while parts:
