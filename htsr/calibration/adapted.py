@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from htsr.calibration.loading import load_model, load_tokenizer
 from htsr.errors import SourceError, refused
-from htsr.matrices.adapter_config import CONFIG, read_adapter_config
-from htsr.matrices.adapters import named_by
+from htsr.matrices import adapters
+from htsr.matrices.adapter_config import CONFIG
 from htsr.matrices.folders import read_json
 
 if TYPE_CHECKING:
     import torch
 
 
-def is_adapter(name: str) -> bool:
+def is_adapter_alone(name: str) -> bool:
     """Whether `name` is the folder of an adapter that no whole model lies beside."""
     folder = Path(name).expanduser()
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    return adapters.is_adapter(folder) and not (folder / "config.json").is_file()
 
 
 def load_adapted(name: str, *, four_bit: bool = False, **how: Any) -> torch.nn.Module:
@@ -34,8 +34,8 @@ def load_adapted(name: str, *, four_bit: bool = False, **how: Any) -> torch.nn.M
     """
     from peft import PeftModel
 
-    base, revision = base_of(name)
-    with named_by(name):
+    base, revision = _base_of(name)
+    with adapters.named_by(name):
         whole: Any = load_model(base, revision=revision, four_bit=four_bit, **how)
     with refused(f"the adapter in {name} cannot be loaded"):
         adapted: Any = PeftModel.from_pretrained(whole, str(Path(name).expanduser()))
@@ -53,22 +53,15 @@ def load_adapted_tokenizer(name: str) -> Any:
     """
     if (Path(name).expanduser() / "tokenizer_config.json").is_file():
         return load_tokenizer(name)
-    base, revision = base_of(name)
-    with named_by(name):
+    base, revision = _base_of(name)
+    with adapters.named_by(name):
         return load_tokenizer(base, revision=revision)
 
 
-def base_of(name: str) -> tuple[str, str | None]:
-    """The base that an adapter names, and its revision where that is named, too.
-
-    Args:
-        name: folder of the adapter.
-
-    Raises:
-        SourceError: it names none.
-    """
+def _base_of(name: str) -> tuple[str, str | None]:
+    """The base that an adapter names, and its revision where that is named, too."""
     folder = Path(name).expanduser()
-    base = read_adapter_config(folder).base
+    base = adapters.base_of(folder)
     if not base:
         raise SourceError(f"{name} is an adapter that names no base: merge it, and name the folder of the model")
     revision = read_json(folder / CONFIG).get("revision")

@@ -17,7 +17,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from htsr.calibration.record_turns import KNOWN_KEYS, are_turns, checked_turns, for_template, kind_of, turns_in
+from htsr.calibration.record_turns import (
+    FOR_TEMPLATE,
+    KNOWN_KEYS,
+    are_turns,
+    checked_turns,
+    for_template,
+    kind_of,
+    turns_in,
+)
 from htsr.errors import SourceError, UsageError, reason_of
 
 Record = dict[str, Any]
@@ -32,7 +40,6 @@ _FORMS: dict[str, tuple[str, ...]] = {
     "question": ("question", "choices", "answer"),
 }
 _OF_TURNS = ("messages", "conversations")
-FOR_TEMPLATE = ("tools", "chat_template_kwargs")
 _FURTHER: dict[str, tuple[str, ...]] = {
     "chat": FOR_TEMPLATE,
     "conversations": ("system", *FOR_TEMPLATE),

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from htsr.calibration.record_forms import FOR_TEMPLATE, Record, checked, form_of, is_chat, question_of, short
+from htsr.calibration.record_forms import Record, checked, form_of, is_chat, question_of, short
+from htsr.calibration.record_turns import FOR_TEMPLATE
 from htsr.errors import SourceError, UsageError, reason_of
 
 if TYPE_CHECKING:

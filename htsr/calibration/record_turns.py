@@ -10,6 +10,7 @@ from typing import Any
 
 from htsr.errors import SourceError, reason_of
 
+FOR_TEMPLATE = ("tools", "chat_template_kwargs")  # of a record, for the chat template
 KNOWN_KEYS = frozenset(
     ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "from", "value")
 )
@@ -171,7 +172,7 @@ def for_template(record: dict[str, Any]) -> dict[str, Any]:
     Raises:
         SourceError: tools are no list, or variables no keys and values.
     """
-    found = {key: record[key] for key in ("tools", "chat_template_kwargs") if record.get(key) is not None}
+    found = {key: record[key] for key in FOR_TEMPLATE if record.get(key) is not None}
     for key, none in (("tools", []), ("chat_template_kwargs", {})):
         if isinstance(text := found.get(key), str):  # as TRL takes tools, too
             try:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from htsr.calibration.adapted import is_adapter, load_adapted, load_adapted_tokenizer
+from htsr.calibration.adapted import is_adapter_alone, load_adapted, load_adapted_tokenizer
 from htsr.calibration.loading import load_model, load_tokenizer
 from htsr.errors import UsageError
 
@@ -117,7 +117,7 @@ def open_chat(
         SourceError: it cannot be loaded, or is an adapter that names no base.
         UsageError: there is a turn of the system, and no chat template to write it.
     """
-    if is_adapter(name):
+    if is_adapter_alone(name):
         model, tokenizer = load_adapted(name, causal=True), load_adapted_tokenizer(name)
     else:
         model, tokenizer = load_model(name, revision=revision, causal=True), load_tokenizer(name, revision=revision)

@@ -10,8 +10,9 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from htsr.calibration.record_forms import FOR_TEMPLATE, Names, Record, form_of, is_chat
+from htsr.calibration.record_forms import Names, Record, form_of, is_chat
 from htsr.calibration.record_texts import as_messages, columns, for_model, is_unanswered, merged, turns_of
+from htsr.calibration.record_turns import FOR_TEMPLATE
 from htsr.calibration.records import Source, iterated, mixed, probabilities, read_records, split
 from htsr.errors import UsageError
 from htsr.ranks import is_first

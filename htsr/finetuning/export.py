@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from htsr.calibration.adapted import is_adapter, load_adapted, load_adapted_tokenizer
+from htsr.calibration.adapted import is_adapter_alone, load_adapted, load_adapted_tokenizer
 from htsr.errors import HtsrError, MissingDependencyError, SourceError, UsageError, reason_of
 from htsr.files import check_writable, written
 
@@ -42,7 +42,7 @@ def export_gguf(
         HtsrError: the converter failed.
     """
     place = Path(folder).expanduser()
-    if not (place / "config.json").is_file() and not is_adapter(folder):
+    if not (place / "config.json").is_file() and not is_adapter_alone(folder):
         raise SourceError(f"{folder} holds no model: it has no config.json")
     if file.suffix != ".gguf":
         raise UsageError(f"--gguf {file}: name a file that ends in .gguf")
@@ -69,7 +69,7 @@ def export_gguf(
 @contextmanager
 def _merged(folder: str, place: Path, say: Callable[[str], None]) -> Iterator[Path]:
     """The folder of the model itself; where it is an adapter, one with the base that it is merged into, for a while."""
-    if not is_adapter(folder):
+    if not is_adapter_alone(folder):
         yield place
         return
     say(f"merging the adapter in {folder} into its base")
@@ -97,7 +97,7 @@ def find_converter() -> list[str] | None:
 
 def _how_to(folder: str, file: Path, outtype: str) -> str:
     words = ["python", f"llama.cpp/{SCRIPT}", folder, "--outfile", str(file), "--outtype", outtype]
-    if is_adapter(folder):  # which is merged first
+    if is_adapter_alone(folder):  # which is merged first
         words = ["env", f"{HOME}=llama.cpp", "htsr", "export", folder, "--gguf", str(file), "--outtype", outtype]
     return (
         f"llama.cpp's converter is neither on PATH nor in a folder that {HOME} names. These commands do it:\n"

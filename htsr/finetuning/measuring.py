@@ -16,7 +16,7 @@ from htsr.analysis.analyze import Progress, analyze
 from htsr.analysis.comparing import compare_analyses
 from htsr.analysis.comparison import Comparison
 from htsr.analysis.result import Analysis
-from htsr.calibration.adapted import is_adapter, load_adapted
+from htsr.calibration.adapted import is_adapter_alone, load_adapted
 from htsr.calibration.loading import load_model, resolve
 from htsr.calibration.multiple_choice import multiple_choice_accuracy
 from htsr.finetuning.placing import how_loaded, load_placed, on_device, whole_on_every_rank
@@ -72,7 +72,7 @@ def moved(recipe: Recipe, output: Path, ranks: Ranks, voice: Voice) -> Compariso
     before = spectra_before(recipe, source, revision, output, ranks, voice)
     path = output / "spectra_after.npz"
     trained: Source = str(output)
-    if is_adapter(str(output)):
+    if is_adapter_alone(str(output)):
         with whole_on_every_rank():
             trained = load_adapted(str(output), **how_loaded(recipe) | {"four_bit": False})
     after = _analyzed(trained, None, path, recipe.output, ranks, voice, bulk=before.options.bulk)

@@ -15,7 +15,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from htsr.calibration.activations import stacked_experts
-from htsr.calibration.adapted import is_adapter, load_adapted
+from htsr.calibration.adapted import is_adapter_alone, load_adapted
 from htsr.calibration.loading import load_model
 from htsr.errors import SourceError
 from htsr.matrices.blocks import find_blocks
@@ -47,7 +47,7 @@ def load_placed(arguments: Any, name: str, *, streamed: bool = False, **how: Any
         SourceError: it cannot be loaded.
     """
     load = load_model
-    if is_adapter(name):
+    if is_adapter_alone(name):
         load = load_adapted
         del how["revision"]  # that of the base is the adapter's to name
     if streamed:

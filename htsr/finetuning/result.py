@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from htsr.calibration.adapted import is_adapter
+from htsr.calibration.adapted import is_adapter_alone
 from htsr.finetuning.progress import clock
 from htsr.results import Column, Record, Table, Tabular, tabulate
 from htsr.training.sampling.coverage import Coverage
@@ -100,7 +100,7 @@ class Result(Tabular):
         """
         folder = shlex.quote(self.output)
         # of an adapter transformers' own classes lose DoRA's magnitudes
-        kind = "peft.AutoPeftModelForCausalLM" if is_adapter(self.output) else "AutoModelForCausalLM"
+        kind = "peft.AutoPeftModelForCausalLM" if is_adapter_alone(self.output) else "AutoModelForCausalLM"
         said = [f"talk to it: htsr chat {folder}", f'in Python: {kind}.from_pretrained("{self.output}")']
         if self.moved and self.model:
             said.append(f"matrix by matrix: htsr compare {shlex.quote(self.model)} {folder}")
