@@ -66,7 +66,7 @@ def finetune(
     from htsr_cli.output import Target, Words
 
     from htsr.errors import UsageError
-    from htsr.finetuning.reading import check_options, read_keys
+    from htsr.finetuning.reading import check_options, read_keys, read_recipe
     from htsr.finetuning.run_folder import check_output
     from htsr.ranks import is_first
 
@@ -77,6 +77,9 @@ def finetune(
         raise UsageError("--memory is for --check, and for --method auto")
     if method == "auto":
         recipe = _chosen(config, changes, overrides or (), memory, words)
+    elif check:  # everything that is wrong, which takes what is long to import
+        with words.of_others():
+            recipe = read_recipe(config, changes, overrides or ())
     else:
         recipe = read_keys(config, changes, overrides or ())
     if check:

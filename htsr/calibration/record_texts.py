@@ -22,7 +22,8 @@ def for_model(record: Record, tokenizer: Any) -> Record:
     """A record in a form that depends on no tokenizer; all but instructions are so already.
 
     An instruction is a user's turn and the assistant's where the tokenizer has a chat template, and else a prompt and a
-    completion under the headings of the Stanford Alpaca project, without the sentence that stands above them there.
+    completion under the headings of the Stanford Alpaca project, without the sentence that stands above them there. A
+    template that writes these headings itself (`template_of_headings`) has none for the input, which brings its own.
 
     Args:
         record: record that was checked (`htsr.calibration.record_forms.checked`).
@@ -36,9 +37,10 @@ def for_model(record: Record, tokenizer: Any) -> Record:
     if "instruction" not in record:
         return record
     system, instruction, more = record.get("system"), record["instruction"], record.get("input")
-    if getattr(tokenizer, "chat_template", None):
+    if template := getattr(tokenizer, "chat_template", None):
         turns = [{"role": "system", "content": system}] if system else []
-        turns.append({"role": "user", "content": f"{instruction}\n\n{more}" if more else instruction})
+        heading = _INPUT if _INSTRUCTION.rstrip() in str(template) else ""
+        turns.append({"role": "user", "content": f"{instruction}\n\n{heading}{more}" if more else instruction})
         return {"prompt": turns, "completion": [{"role": "assistant", "content": record["output"]}]}
     parts = [system] if system else []
     parts.append(f"{_INSTRUCTION}{instruction}")

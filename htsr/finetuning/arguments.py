@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 from htsr.errors import HtsrError, MissingDependencyError, UsageError, reason_of
 from htsr.finetuning.recipe_values import kind_of, nearest
+from htsr.finetuning.refusals import Refusals
 
 if TYPE_CHECKING:
     from htsr.finetuning.recipe import Lora, Recipe
@@ -74,21 +75,27 @@ def check_training(training: Mapping[str, Any]) -> None:
         UsageError: it is not.
         MissingDependencyError: TRL is not installed.
     """
-    _check("training", training, _sft_config(), _OWN)
-    if training.get("hub_strategy") not in (None, "end"):
-        raise UsageError("training.hub_strategy: a run pushes its result, once, at its end; leave it out")
+    refusals = Refusals()
+    refusals.unless(lambda: _check("training", training, _sft_config(), _OWN))
     for key, value in training.items():
-        number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-        if number is None:
-            continue
-        if not math.isfinite(number):
-            raise UsageError(f"training.{key} is {number}; it is a finite number")
-        if key in _POSITIVE and number <= 0:
-            raise UsageError(f"training.{key} is {number}; it is above 0")
-        if (key in _NOT_NEGATIVE and number < 0) or (key in _SHARES and number >= 1):
-            raise UsageError(f"training.{key} is {number}; it is at least 0{' and below 1' * (key in _SHARES)}")
-        if key == "max_steps" and (number == 0 or number < -1):
-            raise UsageError(f"training.max_steps is {number}; it is at least 1, or -1 for num_train_epochs")
+        refusals.unless(lambda key=key, value=value: _check_range(key, value))  # type: ignore[misc]
+    refusals.end()
+
+
+def _check_range(key: str, value: Any) -> None:
+    if key == "hub_strategy" and value not in (None, "end"):
+        raise UsageError("training.hub_strategy: a run pushes its result, once, at its end; leave it out")
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if number is None:
+        return
+    if not math.isfinite(number):
+        raise UsageError(f"training.{key} is {number}; it is a finite number")
+    if key in _POSITIVE and number <= 0:
+        raise UsageError(f"training.{key} is {number}; it is above 0")
+    if (key in _NOT_NEGATIVE and number < 0) or (key in _SHARES and number >= 1):
+        raise UsageError(f"training.{key} is {number}; it is at least 0{' and below 1' * (key in _SHARES)}")
+    if key == "max_steps" and (number == 0 or number < -1):
+        raise UsageError(f"training.max_steps is {number}; it is at least 1, or -1 for num_train_epochs")
 
 
 def check_lora(lora: Lora, method: str) -> None:
@@ -254,15 +261,20 @@ def _sft_config() -> Any:
 
 def _check(section: str, given: Mapping[str, Any], kind: Any, own: Mapping[str, str]) -> None:
     known = {f.name for f in fields(kind)}
-    hints = get_type_hints(kind)
-    for key, value in given.items():
+    hints, refusals = get_type_hints(kind), Refusals()
+
+    def check(key: str) -> None:
         if key in own:
             raise UsageError(f"{section}.{key} is set by {own[key]}")
         if key not in known:
             raise UsageError(f"{section}.{key} is no argument of {kind.__name__}{nearest(key, known)}")
-        if key not in _LOOSE and not _fits(hints[key], value):
+        if key not in _LOOSE and not _fits(hints[key], given[key]):
             hint = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
-            raise UsageError(f"{section}.{key} is {kind_of(value)}, and {kind.__name__} wants {hint}")
+            raise UsageError(f"{section}.{key} is {kind_of(given[key])}, and {kind.__name__} wants {hint}")
+
+    for key in given:
+        refusals.unless(lambda key=key: check(key))  # type: ignore[misc]
+    refusals.end()
 
 
 def _fits(hint: Any, value: Any) -> bool:

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from htsr.errors import HtsrError, UsageError
 from htsr.finetuning.budget import MOST, Budget, largest_batch
 from htsr.finetuning.memory import is_planned, logits_of, setting_of
 from htsr.finetuning.preflight import Prepared, check_sharding, prepare_data
 from htsr.finetuning.preview import Preview
 from htsr.finetuning.recipe import Recipe
+from htsr.finetuning.refusals import Refusals
 from htsr.finetuning.run_folder import check_output, check_same_run, plain, resolved
 from htsr.results import Column, Record, Table, Tabular
 from htsr.training.memory.plan import MemoryPlan, MemoryPlans
@@ -168,7 +168,7 @@ def check(recipe: Recipe, *, resume: bool = False, memory: int | None = None) ->
     """
     from htsr.finetuning.arguments import training_arguments
 
-    refused = _Refused()
+    refused = Refusals()
     output = Path(recipe.output)
     refused.unless(lambda: check_output(output, resume))
     if resume:
@@ -187,24 +187,6 @@ def check(recipe: Recipe, *, resume: bool = False, memory: int | None = None) ->
             notes.append("memory is planned without Liger's kernels, which should take less: how much was not measured")
     found |= {"refusals": tuple(refused.sentences), "notes": tuple(notes)}
     return Check(plain(recipe), resolved(recipe), **found, is_wrong_usage=refused.is_wrong_usage)
-
-
-class _Refused:
-    """What is refused, stage by stage: one that fails does not hide the next."""
-
-    def __init__(self) -> None:
-        self.sentences: list[str] = []
-        self.is_wrong_usage = False
-
-    def unless(self, stage: Any) -> Any:
-        """What `stage` returns, or None where it refuses."""
-        try:
-            return stage()
-        except HtsrError as error:
-            if str(error) not in self.sentences:
-                self.sentences.append(str(error))
-            self.is_wrong_usage |= isinstance(error, UsageError)
-            return None
 
 
 def _seen(prepared: Prepared, arguments: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from htsr.analysis.analyze import Progress, analyze
 from htsr.analysis.comparing import compare_analyses
 from htsr.analysis.comparison import Comparison
 from htsr.analysis.result import Analysis
-from htsr.calibration.adapted import is_adapter_alone, load_adapted
+from htsr.calibration.adapted import is_adapter_alone
 from htsr.calibration.loading import load_model, resolve
 from htsr.calibration.multiple_choice import multiple_choice_accuracy
 from htsr.finetuning.placing import how_loaded, load_placed, on_device, whole_on_every_rank
@@ -71,12 +71,11 @@ def moved(recipe: Recipe, output: Path, ranks: Ranks, voice: Voice) -> Compariso
     source, revision = stored(recipe)
     before = spectra_before(recipe, source, revision, output, ranks, voice)
     path = output / "spectra_after.npz"
-    trained: Source = str(output)
-    if is_adapter_alone(str(output)):
-        with whole_on_every_rank():
-            trained = load_adapted(str(output), **how_loaded(recipe) | {"four_bit": False})
-    after = _analyzed(trained, None, path, recipe.output, ranks, voice, bulk=before.options.bulk)
-    models = open_model(source, revision=revision), open_model(trained)
+    trained, base = str(output), None
+    if is_adapter_alone(trained):  # base + ΔW, a matrix at a time
+        base = "auto" if isinstance(source, str) else source
+    after = _analyzed(trained, None, path, recipe.output, ranks, voice, bulk=before.options.bulk, base=base)
+    models = open_model(source, revision=revision), open_model(trained, base=base)
     told = _told(voice, "comparing the weights")
     return compare_analyses(before, after, *models, ranks=ranks, progress=told)
 
@@ -96,11 +95,19 @@ def stored(recipe: Recipe) -> tuple[Source, str | None]:
 
 
 def _analyzed(
-    source: Source, revision: str | None, path: Path, label: str, ranks: Ranks, voice: Voice, *, bulk: bool
+    source: Source,
+    revision: str | None,
+    path: Path,
+    label: str,
+    ranks: Ranks,
+    voice: Voice,
+    *,
+    bulk: bool,
+    base: Source | None = None,
 ) -> Analysis:
     when = path.stem.removeprefix("spectra_")
     voice.say(f"analyzing the spectra of the {_WHICH[when]} model")
-    found = analyze(source, revision=revision, bulk=bulk, progress=_told(voice, f"spectra {when}"))
+    found = analyze(source, revision=revision, base=base, bulk=bulk, progress=_told(voice, f"spectra {when}"))
     found = replace(found, label=label)
     ranks.of_first(lambda: found.save(path))
     return found

@@ -12,6 +12,7 @@ from htsr.finetuning.arguments import check_lora, check_training
 from htsr.finetuning.overrides import override, split_override
 from htsr.finetuning.recipe import SECTIONS_OF, Recipe, needed_by
 from htsr.finetuning.recipe_values import load_yaml, made
+from htsr.finetuning.refusals import Refusals
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +29,16 @@ def read_recipe(path: str, changes: Mapping[str, Any] | None = None, overrides: 
 
     Raises:
         SourceError: there is no such file, or it is no YAML.
-        UsageError: a key is unknown, or a value is of the wrong kind or out of its range; its place is named.
+        UsageError: keys are unknown, or values are of the wrong kind or out of their range: all of them, each with its
+            place.
         MissingDependencyError: TRL is not installed.
     """
-    recipe = read_keys(path, changes, overrides)
+    content, refusals = read_contents(path, changes, overrides), Refusals()
+    recipe = refusals.unless(lambda: recipe_of(content, path))
+    if recipe is None and isinstance(content.get("training"), dict):
+        refusals.unless(lambda: check_training(content["training"]))
+    refusals.end()
+    assert recipe is not None
     check_options(recipe)
     return recipe
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from htsr.errors import UsageError
 from htsr.finetuning.other_names import told
+from htsr.finetuning.refusals import Refusals
 
 MOST_CHARACTERS, MOST_VALUES, MOST_ENTRIES = 30_000, 10_000, 2_000
 
@@ -111,7 +112,21 @@ def made(kind: Any, content: Mapping[str, Any], where: str) -> Any:
     Raises:
         UsageError: a key is unknown or missing, or a value is of another kind; its place is named.
     """
-    hints = get_type_hints(kind)
+    hints, refusals = get_type_hints(kind), Refusals()
+    refusals.unless(lambda: _check_keys(kind, hints, content, where))
+    values = {
+        key: refusals.unless(lambda key=key: _value(hints[key], content[key], f"{where}: {key}"))  # type: ignore[misc]
+        for key in content
+        if key in hints
+    }
+    refusals.end()
+    try:
+        return kind(**values)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def _check_keys(kind: Any, hints: Mapping[str, Any], content: Mapping[str, Any], where: str) -> None:
     unknown = [key for key in content if key not in hints]
     if len(unknown) == 1:
         raise UsageError(f"{where}: unknown key {str(unknown[0])[:80]}{nearest(unknown[0], hints)}")
@@ -123,10 +138,6 @@ def made(kind: Any, content: Mapping[str, Any], where: str) -> Any:
         missing = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if missing and f.name not in content:
             raise UsageError(f"{where}: the key {f.name} is missing")
-    try:
-        return kind(**{key: _value(hints[key], value, f"{where}: {key}") for key, value in content.items()})
-    except UsageError as error:
-        raise error if str(error).startswith(where) else UsageError(f"{where}: {error}") from None
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -100,13 +100,18 @@ def _how(tokenizer: Any, arguments: Any) -> AnswerTemplate | None:
 def _tokens_of(record: Record, tokenizer: Any, whole: bool, how: AnswerTemplate | None) -> Tokens:
     record = for_model(record, tokenizer)
     how = how if is_chat(record) else None
-    prompt, both, encode = _written(record, tokenizer, how.variables if how else {})
+    own = {"add_special_tokens": False} if is_chat(record) else {}  # templates write special tokens
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, **own)["input_ids"])
+
     if how is None:
-        ids = encode(both)
+        ids = encode(_whole(record, tokenizer))
         answers = [True] * len(ids)
     else:
         ids, answers = marked(turns_of(record), record, tokenizer, how)
-    begin = common(encode(prompt), ids) if prompt and not whole else 0
+    prompt = "" if whole else _prompt(record, tokenizer, how.variables if how else {})
+    begin = common(encode(prompt), ids) if prompt else 0
     return Tokens(ids, [answer and i >= begin for i, answer in enumerate(answers)])
 
 
@@ -120,17 +125,18 @@ def bounds(size: int, arguments: Any) -> tuple[int, int]:
     return 0, min(size, limit)
 
 
-def _written(
-    record: Record, tokenizer: Any, variables: Mapping[str, Any]
-) -> tuple[str, str, Callable[[str], list[int]]]:
-    """The prompt of a record as text, the whole of it, and what makes tokens of them."""
+def _prompt(record: Record, tokenizer: Any, variables: Mapping[str, Any]) -> str:
+    """What a completion is an answer to; empty where all of a record is one text."""
+    if not is_chat(record):
+        return question_of(record)[0] if "question" in record else str(record.get("prompt", ""))
+    if "messages" in record:
+        return ""
+    return written_by_template(record["prompt"], record, tokenizer, add_generation_prompt=True, **variables)
+
+
+def _whole(record: Record, tokenizer: Any) -> str:
+    """The text of a record to its end."""
     if is_chat(record):
-        prompt = ""
-        if "messages" not in record:
-            prompt = written_by_template(record["prompt"], record, tokenizer, add_generation_prompt=True, **variables)
-        both = written_by_template(turns_of(record), record, tokenizer, **variables)
-        # templates write special tokens
-        return prompt, both, lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    prompt = question_of(record)[0] if "question" in record else record.get("prompt", "")
+        return written_by_template(turns_of(record), record, tokenizer)
     both, end = text_of(record), tokenizer.eos_token
-    return prompt, both if both.endswith(end) else both + end, lambda text: list(tokenizer(text)["input_ids"])
+    return both if both.endswith(end) else both + end

@@ -254,6 +254,9 @@ def test_a_model_trained_under_headings_is_asked_under_them():
         turns = [*turns, {"role": "user", "content": "w6 w7"}]
         asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         assert asked == "<s>" + before + trained["prompt"]
+    again = for_model({"instruction": "w6", "input": "w7", "output": "w8"}, tokenizer)  # a second stage of training
+    asked = tokenizer.apply_chat_template(again["prompt"], add_generation_prompt=True, tokenize=False)
+    assert asked == "<s>" + above + longer["prompt"]
 
 
 def test_preferences_are_what_trl_reads(tmp_path):

@@ -31,6 +31,22 @@ def test_defaults_and_numbers(tmp_path):
     assert read_recipe(write(tmp_path, text)).low_rank.scale == 1.0
 
 
+def test_all_that_is_wrong_is_told_at_once(tmp_path):
+    content = {"plot_loss": True, "seed": "one", "data": {"val_size": 0.1, "train": {"path": "p"}}, "lora": {"r": 8}}
+    content["training"] = {"sequence_len": 8, "learning_rate": -1, "max_steps": "many", "hub_strategy": "checkpoint"}
+    with pytest.raises(htsr.UsageError) as told:
+        read_recipe(write(tmp_path, MINIMAL | content))
+    lines = str(told.value).splitlines()
+    starts = (
+        "recipe.yaml: unknown key plot_loss", "recipe.yaml: seed is a whole number", "recipe.yaml: lora: unknown key r",
+        "recipe.yaml: data: unknown key val_size", "recipe.yaml: data: train: unknown key path",
+        "training.sequence_len is no", "training.max_steps is 'many'", "training.hub_strategy: ",
+        "training.learning_rate is -1",
+    )  # fmt: skip
+    assert len(lines) == len(starts)
+    assert all(any(line.startswith(start) for line in lines) for start in starts)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
