@@ -72,6 +72,13 @@ def write_shipped_recipe(folder):
     (folder / "shipped.yaml").write_text(yaml.safe_dump(content))
 
 
+def write_apart(folder):
+    """The adapters of lora-fsdp2 not merged, with the spectra of the model that they make."""
+    content = yaml.safe_load((folder / "lora-fsdp2.yaml").read_text())
+    content |= {"output": str(folder / "apart"), "lora": LORA | {"merge": False}, "spectra": True}
+    (folder / "apart.yaml").write_text(yaml.safe_dump(content))
+
+
 def write_stream(folder, kind, batch):
     """A stream that comes to its end in the second step and begins again."""
     write_recipe(folder, "full", kind)
@@ -148,6 +155,7 @@ def _worker(rank, folder):
     call_cpus_accelerators()
     for method in RECIPES:
         finetune(read_recipe(f"{folder}/{method}-fsdp2.yaml"))
+    finetune(read_recipe(f"{folder}/apart.yaml"))
     for method, kind in RESUMED:
         killed_and_resumed(read_recipe(f"{folder}/{method}-{kind}.yaml"))
     killed_and_resumed(read_recipe(f"{folder}/shipped.yaml"))
@@ -162,6 +170,7 @@ def work(tmp_path_factory):
         for kind in ("ddp", *CHECKPOINTS):
             write_recipe(folder, method, kind)
     write_shipped_recipe(folder)
+    write_apart(folder)
     write_stream(folder, "stream", 4)
     write_stream(folder, "stream-alone", 8)
     in_two_processes(_worker, folder)
@@ -180,6 +189,18 @@ def test_sharded_training_ends_with_the_weights_of_data_parallel_training(work, 
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_adapters_trained_sharded_stay_apart_and_make_the_same_model(work):
+    from peft import AutoPeftModelForCausalLM
+
+    assert not list((work / "apart").glob("model*"))
+    found = AutoPeftModelForCausalLM.from_pretrained(work / "apart").merge_and_unload().state_dict()
+    for key, value in load_file(work / "lora-fsdp2" / "model.safetensors").items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=key)
+    moved = json.loads((work / "apart" / "results.json").read_text())["moved"]
+    assert len(moved) > 1
+    assert all(one["relative"] > 0 for one in moved)
 
 
 @pytest.mark.parametrize(("method", "kind"), RESUMED)
