@@ -246,7 +246,8 @@ def planned(
     is_host = bool(recipe.training.get("use_cpu"))
     budget = Budget.of_device(arguments) if memory is None else Budget(memory, "--memory", is_host)
     if not budget.is_host and arguments.use_cpu:  # planned here for there, where TRL's own default holds
-        setting["checkpointing"] = recipe.training.get("gradient_checkpointing", True)
+        names = ("activation_checkpointing", "gradient_checkpointing")  # the new name goes first in transformers, too
+        setting["checkpointing"] = next((recipe.training[name] for name in names if name in recipe.training), True)
         setting["logits"] = logits_of(arguments, on_accelerator=True)
     return budget, setting
 

@@ -1,6 +1,7 @@
 """What `htsr finetune --check` finds out: it is what the run does, and no weights are needed for it."""
 
 import json
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -112,6 +113,13 @@ def test_memory_is_planned_for_the_device_that_is_named(work, tmp_path):
     found = check(recipe, memory=round(1.07 * there.total) + context)
     assert (found.plan, found.largest_batch) == (there, 4)
     assert found.needed == found.budget.size
+    from trl import SFTConfig
+
+    for name in {"gradient_checkpointing", "activation_checkpointing"} & {f.name for f in fields(SFTConfig)}:
+        own = replace(recipe, training=recipe.training | {name: False})
+        assert check(own, memory=1 << 34).plan == htsr.predict_memory(
+            recipe.model, "lora", checkpointing=False, logits="fused", **options
+        )
     on_host = Budget(1 << 40, "main memory", is_host=True)
     assert on_host.needed(here) == round(1.07 * here.total) + PROCESS + here.weights
 
