@@ -3,7 +3,9 @@
 A chat template with ``{% generation %}`` says so itself, and for some families TRL knows one that does. With any other
 the answers are what the template writes from one turn to the next: between the turns before an answer with the
 beginning of the answer's turn (``add_generation_prompt``), and the turns up to it. That is exact where what is written
-of the first turns is the beginning of what is written of all, which is looked at in each chat.
+of these turns is the beginning of what is written of all, which is looked at for each answer. Where it is not, as with
+templates that leave out the reasoning of all answers but the last, the answer is not what the model would write, and
+has no label.
 """
 
 from __future__ import annotations
@@ -88,7 +90,8 @@ def spans_of(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of a chat, and first and last position of each answer in it.
 
-    An assistant's turn before which nobody has spoken answers nothing, and counts as none.
+    An assistant's turn before which nobody has spoken answers nothing, and counts as none. An answer that the template
+    writes otherwise when others follow is not among those found; the last one of a chat is, as a rule.
 
     Args:
         turns: turns of the chat.
@@ -97,7 +100,7 @@ def spans_of(
         trailing: what the template writes after the last turn, whichever that is, and which is of no answer.
 
     Raises:
-        SourceError: the template cannot write the chat, or writes the first turns otherwise without those that follow.
+        SourceError: the template cannot write the chat, or no answer of it is found.
 
     Examples:
         >>> from types import SimpleNamespace
@@ -114,16 +117,22 @@ def spans_of(
     def write(count: int, **more: Any) -> str:
         return written_by_template(turns[:count], record, tokenizer, **more)
 
-    text, spans = write(len(turns)), []
-    for i, turn in enumerate(turns):
-        if turn["role"] != "assistant" or all(one["role"] in ("system", "developer") for one in turns[:i]):
-            continue
+    text, spans, answers = write(len(turns)), [], _answers(turns)
+    for i in answers:
         before = write(i, add_generation_prompt=True)
         after = (text if i + 1 == len(turns) else write(i + 1)).removesuffix(trailing)
-        if not (text.startswith(after) and after.startswith(before)):
-            raise SourceError(f"the chat template writes the turns up to {short(turn)} otherwise in a longer chat")
-        spans.append((len(before), len(after)))
+        if text.startswith(after) and after.startswith(before):
+            spans.append((len(before), len(after)))
+    if answers and not spans:
+        turn = short(turns[answers[-1]])
+        raise SourceError(f"the chat template writes the turns up to {turn} otherwise than with them")
     return text, spans
+
+
+def _answers(turns: Sequence[Record]) -> list[int]:
+    """Which turns are answers: the assistant's after somebody has spoken."""
+    spoken = next((i for i, turn in enumerate(turns) if turn["role"] not in ("system", "developer")), len(turns))
+    return [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > spoken]
 
 
 def _trailing(tokenizer: Any) -> str:
@@ -193,7 +202,7 @@ def answers_alone(
     if not chats or wanted is False:
         return bool(wanted)
     how = AnswerTemplate.of(tokenizer)
-    untold, count = _untold(chats, tokenizer, how)
+    untold, count, left_out = _untold(chats, tokenizer, how)
     if untold is not None:
         error = (
             f"{untold} (so in {count} of {len(chats)} chats)" if len(chats) > 1 and not how.has_marks else str(untold)
@@ -206,6 +215,11 @@ def answers_alone(
             f"told from them: {error}; {help}"
         )
         return False
+    if left_out:
+        say(
+            f"messages: the chat template of {name} writes {left_out:,} of the answers otherwise once others follow: "
+            "these have no label"
+        )
     if not wanted:
         say("messages: the answers alone have labels; training.assistant_only_loss: false gives them to all tokens")
     if not _learns_to_stop(*marked(turns_of(chats[0]), chats[0], tokenizer, how), tokenizer):
@@ -216,21 +230,23 @@ def answers_alone(
     return True
 
 
-def _untold(chats: Sequence[Record], tokenizer: Any, how: AnswerTemplate) -> tuple[SourceError | None, int]:
-    """Why answers cannot be told in the first of the chats where they cannot, and in how many that is.
+def _untold(chats: Sequence[Record], tokenizer: Any, how: AnswerTemplate) -> tuple[SourceError | None, int, int]:
+    """Why no answer can be told in the first of the chats of which that holds, how many they are, and in the others how
+    many answers cannot.
 
     Where marks tell them, the first chat stands for all.
     """
-    first, count = None, 0
+    first, count, left_out = None, 0, 0
     for i, record in enumerate(chats[:1] if how.has_marks else chats):
+        turns = turns_of(record)
         try:
             if i == 0:  # the tokenizer has to tell places, too
-                marked(turns_of(record), record, tokenizer, how)
-            else:
-                spans_of(turns_of(record), record, tokenizer, how.trailing)
+                marked(turns, record, tokenizer, how)
+            if not how.has_marks:
+                left_out += len(_answers(turns)) - len(spans_of(turns, record, tokenizer, how.trailing)[1])
         except SourceError as error:
             first, count = first or error, count + 1
-    return first, count
+    return first, count, left_out
 
 
 def _learns_to_stop(ids: Sequence[int], is_answer: Sequence[bool], tokenizer: Any) -> bool:

@@ -142,22 +142,33 @@ def test_a_token_of_the_next_question_is_none_of_the_answer_whose_last_space_it_
     assert list(_within("[a] </s> [b]", [(0, 3), (4, 8), (8, 10)], [(3, 9)])) == [False, True, False]
 
 
-def test_what_cannot_be_told_is_said_or_refused(tokenizer):
-    late = MISTRAL.replace("loop.index0 == 1", "loop.index0 == (messages | length) - 2")
-    tokenizer.chat_template = plain(late)  # the system's turn stands in the last question
+def test_an_answer_that_is_written_otherwise_once_others_follow_has_no_label(tokenizer):
+    """The last one has: up to it the chat is what the model is asked."""
+    last = "'<s>' * (loop.last and message['role'] == 'assistant')"
+    tokenizer.chat_template = plain(SMOLLM2).replace("{{message['content']", f"{{{{{last} + message['content']")
     said = []
-    assert answers_alone("m", tokenizer, CHATS[2:3], None, said.append)
+    for wanted in (None, True):
+        assert answers_alone("m", tokenizer, CHATS[:3], wanted, said.append)
+    assert said[0] == said[2]
+    assert said[0].endswith("m writes 2 of the answers otherwise once others follow: these have no label")
+    (found,) = tokenized(CHATS[:1], tokenizer, ALONE)
+    answers = tokenizer.decode([i for i, its in zip(found.ids, found.labels, strict=True) if its])
+    assert answers == "<s>In spring, or in May<|im_end|>\n"
+
+
+def test_what_cannot_be_told_is_said_or_refused(tokenizer):
+    late = MISTRAL.replace("loop.index0 == 1", "loop.last")
+    tokenizer.chat_template = plain(late)  # with the system's turn in a question that is the last turn
+    said = []
     assert not answers_alone("m", tokenizer, CHATS[:3], None, said.append)
-    assert said[1].startswith("messages: every token has a label")
-    assert "writes the turns up to {'role': 'assistant', 'content': ' She did. '} otherwise in a longer chat" in said[1]
-    assert "(so in 1 of 3 chats)" in said[1]
-    with pytest.raises(
-        htsr.SourceError, match=r"assistant_only_loss: the chat template writes the turns up to .* longer"
-    ):
+    assert said[0].startswith("messages: every token has a label")
+    assert "writes the turns up to {'role': 'assistant', 'content': 'In spring, or in May'} otherwise than" in said[0]
+    assert "(so in 1 of 3 chats)" in said[0]
+    with pytest.raises(htsr.SourceError, match=r"assistant_only_loss: the chat template writes the turns up to .* wit"):
         answers_alone("m", tokenizer, CHATS[:3], True, said.append)
     assert not answers_alone("m", tokenizer, CHATS, False, said.append)
     assert not answers_alone("m", tokenizer, [{"text": "a"}], None, said.append)
-    assert len(said) == 2
+    assert len(said) == 1
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     assert answers_alone("m", tokenizer, CHATS[2:3], None, said.append)
     assert "ends an answer by no special token within it" in said[-1]
