@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -20,7 +20,8 @@ def load_yaml(text: str) -> Any:
     """What a YAML `text` says, where 1e-4 is a number.
 
     Raises:
-        ValueError: it is no YAML, or has a size that no recipe has, its anchors written out.
+        ValueError: it is no YAML, says a key of one section twice, or has a size that no recipe has, its anchors
+            written out.
 
     Examples:
         >>> from htsr.finetuning.recipe_values import load_yaml
@@ -85,7 +86,7 @@ def _written_out(node: Any, known: dict[int, int]) -> int:
     """Number of values under a node with its anchors written out.
 
     Raises:
-        ValueError: there are too many, or a node holds itself.
+        ValueError: there are too many, a node holds itself, or a section has a key twice.
     """
     if id(node) in known:
         if known[id(node)] == 0:
@@ -93,12 +94,26 @@ def _written_out(node: Any, known: dict[int, int]) -> int:
         return known[id(node)]
     known[id(node)] = 0
     inner = node.value if isinstance(node.value, list) else []
+    _insist_on_one_of_each([item[0] for item in inner if isinstance(item, tuple)])
     parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
     size = 1 + sum(_written_out(part, known) for part in parts)
     if size > MOST_VALUES:
         raise ValueError(f"more than {MOST_VALUES:,} values, anchors written out: no recipe has as many")
     known[id(node)] = size
     return size
+
+
+def _insist_on_one_of_each(keys: Sequence[Any]) -> None:
+    """Refuse a key that a section has twice, of which PyYAML keeps the last."""
+    lines: dict[tuple[str, str], int] = {}
+    for key in keys:
+        if not isinstance(key.value, str) or key.tag == "tag:yaml.org,2002:merge":  # several << drop nothing
+            continue
+        line = key.start_mark.line + 1
+        if first := lines.get((key.tag, key.value)):
+            where = f"line {line}" if first == line else f"lines {first} and {line}"
+            raise ValueError(f"{key.value[:80]} stands twice in one section, in {where}: write it once")
+        lines[key.tag, key.value] = line
 
 
 def made(kind: Any, content: Mapping[str, Any], where: str) -> Any:

@@ -201,6 +201,23 @@ def test_no_recipe(tmp_path):
         read_recipe(write(tmp_path, "a: [1"))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {max_length: 16}\nseed: 1\ntraining: {max_steps: 3}\n", "training stands .*, in lines 5 and 7"),
+        ("method: lora\nmethod: full\n", "method stands twice in one section, in lines 5 and 6: write it once"),
+        ("training:\n  max_steps: 3\n  'max_steps': 3\n", "max_steps stands twice in one section, in lines 6 and 7"),
+        ("layerwise: {mlp: 2, attn: 3, mlp: 4}\n", "mlp stands twice in one section, in line 5"),
+        ("training: &a {max_steps: 3}\nlora:\n  options: {<<: *a, <<: *a, r: 4, r: 4}\n", "r stands twice"),
+    ],
+)
+def test_what_stands_twice_is_refused_with_its_lines(tmp_path, text, message):
+    with pytest.raises(htsr.SourceError, match=f"recipe.yaml is no YAML: {message}"):
+        read_recipe(write(tmp_path, yaml.safe_dump(MINIMAL) + text))
+    with pytest.raises(htsr.UsageError, match="max_steps stands twice"):
+        read_recipe(write(tmp_path, MINIMAL), None, ["training={max_steps: 3, max_steps: 4}"])
+
+
 def test_a_method_from_the_command_line_leaves_the_sections_of_others_out(tmp_path):
     path = write(tmp_path, MINIMAL | {"sampling": {"active": 3}, "low_rank": {"rank": 4}})
     recipe = read_recipe(path, {"method": "lisa", "output": "elsewhere"})

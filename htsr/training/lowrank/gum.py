@@ -86,7 +86,8 @@ class GUM(LowRankAdamW):
         rounding: rounding of weights in bfloat16 and float16, as in `LowRankAdamW`.
 
     Raises:
-        UsageError: an option has no meaning, a group with a rank says no unit, or not 1 ≤ `active` < units.
+        UsageError: an option has no meaning, a group with a rank says no unit or has a matrix with a side that is not
+            larger, or not 1 ≤ `active` < units.
         MissingDependencyError: at the first step, bitsandbytes, which ``8bit`` needs, is not installed.
 
     Examples:
@@ -163,8 +164,8 @@ class GUM(LowRankAdamW):
             param_group: group as torch takes it; with the key ``rank`` it has ``unit``, too.
 
         Raises:
-            UsageError: an option has no meaning, a group with a rank holds anything but matrices, or it is added while
-                a draw holds, which is of the units that were there.
+            UsageError: an option has no meaning, a group with a rank holds anything but matrices with larger sides, or
+                it is added while a draw holds, which is of the units that were there.
         """
         if self.param_groups and "steps" not in param_group:
             steps = self.param_groups[0]["steps"]
@@ -360,3 +361,9 @@ def _check_group(group: Group) -> None:
         raise UsageError(
             "a group with a rank says its unit, what is drawn together, and a weight above 0: take htsr.gum_groups"
         )
+    for parameter in group["params"]:
+        if group["rank"] >= min(parameter.shape[-2:]):
+            raise UsageError(
+                f"a group has rank {group['rank']} and a parameter of the shape {tuple(parameter.shape)}, of which "
+                "nothing lies outside of its subspace: the rank is below the smaller side, or None to train it whole"
+            )

@@ -291,5 +291,7 @@ def test_bad_groups_are_a_sentence():
         gum_groups(make(), 4, unit="head")
     with pytest.raises(UsageError, match=r"take htsr\.gum_groups"):
         GUM([{"params": matrices()[:1], "rank": 3}])
+    with pytest.raises(UsageError, match=r"rank 8 and a parameter of the shape \(12, 8\), of which nothing"):
+        GUM([{"params": [p], "rank": 8, "unit": i} for i, p in enumerate(matrices())])
     with pytest.raises(UsageError, match="leave moments out"):
         GUM(gum_groups(make(blocks=3), 4, moments="rotate"))
