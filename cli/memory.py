@@ -31,6 +31,7 @@ def memory(
     ] = None,
     seq: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Sequences per backward pass.")] = 1,
+    accumulation: Annotated[int, typer.Option(min=1, help="Backward passes of a step.")] = 1,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -96,6 +97,7 @@ def memory(
     options = {
         "sequence": seq,
         "batch": batch,
+        "accumulation": accumulation,
         "rank": rank,
         "active_blocks": active_blocks,
         "dtype": dtype,

@@ -183,6 +183,9 @@ def check(recipe: Recipe, *, resume: bool = False, memory: int | None = None) ->
             found |= refused.unless(lambda: _seen(prepared, arguments)) or {}
         longest = found["preview"].lengths["longest"] if "preview" in found else None
         found |= refused.unless(lambda: _memory(recipe, arguments, longest, memory)) or {}
+        optim = str(getattr(arguments.optim, "value", arguments.optim))
+        if recipe.low_rank is None and optim not in _PLANNED and "plan" in found:
+            notes.append(f"memory is planned with AdamW's two moments; training.optim: {optim} may keep others")
         if arguments.use_liger_kernel and "plan" in found:
             notes.append("memory is planned without Liger's kernels, which should take less: how much was not measured")
     found |= {"refusals": tuple(refused.sentences), "notes": tuple(notes)}
@@ -224,6 +227,9 @@ def _steps_of(arguments: Any, sequences: int) -> int:
     passes = share / arguments.train_batch_size
     passes = max(math.floor(passes) if arguments.dataloader_drop_last else math.ceil(passes), 1)
     return max(math.ceil(passes / arguments.gradient_accumulation_steps), 1)
+
+
+_PLANNED = ("adamw_torch", "adamw_torch_fused")
 
 
 def planned(

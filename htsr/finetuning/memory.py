@@ -32,6 +32,7 @@ def setting_of(recipe: Recipe, arguments: Any, longest: int | None = None) -> di
         >>> from htsr.finetuning.recipe import Data, Recipe
         >>> recipe = Recipe(model="org/name", output="out", data=Data(train="train.jsonl"), method="lisa")
         >>> arguments = {"per_device_train_batch_size": 4, "max_length": 1024, "packing": False, "use_cpu": True}
+        >>> arguments["gradient_accumulation_steps"] = 1
         >>> setting = setting_of(recipe, SimpleNamespace(**arguments, gradient_checkpointing=True), longest=300)
         >>> setting["batch"], setting["sequence"], setting["active_blocks"], setting["embeddings"]
         (4, 300, 2, 'freeze')
@@ -49,11 +50,15 @@ def setting_of(recipe: Recipe, arguments: Any, longest: int | None = None) -> di
         "rounding": recipe.rounds,
         "frozen_weights": recipe.frozen_weights,
         "logits": logits_of(arguments),
+        "accumulation": arguments.gradient_accumulation_steps,
         "model_options": recipe.model_options,
         "revision": recipe.revision,
     }
+    data = recipe.data
+    if data.evaluation or data.evaluation_share or data.evaluation_records:  # by default in no larger batches
+        setting["evaluation"] = int(recipe.training.get("per_device_eval_batch_size") or 0)
     if sampling is not None:
-        setting |= {"active_blocks": sampling.active, "unit": sampling.unit}
+        setting |= {"active_blocks": sampling.active, "unit": sampling.unit, "frozen_state": sampling.frozen_state}
     if sampling is not None and recipe.method in SAMPLED:
         full = sampling.embedding == "sampled" or (sampling.embedding == "lowrank" and recipe.method not in LOW_RANK)
         setting["embeddings"] = "train" if full else sampling.embedding
@@ -61,6 +66,7 @@ def setting_of(recipe: Recipe, arguments: Any, longest: int | None = None) -> di
         if sampling is None:
             setting["embeddings"] = low_rank.embedding
         setting |= {"rank": low_rank.rank, "state_dtype": low_rank.state_dtype, "gradients": low_rank.gradients}
+        setting["projector"] = low_rank.method
     if (gum := recipe.gum) is not None:
         setting |= {"active_blocks": gum.active, "base": gum.base, "unit": gum.unit}
     if recipe.lora is not None:

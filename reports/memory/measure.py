@@ -42,6 +42,8 @@ def peak_allocated(run: Callable[[], Any]) -> int:
 def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, warm_up: int = 8, **options: Any) -> None:
     """Two real steps of a freshly made model, the first of few tokens; options as in `htsr.predict_memory`.
 
+    With a `frozen_state` there are twenty first ones, in which all blocks are drawn.
+
     `seed` is that of the draws of matrices.
     """
     from transformers import AutoModelForCausalLM
@@ -68,8 +70,9 @@ def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, war
             model.enable_input_require_grads()
         adapters = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **options.get("lora_options", {})}
         model = peft.get_peft_model(model, peft.LoraConfig(r=rank, **adapters))
-    by_matrix = method in ("lisa", "owlore") and options.get("unit") == "matrix"
-    if method in ("lisa", "owlore") and not by_matrix:
+    own = {name: options[name] for name in ("unit", "frozen_state") if name in options}
+    drawn = own if method in ("lisa", "owlore") else {}
+    if method in ("lisa", "owlore") and not drawn:
         frozen = () if options.get("embeddings") else (model.get_input_embeddings(), model.get_output_embeddings())
         for module in (*frozen, *model.model.layers[options["active_blocks"] :]):
             module.requires_grad_(False)
@@ -79,6 +82,8 @@ def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, war
         groups = low_rank_groups(model, rank, embeddings=low, refresh_every=1)
         if method == "apollo":
             groups[0] |= {"scaled_by": "channel", "method": "random"}
+        if "projector" in options:
+            groups[0]["method"] = options["projector"]
         state_dtype = options.get("state_dtype", "float32")
         gradients = options.get("gradients", "keep")
         optimizer: Any = LowRankAdamW(groups, gradients=gradients, state_dtype=state_dtype, rounding=rounding)
@@ -96,17 +101,23 @@ def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, war
             optimizer = torch.optim.AdamW(trained, fused=True)
         else:
             optimizer = LowRankAdamW(trained, state_dtype="bfloat16", rounding=rounding)
-    if by_matrix:
+    if drawn:
         embedding = options.get("embeddings", "freeze")
-        given = {"active": options["active_blocks"], "embedding": embedding, "seed": options.get("seed", 0)}
-        LayerSampler(model, unit="matrix", **given).attach(optimizer)
+        drawn |= {"active": options["active_blocks"], "embedding": embedding, "seed": options.get("seed", 0)}
+        LayerSampler(model, interval=1, **drawn).attach(optimizer)
     generator = torch.Generator().manual_seed(0)
+    first = [(1, min(warm_up, sequence))] * (20 if "frozen_state" in drawn else 1)  # makes the optimizer's states
     with torch.profiler.record_function(STEPS):
-        for shape in ((1, min(warm_up, sequence)), (batch, sequence)):  # the first makes the optimizer's states
-            tokens = torch.randint(0, config.vocab_size, shape, generator=generator)
-            model(input_ids=tokens, labels=tokens, **in_tiles).loss.backward()
+        for shape in (*first, (batch, sequence)):
+            for _ in range(options.get("accumulation", 1)):
+                tokens = torch.randint(0, config.vocab_size, shape, generator=generator)
+                model(input_ids=tokens, labels=tokens, **in_tiles).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+        if evaluated := options.get("evaluation"):
+            tokens = torch.randint(0, config.vocab_size, (evaluated, sequence), generator=generator)
+            with torch.no_grad():
+                model.eval()(input_ids=tokens, labels=tokens, **in_tiles)
 
 
 def quantise(model: Any) -> None:

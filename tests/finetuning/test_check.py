@@ -110,6 +110,8 @@ def test_memory_is_planned_for_the_device_that_is_named(work, tmp_path):
         for away in (False, True)
     )
     context = 1 << 29
+    notes = check(replace(recipe, training=recipe.training | {"optim": "adafactor"}), memory=1 << 34).notes
+    assert any(note.endswith("two moments; training.optim: adafactor may keep others") for note in notes), notes
     found = check(recipe, memory=round(1.07 * there.total) + context)
     assert (found.plan, found.largest_batch) == (there, 4)
     assert found.needed == found.budget.size

@@ -24,7 +24,10 @@ class Asked:
         return batch
 
     def plan(self, _trace, batch):
-        return SimpleNamespace(**vars(self.setting), batch=batch, projectors=1)
+        return SimpleNamespace(**vars(self.setting), batch=batch, projectors=1, total=1)
+
+    def evaluated(self):
+        return SimpleNamespace(total=0)
 
 
 def test_every_method_of_a_recipe_has_the_plan_of_its_own_settings(tmp_path, monkeypatch):
@@ -33,10 +36,9 @@ def test_every_method_of_a_recipe_has_the_plan_of_its_own_settings(tmp_path, mon
     llama(4).save_pretrained(tmp_path)
     training = {"per_device_train_batch_size": 3, "max_length": 32, "gradient_checkpointing": True}
 
-    def plan(method, longest=None, **more):
-        recipe = Recipe(
-            model=str(tmp_path), output="out", data=Data(train="t"), method=method, training=training, **more
-        )
+    def plan(method, longest=None, data=None, own=None, **more):
+        content = {"data": data or Data(train="t"), "method": method, "training": training | (own or {})}
+        recipe = Recipe(model=str(tmp_path), output="out", **content, **more)
         return predicted_memory(recipe, training_arguments(recipe), longest)
 
     def expected(method, **more):
@@ -67,6 +69,14 @@ def test_every_method_of_a_recipe_has_the_plan_of_its_own_settings(tmp_path, mon
     assert drawn == expected("gum", rank=8, active_blocks=1, unit="matrix")
     matrices = plan("lisa", sampling=Sampling(active=1, unit="matrix"))
     assert matrices == expected("lisa", active_blocks=1, unit="matrix")
+    kept = Sampling(active=1, frozen_state="keep")
+    assert plan("lisa", sampling=kept) == expected("lisa", active_blocks=1, frozen_state="keep")
+    exact = plan("apollo", low_rank=LowRank(rank=8, method="svd"))
+    assert exact == expected("apollo", rank=8, projector="svd") != expected("apollo", rank=8)
+    assert plan("full", own={"gradient_accumulation_steps": 4}) == expected("full", accumulation=4)
+    evaluates = {"own": {"per_device_eval_batch_size": 9}}
+    assert plan("full", **evaluates, data=Data(train="t", evaluation="e")) == expected("full", evaluation=9)
+    assert plan("full", **evaluates, data=Data(train="t", evaluation_share=0)) == expected("full")
     low = plan("owlore", sampling=Sampling(active=1, embedding="lowrank"), low_rank=LowRank(rank=8))
     assert low == expected("owlore", active_blocks=1, embeddings="lowrank", rank=8)
 

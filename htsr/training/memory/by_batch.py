@@ -37,6 +37,16 @@ class PlansByBatch:
         Raises:
             UsageError: torch cannot simulate the model's experts in this dtype.
         """
+        plan = self._in_training(batch)
+        if self._simulation.setting.evaluation > batch and self._in_evaluation.total > plan.total:
+            return self._in_evaluation
+        return plan
+
+    @cached_property
+    def _in_evaluation(self) -> MemoryPlan:
+        return self._simulation.evaluated()
+
+    def _in_training(self, batch: int) -> MemoryPlan:
         alone = not self._traces or batch in self._traces or batch == 1
         two = None if alone else self._two_alike
         if two is None:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from htsr.training.lowrank.moments import StateDtype
     from htsr.training.lowrank.released import Gradients
     from htsr.training.lowrank.rounding import Rounding
+    from htsr.training.lowrank.subspace import Method as Projector
     from htsr.training.sampling.members import Unit
+    from htsr.training.sampling.states import FrozenState
 
 TrainingMethod: TypeAlias = Literal["full", "lora", "qlora", "galore", "apollo", "gum", "lisa", "owlore"]
 Embeddings: TypeAlias = Literal["train", "lowrank", "freeze"]
@@ -53,6 +55,10 @@ class Setting:
         unit: what is drawn.
         logits: how the loss reads what the head says.
         merge: whether adapters are merged into the weights after training.
+        accumulation: backward passes of a step.
+        projector: how the gradients' subspaces are found.
+        frozen_state: what becomes of the optimizer state of blocks that are frozen.
+        evaluation: sequences in a batch of an evaluation; 0 for none.
     """
 
     method: TrainingMethod
@@ -73,6 +79,10 @@ class Setting:
     unit: Unit = "block"
     logits: Logits = "whole"
     merge: bool = True
+    accumulation: int = 1
+    projector: Projector = "randomized"
+    frozen_state: FrozenState = "drop"
+    evaluation: int = 0
 
     @property
     def samples(self) -> bool:
@@ -88,7 +98,7 @@ class MemoryPlan(Tabular):
     Attributes:
         model: name of the model.
         method: how the model is trained.
-        moment: when the peak is: ``forward``, ``backward`` or ``step``.
+        moment: when the peak is: ``forward``, ``backward``, ``step`` or ``evaluation``.
         total: bytes of all parts.
         weights: bytes of parameters and buffers, adapters included.
         gradients: bytes of the gradients that wait for the optimizer at that moment, and of those on their way: of a
@@ -143,7 +153,7 @@ class MemoryPlan(Tabular):
         return MemoryPlans(self.model, (self,)).tables()
 
 
-PROCESS = 525 << 20  # resident with torch 2.13, transformers 5.24, TRL 1.16 and datasets 5.2 imported, nothing loaded
+PROCESS = 590 << 20  # resident with torch 2.13, transformers 5.24, TRL 1.16 and datasets 5.2, records read, no model
 
 
 def beside(plan: MemoryPlan) -> dict[str, int]:

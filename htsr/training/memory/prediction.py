@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from htsr.training.lowrank.moments import StateDtype
     from htsr.training.lowrank.released import Gradients
     from htsr.training.lowrank.rounding import Rounding
+    from htsr.training.lowrank.subspace import Method as Projector
     from htsr.training.sampling.members import Unit
+    from htsr.training.sampling.states import FrozenState
 
 
 Source: TypeAlias = Union[str, "os.PathLike[str]", "torch.nn.Module"]
@@ -68,6 +70,10 @@ def predict_memory(
     unit: Unit = "block",
     logits: Logits = "whole",
     merge: bool = True,
+    accumulation: int = 1,
+    projector: Projector | None = None,
+    frozen_state: FrozenState = "drop",
+    evaluation: int = 0,
     revision: str | None = None,
 ) -> MemoryPlan:
     """Peak memory of training a causal language model, without loading it.
@@ -76,10 +82,10 @@ def predict_memory(
         source: a folder with a config.json (weights are not needed), that file, a .gguf file, each also as
             ``package:MODULE/PATH``, a hub id (only its configuration is fetched), or a transformers model.
         method: ``full``; ``lora`` and ``qlora`` on all linear layers of the blocks; ``galore`` and ``apollo``
-            (`LowRankAdamW`), the latter with a projection that is not stored; ``lisa`` and ``owlore``: some blocks at a
-            time, the latter at low rank; ``gum`` (`GUM`): some blocks at full rank at a time, the others at low rank.
-            The active blocks are taken to be the lowest, from which backward is longest; under ``gum`` those units of
-            the draws that take most: with embeddings ``lowrank`` embedding and head are one of them.
+            (`LowRankAdamW`), the latter with a random projection that is not stored; ``lisa`` and ``owlore``: some
+            blocks at a time, the latter at low rank; ``gum`` (`GUM`): some blocks at full rank at a time, the others at
+            low rank. The active blocks are taken to be the lowest, from which backward is longest; under ``gum`` those
+            units of the draws that take most: with embeddings ``lowrank`` embedding and head are one of them.
         batch: sequences per backward pass.
         sequence: tokens per sequence, all of them real.
         rank: rank of the adapters (8 by default), or dimension of the gradients' subspaces: 128 by default, under
@@ -116,6 +122,14 @@ def predict_memory(
             tile by tile, as TRL's SFTTrainer does: ``fused`` by kernels of an accelerator, ``chunked`` without them, on
             a CPU, where the temporaries of a tile take several times its memory.
         merge: whether adapters are merged into the weights after training, which a run on a CPU needs them twice for.
+        accumulation: backward passes of a step (``gradient_accumulation_steps``); from the second on the gradients that
+            are kept lie beside the activations.
+        projector: how the gradients' subspaces are found, ``method`` of `LowRankAdamW`: ``randomized``, the default,
+            ``svd``, or, the default of ``apollo``, ``random``, which is not stored.
+        frozen_state: what becomes of the optimizer state of a sampled block that is frozen, see `LayerSampler`:
+            ``keep`` takes in the end that of all blocks.
+        evaluation: sequences in a batch of the evaluations between steps, which keep no activations; 0 for none, or for
+            no more than in training, which take less.
         revision: branch, tag or commit of a hub id.
 
     Returns:
@@ -210,6 +224,10 @@ def _setting(
     unit: Unit,
     logits: Logits,
     merge: bool,
+    accumulation: int,
+    projector: Projector | None,
+    frozen_state: FrozenState,
+    evaluation: int,
 ) -> Setting:
     """The setting with its defaults filled in; options of no meaning are refused."""
     from htsr.training.lowrank.rounding import ROUNDINGS
@@ -226,6 +244,8 @@ def _setting(
         ("base", base, ("adamw", "muon")),
         ("unit", unit, ("block", "matrix")),
         ("logits", logits, get_args(Logits)),
+        ("projector", projector, ("randomized", "svd", "random")),
+        ("frozen_state", frozen_state, ("drop", "keep", "offload")),
     ):
         if value is not None and value not in known:
             raise UsageError(f"unknown {name} {value!r}: one of {', '.join(known)}")
@@ -246,7 +266,16 @@ def _setting(
     if active_blocks is not None and method not in DRAWN:
         raise UsageError(f"active_blocks={active_blocks} is for {', '.join(DRAWN)}, not for {method}")
     rank = rank if rank is not None else 256 if method == "apollo" else 128 if method in LOW_RANK else 8
-    _insist_on_one(sequence=sequence, rank=rank, active_blocks=active_blocks)
+    _insist_on_one(sequence=sequence, rank=rank, active_blocks=active_blocks, accumulation=accumulation)
+    if evaluation < 0:
+        raise UsageError(f"evaluation is {evaluation}; it is at least 0")
+    if accumulation > 1 and gradients == "update":
+        raise UsageError("gradients='update' takes one backward a step: accumulation is 1")
+    with_projector = ("apollo",) if projector == "random" else LOW_RANK
+    if projector is not None and method not in with_projector:
+        raise UsageError(f"projector={projector!r} is for {', '.join(with_projector)}, not for {method}")
+    if frozen_state != "drop" and (method not in DRAWN or method == "gum"):
+        raise UsageError(f"frozen_state={frozen_state!r} is for methods that sample blocks, not for {method}")
     return Setting(
         method=method,
         sequence=sequence,
@@ -266,6 +295,10 @@ def _setting(
         unit=unit,
         logits=logits,
         merge=merge,
+        accumulation=accumulation,
+        projector=projector or ("random" if method == "apollo" else "randomized"),
+        frozen_state=frozen_state,
+        evaluation=evaluation,
     )
 
 

@@ -50,12 +50,14 @@ class Simulation:
 
     def __init__(self, label: str, config: Any, setting: Setting, *, halves_rank: bool = False) -> None:
         model = _quietly(_model, label, config, setting)
+        ever = _frozen(label, model, setting)
         setting = _with_possible_rank(setting, model) if halves_rank else setting
         self.label, self.model, self.setting, self.mode = label, model, setting, FakeTensorMode()
         with self.mode:
             _materialise(model)
             self.trained: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
             self.ranked = {name for name, p in self.trained.items() if has_rank(name, p, setting)}
+            kept = self.trained | {name: p for name, p in model.named_parameters() if name in ever}
             if setting.method in LOW_RANK and not self.ranked:
                 least = f"no matrix of a block of {label} can have rank {setting.rank}"
                 raise UsageError(f"{least}: none has both sides larger")
@@ -63,7 +65,8 @@ class Simulation:
             self.kinds = {name: _kind(name in self.ranked, name in drawn) for name in self.trained}
             quantised = _quantised(model) if setting.method == "qlora" else []
             self.dense = {p.untyped_storage()._cdata: p.numel() * p.element_size() for p in quantised}
-            self.fixed = states(self.trained, self.kinds, setting)
+            low = {name: _kind(has_rank(name, p, setting), False) for name, p in kept.items()}
+            self.fixed = states(kept, low | self.kinds, setting)
             self.fixed["weights"] = round(sum(p.numel() for p in quantised) * _NF4) - sum(self.dense.values())
             self.streamed = _Streamed.of(model) if setting.frozen_weights != "device" else None
             if self.streamed is not None:
@@ -78,17 +81,15 @@ class Simulation:
         Raises:
             UsageError: torch cannot simulate the model's experts in this dtype.
         """
-        model, setting = self.model, self.setting
-        vocabulary, cuts = int(model.config.get_text_config().vocab_size), (0, 1) if setting.logits == "whole" else ()
-        logits = {batch * (setting.sequence - cut) * vocabulary for cut in cuts}
+        setting = self.setting
         with self.mode:
-            ledger = Ledger(logits, self.fixed, self.dense)
-            for tensor in (*model.parameters(), *model.buffers()):
-                ledger.enter(tensor, "weights")
+            ledger = self._ledger(batch)
             hooks = [
                 p.register_post_accumulate_grad_hook(self._arrival(name, ledger)) for name, p in self.trained.items()
             ]
             tokens = torch.zeros(batch, setting.sequence, dtype=torch.long)
+            if setting.accumulation > 1:
+                self._accumulate(ledger)
             with ledger:
                 try:
                     loss = self._loss(tokens, ledger)
@@ -106,6 +107,27 @@ class Simulation:
                 hook.remove()
                 self.trained[name].grad = None
         return ledger.trace()
+
+    def evaluated(self) -> MemoryPlan:
+        """The plan of an evaluation between two steps: a forward pass, whose activations nothing keeps."""
+        batch = self.setting.evaluation
+        with self.mode, torch.no_grad():
+            ledger = self._ledger(batch)
+            ledger.now = "evaluation"
+            self.model.eval()
+            with ledger:
+                self._loss(torch.zeros(batch, self.setting.sequence, dtype=torch.long), ledger)
+            self.model.train()
+        return self.plan(ledger.trace(), batch)
+
+    def _ledger(self, batch: int) -> Ledger:
+        """What counts a pass of this batch, with the weights entered."""
+        model, setting = self.model, self.setting
+        vocabulary, cuts = int(model.config.get_text_config().vocab_size), (0, 1) if setting.logits == "whole" else ()
+        ledger = Ledger({batch * (setting.sequence - cut) * vocabulary for cut in cuts}, self.fixed, self.dense)
+        for tensor in (*model.parameters(), *model.buffers()):
+            ledger.enter(tensor, "weights")
+        return ledger
 
     def plan(self, trace: Trace, batch: int) -> MemoryPlan:
         """The plan of `htsr.predict_memory`.
@@ -129,6 +151,16 @@ class Simulation:
             merging=parts["weights"] if setting.merge and setting.method in ("lora", "qlora") else 0,
             **parts,
         )
+
+    def _accumulate(self, ledger: Ledger) -> None:
+        """Gradients as the backward passes before the last have left them."""
+        for name, parameter in self.trained.items():
+            if self.setting.gradients == "project" and name in self.ranked:
+                entries = entries_of(parameter, self.kinds[name], self.setting)
+                ledger.live["gradients"] += entries * parameter.element_size()
+            else:
+                parameter.grad = torch.empty_like(parameter)
+                ledger.enter(parameter.grad, "gradients")
 
     def _loss(self, tokens: Tensor, ledger: Ledger) -> Any:
         if self.setting.logits == "whole":
@@ -184,7 +216,7 @@ def _arrived(parameter: Tensor, *, ledger: Ledger, kind: Kind, released: bool, s
         at_once = to_project if setting.gradients == "project" else to_step
         ledger.note(at_once(parameter, kind, setting))
         parameter.grad = None
-        if setting.gradients == "project":
+        if setting.gradients == "project" and setting.accumulation == 1:  # else they are there, and are added to
             ledger.live["gradients"] += entries_of(parameter, kind, setting) * parameter.element_size()
 
 
@@ -229,13 +261,20 @@ def _model(label: str, config: Any, setting: Setting) -> Any:
             model.enable_input_require_grads()
         model = peft.get_peft_model(model, adapter, low_cpu_mem_usage=True)
         _tie_saved(model, tied)
+    return model
+
+
+def _frozen(label: str, model: Any, setting: Setting) -> set[str]:
+    """Freeze what does not train, or not now; names of the parameters whose optimizer states stay while they do not."""
     if setting.samples:
-        active = _active(label, model, setting)
+        found = trainable(model, find_blocks(model))
+        active = _active(label, model, found, setting)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in active)
-    elif setting.embeddings == "freeze":
+        return {name for names in found.blocks for name in names} if setting.frozen_state == "keep" else set()
+    if setting.embeddings == "freeze":
         freeze_embedding(model)
-    return model
+    return set()
 
 
 @cache
@@ -245,9 +284,8 @@ def _tell_packed(label: str, form: str, dtype: str) -> None:
     logger.warning(sentence, label, form, dtype)
 
 
-def _active(label: str, model: Any, setting: Setting) -> set[str]:
+def _active(label: str, model: Any, found: Trainable, setting: Setting) -> set[str]:
     """Names of the parameters that `LayerSampler` lets train while it has drawn the first blocks."""
-    found = trainable(model, find_blocks(model))
     count = len(found.blocks)
     if setting.active_blocks is not None and setting.active_blocks > count:
         raise UsageError(f"active_blocks is {setting.active_blocks}, and {label} has {count} block{'s' * (count != 1)}")

@@ -47,7 +47,7 @@ def states(trained: dict[str, Tensor], kinds: dict[str, Kind], setting: Setting)
             moments += number * entries * dtype.itemsize
         if parameter.dtype in NARROW:
             moments += {"kahan": 2, "master": 4}.get(setting.rounding, 0) * parameter.numel()
-        if kinds[name] != "full" and setting.method != "apollo":
+        if kinds[name] != "full" and setting.projector != "random":
             projectors += parameter.numel() // max(parameter.shape[-2:]) * setting.rank * parameter.element_size()
     return {"optimizer": moments, "projectors": projectors}
 
@@ -75,10 +75,10 @@ def to_step(parameter: Tensor, kind: Kind, setting: Setting) -> int:
 
 
 def to_project(parameter: Tensor, kind: Kind, setting: Setting) -> int:
-    """Temporaries of a randomised refresh, or of a random projection with what it is made of.
+    """Temporaries of a refresh, or of a random projection with what it is made of; matrix by matrix in a stack.
 
-    Of a refresh a float32 copy of a float16 gradient, the products with the basis, and four bases (start, QR, next,
-    Ritz vectors), matrix by matrix in a stack.
+    Of a randomised refresh a float32 copy of a float16 gradient, the products with the basis, and four bases (start,
+    QR, next, Ritz vectors); of an exact one a float32 copy of a narrow gradient, LAPACK's own, and both sides' vectors.
 
     Args:
         parameter: parameter that trains, of any shape.
@@ -88,11 +88,13 @@ def to_project(parameter: Tensor, kind: Kind, setting: Setting) -> int:
     if setting.method not in LOW_RANK or kind == "full":
         return 0
     small, large = sorted(parameter.shape[-2:])
-    if setting.method == "apollo":
+    if setting.projector == "random":
         return 16 * parameter.numel() // large * min(setting.rank, small)
     width = min(small, setting.rank + OVERSAMPLING)
     wide = 4 * small * large if parameter.dtype == torch.float16 else 0
     refresh = wide + 4 * width * (2 * large + 4 * small)
+    if setting.projector == "svd":
+        refresh = 4 * (2 + (parameter.dtype in NARROW)) * small * large + 4 * small * small
     stack = parameter.numel() // (small * large)
     bases = 2 * stack * small * setting.rank * parameter.element_size()  # one by one, and together
     return refresh if stack == 1 else bases + refresh
