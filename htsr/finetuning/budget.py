@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DEVIATION = 0.07  # of predictions from measured peaks: reports/memory
 CONTEXT = 1 << 29  # bytes of an accelerator's context and its kernels' workspaces
 MOST = 1 << 10  # no batch that is larger is looked for
+_LEAST_BYTES = 1 << 20  # what is smaller and has no unit was not meant as bytes
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{name}B": size for name, size in _UNITS.items()}
@@ -29,7 +30,7 @@ def parse_memory(text: str) -> int:
     """Bytes that a `text` such as ``24GB`` (10⁹ bytes each) or ``8 GiB`` (2³⁰ each) says.
 
     Raises:
-        UsageError: it says no amount of memory.
+        UsageError: it says no amount of memory, or a number without a unit that is too small for bytes.
 
     Examples:
         >>> from htsr.finetuning.budget import parse_memory
@@ -40,6 +41,8 @@ def parse_memory(text: str) -> int:
     known = {name.upper(): size for name, size in _UNITS.items()}
     if not found or found[2].upper() not in known or float(found[1]) == 0:
         raise UsageError(f"--memory {text[:40]}: it is an amount of memory, as in 24GB, 8GiB or 900MB")
+    if not found[2] and float(found[1]) < _LEAST_BYTES:
+        raise UsageError(f"--memory {found[1]} has no unit, and would be bytes: write {found[1]}GB or {found[1]}GiB")
     return round(float(found[1]) * known[found[2].upper()])
 
 

@@ -162,7 +162,7 @@ def test_a_run_of_an_older_version_goes_on_where_keys_have_come_since(tmp_path):
 @pytest.mark.parametrize(
     ("text", "size"),
     [("24GB", 24e9), ("24 gib", 24 * 2**30), ("900m", 900e6), ("1e3GB", None), ("", None), ("0GB", None), ("GB", None),
-     ("24 GX", None), ("-1GB", None), ("100", 100), ("1.5TiB", 1.5 * 2**40)],
+     ("24 GX", None), ("-1GB", None), ("1048575", None), ("2000000", 2e6), ("100B", 100), ("1.5TiB", 1.5 * 2**40)],
 )  # fmt: skip
 def test_an_amount_of_memory(text, size):
     if size is None:
@@ -170,3 +170,5 @@ def test_an_amount_of_memory(text, size):
             parse_memory(text)
     else:
         assert parse_memory(text) == size
+    with pytest.raises(htsr.UsageError, match=r"--memory 24 has no unit, .*: write 24GB or 24GiB"):
+        parse_memory("24")
