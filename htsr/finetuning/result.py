@@ -42,8 +42,8 @@ class Result(Tabular):
         output: folder of the model.
         metrics: ``train_loss`` (mean over all steps, those before a resume included), ``before_eval_loss`` and
             ``eval_loss`` (nats per token), ``before_accuracy`` and ``accuracy`` …, ``seconds`` and ``seconds_per_step``
-            (of the steps since a resume), ``steps``, ``best_step`` where the best model was kept, ``peak_mib`` (of
-            ``peak_of``) and ``predicted_mib`` (of the same), both where this process trained,
+            of the ``timed_steps`` (those since a resume, else all), ``steps``, ``best_step`` where the best model was
+            kept, ``peak_mib`` (of ``peak_of``) and ``predicted_mib`` (of the same), both where this process trained,
             ``trainable_parameters``, and ``rounding`` where the weights that train are in bfloat16 or float16.
         coverage: how often each block trained, where blocks were sampled.
         losses: step and training loss of each log, the mean since the log before.
@@ -152,6 +152,9 @@ def _time(left: dict[str, Any]) -> list[tuple[str, str]]:
     seconds, step = left.pop("seconds", None), left.pop("seconds_per_step", None)
     words = [clock(seconds)] if seconds is not None else []
     words += [f"{step:.4g} s a step"] if step is not None else []
+    timed = left.pop("timed_steps", None)
+    if words and timed is not None and timed < left.get("steps", timed):
+        words.append(f"of the last {f'{timed} steps' if timed > 1 else 'step'}, since the run went on")
     return [("training time", ", ".join(words))] if words else []
 
 

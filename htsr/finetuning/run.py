@@ -159,7 +159,7 @@ def _train(
     trained = steps - (checkpoint.step if checkpoint else 0)
     metrics: dict[str, Any] = {"train_loss": trainer.losses.mean(), "steps": steps}
     if trained:
-        metrics |= {"seconds": seconds, "seconds_per_step": seconds / trained}
+        metrics |= {"seconds": seconds, "seconds_per_step": seconds / trained, "timed_steps": trained}
     metrics["trainable_parameters"] = sum(prod(whole_shape(p)) for p in trainer.model.parameters() if p.requires_grad)
     if arguments.load_best_model_at_end and (best := best_step(trainer.state)) is not None:
         metrics["best_step"] = best

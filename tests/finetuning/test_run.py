@@ -98,6 +98,12 @@ def test_killed_and_resumed_is_uninterrupted(work, tmp_path, method, layerwise):
     assert main(["finetune", "--quiet", "--config", broken, "--resume"]) == 0
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
     start = load_file(work / "model" / "model.safetensors")
+    for name, timed in (("whole", 7), ("broken", 4)):  # of the broken run 3 steps were an earlier process's
+        metrics = json.loads((tmp_path / name / "results.json").read_text())["metrics"]
+        assert (metrics["steps"], metrics["timed_steps"]) == (7, timed)
+        assert metrics["seconds"] / metrics["seconds_per_step"] == pytest.approx(timed)
+        card = (tmp_path / name / "README.md").read_text()
+        assert ("s a step, of the last 4 steps, since the run went on" in card) == (timed < 7)
     assert a.keys() == b.keys() == start.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     moved = {name for name in a if not torch.equal(a[name], start[name])}
