@@ -180,6 +180,7 @@ def begun(model: torch.nn.Module, config: Any, start: Start, *, changed: bool) -
 
     config = copy(config)
     config.init_lora_weights, config.target_modules = True, {*start.targets}
+    config.base_model_name_or_path = None  # PEFT takes it from the model, and warns where it was another
     config.rank_pattern, config.alpha_pattern = dict(start.ranks), dict(start.alphas)
     adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
     for name, layer in _layers(adapted).items():
