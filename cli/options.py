@@ -44,7 +44,10 @@ Gof = Annotated[
 ]
 Null = Annotated[bool, typer.Option("--null/--no-null", help="α of pure noise of the same shape.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-Format = Annotated[str | None, typer.Option("--format", help="table, json, csv, parquet, markdown or latex.")]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", help="table, json, csv, parquet, markdown or latex; of a file its suffix tells it."),
+]
 Output = Annotated[
     Path | None,
     typer.Option(
@@ -56,7 +59,11 @@ Output = Annotated[
 ]
 Table = Annotated[
     Path | None,
-    typer.Option("--table", help="Write the table there; the suffix tells the format.", show_default=False),
+    typer.Option(
+        "--table",
+        help="Write the result there, and not to the terminal; the suffix tells the format.",
+        show_default=False,
+    ),
 ]
 Sort = Annotated[
     str | None,

@@ -202,12 +202,15 @@ def check_rates(policy: Policy, model: torch.nn.Module, adapters: Any, *, ends_t
         engine = engine_of(make_layerwise(torch.optim.SGD(trained, lr=1.0), model, some, distributed=False))
         return engine is not None and engine.is_idle
 
+    for pattern in policy.pin:
+        alone = replace(policy, pin={pattern: 2.0}, score=None, embeddings="leave", head=None, exclude=())
+        if changes_nothing(alone):
+            whole = "; what lora.modules_to_save names trains" * (adapters is not None)
+            raise UsageError(f"layerwise: {pattern!r} matches nothing that trains: all of it is frozen{whole}")
     if changes_nothing(policy):
         raise UsageError(
             f"layerwise changes nothing: no matrix that trains has {policy.min_size} eigenvalues (min_size) or a "
             "multiplier of its own"
+            if policy.score is not None
+            else "layerwise changes nothing: all that trains has the multiplier 1"
         )
-    for pattern in policy.pin:
-        alone = replace(policy, pin={pattern: 2.0}, score=None, embeddings="leave", head=None, exclude=())
-        if changes_nothing(alone):
-            raise UsageError(f"layerwise: {pattern!r} matches nothing that trains")

@@ -496,7 +496,9 @@ def test_tempbalance_measures_once_an_epoch(tmp_path, model, monkeypatch):
     ("more", "message"),
     [
         ({"method": "lora", "layerwise": {"*.lora_b": 16}}, r"'\*\.lora_b'; the nearest is \*\.lora_B"),
-        ({"method": "lora", "layerwise": {"norm": 2}}, "'norm' matches nothing that trains|changes nothing"),
+        ({"method": "lora", "layerwise": {"norm": 2}}, "'norm' matches nothing that trains: all of it is frozen"),
+        ({"method": "lora", "layerwise": {"embed": 0.1}}, "'embed' .* frozen; what lora.modules_to_save names trains"),
+        ({"method": "full", "layerwise": {"embed": 1}}, "changes nothing: all that trains has the multiplier 1"),
         ({"method": "lora", "layerwise": {"*.lora_B": 16, "embed": 3}}, "'embed' matches nothing that trains"),
         ({"method": "lisa", "layerwise": {"mlp.*": 2, "head": 3}}, "'head' matches nothing that trains"),
         ({"method": "lisa", "layerwise": "llr"}, r"layerwise changes nothing: .* 50 eigenvalues \(min_size\)"),

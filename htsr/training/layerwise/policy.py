@@ -39,7 +39,8 @@ class Policy:
         windows: FARMS windows; None decomposes whole matrices.
         spectrum: what is decomposed: the ``weights``, their ``gradients``, or the optimizer's ``momentum``.
         map: map from scores to multipliers, see `htsr.allocate`.
-        bounds: least and largest multiplier, s1 and s2.
+        bounds: least and largest multiplier of what is measured, s1 and s2, and so of ``max``. Numbers that `pin`,
+            `embeddings` and `head` name are taken as they are, such as the 5 of ``ends``.
         reverse: whether small scores get large multipliers instead.
         sets: what is multiplied, ``lr`` or ``weight_decay``.
         unit: what shares one multiplier: ``matrix``, or all matrices of a ``block`` or ``role``, their scores averaged.
@@ -125,7 +126,7 @@ class Policy:
             raise UsageError(f"pin is a mapping of patterns to multipliers, not {self.pin!r}")
         for pattern, value in self.pin.items():
             if not (isinstance(pattern, str) and _is_multiplier(value)):
-                raise UsageError(f"pin gives finite multipliers that are not negative, unlike {pattern!r}: {value!r}")
+                raise UsageError(f"a multiplier is a finite number ≥ 0, unlike that of {pattern!r}: {value!r}")
         if self.decouple_weight_decay and self.sets != "lr":
             raise UsageError(
                 "decouple_weight_decay undoes what an lr multiplier does to the decay; this policy sets it"

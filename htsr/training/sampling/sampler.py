@@ -361,7 +361,10 @@ class LayerSampler:
         """
         if not {"seed", "steps", "active", "counts"} <= set(state) or len(state["counts"]) != len(self.names):
             kind = "blocks" if self.unit == "block" else "matrices"
-            raise UsageError(f"the checkpoint has no state of a sampler over {len(self.names)} {kind}")
+            raise UsageError(
+                f"the checkpoint has no state of a sampler over {len(self.names)} {kind}: load it before the sampler "
+                "is attached, and the draws begin anew"
+            )
         if (self._norms is None) != ("norms" not in state):
             which = "draws by gradients" if self._norms is None else "draws otherwise"
             raise UsageError(f"the checkpoint has the state of a sampler that {which}: take its strategy")

@@ -265,7 +265,7 @@ def test_a_sampler_belongs_to_one_optimizer():
     assert sampler.steps == 2  # counted once
     with pytest.raises(htsr.UsageError, match="attached to an optimizer already"):
         sampler.attach(torch.optim.SGD(model.parameters(), lr=1e-3))
-    with pytest.raises(htsr.UsageError, match="no state of a sampler over 3 blocks"):
+    with pytest.raises(htsr.UsageError, match="no state of a sampler over 3 blocks: load it before the sampler"):
         sampler.load_state_dict({})
 
 
