@@ -5,7 +5,6 @@ Text and JSON are read line by line, for the place of what is wrong in them; all
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from htsr.calibration.loading import resolve
+from htsr.calibration.record_json import first_refused, from_json, is_one_object
 from htsr.errors import HtsrError, MissingDependencyError, SourceError, reason_of, refused
 from htsr.matrices.hub import is_hub_id, reached
 from htsr.ranks import is_first
@@ -136,21 +136,26 @@ def _lines(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _whole(path: Path, content: str, kind: str) -> Iterator[tuple[str, Any]]:
-    """Paragraphs of a text, the records of an array, or those of its lines."""
+    """Paragraphs of a text, the records of an array, the one that a file is, or those of its lines."""
     if kind == ".txt":
         parts = (part.strip() for part in content.split("\n\n"))
         yield from ((f"{path}, paragraph {i}", {"text": part}) for i, part in enumerate(parts, 1) if part)
     elif content.lstrip().startswith("["):
         yield from ((f"{path}, record {i}", found) for i, found in enumerate(_parsed(content, str(path)), 1))
+    elif is_one_object(content):
+        yield f"{path}, record 1", _parsed(content, str(path))
     else:
         yield from _lines(path, iter(content.split("\n")))  # type: ignore[arg-type]
 
 
 def _parsed(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return from_json(text)
     except RecursionError:
         raise SourceError(f"{place}: JSON of a depth without reason") from None
+    except SourceError as error:
+        one = f", record {first_refused(text)}" if text.lstrip().startswith("[") else ""
+        raise SourceError(f"{place}{one}: {error}") from None
     except ValueError as error:
         raise SourceError(f"{place}: no JSON: {reason_of(error)}") from error
 

@@ -76,7 +76,7 @@ class Names:
             return record
         if self.text is not None:
             if record.get(self.text) is None:
-                raise SourceError(f"the field {self.text} is absent; there are {_fields(record)}")
+                raise SourceError(f"the field {self.text} is absent; there are {_fields(record)}{_beneath(record)}")
             return {"text": record[self.text]}
         renamed = {ours: record[theirs] for theirs, ours in self.columns.items() if ours and theirs in record}
         record = {key: value for key, value in record.items() if key not in self.columns} | renamed
@@ -179,7 +179,8 @@ def form_of(record: Record) -> str:
     if not found:
         raise SourceError(
             "a record has text, messages, conversations, prompt and completion, instruction and output, or question, "
-            f"choices and answer; this one has {_fields(record)}; data.columns in a recipe gives fields these names"
+            f"choices and answer; this one has {_fields(record)}"
+            + (_beneath(record) or "; data.columns in a recipe gives fields these names")
         )
     if len(found) > 1:
         found = [form for form in found if not any(record[key] == "" for key in _FORMS[form])] or found
@@ -272,3 +273,15 @@ def _listed(value: Any) -> list[Any]:
 
 def _fields(record: Record) -> str:
     return ", ".join(sorted(f"{k}: null" if value is None else str(k) for k, value in record.items())[:8]) or "nothing"
+
+
+def _beneath(record: Record) -> str:
+    """Where the records of a file lie under a key of one object, the end of a message that says so."""
+    keys = [
+        str(key)
+        for key, value in record.items()
+        if _listed(value) and all(isinstance(one, dict) for one in value) and not are_turns(value)
+    ]
+    if not keys:
+        return ""
+    return f"; the records seem to lie under {' and '.join(keys[:8])}: let the file be such a list alone"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from htsr.calibration.record_json import from_json
 from htsr.errors import SourceError, reason_of
 
 FOR_TEMPLATE = ("tools", "chat_template_kwargs")  # of a record, for the chat template
@@ -60,6 +61,9 @@ def checked_turns(value: Any, key: str, *, of_sharegpt: bool = False) -> list[di
 def turns_in(text: str) -> Any:
     """The list of turns that is written in a `text` as JSON; the text itself where there is none.
 
+    Raises:
+        SourceError: there is one, and an object in it has a key twice.
+
     Examples:
         >>> from htsr.calibration.record_turns import turns_in
         >>> turns_in('[{"role": "user", "content": "1 + 1?"}]')
@@ -69,6 +73,8 @@ def turns_in(text: str) -> Any:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return text
+    if are_turns(found):  # else it may be a text about JSON
+        return from_json(text)
     return found if isinstance(found, list) else text
 
 
@@ -158,9 +164,9 @@ def _calls(calls: Any, where: str) -> list[Any]:
 
 
 def _object(value: Any) -> dict[str, Any] | None:
-    """What a text says that is a JSON object; None where it is none."""
+    """What a text says that is a JSON object, with each key once; None where it is none."""
     try:
-        found = json.loads(value) if isinstance(value, str) else value
+        found = from_json(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
@@ -176,7 +182,7 @@ def for_template(record: dict[str, Any]) -> dict[str, Any]:
     for key, none in (("tools", []), ("chat_template_kwargs", {})):
         if isinstance(text := found.get(key), str):  # as TRL takes tools, too
             try:
-                found[key] = json.loads(text) if text.strip() else none
+                found[key] = from_json(text) if text.strip() else none
             except ValueError as error:
                 raise SourceError(f"{key} is no JSON: {reason_of(error)}") from error
     if not isinstance(found.get("tools", []), list):

@@ -55,10 +55,10 @@ def read_records(
     What nothing reads in them is named in one warning.
 
     Args:
-        source: a .jsonl or .ndjson file (one object a line), a .json file (an array of objects, or one object a line),
-            a .csv, .tsv or .parquet file (one record a row, by the names of its columns), a .txt file (one record
-            ``{"text": …}`` a paragraph), each but .parquet also compressed (.gz, .zst, .bz2, .xz) and each also as
-            ``package:MODULE/PATH``; a folder of such files, or one that `datasets` has saved; or an id of the hub of
+        source: a .jsonl or .ndjson file (one object a line), a .json file (an array of objects, one object a line, or
+            one alone), a .csv, .tsv or .parquet file (one record a row, by the names of its columns), a .txt file (one
+            record ``{"text": …}`` a paragraph), each but .parquet also compressed (.gz, .zst, .bz2, .xz) and each also
+            as ``package:MODULE/PATH``; a folder of such files, or one that `datasets` has saved; or an id of the hub of
             `datasets`. Folders and ids have an optional split, as in ``org/name:train`` (``train`` by default), and
             before it a configuration, where there are several: ``org/name:easy:train``.
         limit: number of records after which reading ends; None for all.

@@ -15,6 +15,11 @@ QUESTION = {"question": "Why?", "choices": ["x", "y"], "answer": 1}
     [
         ("a.jsonl", b'{"text": "a"}\n\n{"text": ', "a.jsonl, line 3: no JSON"),
         ("a.jsonl", b'{"text": "a"}\n"b"\n', "line 2: a JSON object is wanted, not a text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "text": "c"}', r"a.jsonl, line 2: the key text stands twice in one"),
+        ("a.json", b'[{"text": "a"},\n {"text": "b", "x": {"y": 1, "y": 1}}, {}]', "json, record 2: the key y stands"),
+        ("a.json", b'{"text": "b",\n"text": "c"}', "a.json: the key text stands twice"),
+        ("a.json", b'{"version": "1",\n "data": [{"text": "a"}]}', "has data, version; .* lie under data: let the"),
+        ("a.json", b'{"train": [{"text": "a"}], "test": [{"text": "b"}]}', "seem to lie under train and test: let"),
         ("a.txt", b"\xff\xfe\xfa", "a.txt cannot be read"),
         ("a.txt", b"\n\n \n", "a.txt holds no records"),
         ("a.json", None, "a.json cannot be read"),
@@ -113,6 +118,8 @@ def test_an_array_of_records(tmp_path):
     (tmp_path / "b.json").write_text('{"text": "a"}\n{"text": "b"}\n')
     assert len(read_records(str(tmp_path / "b.json"))) == 2
     (tmp_path / "c.json").write_text('[{"text": "a"}, 3]')
+    (tmp_path / "b.json").write_text(json.dumps(QUESTION | {"prompt": '[{"a": 1, "a": 2}]'}, indent=1))
+    assert read_records(str(tmp_path / "b.json")) == [QUESTION]  # with a text about JSON that stays a text
     with pytest.raises(htsr.SourceError, match=r"c\.json, record 2: a JSON object is wanted, not a number"):
         read_records(str(tmp_path / "c.json"))
 
@@ -149,6 +156,8 @@ def test_an_array_of_records(tmp_path):
             r"messages\[0\] has content that is not text",
         ),
         ({"messages": [TURN], "tools": "{"}, "tools is no JSON"),
+        ({"messages": [TURN], "tools": '[{"f": 1, "f": 2}]'}, "the key f stands twice"),
+        ({"messages": '[{"role": "user", "content": "a", "content": "b"}]'}, "the key content stands twice"),
         ({"messages": [TURN], "tools": {"f": 1}}, "tools is a list, not an object"),
         ({"messages": [TURN], "chat_template_kwargs": [1]}, "chat_template_kwargs holds keys and values"),
         ({"text": "a\ud800"}, "half of a surrogate pair"),
