@@ -96,6 +96,8 @@ def _check_range(key: str, value: Any) -> None:
         raise UsageError(f"training.{key} is {number}; it is at least 0{' and below 1' * (key in _SHARES)}")
     if key == "max_steps" and (number == 0 or number < -1):
         raise UsageError(f"training.max_steps is {number}; it is at least 1, or -1 for num_train_epochs")
+    if key in ("max_steps", "num_train_epochs") and number > 10**9:
+        raise UsageError(f"training.{key} is {kind_of(number)}; no run comes to more than {10**9:,}")
 
 
 def check_lora(lora: Lora, method: str) -> None:

@@ -142,6 +142,25 @@ def check_sharding(recipe: Recipe, arguments: Any) -> None:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
 
 
+def check_gradients(recipe: Recipe, arguments: Any) -> None:
+    """Refuse a way to release gradients that does not go with TRL's `arguments`.
+
+    Raises:
+        UsageError: there are several processes, fp16, several backward passes a step, or clipping that it cannot do.
+    """
+    gradients = "keep" if recipe.low_rank is None else recipe.low_rank.gradients
+    if gradients == "keep":
+        return
+    if arguments.world_size > 1 or arguments.fp16:
+        raise UsageError(f"low_rank.gradients: {gradients} is for one process and not for fp16; take keep")
+    if gradients == "update" and (arguments.gradient_accumulation_steps > 1 or arguments.max_grad_norm > 0):
+        other = "keep" if recipe.method == "apollo" else "project"
+        raise UsageError(
+            f"low_rank.gradients: update takes one backward a step and cannot clip: take {other}, or "
+            "gradient_accumulation_steps: 1 and max_grad_norm: 0"
+        )
+
+
 def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[str], None]) -> Prepared:
     """Read data and tokenizer, and see that they go together with the model's configuration.
 
@@ -189,10 +208,8 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
             say(f"max_length {arguments.max_length}: none of the {held.records} held-out records keeps a label")
             held_out = []
     if not held_out and (_word(arguments.eval_strategy) != "no" or arguments.eval_on_start):
-        key = "eval_on_start" if arguments.eval_on_start else "eval_strategy"
-        raise UsageError(
-            f"training.{key} wants held-out records: set data.evaluation, data.evaluation_share, max_length"
-        )
+        key = _asks_to_evaluate(recipe)
+        raise UsageError(f"{key} wants held-out records: set data.evaluation, data.evaluation_share, max_length")
     if questions:
         whole = _Whole()
         highest = max(highest, count_labels(questions, tokenizer, whole).highest)
@@ -202,6 +219,14 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
     if resume:
         check_same_data(prepared.digests, output)
     return prepared
+
+
+def _asks_to_evaluate(recipe: Recipe) -> str:
+    """The key of a `recipe` for which held-out records are needed."""
+    given = [key for key in ("eval_on_start", "eval_strategy") if recipe.training.get(key) not in (None, False, "no")]
+    if not given and recipe.early_stopping is not None:
+        return "early_stopping"
+    return f"training.{(*given, 'load_best_model_at_end')[0]}"
 
 
 def _questions(data: Data) -> list[Record]:

@@ -39,6 +39,7 @@ SECTIONS_OF: Mapping[str, tuple[str, ...]] = {
     "gum": ("low_rank", "gum"),
 }
 USUAL_RATE = 2e-5  # SFTConfig's own, for whole matrices
+LARGEST_RANK = 1 << 16  # of a matrix in a model that there is: its smaller side is far below
 ADAPTER_RATE = 2e-4  # that of the guides of PEFT and TRL; adapters begin at ΔW = 0 and have far to go
 
 
@@ -346,6 +347,10 @@ class Lora:
         from htsr.spectra.metrics import NUMERIC
 
         _at_least("lora.", 1, rank=self.rank, calibration_samples=self.calibration_samples)
+        if self.rank > LARGEST_RANK:
+            raise UsageError(
+                f"lora.rank is {kind_of(self.rank)}; no matrix of any model has one above {LARGEST_RANK:,}"
+            )
         _between("lora.", 0, math.inf, scaling=self.scaling)
         _between("lora.", 0, 1, closed=True, dropout=self.dropout)
         if self.score not in (None, HILL, *NUMERIC):
@@ -495,6 +500,13 @@ class Recipe:
             raise UsageError("data.streaming: the end of a stream is not known; set training.max_steps")
         if self.data.streaming and measures_by_epoch(self.layerwise):
             raise UsageError("layerwise: tempbalance measures once an epoch, of which data.streaming knows none")
+        if self.sampling is not None and self.low_rank is None and self.embedding == "lowrank":
+            raise UsageError(f"sampling.embedding: lowrank is for the method owlore, and {self.method} has no low rank")
+        if self.sampling is not None and self.embedding != "freeze" and self.lora and not self.lora.modules_to_save:
+            raise UsageError(
+                f"sampling.embedding: {self.embedding} has no meaning for the method {self.method}, where embedding "
+                "and head train only where lora.modules_to_save has them"
+            )
         if self.sampling is not None and self.low_rank is not None and self.low_rank.embedding != "train":
             raise UsageError("low_rank.embedding is for methods that train all blocks; here it is sampling.embedding")
         self._check_layerwise()

@@ -76,13 +76,14 @@ def finetune(
 
     from htsr.finetuning.arguments import training_arguments
     from htsr.finetuning.measuring import accuracies, moved
-    from htsr.finetuning.preflight import agree, check_sharding, prepare_data
+    from htsr.finetuning.preflight import agree, check_gradients, check_sharding, prepare_data
     from htsr.finetuning.publishing import hub_repository, publish
     from htsr.finetuning.saving import finished_result, most_moved, write_reports
 
     with all_launched("htsr finetune"):
         arguments = training_arguments(recipe)  # with them accelerate begins the group
     check_sharding(recipe, arguments)
+    check_gradients(recipe, arguments)
     ranks = Ranks.launched("htsr finetune")
     finished = ranks.of_first(lambda: finished_result(recipe, output) if resume else None)
     if finished is not None:

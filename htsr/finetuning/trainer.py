@@ -13,7 +13,6 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
-from htsr.errors import UsageError
 from htsr.finetuning.checkpoints import Checkpoint, LossSum, count_processes
 from htsr.finetuning.memory import reset_peak
 from htsr.finetuning.progress import LastLog, TrainingLines, Voice
@@ -180,7 +179,6 @@ class FinetuneTrainer(SFTTrainer):
         low_rank, args = self.recipe.low_rank, self.args
         assert low_rank is not None
         assert low_rank.rank is not None
-        _check_gradients(low_rank.gradients, args)
         embeddings = self.recipe.embedding == "lowrank"
         own = {name: value for name, value in asdict(low_rank).items() if name not in ("rank", "embedding")}
         if (gum := self.recipe.gum) is not None:
@@ -273,16 +271,3 @@ class FinetuneTrainer(SFTTrainer):
 
 def _has_label(row: dict[str, Any]) -> bool:
     return any(label != -100 for label in row["labels"][1:])  # what comes first is predicted from nothing
-
-
-def _check_gradients(gradients: str, args: Any) -> None:
-    """Refuse a way to release gradients that does not go with these training arguments."""
-    if gradients == "keep":
-        return
-    if args.world_size > 1 or args.fp16:
-        raise UsageError(f"low_rank.gradients: {gradients} is for one process and not for fp16; take keep")
-    if gradients == "update" and (args.gradient_accumulation_steps > 1 or args.max_grad_norm > 0):
-        raise UsageError(
-            "low_rank.gradients: update takes one backward a step and cannot clip: take project, or "
-            "gradient_accumulation_steps: 1 and max_grad_norm: 0"
-        )

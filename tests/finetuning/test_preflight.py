@@ -180,6 +180,13 @@ def test_held_out_records_that_are_all_cut_leave_the_model_saved(tmp_path, model
             htsr.UsageError,
             "training.eval_strategy wants held-out",
         ),
+        (SHORT, {"early_stopping": {}}, htsr.UsageError, "^early_stopping wants held-out"),
+        (
+            SHORT,
+            {"training": {"load_best_model_at_end": True}},
+            htsr.UsageError,
+            "^training.load_best_model_at_end wants held-out",
+        ),
         (SHORT, {"training": {"report_to": "tensorborad"}}, htsr.UsageError, r"training.report_to: tensorborad"),
         (
             SHORT,
@@ -443,6 +450,20 @@ def test_an_end_of_text_and_a_chat_template_that_the_tokenizer_has_not(tmp_path)
         (CHAT, {"training": {"assistant_only_loss": True}}, "may name a template with {% generation %}, which that"),
         (SHORT, {"method": "galore", "low_rank": {"rank": 999}}, "low_rank.rank: no matrix of .* can have rank 999"),
         (SHORT, {"method": "lisa", "sampling": {"active": 3}}, "sampling.active is 3, and .* has 2 blocks to draw"),
+        (
+            SHORT,
+            {"method": "galore", "low_rank": {"rank": 4, "gradients": "update"}},
+            "update takes one .* take project",
+        ),
+        (
+            SHORT,
+            {
+                "method": "apollo",
+                "low_rank": {"rank": 4, "gradients": "update"},
+                "training": {"gradient_accumulation_steps": 2, "max_grad_norm": 0},
+            },
+            "update takes one backward a step and cannot clip: take keep, or",
+        ),
         (SHORT, {"method": "gum", "low_rank": {"rank": 8}}, "gum.active is 2, and is below the 2 blocks of"),
         ([*SHORT, {"text": "w5"}], {}, "train.jsonl, line 17: text, while line 1 has prompt and completion"),
         ([{"chosen": "w5", "rejected": "w6"}], {}, "holds preferences .*: TRL's DPOTrainer trains on them"),

@@ -75,6 +75,19 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
         ({"method": "apollo", "low_rank": {"moments": "rotate"}}, "rotate has no meaning under a random projection"),
         ({"method": "galore", "low_rank": {"scaled_by": "tensor"}}, "scaled_by is for the method apollo, not for gal"),
         ({"method": "galore", "low_rank": {"method": "random"}}, "random is for the method apollo with moments: keep"),
+        ({"method": "lisa", "sampling": {"embedding": "lowrank"}}, "lowrank is for the method owlore, and lisa has no"),
+        (
+            {"sampling": {"embedding": "lowrank"}, "lora": {"modules_to_save": ["embed"]}},
+            "lowrank is for the method owl",
+        ),
+        ({"sampling": {"embedding": "train"}}, "sampling.embedding: train has no meaning for the method lora, where"),
+        ({"lora": {"rank": 10**9}}, "lora.rank is 1000000000; no matrix of any model has one above 65,536"),
+        ({"lora": {"rank": 10**25}}, "lora.rank is a number beyond reason; no matrix"),
+        (
+            {"training": {"max_steps": 10**30}},
+            "training.max_steps is a number beyond reason; no run comes to more than",
+        ),
+        ({"training": {"num_train_epochs": 1e30}}, "training.num_train_epochs is 1e+30; no run comes to more than"),
         ({"method": "lisa", "sampling": {"unit": "matrix", "embedding": "sampled"}}, "take sampling.unit: block"),
         (
             {"method": "lisa", "sampling": {"unit": "matrix"}, "frozen_weights": "host"},
