@@ -9,7 +9,7 @@ from typing import Any
 
 from htsr.finetuning.budget import MOST, Budget, largest_batch
 from htsr.finetuning.memory import is_planned, logits_of, setting_of
-from htsr.finetuning.preflight import Prepared, check_sharding, prepare_data
+from htsr.finetuning.preflight import Prepared, check_gradients, check_sharding, prepare_data, tell_of_warmup
 from htsr.finetuning.preview import Preview
 from htsr.finetuning.recipe import Recipe
 from htsr.finetuning.refusals import Refusals
@@ -178,9 +178,12 @@ def check(recipe: Recipe, *, resume: bool = False, memory: int | None = None) ->
     notes: list[str] = []
     if arguments is not None:
         refused.unless(lambda: check_sharding(recipe, arguments))
+        refused.unless(lambda: check_gradients(recipe, arguments))
         prepared = refused.unless(lambda: prepare_data(recipe, arguments, resume, notes.append))
         if prepared is not None:
             found |= refused.unless(lambda: _seen(prepared, arguments)) or {}
+        if "schedule" in found:
+            tell_of_warmup(arguments, found["schedule"].steps, notes.append)
         longest = found["preview"].lengths["longest"] if "preview" in found else None
         found |= refused.unless(lambda: _memory(recipe, arguments, longest, memory)) or {}
         optim = str(getattr(arguments.optim, "value", arguments.optim))

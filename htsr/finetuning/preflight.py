@@ -221,6 +221,29 @@ def prepare_data(recipe: Recipe, arguments: Any, resume: bool, say: Callable[[st
     return prepared
 
 
+def tell_of_warmup(arguments: Any, steps: int, say: Callable[[str], None]) -> None:
+    """Tell that the learning rate never comes to what was asked for, where its warm-up takes all of the training.
+
+    Args:
+        arguments: arguments of TRL.
+        steps: number of optimizer steps of the run.
+        say: function that is told so.
+
+    Examples:
+        >>> from transformers import TrainingArguments
+        >>> from htsr.finetuning.preflight import tell_of_warmup
+        >>> tell_of_warmup(TrainingArguments(warmup_steps=100, use_cpu=True), 3, print)
+        training.warmup_steps: the learning rate rises for 100 steps, and the run has 3: it ends at 2 % of 5e-05
+    """
+    warmup = arguments.get_warmup_steps(steps)
+    if steps > warmup or _word(arguments.lr_scheduler_type) in ("constant", "reduce_lr_on_plateau", "greedy"):
+        return
+    say(
+        f"training.warmup_steps: the learning rate rises for {warmup:,} steps, and the run has {steps:,}: it ends at "
+        f"{100 * (steps - 1) / warmup:.2g} % of {arguments.learning_rate:g}"
+    )
+
+
 def _asks_to_evaluate(recipe: Recipe) -> str:
     """The key of a `recipe` for which held-out records are needed."""
     given = [key for key in ("eval_on_start", "eval_strategy") if recipe.training.get(key) not in (None, False, "no")]

@@ -75,8 +75,9 @@ def finetune(
         check_same_run(recipe, output, say)
 
     from htsr.finetuning.arguments import training_arguments
+    from htsr.finetuning.check import schedule_of
     from htsr.finetuning.measuring import accuracies, moved
-    from htsr.finetuning.preflight import agree, check_gradients, check_sharding, prepare_data
+    from htsr.finetuning.preflight import agree, check_gradients, check_sharding, prepare_data, tell_of_warmup
     from htsr.finetuning.publishing import hub_repository, publish
     from htsr.finetuning.saving import finished_result, most_moved, write_reports
 
@@ -91,6 +92,9 @@ def finetune(
         return finished
     prepared = prepare_data(recipe, arguments, resume, say)
     agree(ranks, recipe, prepared)
+    if arguments.get_warmup_steps(1):  # to know the number of steps may take packing
+        sequences = None if prepared.stream is not None else prepared.preview.sequences(arguments)
+        tell_of_warmup(arguments, schedule_of(arguments, sequences).steps, say)
     repository = ranks.of_first(lambda: hub_repository(arguments))
     ranks.of_first(lambda: begin_folder(recipe, output, resume))
     ranks.of_first(lambda: write_json(output / DATA, prepared.digests))

@@ -171,6 +171,18 @@ def test_steps_are_those_of_the_trainer(work, tmp_path, training):
     assert found.warmup == arguments.get_warmup_steps(found.steps)
 
 
+def test_the_check_tells_what_the_run_refuses_and_a_warm_up_without_end(work, tmp_path):
+    more = {"method": "galore", "low_rank": {"rank": 4, "gradients": "update"}}
+    recipe = read_recipe(recipe_file(work, tmp_path / "recipe.yaml", training={"warmup_steps": 20}, **more))
+    found = check(recipe, memory=1 << 34)
+    assert [sentence.partition(" take")[0] for sentence in found.refusals] == ["low_rank.gradients: update"]
+    (told,) = [note for note in found.notes if "warmup_steps" in note]
+    assert told.endswith("the learning rate rises for 20 steps, and the run has 20: it ends at 95 % of 2e-05")
+    for training in ({"warmup_steps": 19}, {"warmup_steps": 20, "lr_scheduler_type": "constant"}):
+        notes = check(replace(recipe, training=recipe.training | training), memory=1 << 34).notes
+        assert not any("warmup_steps" in note for note in notes)
+
+
 def test_a_narrow_terminal_folds_no_line_of_the_recipe(work, tmp_path, monkeypatch, capsys):
     recipe = read_recipe(recipe_file(work, tmp_path / "recipe.yaml"), {"output": " ".join(["runs/of a name"] * 9)})
     monkeypatch.setattr("htsr_cli.check.console", lambda: plain_console(width=40))

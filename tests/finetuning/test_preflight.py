@@ -152,7 +152,7 @@ def test_held_out_records_that_are_all_cut_leave_the_model_saved(tmp_path, model
     data = {"multiple_choice": str(tmp_path / "questions.jsonl")}
     recipe = recipe_of(
         tmp_path, model, SHORT, evaluation=LONG, data=data, method="lisa", layerwise={"min_size": 8},
-        sampling={"active": 1, "interval": 2},
+        sampling={"active": 1, "interval": 2}, training={"warmup_steps": 100},
     )  # fmt: skip
     gc.disable()  # nothing but the run's own clearing
     try:
@@ -164,6 +164,7 @@ def test_held_out_records_that_are_all_cut_leave_the_model_saved(tmp_path, model
     assert "eval_loss" not in result.metrics
     assert result.metrics["questions"] == 1
     assert "max_length 32: none of the 8 held-out records keeps a label" in said
+    assert any("rises for 100 steps, and the run has 3: it ends at 2 % of 0.01" in sentence for sentence in said)
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
