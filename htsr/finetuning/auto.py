@@ -90,7 +90,7 @@ def choose(
         try:
             needed = budget.needed(predict_memory(recipe.model, **setting))
         except UsageError as error:  # of a rank or a number of blocks that this model cannot have
-            passed.append(f"{_name(recipe)} ({error})")
+            passed.append(f"{_name(recipe)} ({'; '.join(str(error).splitlines())})")
             continue
         told = f"{_name(recipe)} with {needed / 2**30:.2f} GiB"
         if needed <= budget.size:

@@ -29,7 +29,7 @@ def target_modules(model: torch.nn.Module, targets: str | Sequence[str]) -> list
         Full names, in the order of the model.
 
     Raises:
-        UsageError: one of `targets` means no module.
+        UsageError: some of `targets` mean no module, a line for each.
 
     Examples:
         >>> import torch
@@ -65,7 +65,7 @@ def saved_modules(model: torch.nn.Module, wanted: Sequence[str]) -> list[str]:
         Full names, in the order of the model.
 
     Raises:
-        UsageError: one of `wanted` means no module.
+        UsageError: some of `wanted` mean no module, a line for each.
 
     Examples:
         >>> import torch
@@ -102,8 +102,8 @@ def module_options(
         options: other options of ``LoraConfig``.
 
     Raises:
-        UsageError: a name or role means no module, or two things are asked of one; or an adapter of a tied embedding
-            or head is wanted, which PEFT would merge into both.
+        UsageError: names or roles mean no module, a line for each; or two things are asked of one; or an adapter of a
+            tied embedding or head is wanted, which PEFT would merge into both.
 
     Examples:
         >>> import torch
@@ -111,8 +111,18 @@ def module_options(
         >>> module_options(torch.nn.TransformerEncoderLayer(d_model=8, nhead=2), "mlp.*", ["norm1"], {})
         {'target_modules': ['linear1', 'linear2'], 'modules_to_save': ['norm1']}
     """
-    names = [] if targets == ALL_LINEAR else target_modules(model, targets)
-    saved = saved_modules(model, whole)
+    modules, refused = list[list[str]](), list[str]()
+    for find in (
+        lambda: [] if targets == ALL_LINEAR else target_modules(model, targets),
+        lambda: saved_modules(model, whole),
+    ):
+        try:
+            modules.append(find())
+        except UsageError as error:
+            refused.append(str(error))
+    if refused:
+        raise UsageError("\n".join(refused))
+    names, saved = modules
     if twice := [name for name in names if name in saved]:
         raise UsageError(f"lora: {twice[0]} is among targets and modules_to_save; it has an adapter or trains whole")
     tied = tied_modules(model)
@@ -153,12 +163,15 @@ def with_exclusions(model: torch.nn.Module, wanted: Collection[str], options: Ma
 
 
 def _meant(known: Collection[str], wanted: Iterable[str], key: str, model: str) -> list[str]:
-    found = set()
-    for item in wanted:
-        own = {name for name in known if _is_meant(name, item)}
-        if not own:
-            raise UsageError(f"{key}: no module of {model} has the name or role {item!r}{_nearest(item, known)}")
-        found |= own
+    meant = {item: {name for name in known if _is_meant(name, item)} for item in wanted}
+    refused = [
+        f"{key}: no module of {model} has the name or role {item!r}{_nearest(item, known)}"
+        for item, own in meant.items()
+        if not own
+    ]
+    if refused:
+        raise UsageError("\n".join(refused))
+    found = set[str]().union(*meant.values())
     return [name for name in known if name in found]
 
 

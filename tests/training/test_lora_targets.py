@@ -43,6 +43,11 @@ def test_what_trains_whole():
     assert saved_modules(model, ["head", "embed"]) == ["model.embed_tokens", "lm_head"]
     with pytest.raises(htsr.UsageError, match=r"modules_to_save: no module .* 'lm_hed'; did you mean lm_head"):
         saved_modules(model, ["lm_hed"])
+    with pytest.raises(htsr.UsageError) as refused:
+        module_options(model, ["attn.q", "foo", "bar"], ["nosuch"], {})
+    keys = ["lora.targets", "lora.targets", "lora.modules_to_save"]
+    wrong = [(line.split(":")[0], line.split("'")[1]) for line in str(refused.value).splitlines()]
+    assert wrong == list(zip(keys, ("foo", "bar", "nosuch"), strict=True))
     with pytest.raises(htsr.UsageError, match="lm_head is among targets and modules_to_save"):
         module_options(model, ["head"], ["lm_head"], {})
     tied = gpt2()
