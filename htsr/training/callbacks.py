@@ -112,4 +112,7 @@ class LayerSamplerCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Log the lowest block that trains; backward ends there when the embedding is frozen."""
         if logs is not None and "loss" in logs and self._log is not None:
-            self._log({"lowest_active_block": self.sampler.active[0]}, state.global_step)
+            names = [self.sampler.names[index] for index in self.sampler.active]
+            blocks = [self.sampler.blocks.index_of(f"{name}.") for name in names]  # None: embedding and head
+            if lowest := [index for index in blocks if index is not None]:
+                self._log({"lowest_active_block": min(lowest)}, state.global_step)

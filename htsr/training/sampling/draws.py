@@ -132,7 +132,9 @@ def draws_of(
             than all that is drawn.
     """
     strategy, scores, threshold = weights
-    names, count = tuple(members), len(blocks)
+    names = tuple(members)
+    drawable = sorted({index for name in names if (index := blocks.index_of(f"{name}.")) is not None})
+    count = len(drawable)
     sizes_of = {clean_name(name): parameter.numel() for name, parameter in model.named_parameters()}
     sizes = np.array([sum(sizes_of[name] for name in inside) for inside in members.values()])
     if unit == "matrix":
@@ -148,6 +150,8 @@ def draws_of(
             )
         return Draws(names, probabilities, active, seed, top, sizes, room)
     probabilities = block_probabilities(strategy, blocks, scores, threshold)
+    if count < len(blocks):  # the others keep their weights among themselves
+        probabilities = probabilities[drawable] / (probabilities[drawable].sum() or 1.0)
     if len(names) > count:
         probabilities = np.append(probabilities, 1 / count) / (1 + 1 / count)
     possible = int((probabilities > 0).sum())

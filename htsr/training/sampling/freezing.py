@@ -91,6 +91,11 @@ class _Hold:
         return _Hold, (None, ())
 
 
+def is_held(model: torch.nn.Module) -> bool:
+    """Whether some flags of a `model`, or of one that it is a copy of, have been held and not released."""
+    return any(isinstance(hook, _Hold) for part in model.modules() for hook in part._forward_pre_hooks.values())
+
+
 def called_inside(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The parts of a module that its forward calls: its children, and those of lists and dicts among them.
 

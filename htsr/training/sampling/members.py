@@ -84,7 +84,7 @@ def trainable(model: torch.nn.Module, blocks: Blocks) -> Trainable:
 def members_of(
     model: torch.nn.Module, blocks: Blocks, found: Trainable, unit: Unit, extra: list[str]
 ) -> dict[str, list[str]]:
-    """What is drawn: blocks, or their matrices as MISA draws them.
+    """What is drawn: blocks with something that trains, or their matrices as MISA draws them.
 
     A matrix goes with its bias, the adapters of one matrix go together, and so do matrices of one module (the experts
     of a block, a fused projection). What of a block belongs to no matrix (norms) goes with the first of its matrices.
@@ -100,7 +100,7 @@ def members_of(
         Names of the parameters of each member, by the member's name.
 
     Raises:
-        UsageError: a block has no trainable parameters, or there is `extra` beside matrices.
+        UsageError: no block has trainable parameters, or there is `extra` beside matrices.
 
     Examples:
         >>> import torch
@@ -118,8 +118,8 @@ def members_of(
     dimensions = {clean_name(name): parameter.ndim for name, parameter in model.named_parameters()}
     members: dict[str, list[str]] = {}
     for block, names in zip(blocks.names, found.blocks, strict=True):
-        if not names:
-            raise UsageError(f"{block} has no trainable parameters; make the sampler before freezing anything")
+        if not names:  # the caller says so
+            continue
         modules: dict[str, list[str]] = {}
         for name in names:
             modules.setdefault(_module_of(name), []).append(name)
@@ -130,6 +130,8 @@ def members_of(
             members |= own
             first = next(iter(own))
             members[first] = own[first] + [n for module, inside in modules.items() if module not in own for n in inside]
+    if not members:
+        raise UsageError(f"no block of {type(model).__name__} has trainable parameters: thaw some before sampling")
     return members | ({EMBEDDING: extra} if extra else {})
 
 

@@ -36,11 +36,12 @@ from htsr.training.sampling.freezing import (
     HeldFlags,
     called_inside,
     insist_on_unused_parameters,
+    is_held,
     set_up_anew,
     stop_input_gradients,
 )
 from htsr.training.sampling.gradient_norms import GradientNorms, after_backward, insist_on_whole_gradients
-from htsr.training.sampling.members import Unit, members_of, trainable, what_else_trains
+from htsr.training.sampling.members import Trainable, Unit, members_of, trainable, what_else_trains
 from htsr.training.sampling.probabilities import Scores, Strategy
 from htsr.training.sampling.states import FrozenState, MemberStates
 from htsr.training.steps import scale_of_running_step, skipped_by_scaler
@@ -60,9 +61,10 @@ class LayerSampler:
     """Draws the blocks that train, and freezes the others.
 
     Only parameters that are trainable when the sampler is made take part, so on a PEFT model it is the adapters that
-    are sampled by block. The optimizer must hold all of them, which `attach` insists on: one that took its view of the
-    parameters while some were frozen would train nothing new (OptimalScale/LMFlow#726). After the first step of each
-    interval the sampler makes sure that every drawn block has been updated.
+    are sampled by block, and a block that was frozen before is left out of the draws. The optimizer must hold all of
+    them, which `attach` insists on: one that took its view of the parameters while some were frozen would train nothing
+    new (OptimalScale/LMFlow#726). After the first step of each interval the sampler makes sure that every drawn block
+    has been updated.
 
     What ``embedding`` means, for the input embedding with all that comes before the first block, and for the head (one
     tensor where they are tied); the rest outside of the blocks (final norm, classifier) always trains:
@@ -167,6 +169,7 @@ class LayerSampler:
             raise UsageError(f"unknown unit {unit!r}: block or matrix")
         self._blocks = find_blocks(model, blocks)
         self._trainable = trainable(model, self._blocks)
+        self._left_out = _without_members(model, self._blocks, self._trainable)
         self._embedding = self._trainable.embedding
         extra = self._embedding if embedding == "sampled" else []
         members = members_of(model, self._blocks, self._trainable, unit, extra)
@@ -347,6 +350,7 @@ class LayerSampler:
             "active": list(self._active),
             "counts": [int(count) for count in self._tally.counts],
             "moved": sorted(self._tally.moved),
+            **({"left_out": list(self._left_out)} if self._left_out else {}),
             **({} if self._norms is None else {"norms": self._norms.state_dict(), "expected": self._expected.tolist()}),
         }
 
@@ -365,6 +369,8 @@ class LayerSampler:
                 f"the checkpoint has no state of a sampler over {len(self.names)} {kind}: load it before the sampler "
                 "is attached, and the draws begin anew"
             )
+        if list(state.get("left_out", ())) != list(self._left_out):
+            raise UsageError("the checkpoint has the state of a sampler that draws other blocks: freeze the same ones")
         if (self._norms is None) != ("norms" not in state):
             which = "draws by gradients" if self._norms is None else "draws otherwise"
             raise UsageError(f"the checkpoint has the state of a sampler that {which}: take its strategy")
@@ -522,3 +528,22 @@ class LayerSampler:
                     "wrapper may have been made while it was frozen, or reentrant checkpointing needs "
                     "gradient_checkpointing_kwargs={'use_reentrant': False}"
                 )
+
+
+def _without_members(model: torch.nn.Module, blocks: Blocks, found: Trainable) -> tuple[int, ...]:
+    """Indices of the blocks in which nothing trains, said in the log.
+
+    Raises:
+        UsageError: another sampler has frozen them.
+    """
+    indices = tuple(index for index, names in enumerate(found.blocks) if not names)
+    if not indices:
+        return ()
+    shown = ", ".join(blocks.names[index] for index in indices)
+    if is_held(model):
+        raise UsageError(
+            f"{blocks.names[indices[0]]} is frozen by a LayerSampler that was attached to this model, or to one that "
+            "it is a copy of: detach that sampler, or call model.requires_grad_(True), before another is made"
+        )
+    logger.warning("left out of the draws, since nothing in them trains: %s", shown)
+    return indices

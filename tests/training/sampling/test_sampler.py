@@ -3,6 +3,7 @@ import io
 import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -358,11 +359,57 @@ def test_resumed_is_uninterrupted_bit_for_bit(frozen_state, attach_first):
     assert json.loads(json.dumps(sampler.state_dict())) == sampler_again.state_dict()
 
 
+def test_a_block_that_was_frozen_before_is_left_out_of_the_draws(caplog):
+    shares, data = (0.2, 0.4, 0.1, 0.3), batches(8)
+
+    def make(frozen=1):
+        model = llama(4)
+        model.model.layers[frozen].requires_grad_(False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        return model, optimizer, LayerSampler(model, shares, active=2, interval=1, seed=1)
+
+    model, optimizer, sampler = make()
+    assert "left out of the draws, since nothing in them trains: model.layers.1" in caplog.text
+    assert sampler.names == ("model.layers.0", "model.layers.2", "model.layers.3")
+    np.testing.assert_allclose(sampler.probabilities, np.array([2, 1, 3]) / 6)
+    with pytest.raises(htsr.UsageError, match="between 1 and the 3 blocks, not 4"):
+        LayerSampler(model, active=4)
+    matrices = LayerSampler(model, "uniform", unit="matrix", active=1)
+    assert len(matrices.names) == 3 * 7
+    assert not any(name.startswith("model.layers.1.") for name in matrices.names)
+    logged = []
+    callback = LayerSamplerCallback(LayerSampler(model, (0, 1, 1, 0), active=1))  # the second that can be drawn
+    callback._log = lambda logs, step: logged.append(logs)
+    callback.on_log(None, SimpleNamespace(global_step=1), None, {"loss": 1.0})
+    assert logged == [{"lowest_active_block": 2}]
+    before = copy.deepcopy(model.state_dict())
+    sampler.attach(optimizer)
+    train(model, optimizer, data[:4])
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, data[4:])
+    after = model.state_dict()
+    moved = {name.split(".")[2] for name in after if "layers" in name and not torch.equal(before[name], after[name])}
+    assert moved == {"0", "2", "3"}
+
+    again, optimizer_again, sampler_again = make()
+    sampler_again.attach(optimizer_again)
+    again.load_state_dict(saved[0])
+    optimizer_again.load_state_dict(saved[1])
+    train(again, optimizer_again, data[4:])
+    assert all(torch.equal(value, after[name]) for name, value in again.state_dict().items())
+    with pytest.raises(htsr.UsageError, match="draws other blocks: freeze the same ones"):
+        make(2)[2].load_state_dict(sampler.state_dict())
+    for sampled in (model, copy.deepcopy(model)):  # what a sampler has frozen is another matter
+        with pytest.raises(htsr.UsageError, match="is frozen by a LayerSampler that was attached to this model"):
+            LayerSampler(sampled)
+    sampler.detach()
+    assert LayerSampler(model).names == sampler.names
+
+
 def test_what_would_train_nothing_is_refused():
     model = llama(3)
-    for parameter in model.model.layers[0].parameters():
-        parameter.requires_grad_(False)
-    with pytest.raises(htsr.UsageError, match=r"model\.layers\.0 has no trainable parameters"):
+    model.model.layers.requires_grad_(False)
+    with pytest.raises(htsr.UsageError, match=r"no block of LlamaForCausalLM has trainable parameters"):
         LayerSampler(model)
 
     model = llama(3)
