@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -112,10 +112,11 @@ def module_options(
         {'target_modules': ['linear1', 'linear2'], 'modules_to_save': ['norm1']}
     """
     modules, refused = list[list[str]](), list[str]()
-    for find in (
+    finders: tuple[Callable[[], list[str]], ...] = (
         lambda: [] if targets == ALL_LINEAR else target_modules(model, targets),
         lambda: saved_modules(model, whole),
-    ):
+    )
+    for find in finders:
         try:
             modules.append(find())
         except UsageError as error:
