@@ -169,7 +169,8 @@ class Sampling:
         active: number γ of blocks that train at a time, or of blocks whose parameters the drawn matrices have.
         interval: number K of optimizer steps between draws.
         top: whether the γ most probable blocks train for good.
-        embedding: what becomes of embedding and head, see `LayerSampler`.
+        embedding: what becomes of embedding and head, see `LayerSampler`; ``lowrank`` is for owlore, and under lora and
+            qlora it is of those that ``lora.modules_to_save`` has.
         frozen_state: what becomes of the optimizer state of a frozen block, see `LayerSampler`.
         threshold: τ of the outlier distribution.
         outliers: file from `htsr outliers`; without it outliers are measured on the training data.
