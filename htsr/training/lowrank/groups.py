@@ -93,6 +93,19 @@ def low_rank_groups(
     return [group for group in groups if group["params"]]
 
 
+def told(group: dict[str, Any], parameter: torch.Tensor, number: int) -> str:
+    """What a message calls a parameter: by its name where torch was given named parameters, else by its number.
+
+    Args:
+        group: group of the parameter.
+        parameter: parameter of any shape.
+        number: number of the parameter among all of the optimizer.
+    """
+    members, names = group["params"], group.get("param_names", ())
+    named = zip(names, members, strict=True) if len(names) == len(members) else ()
+    return f"parameter {next((name for name, member in named if member is parameter), number)}"
+
+
 def fill_group(group: dict[str, Any]) -> None:
     """Put the values of GaLore, APOLLO or APOLLO-Mini where a group of `LowRankAdamW` has None.
 

@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 from htsr.errors import UsageError
 from htsr.training.lowrank import sealing
-from htsr.training.lowrank.groups import check_group, fill_group
+from htsr.training.lowrank.groups import check_group, fill_group, told
 from htsr.training.lowrank.moments import StateDtype
 from htsr.training.lowrank.projection import coordinates, insist_on_finite, is_due, refuse_capture, without_autocast
 from htsr.training.lowrank.released import Gradients, ReleasedGradient, release_in_backward
@@ -56,7 +56,8 @@ class LowRankAdamW(torch.optim.Optimizer):
     Replicas round alike, and a resumed run rounds as the uninterrupted one.
 
     Args:
-        params: parameters or groups, as from `low_rank_groups`.
+        params: parameters or groups, as from `low_rank_groups`; named ones, as torch takes them, have their names in
+            refusals, and others their number in the order of the groups.
         lr: learning rate, as in torch.optim.AdamW.
         betas: decay rates of the two moments.
         eps: number that is added to the root of the second moment, after its bias correction.
@@ -400,9 +401,11 @@ class LowRankAdamW(torch.optim.Optimizer):
         steps: bool = True,
     ) -> Pending:
         if G.is_sparse:
-            raise UsageError(f"parameter {index} has a sparse gradient; make its embedding with sparse=False")
+            raise UsageError(
+                f"{told(group, parameter, index)} has a sparse gradient; make its embedding with sparse=False"
+            )
         state = self.state[parameter] if steps else self.state.get(parameter, {})
-        _insist_on_rank(state, group["rank"], parameter, index)
+        _insist_on_rank(state, group, parameter, index)
         done = int(state["step"]) if "step" in state else 0
         return Pending(parameter, state, group, constants or Constants.of(group), index, done, G)
 
@@ -461,10 +464,11 @@ def _is_scaled(group: Group) -> bool:
     return group["rank"] is not None and group["scaled_by"] is not None
 
 
-def _insist_on_rank(state: dict[str, Any], rank: int | None, parameter: Tensor, number: int) -> None:
+def _insist_on_rank(state: dict[str, Any], group: Group, parameter: Tensor, number: int) -> None:
     """Refuse moments of another rank than the group has now; there is no telling what they are in its subspace."""
     if "exp_avg" not in state or parameter.ndim < 2:
         return
+    rank = group["rank"]
     wanted = None if rank is None else min(rank, *parameter.shape[-2:])
     held = None
     if "projector" in state:  # the moments may be those of its complement
@@ -473,6 +477,6 @@ def _insist_on_rank(state: dict[str, Any], rank: int | None, parameter: Tensor, 
         held = state["exp_avg"].shape[-1 if projects_right(parameter.shape) else -2]
     if held != wanted:
         raise UsageError(
-            f"parameter {number} has moments of rank {held}, and its group now has rank {rank}: call "
+            f"{told(group, parameter, number)} has moments of rank {held}, and its group now has rank {rank}: call "
             "optimizer.drop_state(parameter) for each of a group before its rank is changed"
         )

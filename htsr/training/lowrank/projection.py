@@ -10,6 +10,7 @@ from torch import Tensor
 
 from htsr.errors import HtsrError, UsageError
 from htsr.training.lowrank import moments
+from htsr.training.lowrank.groups import told
 from htsr.training.lowrank.scaling import random_basis
 from htsr.training.lowrank.subspace import NOT_FINITE, first_not_finite, is_distributed, project, projector, rotated
 from htsr.training.lowrank.update import Pending, noise_seed, seed_of
@@ -87,8 +88,8 @@ def basis(
     G, state, group = one.R, one.state, one.group
     if G.ndim < 2:
         raise UsageError(
-            f"parameter {one.number} of a group with rank has become flat, {tuple(G.shape)}: DeepSpeed's ZeRO and "
-            "FSDP1 leave no matrix to project; take DDP or FSDP2"
+            f"{told(group, one.parameter, one.number)} of a group with rank has become flat, {tuple(G.shape)}: "
+            "DeepSpeed's ZeRO and FSDP1 leave no matrix to project; take DDP or FSDP2"
         )
     if group["method"] == "random":
         # not of the number of drops: the projection stays what it is when another's state is dropped
@@ -142,4 +143,4 @@ def refuse_capture() -> None:
 
 
 def _place(one: Pending) -> str:
-    return f"parameter {one.number} ({'×'.join(map(str, one.R.shape))}) at step {one.done + 1}"
+    return f"{told(one.group, one.parameter, one.number)} ({'×'.join(map(str, one.R.shape))}) at step {one.done + 1}"

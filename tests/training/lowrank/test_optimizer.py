@@ -700,6 +700,16 @@ def test_a_gradient_with_nan_stops_the_step_before_anything_is_changed():
     with pytest.raises(HtsrError, match=r"parameter 2 \(16×16\) at step 3: a gradient has NaN or Inf"):
         optimizer.step()
     torch.testing.assert_close([params, list(optimizer.state.values())], before, rtol=0, atol=0)
+    named = [{"params": [(f"W{i}", p) for i, p in enumerate(params[1:3])], "rank": 2, "refresh_every": 2}]
+    optimizer = LowRankAdamW(named)
+    with pytest.raises(HtsrError, match=r"parameter W1 \(16×16\) at step 1: a gradient has NaN or Inf"):
+        optimizer.step()
+    take(optimizer, params, gradients(1)[0])
+    params[2].grad.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="non-finite"):  # what the guide says for the steps between
+        nn.utils.clip_grad_norm_(params, 1.0, error_if_nonfinite=True)
+    optimizer.step()
+    assert bool(params[2].isnan().all())
 
 
 @pytest.mark.parametrize("mode", ["keep", "project", "update"])
