@@ -143,7 +143,7 @@ def check_sharding(recipe: Recipe, arguments: Any) -> None:
 
 
 def check_gradients(recipe: Recipe, arguments: Any) -> None:
-    """Refuse a way to release gradients that does not go with TRL's `arguments`.
+    """Refuse a way of a `recipe` to release gradients that does not go with TRL's `arguments`.
 
     Raises:
         UsageError: there are several processes, fp16, several backward passes a step, or clipping that it cannot do.
