@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -255,6 +256,8 @@ def test_plans_of_all_batches_are_those_of_their_own_simulations(tmp_path, monke
 
 def test_batches_of_other_operations_are_simulated_each(monkeypatch):
     class Odd:
+        setting = SimpleNamespace(evaluation=0)
+
         def trace(self, batch):
             return Trace((("forward", batch),), np.full((1, 7), batch), np.zeros(1))
 
