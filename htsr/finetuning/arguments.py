@@ -75,8 +75,8 @@ def check_training(training: Mapping[str, Any]) -> None:
         UsageError: it is not.
         MissingDependencyError: TRL is not installed.
     """
-    refusals = Refusals()
-    refusals.unless(lambda: _check("training", training, _sft_config(), _OWN))
+    config, refusals = _sft_config(), Refusals()
+    refusals.unless(lambda: _check("training", training, config, _OWN))
     for key, value in training.items():
         refusals.unless(lambda key=key, value=value: _check_range(key, value))  # type: ignore[misc]
     refusals.end()

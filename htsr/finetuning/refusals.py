@@ -14,8 +14,7 @@ class Refusals:
     """What is refused, stage by stage: one that fails does not hide the next.
 
     Attributes:
-        sentences: why, each once.
-        is_wrong_usage: whether one of them is of what was asked for, and not of what was found.
+        errors: what was raised.
 
     Examples:
         >>> from htsr.errors import UsageError
@@ -32,23 +31,34 @@ class Refusals:
     """
 
     def __init__(self) -> None:
-        self.sentences: list[str] = []
-        self.is_wrong_usage = False
+        self.errors: list[HtsrError] = []
 
     def unless(self, stage: Callable[[], T]) -> T | None:
         """What `stage` returns, or None where it refuses."""
         try:
             return stage()
         except HtsrError as error:
-            self.sentences += [line for line in str(error).splitlines() if line not in self.sentences]
-            self.is_wrong_usage |= isinstance(error, UsageError)
+            self.errors.append(error)
             return None
 
+    @property
+    def sentences(self) -> list[str]:
+        """Why, each once."""
+        return list(dict.fromkeys(line for error in self.errors for line in str(error).splitlines()))
+
+    @property
+    def is_wrong_usage(self) -> bool:
+        """Whether one of them is of what was asked for, and not of what was found."""
+        return any(isinstance(error, UsageError) for error in self.errors)
+
     def end(self) -> None:
-        """Refuse, a line for each sentence, where there are any.
+        """Raise what was raised, and of several errors one with a line for each sentence.
 
         Raises:
-            UsageError: there are.
+            HtsrError: the only one.
+            UsageError: there are several.
         """
-        if self.sentences:
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
             raise UsageError("\n".join(self.sentences))

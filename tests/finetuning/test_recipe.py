@@ -1,5 +1,6 @@
 import re
 import shlex
+import sys
 
 import pytest
 import yaml
@@ -31,7 +32,7 @@ def test_defaults_and_numbers(tmp_path):
     assert read_recipe(write(tmp_path, text)).low_rank.scale == 1.0
 
 
-def test_all_that_is_wrong_is_told_at_once(tmp_path):
+def test_all_that_is_wrong_is_told_at_once(tmp_path, monkeypatch):
     content = {"plot_loss": True, "seed": "one", "data": {"val_size": 0.1, "train": {"path": "p"}}, "lora": {"r": 8}}
     content["training"] = {"sequence_len": 8, "learning_rate": -1, "max_steps": "many", "hub_strategy": "checkpoint"}
     with pytest.raises(htsr.UsageError) as told:
@@ -44,6 +45,10 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
         "training.learning_rate is -1",
     )  # fmt: skip
     assert len(lines) == len(starts)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "trl.trainer.sft_config", None)
+        with pytest.raises(htsr.MissingDependencyError, match="fine-tuning needs TRL"):
+            read_recipe(write(tmp_path, MINIMAL))
     assert all(any(line.startswith(start) for line in lines) for start in starts)
 
 
