@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class HtsrError(Exception):
@@ -85,6 +88,59 @@ def refused(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise SourceError(f"{what}: {reason_of(error)}") from error
+
+
+class Refusals:
+    """What is refused, stage by stage: one that fails does not hide the next.
+
+    Attributes:
+        errors: what was raised.
+
+    Examples:
+        >>> from htsr.errors import Refusals, UsageError
+        >>> def below(value, limit):
+        ...     if value >= limit:
+        ...         raise UsageError(f"{value} is not below {limit}")
+        ...     return value
+        >>> refusals = Refusals()
+        >>> [refusals.unless(below, value, 3) for value in (2, 3, 4)]
+        [2, None, None]
+        >>> refusals.sentences
+        ['3 is not below 3', '4 is not below 3']
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[HtsrError] = []
+
+    def unless(self, stage: Callable[..., T], *arguments: Any) -> T | None:
+        """What `stage` returns of the `arguments`, or None where it refuses."""
+        try:
+            return stage(*arguments)
+        except HtsrError as error:
+            self.errors.append(error)
+            return None
+
+    @property
+    def sentences(self) -> list[str]:
+        """Why, each once."""
+        return list(dict.fromkeys(line for error in self.errors for line in str(error).splitlines()))
+
+    @property
+    def is_wrong_usage(self) -> bool:
+        """Whether one of them is of what was asked for, and not of what was found."""
+        return any(isinstance(error, UsageError) for error in self.errors)
+
+    def end(self) -> None:
+        """Raise what was raised, and of several errors one with a line for each sentence.
+
+        Raises:
+            HtsrError: the only one.
+            UsageError: there are several.
+        """
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise UsageError("\n".join(self.sentences))
 
 
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")  # torch, cuBLAS, cuSOLVER

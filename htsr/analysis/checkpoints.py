@@ -114,10 +114,14 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
         logger.warning("%s: left out, since epochs are no steps: %s", folder, ", ".join(epochs))
     steps = steps or {entry: step for entry, (_, step) in numbered.items()}
     found = [Checkpoint(entry.name, entry, None, step, folder) for entry, step in steps.items()]
-    found.sort(key=lambda checkpoint: (checkpoint.step, checkpoint.label))
+    found.sort(key=_place)
     if found and (final := _final_model(folder, found)):
-        found.append(final)
-    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.label))
+        found = sorted([*found, final], key=_place)
+    return found
+
+
+def _place(checkpoint: Checkpoint) -> tuple[int, str]:
+    return checkpoint.step or 0, checkpoint.label
 
 
 def step_of(name: str) -> int | None:

@@ -31,9 +31,8 @@ from htsr.analysis.trajectory_file import (
     read_trajectory,
 )
 from htsr.errors import SourceError, UsageError
-from htsr.matrices.adapters import adapter_folder
 from htsr.matrices.models import Filter, Model, WeightMatrix, as_filter
-from htsr.matrices.sources import Source, locate, open_changes, open_model
+from htsr.matrices.sources import Source, adapter_of, open_changes, open_model
 from htsr.ranks import Ranks
 from htsr.spectra.metrics import Options
 from htsr.spectra.tail import FitMethod
@@ -204,7 +203,11 @@ def _reference(
         return None
 
     def weights() -> Model | None:
-        return None if _adapter(first) is not None else open_model(first.source, revision=first.revision)
+        return (
+            None
+            if adapter_of(first.source, first.revision) is not None
+            else open_model(first.source, revision=first.revision)
+        )
 
     try:
         model = _on_all(ranks, weights)
@@ -287,7 +290,7 @@ class _Run:
         source, revision, against = checkpoint.source, checkpoint.revision, self.against
 
         def open_both() -> tuple[Model, Model | None]:
-            adapter = _adapter(checkpoint)
+            adapter = adapter_of(checkpoint.source, checkpoint.revision)
             if adapter is None:
                 model = open_model(source, revision=revision, against=against)
                 weights = model if against is None else open_model(source, revision=revision)
@@ -303,19 +306,12 @@ class _Run:
         return _on_all(self.ranks, open_both)
 
 
-def _adapter(checkpoint: Checkpoint) -> Path | None:
-    """The folder of a checkpoint that is an adapter; None for whole models."""
-    if not isinstance(checkpoint.source, (str, os.PathLike)):
-        return None
-    return adapter_folder(locate(os.fspath(checkpoint.source), checkpoint.revision))
-
-
 def _are_mixed(checkpoints: Sequence[Checkpoint], points: Points) -> bool:
     """Whether whole models are among the `checkpoints` or what was measured, and adapters among the `checkpoints`."""
     adapted = []
     for checkpoint in checkpoints:
         try:
-            adapted.append(_adapter(checkpoint) is not None)
+            adapted.append(adapter_of(checkpoint.source, checkpoint.revision) is not None)
         except SourceError:
             continue  # said when its turn comes
     before = [any(point.row.kind == "adapter" for point in known.values()) for known in points.by_source.values()]

@@ -17,9 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from htsr.errors import HtsrError, MissingDependencyError, UsageError, reason_of
+from htsr.errors import HtsrError, MissingDependencyError, Refusals, UsageError, reason_of
 from htsr.finetuning.recipe_values import kind_of, nearest
-from htsr.finetuning.refusals import Refusals
 
 if TYPE_CHECKING:
     from htsr.finetuning.recipe import Lora, Recipe
@@ -76,9 +75,9 @@ def check_training(training: Mapping[str, Any]) -> None:
         MissingDependencyError: TRL is not installed.
     """
     config, refusals = _sft_config(), Refusals()
-    refusals.unless(lambda: _check("training", training, config, _OWN))
+    refusals.unless(_check, "training", training, config, _OWN)
     for key, value in training.items():
-        refusals.unless(lambda key=key, value=value: _check_range(key, value))  # type: ignore[misc]
+        refusals.unless(_check_range, key, value)
     refusals.end()
 
 
@@ -275,7 +274,7 @@ def _check(section: str, given: Mapping[str, Any], kind: Any, own: Mapping[str, 
             raise UsageError(f"{section}.{key} is {kind_of(given[key])}, and {kind.__name__} wants {hint}")
 
     for key in given:
-        refusals.unless(lambda key=key: check(key))  # type: ignore[misc]
+        refusals.unless(check, key)
     refusals.end()
 
 

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from htsr.errors import Refusals
 from htsr.finetuning.budget import MOST, Budget, largest_batch
 from htsr.finetuning.memory import is_planned, logits_of, setting_of
 from htsr.finetuning.preflight import Prepared, check_gradients, check_sharding, prepare_data, tell_of_warmup
 from htsr.finetuning.preview import Preview
 from htsr.finetuning.recipe import Recipe
-from htsr.finetuning.refusals import Refusals
 from htsr.finetuning.run_folder import check_output, check_same_run, plain, resolved
 from htsr.results import Column, Record, Table, Tabular
 from htsr.training.memory.plan import MemoryPlan, MemoryPlans
@@ -170,22 +170,22 @@ def check(recipe: Recipe, *, resume: bool = False, memory: int | None = None) ->
 
     refused = Refusals()
     output = Path(recipe.output)
-    refused.unless(lambda: check_output(output, resume))
+    refused.unless(check_output, output, resume)
     if resume:
         refused.unless(lambda: check_same_run(recipe, output, lambda _: None))
-    arguments = refused.unless(lambda: training_arguments(recipe))
+    arguments = refused.unless(training_arguments, recipe)
     found: dict[str, Any] = {}
     notes: list[str] = []
     if arguments is not None:
-        refused.unless(lambda: check_sharding(recipe, arguments))
-        refused.unless(lambda: check_gradients(recipe, arguments))
-        prepared = refused.unless(lambda: prepare_data(recipe, arguments, resume, notes.append))
+        refused.unless(check_sharding, recipe, arguments)
+        refused.unless(check_gradients, recipe, arguments)
+        prepared = refused.unless(prepare_data, recipe, arguments, resume, notes.append)
         if prepared is not None:
-            found |= refused.unless(lambda: _seen(prepared, arguments)) or {}
+            found |= refused.unless(_seen, prepared, arguments) or {}
         if "schedule" in found:
             tell_of_warmup(arguments, found["schedule"].steps, notes.append)
         longest = found["preview"].lengths["longest"] if "preview" in found else None
-        found |= refused.unless(lambda: _memory(recipe, arguments, longest, memory)) or {}
+        found |= refused.unless(_memory, recipe, arguments, longest, memory) or {}
         optim = str(getattr(arguments.optim, "value", arguments.optim))
         if recipe.low_rank is None and optim not in _PLANNED and "plan" in found:
             notes.append(f"memory is planned with AdamW's two moments; training.optim: {optim} may keep others")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from htsr.finetuning.checkpoints import count_processes
 from htsr.finetuning.placing import is_to_be_sharded
 from htsr.finetuning.starts import OF_STARTS
-from htsr.training.memory.plan import LOW_RANK, SAMPLED, Logits, MemoryPlan, beside
+from htsr.training.memory.plan import SAMPLED, Logits, MemoryPlan, beside
 from htsr.training.memory.prediction import predict_memory
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ def setting_of(recipe: Recipe, arguments: Any, longest: int | None = None) -> di
     if sampling is not None:
         setting |= {"active_blocks": sampling.active, "unit": sampling.unit, "frozen_state": sampling.frozen_state}
     if sampling is not None and recipe.method in SAMPLED:
-        full = sampling.embedding == "sampled" or (sampling.embedding == "lowrank" and recipe.method not in LOW_RANK)
-        setting["embeddings"] = "train" if full else sampling.embedding
+        setting["embeddings"] = "train" if sampling.embedding == "sampled" else sampling.embedding
     if low_rank is not None:
         if sampling is None:
             setting["embeddings"] = low_rank.embedding

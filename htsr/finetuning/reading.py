@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from htsr.errors import SourceError
+from htsr.errors import Refusals, SourceError
 from htsr.finetuning.arguments import check_lora, check_training
 from htsr.finetuning.overrides import override, split_override
 from htsr.finetuning.recipe import SECTIONS_OF, Recipe, needed_by
 from htsr.finetuning.recipe_values import load_yaml, made
-from htsr.finetuning.refusals import Refusals
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +33,9 @@ def read_recipe(path: str, changes: Mapping[str, Any] | None = None, overrides: 
         MissingDependencyError: TRL is not installed.
     """
     content, refusals = read_contents(path, changes, overrides), Refusals()
-    recipe = refusals.unless(lambda: recipe_of(content, path))
+    recipe = refusals.unless(recipe_of, content, path)
     if recipe is None and isinstance(content.get("training"), dict):
-        refusals.unless(lambda: check_training(content["training"]))
+        refusals.unless(check_training, content["training"])
     refusals.end()
     assert recipe is not None
     check_options(recipe)

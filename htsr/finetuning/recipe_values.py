@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from htsr.errors import UsageError
+from htsr.errors import Refusals, UsageError
 from htsr.finetuning.other_names import told
-from htsr.finetuning.refusals import Refusals
 
 MOST_CHARACTERS, MOST_VALUES, MOST_ENTRIES = 30_000, 10_000, 2_000
 
@@ -128,10 +127,10 @@ def made(kind: Any, content: Mapping[str, Any], where: str) -> Any:
         UsageError: a key is unknown or missing, or a value is of another kind; its place is named.
     """
     hints, refusals = get_type_hints(kind), Refusals()
-    refusals.unless(lambda: _check_keys(kind, hints, content, where))
+    refusals.unless(_check_keys, kind, hints, content, where)
     values = {
-        key: refusals.unless(lambda key=key: _value(hints[key], content[key], f"{where}: {key}"))  # type: ignore[misc]
-        for key in content
+        key: refusals.unless(_value, hints[key], value, f"{where}: {key}")
+        for key, value in content.items()
         if key in hints
     }
     refusals.end()

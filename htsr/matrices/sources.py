@@ -51,7 +51,7 @@ def open_model(
         SourceError: the source cannot be read; the message says why.
         UsageError: a `base` is given without an adapter, or a `revision` for a local path.
     """
-    adapted, other_adapted = _adapter_of(source, revision), None if against is None else _adapter_of(against)
+    adapted, other_adapted = adapter_of(source, revision), None if against is None else adapter_of(against)
     if base is None and against is not None and bool(adapted) != bool(other_adapted):
         base = "auto"  # a change less a weight has no meaning
     on_base = base if adapted or not other_adapted else None
@@ -106,11 +106,20 @@ def is_adapter(source: Source) -> bool:
         >>> is_adapter(torch.nn.Linear(2, 2))
         False
     """
-    return _adapter_of(source) is not None
+    return adapter_of(source) is not None
 
 
-def _adapter_of(source: Source, revision: str | None = None) -> Path | None:
-    """The folder of the adapter that `source` names; None where it is none."""
+def adapter_of(source: Source, revision: str | None = None) -> Path | None:
+    """The folder of the adapter that `source` names; None where it is none.
+
+    Args:
+        source: source of a model, as `open_model` takes it.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        SourceError: there is no such path or model.
+        UsageError: the name is empty, or a revision is given for a local path.
+    """
     if not isinstance(source, (str, os.PathLike)):
         return None
     return adapters.adapter_folder(locate(os.fspath(source), revision))
@@ -191,12 +200,18 @@ def open_changes(source: Source, base: Source, revision: str | None = None) -> M
         SourceError: a source cannot be read; the message says why.
         UsageError: `source` is no adapter.
     """
-    folder = _adapter_of(source, revision)
-    if folder is None:
-        raise UsageError("a base belongs to an adapter folder")
+    folder = _adapter_with_base(source, revision)
     tensors, of_base = _changes(folder, _named(folder) if base == "auto" else base)
     fingerprint = None if of_base is None else "-".join(filter(None, (_fingerprint(folder.iterdir()), of_base)))
     return Model(os.fspath(source), tuple(matrices_of(unshared(tensors), {})), fingerprint)  # type: ignore[arg-type]
+
+
+def _adapter_with_base(source: Source, revision: str | None) -> Path:
+    """The folder of the adapter for which a base is given."""
+    folder = adapter_of(source, revision)
+    if folder is None:
+        raise UsageError("a base belongs to an adapter folder")
+    return folder
 
 
 def _adapter(folder: Path) -> tuple[list[StoredTensor], str | None]:
@@ -215,14 +230,14 @@ def _changes(folder: Path, base: Source | None) -> tuple[list[StoredTensor], str
         label, before, config, fingerprint = _open(base, None)
         return _minus_base(_merged(folder, before, config), before, config, label), fingerprint
     changes = adapters.adapter_changes(folder)
-    whole = [tensor for tensor in changes if not isinstance(tensor.read, Delta) and tensor.problem is None]
+    whole = [tensor for tensor in changes if _is_whole(tensor)]
     if not whole:
         return changes, ""
     if base is None:
-        return [_of_unknown(tensor, settings.base) if tensor in whole else tensor for tensor in changes], ""
+        return [_of_unknown(tensor, settings.base) if _is_whole(tensor) else tensor for tensor in changes], ""
     label, before, config, fingerprint = _open(base, None)
     merged = adapters.merged_with_base(layouts.as_named(whole, before, {}, config), before)
-    factors = [tensor for tensor in changes if tensor not in whole]
+    factors = [tensor for tensor in changes if not _is_whole(tensor)]
     return factors + _minus_base(merged, before, config, label), fingerprint
 
 
@@ -250,10 +265,13 @@ def _minus_base(
     return result
 
 
+def _is_whole(tensor: StoredTensor) -> bool:
+    """Whether an adapter holds a tensor whole, and no factors of its change."""
+    return not isinstance(tensor.read, Delta) and tensor.problem is None
+
+
 def _of_unknown(tensor: StoredTensor, base: str | None) -> StoredTensor:
     """A tensor that an adapter holds whole, whose change is not known without the base."""
-    if isinstance(tensor.read, Delta) or tensor.problem:
-        return tensor
     why = f"{tensor.name} is saved whole, and its change depends on the base{f' {base}' if base else ''}: "
     return replace(tensor, problem=("needs_base", f"{why}analyze it with base=…"))
 
@@ -284,9 +302,7 @@ def _fingerprint(files: Any) -> str:
 
 
 def _on_base(source: Source, base: Source, revision: str | None) -> Opened:
-    folder = _adapter_of(source, revision)
-    if folder is None:
-        raise UsageError("a base belongs to an adapter folder")
+    folder = _adapter_with_base(source, revision)
     _, base_tensors, config, fingerprint = _open(_named(folder) if base == "auto" else base, None)
     merged = _merged(folder, base_tensors, config)
     return os.fspath(source), merged, config, fingerprint and f"{_fingerprint(folder.iterdir())}-{fingerprint}"  # type: ignore[arg-type]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from htsr.errors import UsageError
+from htsr.errors import Refusals, UsageError
 from htsr.matrices.patterns import matches
 from htsr.matrices.roles import role_of
 
@@ -111,19 +111,12 @@ def module_options(
         >>> module_options(torch.nn.TransformerEncoderLayer(d_model=8, nhead=2), "mlp.*", ["norm1"], {})
         {'target_modules': ['linear1', 'linear2'], 'modules_to_save': ['norm1']}
     """
-    modules, refused = list[list[str]](), list[str]()
-    finders: tuple[Callable[[], list[str]], ...] = (
-        lambda: [] if targets == ALL_LINEAR else target_modules(model, targets),
-        lambda: saved_modules(model, whole),
-    )
-    for find in finders:
-        try:
-            modules.append(find())
-        except UsageError as error:
-            refused.append(str(error))
-    if refused:
-        raise UsageError("\n".join(refused))
-    names, saved = modules
+    refusals = Refusals()
+    names = [] if targets == ALL_LINEAR else refusals.unless(target_modules, model, targets)
+    saved = refusals.unless(saved_modules, model, whole)
+    refusals.end()
+    assert names is not None
+    assert saved is not None
     if twice := [name for name in names if name in saved]:
         raise UsageError(f"lora: {twice[0]} is among targets and modules_to_save; it has an adapter or trains whole")
     tied = tied_modules(model)

@@ -70,9 +70,9 @@ def train(config: Any, method: str, batch: int, sequence: int, *, rank: int, war
             model.enable_input_require_grads()
         adapters = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **options.get("lora_options", {})}
         model = peft.get_peft_model(model, peft.LoraConfig(r=rank, **adapters))
-    own = {name: options[name] for name in ("unit", "frozen_state") if name in options}
-    drawn = own if method in ("lisa", "owlore") else {}
-    if method in ("lisa", "owlore") and not drawn:
+    samples = method in ("lisa", "owlore")
+    drawn = {name: options[name] for name in ("unit", "frozen_state") if samples and name in options}
+    if samples and not drawn:
         frozen = () if options.get("embeddings") else (model.get_input_embeddings(), model.get_output_embeddings())
         for module in (*frozen, *model.model.layers[options["active_blocks"] :]):
             module.requires_grad_(False)
